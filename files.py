@@ -1,0 +1,340 @@
+"""Reading files that others made and writing files that survive a crash; numpy alone.
+
+Nothing here executes what a file asks for: `read_npy` checks a header before it allocates, and an
+object array goes through `_unpickle`, which understands numpy's own arrays and numbers and builds
+them itself.
+"""
+
+import ast
+import contextlib
+import json
+import math
+import os
+import pickle
+import pickletools
+import shutil
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+
+MAX_PICKLE_BYTES = 64 * 2**20  # an axion file is one image and a number
+MAX_PICKLE_OPCODES = 10_000
+MAX_JSON_BYTES = 16 * 2**20
+MAP_ABOVE_BYTES = 8 * 2**20  # larger arrays are mapped into memory, not read
+MAX_DIMENSIONS = 8
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: its text names the file or flag and the remedy."""
+
+
+def run(main):
+    """Run a script's `main` and exit: 0, or one line on stderr and 2 for a user's mistake."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except OSError as error:  # full disk, missing permission
+        if error.filename is None and error.errno is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+# Writing
+
+
+def _temporary_name(path):
+    return path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+
+
+def _flush_to_disk(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def file_to_be(path):
+    """Yield a temporary name beside `path`; when the block ends well, flush it and rename it.
+
+    After a crash `path` is the old file or the new one, never a part. Raises UserError if the
+    folder cannot be made or written.
+    """
+    path = Path(path)
+    make_folder(path.parent)
+    temporary = _temporary_name(path)
+    try:
+        yield temporary
+        _flush_to_disk(temporary)
+        os.replace(temporary, path)
+        _flush_to_disk(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def directory_to_be(path):
+    """Yield a temporary folder beside `path` that takes its name when the block ends well.
+
+    Raises UserError if `path` is already there with something in it.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists already: remove it or choose another folder")
+    make_folder(path.parent)
+    temporary = _temporary_name(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    make_folder(temporary)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_folder(path):
+    """Create a folder and its parents; UserError if that fails or it cannot be written."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create folder {path}: {error.strerror}") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"cannot write into folder {path}: choose another or change its rights")
+
+
+def write_text(path, text):
+    with file_to_be(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+# Reading
+
+
+def read_json(path):
+    """The dict in a JSON file; UserError if it is missing, too large, broken or no dict."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"{path}: larger than a description should be; is it the right file?")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: not valid JSON; make it anew") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object; make it anew")
+    return value
+
+
+def read_npy(path):
+    """Read a `.npy` file of numbers, or of numpy's object kind [image, number, ...].
+
+    Returns the array, as it is stored (mapped into memory if large); of an object array, the image
+    in it. Raises UserError, naming the file, for anything else; no code in the file is executed.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            shape, fortran_order, dtype = _read_header(file)
+            if dtype.kind != "O":
+                return _read_numbers(path, file, size, shape, fortran_order, dtype)
+            if size > MAX_PICKLE_BYTES:
+                raise ValueError("an object array of this size is not one image")
+            return _image_of(_unpickle(file.read()))
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    except Exception as error:  # whatever arbitrary bytes provoke in a parser
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(f"{path}: not a usable .npy image: {reason}") from None
+
+
+def _read_header(file):
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"format version {version} holds no plain numbers")
+    length_bytes = 2 if version == (1, 0) else 4
+    length = int.from_bytes(file.read(length_bytes), "little")
+    if length > 4096:
+        raise ValueError("the header is too long for an array of numbers")
+    text = file.read(length)
+    if len(text) != length:
+        raise ValueError("the file is truncated")
+    header = ast.literal_eval(text.decode("latin1").strip())
+    if not isinstance(header, dict) or set(header) != {"descr", "fortran_order", "shape"}:
+        raise ValueError("the header is not that of an array")
+    shape, fortran_order, descr = header["shape"], header["fortran_order"], header["descr"]
+    _check_shape(shape)
+    if type(fortran_order) is not bool or not isinstance(descr, str):
+        raise ValueError("structured arrays are not images")
+    dtype = np.dtype("O") if descr in ("|O", "O") else _number_dtype(descr)
+    return shape, fortran_order, dtype
+
+
+def _check_shape(shape):
+    if not isinstance(shape, tuple) or len(shape) > MAX_DIMENSIONS:
+        raise ValueError("the shape is not one of an array")
+    if not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"impossible shape {shape}")
+
+
+def _number_dtype(text):
+    """The dtype of a code like "<f8": floats, integers and bool up to 8 bytes."""
+    byte_order, code = (text[0], text[1:]) if text[:1] in ("<", ">", "|", "=") else ("=", text)
+    if code not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"):
+        raise ValueError(f"data type {text[:20]!r} is not a plain number")
+    return np.dtype(byte_order + code)
+
+
+def _read_numbers(path, file, size, shape, fortran_order, dtype):
+    offset = file.tell()
+    expected = math.prod(shape) * dtype.itemsize
+    if size - offset != expected:
+        raise ValueError(
+            f"{size - offset} bytes of data where shape {shape} needs {expected}; is it truncated?"
+        )
+    order = "F" if fortran_order else "C"
+    if expected > MAP_ABOVE_BYTES:
+        return np.memmap(path, dtype, mode="r", offset=offset, shape=shape, order=order)
+    return np.frombuffer(file.read(), dtype).reshape(shape, order=order)
+
+
+# The opcodes that numpy's pickles of arrays and numbers consist of (protocols 2 to 4).
+_PICKLE_OPCODES = frozenset(
+    "PROTO FRAME STOP GLOBAL STACK_GLOBAL REDUCE BUILD MARK TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_TUPLE "
+    "EMPTY_LIST APPEND APPENDS NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT "
+    "BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES BINPUT LONG_BINPUT MEMOIZE BINGET "
+    "LONG_BINGET".split()
+)
+
+
+class _Array:
+    """Stands for numpy's array while its pickle is read; `value` is an array, or a list."""
+
+    __slots__ = ("value",)
+
+    def __init__(self):
+        self.value = None
+
+    def __setstate__(self, state):
+        _, shape, dtype, fortran_order, content = state
+        _check_shape(shape)
+        if not isinstance(dtype, _DType):
+            raise ValueError("an array without a data type")
+        count = math.prod(shape)
+        if dtype.code == "O8":
+            if type(content) is not list or len(content) != count:
+                raise ValueError("the object array does not hold what its shape says")
+            self.value = content
+            return
+        number = _number_dtype(dtype.byte_order + dtype.code)
+        if type(content) is not bytes or len(content) != count * number.itemsize:
+            raise ValueError("the array does not hold what its shape says")
+        order = "F" if fortran_order is True else "C"
+        self.value = np.frombuffer(content, number).reshape(shape, order=order)
+
+
+class _DType:
+    """Stands for numpy's dtype while its pickle is read."""
+
+    __slots__ = ("byte_order", "code")
+
+    def __init__(self, code, *_):
+        if not isinstance(code, str):
+            raise ValueError("an unknown data type")
+        self.code, self.byte_order = code, "="
+
+    def __setstate__(self, state):
+        if not isinstance(state, tuple) or state[1] not in ("<", ">", "|", "="):
+            raise ValueError("an unknown data type")
+        self.byte_order = state[1]
+
+
+def _scalar(dtype, content):
+    number = _number_dtype(dtype.byte_order + dtype.code)
+    if type(content) is not bytes or len(content) != number.itemsize:
+        raise ValueError("a number of another size")
+    return float(np.frombuffer(content, number)[0])
+
+
+class _Callable:
+    """What a global in the pickle becomes: one of our own functions and nothing to change on it."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function):
+        self._function = function
+
+    def __call__(self, *arguments):
+        return self._function(*arguments)
+
+    def __setstate__(self, state):
+        raise ValueError("the pickle tries to change a function")
+
+
+_PICKLE_GLOBALS = {
+    "ndarray": None,  # only ever an argument of _reconstruct
+    "dtype": _DType,
+    "_reconstruct": lambda *_: _Array(),
+    "scalar": _scalar,
+}
+_PICKLE_MODULES = {
+    "numpy": ("ndarray", "dtype"),
+    "numpy.core.multiarray": ("_reconstruct", "scalar"),
+    "numpy._core.multiarray": ("_reconstruct", "scalar"),
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        if name not in _PICKLE_MODULES.get(module, ()):
+            raise ValueError(f"its pickle asks for {module}.{name}, which is refused")
+        return _Callable(_PICKLE_GLOBALS[name])
+
+    def persistent_load(self, _):
+        raise ValueError("its pickle asks for an outside object, which is refused")
+
+
+def _unpickle(content):
+    """Read numpy's pickle of an object array with our own stand-ins; returns an `_Array`.
+
+    The opcodes are looked through first, without executing any: only those that numpy writes, not
+    too many, and no memo index that would make the unpickler allocate gigabytes.
+    """
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        if opcode.name not in _PICKLE_OPCODES or count > MAX_PICKLE_OPCODES:
+            raise ValueError(f"its pickle uses {opcode.name}, which arrays and numbers do not need")
+        if opcode.name in ("BINPUT", "LONG_BINPUT") and argument > MAX_PICKLE_OPCODES:
+            raise ValueError("its pickle has an impossible memo index")
+        if opcode.name == "GLOBAL" and argument.split(" ")[0] not in _PICKLE_MODULES:
+            raise ValueError(f"its pickle asks for {argument[:80]}, which is refused")
+    return _Unpickler(BytesIO(content)).load()
+
+
+def _image_of(unpickled):
+    if not isinstance(unpickled, _Array) or not isinstance(unpickled.value, list):
+        raise ValueError("its pickle is not an object array")
+    elements = unpickled.value
+    if not elements or not isinstance(elements[0], _Array):
+        raise ValueError("the object array does not begin with an image")
+    image = elements[0].value
+    if not isinstance(image, np.ndarray):
+        raise ValueError("the object array does not begin with an image")
+    return image

@@ -1,0 +1,389 @@
+"""Masked autoencoder (MAE) and classifier for square images, written from scratch in torch.
+
+The method is that of He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners"
+(arXiv:2111.06377): cut an image into patches, hide most of them, encode only the visible ones,
+and let a small decoder predict the pixels of the hidden ones. Afterwards the decoder is dropped
+and the encoder carries a classifier.
+
+Reading order: positions -> patches -> one transformer block -> `Encoder` -> `MAE` -> `Classifier`.
+Parameter names and layout are those of the reference implementation (facebookresearch/mae), so
+weights travel in both directions. Shapes in comments: B images, C channels, H = W pixels a side,
+p pixels a side of a patch, N = (H/p)² patches, D embedding width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+LAYER_NORM_EPS = 1e-6
+ATTENTION_FORMS = ("fused", "plain")
+TRANSFORM_KINDS = ("log", "asinh", "sqrt", "linear")
+POOLINGS = ("mean", "cls", "both")
+
+
+def sincos_positions(dim, grid_size):
+    """Fixed two-dimensional sine-cosine positions, with a zero row in front for the class token.
+
+    The first half of a row encodes the column of the patch and the second half its row; each half
+    is [sin(k·ω), cos(k·ω)] with ω_i = 10000^(-i/(dim/4)) (Vaswani et al. 2017, section 3.5).
+
+    Returns a float32 tensor (1, 1 + grid_size², dim). Raises ValueError unless 4 divides `dim`.
+    """
+    if dim % 4:
+        raise ValueError(f"the embedding width must be a multiple of 4 for 2-D positions, got {dim}")
+    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    row, column = torch.meshgrid(torch.arange(grid_size), torch.arange(grid_size), indexing="ij")
+    halves = []
+    for coordinate in (column, row):
+        angle = coordinate.reshape(-1, 1) * omega  # (N, dim/4)
+        halves += [angle.sin(), angle.cos()]
+    positions = torch.cat(halves, dim=1)  # (N, dim)
+    return F.pad(positions, (0, 0, 1, 0)).float().unsqueeze(0)
+
+
+def patchify(images, patch_size):
+    """Cut images (B, C, H, W) into patches (B, N, p²C), row by row, each in the order (p, p, C)."""
+    b, c, h, w = images.shape
+    p = patch_size
+    patches = images.reshape(b, c, h // p, p, w // p, p)
+    return patches.permute(0, 2, 4, 3, 5, 1).reshape(b, (h // p) * (w // p), p * p * c)
+
+
+def unpatchify(patches, patch_size, channels=1):
+    """Inverse of `patchify`: patches (B, N, p²C) to images (B, C, H, W)."""
+    b, n, _ = patches.shape
+    p, side = patch_size, math.isqrt(n)
+    images = patches.reshape(b, side, side, p, p, channels)
+    return images.permute(0, 5, 1, 3, 2, 4).reshape(b, channels, side * p, side * p)
+
+
+def random_masking(noise, keep):
+    """Choose which patches stay visible: in every row of `noise` (B, N) the `keep` smallest.
+
+    Returns
+    -------
+    ids_keep : (B, keep) int64, the visible patches, in order of their noise.
+    mask : (B, N) of the dtype of `noise`, 0 = visible, 1 = removed.
+    """
+    ids_keep = noise.argsort(dim=1)[:, :keep]
+    mask = torch.ones_like(noise).scatter_(1, ids_keep, 0.0)
+    return ids_keep, mask
+
+
+class PatchEmbed(nn.Module):
+    """Linear map of each patch to the embedding width.
+
+    The weights are kept as the convolution of the reference implementation (stride = kernel = p);
+    applied to patches it is one matrix product, and only visible patches need it.
+    """
+
+    def __init__(self, patch_size, in_chans, embed_dim):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, patches):  # (B, n, p²C) -> (B, n, D)
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, C, p, p) -> (D, p²C)
+        return F.linear(patches, weight, self.proj.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. `form` picks the kernel, not the result: see ATTENTION_FORMS."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.form = "fused"
+
+    def forward(self, x):  # (B, n, D) -> (B, n, D)
+        b, n, d = x.shape
+        qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, d // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, n, D/heads)
+        if self.form == "fused":
+            x = F.scaled_dot_product_attention(q, k, v)
+        else:
+            scores = (q * (d // self.num_heads) ** -0.5) @ k.transpose(-2, -1)  # (B, heads, n, n)
+            x = scores.softmax(dim=-1) @ v
+        return self.proj(x.transpose(1, 2).reshape(b, n, d))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block (Dosovitskiy et al. 2020, equations 2 and 3)."""
+
+    def __init__(self, dim, num_heads, mlp_ratio):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.attn = Attention(dim, num_heads)
+        self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def set_attention_form(model, form):
+    """Let every attention layer of `model` use one kernel: "fused" or "plain" (same result)."""
+    if form not in ATTENTION_FORMS:
+        raise ValueError(f"attention form must be one of {ATTENTION_FORMS}, got {form!r}")
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.form = form
+
+
+def _init_weights(module):
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, PatchEmbed):
+        nn.init.xavier_uniform_(module.proj.weight.view(module.proj.out_channels, -1))
+        nn.init.zeros_(module.proj.bias)
+
+
+def _check_geometry(img_size, patch_size, embed_dim, num_heads):
+    if img_size % patch_size:
+        raise ValueError(f"patch size {patch_size} does not divide the image size {img_size}")
+    if embed_dim % num_heads:
+        raise ValueError(f"{num_heads} heads do not divide the embedding width {embed_dim}")
+
+
+class Encoder(nn.Module):
+    """Vision Transformer encoder that can look at any subset of an image's patches."""
+
+    def __init__(self, img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio):
+        super().__init__()
+        _check_geometry(img_size, patch_size, embed_dim, num_heads)
+        self.img_size, self.patch_size, self.in_chans = img_size, patch_size, in_chans
+        self.num_patches = (img_size // patch_size) ** 2
+        self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(
+            sincos_positions(embed_dim, img_size // patch_size), requires_grad=False
+        )
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.norm = nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def check_images(self, images):
+        expected = (self.in_chans, self.img_size, self.img_size)
+        if images.dim() != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(f"expected images (B, {expected}), got {tuple(images.shape)}")
+
+    def encode(self, patches, ids_keep=None):
+        """Encode patches (B, N, p²C), all of them or those in `ids_keep` (B, n).
+
+        Returns the normalised tokens (B, 1 + n, D), the class token first.
+        """
+        positions = self.pos_embed[:, 1:]
+        if ids_keep is not None:
+            patches = patches.gather(1, ids_keep.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+            positions = positions[0][ids_keep]
+        x = self.patch_embed(patches) + positions
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+        x = torch.cat([cls_token, x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class MAE(Encoder):
+    """Masked autoencoder: encode the visible patches, predict the pixels of the removed ones.
+
+    Parameters
+    ----------
+    img_size, patch_size, in_chans : geometry of the images (B, in_chans, img_size, img_size).
+    embed_dim, depth, num_heads : the encoder.
+    decoder_embed_dim, decoder_depth, decoder_num_heads : the decoder.
+    mlp_ratio : hidden width of a block's MLP over the block's width, in both.
+    norm_pix_loss : compare with each patch's pixels normalised to zero mean and unit variance.
+    """
+
+    def __init__(
+        self,
+        img_size=64,
+        patch_size=8,
+        in_chans=1,
+        embed_dim=128,
+        depth=4,
+        num_heads=4,
+        decoder_embed_dim=96,
+        decoder_depth=1,
+        decoder_num_heads=4,
+        mlp_ratio=4.0,
+        norm_pix_loss=False,
+    ):
+        super().__init__(img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio)
+        _check_geometry(img_size, patch_size, decoder_embed_dim, decoder_num_heads)
+        self.norm_pix_loss = norm_pix_loss
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, decoder_embed_dim))
+        self.decoder_pos_embed = nn.Parameter(
+            sincos_positions(decoder_embed_dim, img_size // patch_size), requires_grad=False
+        )
+        self.decoder_blocks = nn.ModuleList(
+            Block(decoder_embed_dim, decoder_num_heads, mlp_ratio) for _ in range(decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=LAYER_NORM_EPS)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * in_chans)
+        nn.init.normal_(self.mask_token, std=0.02)
+        self.apply(_init_weights)
+
+    def decode(self, latent, ids_keep):
+        """Predict every patch from the visible tokens: (B, 1 + n, D), (B, n) -> (B, N, p²C)."""
+        latent = self.decoder_embed(latent)
+        b, _, d = latent.shape
+
+        # Visible tokens return to their places; every other place holds the mask token.
+        tokens = self.mask_token.to(latent.dtype).expand(b, self.num_patches, d)
+        tokens = tokens.scatter(1, ids_keep.unsqueeze(-1).expand(-1, -1, d), latent[:, 1:])
+        x = torch.cat([latent[:, :1], tokens], dim=1) + self.decoder_pos_embed
+
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x)[:, 1:])
+
+    def forward(self, images, mask_ratio=0.75, noise=None):
+        """Mask, reconstruct and compare.
+
+        Parameters
+        ----------
+        images : (B, C, H, W), already in the intensity scale that the network sees.
+        mask_ratio : share of patches to remove, in [0, 1); at least one patch stays visible.
+        noise : (B, N) or None for fresh uniform noise; the patches with the smallest stay visible.
+
+        Returns
+        -------
+        loss : mean squared error over the removed patches (over all if none was removed).
+        pred : (B, N, p²C) predicted patches.
+        mask : (B, N), 1 = removed, 0 = visible.
+
+        Raises ValueError for images of another shape or a mask ratio outside [0, 1).
+        """
+        self.check_images(images)
+        if not 0 <= mask_ratio < 1:
+            raise ValueError(f"mask_ratio must be in [0, 1), got {mask_ratio}")
+        patches = patchify(images, self.patch_size)
+        if noise is None:
+            noise = torch.rand(patches.shape[:2], device=images.device)
+        keep = max(1, int(self.num_patches * (1 - mask_ratio)))
+
+        ids_keep, mask = random_masking(noise, keep)
+        latent = self.encode(patches, ids_keep)
+        pred = self.decode(latent, ids_keep)
+
+        target = patches
+        if self.norm_pix_loss:
+            variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+            target = (patches - mean) / (variance + 1e-6).sqrt()
+        error = (pred.float() - target).square().mean(dim=-1)  # (B, N)
+        weight = mask if keep < self.num_patches else torch.ones_like(mask)
+        return (error * weight).sum() / weight.sum(), pred, mask
+
+    def reconstruct(self, images, mask_ratio=0.75, noise=None):
+        """What there is to look at: (images, masked, reconstruction), each (B, C, H, W).
+
+        Removed pixels of `masked` are NaN; visible pixels of `reconstruction` are the image's own.
+        With `norm_pix_loss` the removed patches take their own mean and spread back.
+        """
+        _, pred, mask = self(images, mask_ratio, noise)
+        patches = patchify(images, self.patch_size)
+        if self.norm_pix_loss:
+            variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+            pred = pred * (variance + 1e-6).sqrt() + mean
+        removed = mask.unsqueeze(-1).bool()
+        masked = patches.masked_fill(removed, math.nan)
+        reconstruction = torch.where(removed, pred.float(), patches)
+        p, c = self.patch_size, self.in_chans
+        return images, unpatchify(masked, p, c), unpatchify(reconstruction, p, c)
+
+
+class IntensityTransform(nn.Module):
+    """Raw pixels to what the network sees: z = (f((x - offset) / softening) - mean) / std.
+
+    f is log(1 + max(x, 0)), asinh(x), sqrt(max(x, 0)) or x. The four constants come from training
+    images (see `train.fit_transform`) and are buffers, so they travel with the weights and into an
+    exported graph: data in other units gives the same z.
+    """
+
+    def __init__(self, kind="log", offset=0.0, softening=1.0, mean=0.0, std=1.0):
+        super().__init__()
+        if kind not in TRANSFORM_KINDS:
+            raise ValueError(f"transform must be one of {TRANSFORM_KINDS}, got {kind!r}")
+        self.kind = kind
+        constants = {"offset": offset, "softening": softening, "mean": mean, "std": std}
+        for name, value in constants.items():
+            self.register_buffer(name, torch.tensor(float(value), dtype=torch.float32))
+
+    def forward(self, images):
+        x = (images - self.offset) / self.softening
+        if self.kind == "log":
+            x = torch.log1p(x.clamp_min(0))
+        elif self.kind == "asinh":
+            x = torch.asinh(x)
+        elif self.kind == "sqrt":
+            x = x.clamp_min(0).sqrt()
+        return (x - self.mean) / self.std
+
+
+class Classifier(Encoder):
+    """Encoder and classification head over raw images (B, C, H, W): logits (B, num_classes).
+
+    The head is Linear(d, 64) -> BatchNorm1d(64) -> ReLU -> Dropout(0.4) -> Linear(64, classes).
+    `transform` is a dict of the arguments of `IntensityTransform`. `pool` says what the head sees:
+    "mean" of the patch tokens, the "cls" token, or "both" side by side.
+    """
+
+    def __init__(
+        self,
+        img_size=64,
+        patch_size=8,
+        in_chans=1,
+        embed_dim=128,
+        depth=4,
+        num_heads=4,
+        mlp_ratio=4.0,
+        num_classes=3,
+        pool="mean",
+        transform=None,
+    ):
+        super().__init__(img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio)
+        if pool not in POOLINGS:
+            raise ValueError(f"pool must be one of {POOLINGS}, got {pool!r}")
+        self.pool = pool
+        self.transform = IntensityTransform(**(transform or {}))
+        self.fc = nn.Sequential(
+            nn.Linear(embed_dim * (2 if pool == "both" else 1), 64),
+            nn.BatchNorm1d(64),
+            nn.ReLU(),
+            nn.Dropout(0.4),
+            nn.Linear(64, num_classes),
+        )
+        self.apply(_init_weights)
+
+    def features(self, images, ids_keep=None):
+        """Pooled encoder output of raw images: (B, C, H, W) -> (B, D), or (B, 2D) for "both".
+
+        `ids_keep` (B, n) restricts the encoder to some of the patches.
+        """
+        self.check_images(images)
+        tokens = self.encode(patchify(self.transform(images), self.patch_size), ids_keep)
+        if self.pool == "cls":
+            return tokens[:, 0]
+        mean = tokens[:, 1:].mean(dim=1)
+        return mean if self.pool == "mean" else torch.cat([tokens[:, 0], mean], dim=1)
+
+    def forward(self, images):
+        return self.fc(self.features(images))

@@ -1,0 +1,110 @@
+"""Every picture of the project; nothing here computes a result."""
+
+import matplotlib
+
+matplotlib.use("Agg")  # no window: machines without a screen
+
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+
+from files import file_to_be  # noqa: E402
+
+plt.rcParams.update({"figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9})
+
+
+def _save(figure, path):
+    with file_to_be(path) as temporary:
+        figure.savefig(temporary, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _curves(axes, history, name, label):
+    epochs = [line["epoch"] for line in history]
+    for part in ("train", "validation"):
+        key = f"{part}_{name}"
+        if key in history[0]:
+            axes.plot(epochs, [line[key] for line in history], marker=".", label=part)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(label)
+    axes.legend()
+
+
+def loss_curves(path, history, label):
+    """Training and validation loss over the epochs, logarithmic."""
+    figure, axes = plt.subplots(figsize=(5, 3.5))
+    _curves(axes, history, "loss", label)
+    axes.set_yscale("log")
+    _save(figure, path)
+
+
+def classifier_curves(path, history):
+    """Loss, accuracy and macro AUC over the epochs."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.5))
+    _curves(axes[0], history, "loss", "cross-entropy")
+    _curves(axes[1], history, "accuracy", "accuracy")
+    _curves(axes[2], history, "macro_auc", "macro one-vs-rest AUC")
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def reconstructions(path, original, masked, reconstruction, class_names):
+    """Rows of (original, masked, reconstruction, residual); arrays (classes, examples, H, W)."""
+    classes, examples = original.shape[:2]
+    titles = ("original", "masked", "reconstruction", "residual")
+    figure, axes = plt.subplots(
+        classes * examples, 4, figsize=(7.4, 1.9 * classes * examples), squeeze=False
+    )
+    residual = reconstruction - original
+    limit = np.quantile(np.abs(residual[np.abs(residual) > 0]), 0.99) if residual.any() else 1
+    for i, row in enumerate(axes):
+        c, e = divmod(i, examples)
+        low, high = original[c, e].min(), original[c, e].max()
+        for panel, image in zip(row, (original, masked, reconstruction), strict=False):
+            panel.imshow(image[c, e], vmin=low, vmax=high, cmap="magma", origin="lower")
+        last = row[3].imshow(residual[c, e], vmin=-limit, vmax=limit, cmap="RdBu_r", origin="lower")
+        figure.colorbar(last, ax=row[3], fraction=0.046)
+        for panel, title in zip(row, titles, strict=True):
+            panel.set(xticks=[], yticks=[], title=title if i == 0 else "")
+            panel.set_facecolor("0.8")
+        row[0].set_ylabel(class_names[c])
+    _save(figure, path)
+
+
+def roc_curves(path, curves):
+    """One panel a class; `curves`: {run: {class: (false positive, true positive, AUC)}}."""
+    class_names = list(next(iter(curves.values())))
+    figure, axes = plt.subplots(
+        1, len(class_names), figsize=(4 * len(class_names), 3.8), squeeze=False
+    )
+    for panel, class_name in zip(axes[0], class_names, strict=True):
+        for run_name, by_class in curves.items():
+            false_positive, true_positive, auc = by_class[class_name]
+            panel.plot(false_positive, true_positive, label=f"{run_name} {auc:.4f}")
+        panel.plot([0, 1], [0, 1], color="0.7", linestyle=":")
+        panel.set(
+            title=f"{class_name} against the rest",
+            xlabel="false positive rate",
+            ylabel="true positive rate",
+        )
+        panel.legend(title="AUC", loc="lower right")
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def confusion_matrices(path, matrices, class_names):
+    """One panel a run; `matrices`: {run: (classes, classes) counts, true class in rows}."""
+    figure, axes = plt.subplots(1, len(matrices), figsize=(3.6 * len(matrices), 3.6), squeeze=False)
+    ticks = range(len(class_names))
+    for panel, (run_name, matrix) in zip(axes[0], matrices.items(), strict=True):
+        share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+        panel.imshow(share, vmin=0, vmax=1, cmap="Blues")
+        for (row, column), count in np.ndenumerate(matrix):
+            color = "white" if share[row, column] > 0.5 else "black"
+            text = f"{count}\n{100 * share[row, column]:.1f} %"
+            panel.text(column, row, text, ha="center", va="center", color=color)
+        panel.set(title=run_name, xlabel="predicted", ylabel="true")
+        panel.set_xticks(ticks, class_names)
+        panel.set_yticks(ticks, class_names)
+        panel.grid(False)
+    figure.tight_layout()
+    _save(figure, path)

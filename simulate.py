@@ -1,0 +1,362 @@
+"""Simulate strong gravitational lenses: the three classes of the DeepLense benchmark.
+
+A galaxy (singular isothermal ellipsoid, 10¹² M☉, z = 0.5) and an external shear bend the light of an
+elliptical Sérsic source (z = 1). The classes differ in what else bends it:
+
+    no_sub  nothing
+    cdm     25 point masses between 10⁶ and 10¹⁰ M☉ around the ring
+    axion   a vortex: 3·10¹⁰ M☉ spread evenly along a short line through the centre
+
+The lens is fixed, so a `no_sub` image has two free parameters: the source's position. Angles are
+in arcsec; x runs along columns and y along rows, both zero at the image's centre.
+"""
+
+import argparse
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+from files import UserError, directory_to_be, run
+
+CLASS_NAMES = ("axion", "cdm", "no_sub")  # sorted, as folders are
+
+# Flat ΛCDM, and CODATA / IAU constants in SI units.
+HUBBLE_KM_S_MPC, OMEGA_MATTER = 70.0, 0.3
+Z_LENS, Z_SOURCE = 0.5, 1.0
+G, C, SOLAR_MASS, MEGAPARSEC = 6.6743e-11, 299_792_458.0, 1.98841e30, 3.0856775814913673e22
+ARCSEC_PER_RADIAN = 180 * 3600 / math.pi
+
+LENS_MASS = 1e12  # M☉
+LENS_ELLIPTICITY = (0.1, 0.0)
+SHEAR = (0.05, 0.0)
+SOURCE_RADIUS, SERSIC_INDEX, SOURCE_ELLIPTICITY = 0.25, 1.0, (-0.1, 0.1)
+SOURCE_RANGE = 0.35  # arcsec, half the side of the square that source centres fill
+
+CDM_SUBHALOS, CDM_MASS_RANGE, CDM_RADIUS_RANGE = 25, (1e6, 1e10), (0.25, 2.0)
+VORTEX_MASS, VORTEX_POINTS = 3e10, 100
+AXION_LOG_MASS_RANGE = (-24.0, -22.0)  # log10 of eV
+VORTEX_LENGTH, VORTEX_REFERENCE_MASS = 0.06, 1e-22  # arcsec (de Broglie wavelength) at eV
+
+CHUNK = 32  # images rendered at once: few enough that the temporaries stay in the CPU's cache
+
+
+class Instrument(NamedTuple):
+    """What a data model sees with; the source has an `amplitude` (per arcsec²) or a `magnitude`."""
+
+    pixels: int
+    pixel_scale: float  # arcsec
+    psf_fwhm: float  # arcsec
+    psf_truncation: float  # σ
+    exposures: int
+    exposure_time: float | None  # s; None: 10^U(3, 3.5)
+    amplitude: float | None = None
+    magnitude: float | None = None
+    zero_point: float | None = None
+    background_rms: float | None = None  # counts/s; None: from sky and read noise
+    sky_magnitude: float | None = None  # per arcsec²; None: dark
+    read_noise: float = 0.0  # e-
+    gain: float = 1.0  # e- per count
+    copies: int = 1  # how often the published images add the noise-free model to itself
+
+
+INSTRUMENTS = {
+    "Model_I": Instrument(150, 0.05, 0.087, 3, 1, None, amplitude=20.0, background_rms=1e-2),
+    # Euclid VIS.
+    "Model_II": Instrument(
+        64, 0.101, 0.16, 5, 4, 566.0, magnitude=20.0, zero_point=25.72,
+        sky_magnitude=22.3, read_noise=4.2, gain=3.1, copies=2,
+    ),
+    # HST WFC3 F160W.
+    "Model_III": Instrument(
+        64, 0.08, 0.08, 5, 1, 5400.0, magnitude=20.0, zero_point=25.96,
+        read_noise=4.0, gain=2.5, copies=2,
+    ),
+}  # fmt: skip
+
+
+def luminosity_distance(z):
+    """Luminosity distance to redshift z in Mpc, by Gauss-Legendre quadrature of 1/E(z)."""
+    nodes, weights = np.polynomial.legendre.leggauss(32)
+    grid = 0.5 * z * (nodes + 1)
+    inverse_e = 1 / np.sqrt(OMEGA_MATTER * (1 + grid) ** 3 + 1 - OMEGA_MATTER)
+    comoving = C / 1000 / HUBBLE_KM_S_MPC * 0.5 * z * float(weights @ inverse_e)
+    return (1 + z) * comoving
+
+
+def einstein_radius(mass):
+    """Einstein radius in arcsec of a point mass in M☉ (a number or an array).
+
+    The published generator puts luminosity distances where angular-diameter distances belong; the
+    data has that, so it stands here too.
+    """
+    d_lens, d_source = luminosity_distance(Z_LENS), luminosity_distance(Z_SOURCE)
+    distance = (d_source - d_lens) / (d_lens * d_source) / MEGAPARSEC
+    return np.sqrt(4 * G * SOLAR_MASS / C**2 * distance * mass) * ARCSEC_PER_RADIAN
+
+
+def axis_ratio_and_angle(e1, e2):
+    """Axis ratio and position angle (radian) of an ellipticity (e1, e2)."""
+    c = math.hypot(e1, e2)
+    return (1 - c) / (1 + c), math.atan2(e2, e1) / 2
+
+
+def rotate(x, y, angle):
+    """Coordinates (x, y) in axes turned by `angle`."""
+    cos, sin = math.cos(angle), math.sin(angle)
+    return cos * x + sin * y, -sin * x + cos * y
+
+
+def pixel_axis(instrument):
+    """Pixel centres along one axis, arcsec, float64 (pixels,)."""
+    half = (instrument.pixels - 1) / 2
+    return (torch.arange(instrument.pixels, dtype=torch.float64) - half) * instrument.pixel_scale
+
+
+def main_lens_deflection(x, y):
+    """Deflection (α_x, α_y) in arcsec of the ellipsoid (Kormann et al. 1994) and the shear."""
+    q, angle = axis_ratio_and_angle(*LENS_ELLIPTICITY)
+    theta_e = float(einstein_radius(LENS_MASS))
+    b = theta_e / math.sqrt((1 + q**2) / (2 * q)) * math.sqrt((1 + q**2) / 2)
+    f = math.sqrt(1 - q**2)
+    x_rot, y_rot = rotate(x, y, angle)
+    psi = torch.sqrt(q**2 * x_rot**2 + y_rot**2).clamp_min(1e-12)
+    alpha_x = b / f * torch.atan(f * x_rot / psi)
+    alpha_y = b / f * torch.atanh(f * y_rot / psi)
+    alpha_x, alpha_y = rotate(alpha_x, alpha_y, -angle)
+    gamma1, gamma2 = SHEAR
+    return alpha_x + gamma1 * x + gamma2 * y, alpha_y + gamma2 * x - gamma1 * y
+
+
+def subtract_point_masses(beta_x, beta_y, point_masses, axis):
+    """Take the deflection of point masses (B, P, 3) off the positions β (B, H, W), in place.
+
+    A point mass at p deflects by θ²·(x - p)/|x - p|². On the pixel of its own centre the direction
+    is undefined: a tiny softening makes the deflection zero there instead of dividing by zero.
+    """
+    squared_radius = point_masses[..., 0].square()[..., None]  # (B, P, 1)
+    dx = axis - point_masses[..., 1, None]  # (B, P, W)
+    dy = axis - point_masses[..., 2, None]  # (B, P, H)
+    dx_squared, dy_squared = dx.square(), dy.square() + 1e-12
+    strength_x, strength_y = squared_radius * dx, squared_radius * dy
+    distance = torch.empty_like(beta_x)
+    for p in range(point_masses.shape[1]):
+        torch.add(dy_squared[:, p, :, None], dx_squared[:, p, None, :], out=distance)
+        beta_x.addcdiv_(strength_x[:, p, None, :], distance, value=-1)
+        beta_y.addcdiv_(strength_y[:, p, :, None], distance, value=-1)
+
+
+def sersic_constants(instrument):
+    """Counts/s/pixel at the source's effective radius, and b_n (Graham & Driver 2005, eq. 6)."""
+    n = SERSIC_INDEX
+    b_n = 1.9992 * n - 0.3271
+    amplitude = instrument.amplitude
+    if amplitude is None:
+        flux = 10 ** (-0.4 * (instrument.magnitude - instrument.zero_point))
+        profile = 2 * math.pi * n * math.exp(b_n) * b_n ** (-2 * n) * math.gamma(2 * n)
+        amplitude = flux / (SOURCE_RADIUS**2 * profile)
+    return amplitude * instrument.pixel_scale**2, b_n
+
+
+def psf_matrix(instrument):
+    """Banded matrix (pixels, pixels) that convolves one axis with the PSF; zero outside."""
+    sigma = instrument.psf_fwhm / (2 * math.sqrt(2 * math.log(2))) / instrument.pixel_scale
+    radius = int(instrument.psf_truncation * sigma + 0.5)
+    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float64) / sigma) ** 2)
+    kernel /= kernel.sum()
+    matrix = torch.zeros(instrument.pixels, instrument.pixels, dtype=torch.float64)
+    for offset, weight in zip(range(-radius, radius + 1), kernel.tolist(), strict=True):
+        matrix.diagonal(offset).fill_(weight)
+    return matrix
+
+
+def render(source, point_masses, model="Model_II", dtype=torch.float64):
+    """Noise-free images of one exposure.
+
+    Parameters
+    ----------
+    source : (B, 2) centres of the source, arcsec.
+    point_masses : (B, P, 3) Einstein radius, x, y in arcsec. P may be 0, and rows of zero Einstein
+        radius change nothing.
+    model : key of INSTRUMENTS.
+    dtype : precision of the computation and of the result, which is where `source` is.
+
+    Returns (B, H, W), counts per second and pixel.
+    Raises ValueError for an unknown model or arguments of another shape.
+    """
+    if model not in INSTRUMENTS:
+        raise ValueError(f"model must be one of {tuple(INSTRUMENTS)}, got {model!r}")
+    source, point_masses = torch.as_tensor(source), torch.as_tensor(point_masses)
+    device, b = source.device, source.shape[0]
+    if source.shape != (b, 2) or point_masses.dim() != 3 or point_masses.shape[::2] != (b, 3):
+        raise ValueError(
+            "expected source (B, 2) and point_masses (B, P, 3), "
+            f"got {tuple(source.shape)} and {tuple(point_masses.shape)}"
+        )
+    instrument = INSTRUMENTS[model]
+    axis = pixel_axis(instrument).to(device)
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    alpha_x, alpha_y = main_lens_deflection(x, y)
+    smooth_x, smooth_y = (x - alpha_x).to(dtype), (y - alpha_y).to(dtype)
+    amplitude, b_n = sersic_constants(instrument)
+    q, angle = axis_ratio_and_angle(*SOURCE_ELLIPTICITY)
+    blur = psf_matrix(instrument).to(device, dtype)
+    axis, source, point_masses = (t.to(device, dtype) for t in (axis, source, point_masses))
+
+    images = torch.empty(b, instrument.pixels, instrument.pixels, dtype=dtype, device=device)
+    for start in range(0, b, CHUNK):
+        part = slice(start, start + CHUNK)
+        beta_x = smooth_x - source[part, 0, None, None]  # (chunk, H, W)
+        beta_y = smooth_y - source[part, 1, None, None]
+        subtract_point_masses(beta_x, beta_y, point_masses[part], axis)
+        major, minor = rotate(beta_x, beta_y, angle)
+        radius = (major.square().mul_(q) + minor.square().mul_(1 / q)).sqrt_().div_(SOURCE_RADIUS)
+        if SERSIC_INDEX != 1:
+            radius = radius ** (1 / SERSIC_INDEX)
+        brightness = radius.sub_(1).mul_(-b_n).exp_().mul_(amplitude)
+        torch.matmul(blur @ brightness, blur.T, out=images[part])
+    return images
+
+
+def sample(class_name, count, rng):
+    """Draw the parameters of `count` images of a class.
+
+    Returns (source (count, 2), point_masses (count, P, 3), axion_mass (count,) in eV or None).
+    """
+    source = rng.uniform(-SOURCE_RANGE, SOURCE_RANGE, (count, 2))
+    if class_name == "no_sub":
+        return source, np.zeros((count, 0, 3)), None
+    if class_name == "cdm":
+        shape = (count, CDM_SUBHALOS)
+        low, high = (mass**0.1 for mass in CDM_MASS_RANGE)
+        mass = rng.uniform(low, high, shape) ** 10
+        radius, angle = rng.uniform(*CDM_RADIUS_RANGE, shape), rng.uniform(0, 2 * np.pi, shape)
+        x, y = radius * np.cos(angle), radius * np.sin(angle)
+        return source, np.stack([einstein_radius(mass), x, y], axis=-1), None
+    if class_name == "axion":
+        axion_mass = 10 ** rng.uniform(*AXION_LOG_MASS_RANGE, count)
+        half_length = VORTEX_LENGTH * VORTEX_REFERENCE_MASS / (2 * axion_mass)
+        angle = rng.uniform(0, 2 * np.pi, count)
+        along = half_length[:, None] * np.linspace(-1, 1, VORTEX_POINTS)  # (count, P)
+        x, y = along * np.cos(angle)[:, None], along * np.sin(angle)[:, None]
+        radius = np.full_like(x, einstein_radius(VORTEX_MASS / VORTEX_POINTS))
+        return source, np.stack([radius, x, y], axis=-1), axion_mass
+    raise ValueError(f"class must be one of {CLASS_NAMES}, got {class_name!r}")
+
+
+def observe(images, model, noise, rng):
+    """What the benchmark's files hold: the model added to itself, or (noise) one noisy exposure.
+
+    The published Model_II generator adds the noise-free image where noise was meant; `noise` adds
+    what was meant: Gaussian background (sky and read-out) and Gaussian shot noise, both in counts
+    per second. `images` (B, H, W) float32, changed in place.
+    """
+    instrument = INSTRUMENTS[model]
+    if not noise:
+        return images.mul_(instrument.copies)
+    exposure_time = instrument.exposure_time
+    if exposure_time is None:
+        exposure_time = 10 ** rng.uniform(3, 3.5, (len(images), 1, 1))
+    total_time = instrument.exposures * exposure_time  # s
+    background = instrument.background_rms
+    if background is None:
+        sky = 0.0
+        if instrument.sky_magnitude is not None:
+            sky = 10 ** (-0.4 * (instrument.sky_magnitude - instrument.zero_point))
+        electrons = total_time * sky * instrument.pixel_scale**2
+        electrons += instrument.exposures * instrument.read_noise**2
+        background = math.sqrt(electrons) / total_time / instrument.gain
+    pixels = images.numpy()
+    shot_variance = np.maximum(pixels, 0) / (instrument.gain * total_time)
+    sigma = np.sqrt(background**2 + shot_variance).astype(np.float32)
+    pixels += sigma * rng.standard_normal(pixels.shape, dtype=np.float32)
+    return images
+
+
+def simulate(model, per_class, seed, noise=False, device="cpu", progress=True):
+    """Yield (class name, images (b, H, W) float32, axion mass (b,) or None) in batches.
+
+    The same arguments give the same images; class and batch have random streams of their own.
+    """
+    batch = 1000
+    with tqdm(total=len(CLASS_NAMES) * per_class, unit="img", disable=not progress) as bar:
+        for label, class_name in enumerate(CLASS_NAMES):
+            bar.set_description(f"simulate {class_name}")
+            for start in range(0, per_class, batch):
+                rng = np.random.default_rng([seed, label, start])
+                count = min(batch, per_class - start)
+                source, point_masses, axion_mass = sample(class_name, count, rng)
+                source, point_masses = (torch.as_tensor(a).to(device) for a in (source, point_masses))
+                images = render(source, point_masses, model, torch.float32).cpu()
+                yield class_name, observe(images, model, noise, rng).numpy(), axion_mass
+                bar.update(count)
+
+
+def write_folder(out, batches):
+    """Write the public folder layout: one .npy an image, axion as object array [image, mass]."""
+    counts = dict.fromkeys(CLASS_NAMES, 0)
+    with directory_to_be(out) as folder:
+        for class_name in CLASS_NAMES:
+            (folder / class_name).mkdir()
+        for class_name, images, axion_mass in batches:
+            for i, image in enumerate(images):
+                content = image.astype(np.float64)
+                if axion_mass is not None:
+                    content = np.array([content, axion_mass[i]], dtype=object)
+                name = f"{class_name}_sim_{counts[class_name]}.npy"
+                np.save(folder / class_name / name, content, allow_pickle=True)
+                counts[class_name] += 1
+
+
+def write_packed(out, batches, per_class, model, origin):
+    """Write the packed layout that `data.load` maps into memory."""
+    pixels = INSTRUMENTS[model].pixels
+    with directory_to_be(out) as folder:
+        shape = (len(CLASS_NAMES) * per_class, pixels, pixels)
+        writer = data.PackedWriter(folder, shape, CLASS_NAMES, origin)
+        for class_name, images, _ in batches:
+            writer.append(images, CLASS_NAMES.index(class_name))
+        writer.close()
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Simulate lens images of the classes no_sub, cdm and axion.",
+        epilog="example: python simulate.py --model Model_II --per-class 1000 --out lenses",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--model", choices=INSTRUMENTS, default="Model_II", help="data model")
+    parser.add_argument("--per-class", type=int, default=10000, help="images of each class")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images")
+    parser.add_argument("--out", type=Path, required=True, help="folder to create")
+    parser.add_argument(
+        "--layout", choices=("packed", "folder"), default="packed",
+        help="one memory-mapped array, or the public layout of one .npy an image",
+    )  # fmt: skip
+    parser.add_argument("--noise", action="store_true", help="add sky, read-out and shot noise")
+    parser.add_argument("--device", default="auto", help="accepted like everywhere; always the CPU")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.per_class < 1:
+        raise UserError(f"--per-class must be at least 1, got {args.per_class}")
+    if args.seed < 0:
+        raise UserError(f"--seed must not be negative, got {args.seed}")
+    batches = simulate(args.model, args.per_class, args.seed, args.noise)
+    if args.layout == "folder":
+        write_folder(args.out, batches)
+    else:
+        noise = "noise" if args.noise else "noise-free"
+        origin = f"simulate.py {args.model}, {args.per_class} a class, seed {args.seed}, {noise}"
+        write_packed(args.out, batches, args.per_class, args.model, origin)
+    print(f"{len(CLASS_NAMES) * args.per_class} images of {args.model} in {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)

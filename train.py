@@ -1,0 +1,504 @@
+"""The one training loop, and what pre-training and fine-tuning share around it.
+
+`fit` knows nothing of masks or classes: it is handed the parameters that learn, a function that
+gives the loss of a batch, and a function that validates.
+"""
+
+import argparse
+import contextlib
+import copy
+import fcntl
+import json
+import math
+import platform
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import weights
+from files import UserError, make_folder, write_json, write_text
+from mae import ATTENTION_FORMS, IntensityTransform, set_attention_form
+
+TRANSFORM_IMAGES = 2000  # training images that the transform's constants are taken from
+SOFTENING = 0.01  # of the mean intensity: where the logarithm becomes linear
+BATCHNORM_IMAGES = 4096  # training images that BatchNorm's statistics are taken from
+EVALUATION_BATCH = 256
+CHECKPOINT_SECONDS = 30.0
+
+
+class Precision(NamedTuple):
+    """How a step is computed: number format of the matrix products and attention kernel."""
+
+    name: str  # "float32" or "bfloat16"
+    attention: str
+
+    def autocast(self, device):
+        enabled = self.name == "bfloat16"
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+# Options
+
+
+def add_model_arguments(parser):
+    """The geometry of a network that starts from random weights."""
+    group = parser.add_argument_group("network")
+    group.add_argument("--patch-size", type=int, default=8, help="pixels a side of a patch")
+    group.add_argument("--embed-dim", type=int, default=128, help="width of the encoder")
+    group.add_argument("--depth", type=int, default=4, help="blocks of the encoder")
+    group.add_argument("--num-heads", type=int, default=4, help="attention heads of the encoder")
+    group.add_argument(
+        "--transform", choices=("log", "asinh", "sqrt", "linear"), default="log",
+        help="intensity scale that the network sees",
+    )  # fmt: skip
+
+
+def add_training_arguments(parser):
+    """How the loop runs; the values differ between pre-training and fine-tuning."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--out", type=Path, required=True, help="folder of the run")
+    group.add_argument("--epochs", type=int, default=None, help="passes over the training images")
+    group.add_argument("--batch-size", type=int, default=64, help="images a step")
+    group.add_argument("--lr", type=float, default=None, help="largest learning rate")
+    group.add_argument("--weight-decay", type=float, default=0.05, help="of AdamW, on matrices")
+    group.add_argument(
+        "--validations-per-epoch", type=int, default=1, help="how often validation is looked at"
+    )
+    group.add_argument("--seed", type=int, default=0, help="of weights, order, masks and dropout")
+    group.add_argument("--split-seed", type=int, default=0, help="of the 80/10/10 split")
+    group.add_argument(
+        "--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="number format of training; auto measures which is fastest here",
+    )  # fmt: skip
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.add_argument(
+        "--resume", action="store_true", help="go on from the run's checkpoint, if there is one"
+    )
+    group.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def check_arguments(args):
+    """UserError, naming the flag, for numbers that make no sense."""
+    for name in ("epochs", "batch_size", "validations_per_epoch", "patch_size", "embed_dim",
+                 "num_heads", "decoder_embed_dim", "decoder_num_heads"):  # fmt: skip
+        value = getattr(args, name, None)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    for name in ("seed", "split_seed", "weight_decay", "depth", "decoder_depth"):
+        value = getattr(args, name, None)
+        if value is not None and not value >= 0:
+            raise UserError(f"--{name.replace('_', '-')} must not be negative, got {value}")
+    if args.lr is not None and not 0 < args.lr < math.inf:
+        raise UserError(f"--lr must be positive, got {args.lr}")
+
+
+def check_patch_size(patch_size, img_size):
+    if img_size % patch_size:
+        raise UserError(
+            f"--patch-size {patch_size} does not divide the image size {img_size}: "
+            "choose one that does"
+        )
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults behind each option, and the example at the end as it was written."""
+
+
+# Device and precision
+
+
+def resolve_device(name):
+    """torch.device of "auto", "cpu", "cuda" or "cuda:N"; UserError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(f"--device {name} is not available here: use auto or cpu") from None
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return device
+
+
+def bfloat16_is_fast(device):
+    """Whether this machine multiplies matrices faster in bfloat16 than in float32: measured."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a = torch.ones(256, 256, dtype=dtype, device=device)
+        _seconds_of(lambda a=a: a @ a, device)
+        seconds[dtype] = min(_seconds_of(lambda a=a: a @ a, device) for _ in range(3))
+    return seconds[torch.bfloat16] < seconds[torch.float32]
+
+
+def _seconds_of(function, device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def choose_precision(wanted, model, batch_loss, device):
+    """Time a step in every form that the machine offers; return the fastest whose loss agrees.
+
+    `wanted` is "auto", "float32" or "bfloat16"; `batch_loss()` gives the loss of one batch. Weights,
+    gradients and random numbers are left as they were.
+    """
+    names = ["float32", "bfloat16"] if wanted == "auto" else [wanted]
+    if wanted == "auto" and not bfloat16_is_fast(device):
+        names.remove("bfloat16")
+    candidates = [Precision(name, form) for name in names for form in ATTENTION_FORMS]
+    state = copy.deepcopy(model.state_dict())
+    losses, seconds = {}, dict.fromkeys(candidates, math.inf)
+
+    def step(precision):
+        set_attention_form(model, precision.attention)
+        with precision.autocast(device):
+            loss = batch_loss()
+        loss.backward()
+        losses[precision] = loss.item()
+        model.zero_grad(set_to_none=True)
+
+    devices = [device] if device.type == "cuda" else []
+    deadline = time.perf_counter() + 8.0
+    with torch.random.fork_rng(devices):
+        for repeat in range(4):  # the first warms up
+            for precision in candidates:
+                torch.manual_seed(0)
+                took = _seconds_of(lambda p=precision: step(p), device)
+                if repeat:
+                    seconds[precision] = min(seconds[precision], took)
+            if repeat and time.perf_counter() > deadline:
+                break
+    model.load_state_dict(state)
+
+    reference = losses[candidates[0]]
+    agreeing = [p for p in candidates if abs(losses[p] - reference) <= 0.02 * abs(reference)]
+    return min(agreeing or candidates[:1], key=seconds.get), seconds
+
+
+# Data on its way to the network
+
+
+def batch_reader(images, device):
+    """Function from rows (numpy) to a batch of raw images (b, 1, H, W) on the device."""
+
+    def read(rows):
+        batch = torch.from_numpy(np.ascontiguousarray(images[rows])).unsqueeze(1)
+        if device.type == "cuda":
+            return batch.pin_memory().to(device, non_blocking=True)
+        return batch
+
+    return read
+
+
+def fit_transform(images, rows, kind):
+    """Constants of `IntensityTransform` from training images (rows of `images`), as a dict.
+
+    They follow the unit of the data: the offset is the 0.1 % quantile, the softening a fixed share
+    of the mean above it, and mean and std those of the transformed pixels.
+    """
+    chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), TRANSFORM_IMAGES)).astype(int)]
+    pixels = np.asarray(images[chosen], dtype=np.float64)
+    offset = np.quantile(pixels, 0.001)
+    above = np.maximum(pixels - offset, 0).mean()
+    softening = max(SOFTENING * above, np.finfo(np.float32).tiny)
+    if kind in ("sqrt", "linear"):
+        softening = max(above, np.finfo(np.float32).tiny)
+    transform = IntensityTransform(kind, offset, softening).double()
+    z = transform(torch.from_numpy(pixels))
+    constants = {"offset": float(offset), "softening": float(softening)}
+    return {"kind": kind, **constants, "mean": z.mean().item(), "std": z.std().item() or 1.0}
+
+
+@torch.no_grad()
+def in_batches(function, rows, batch_size=EVALUATION_BATCH):
+    """`function` over rows, some at a time, the results (float32, on the CPU) put together."""
+    parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    return torch.cat([function(part).float().cpu() for part in parts])
+
+
+@torch.no_grad()
+def reestimate_batchnorm(model, forward, rows):
+    """Take BatchNorm's running statistics afresh from training rows, everything else as in use.
+
+    The bias in front of a BatchNorm has no gradient, Adam lets it wander, and running means lag
+    behind it: without this, validation may look like chance while training goes well.
+    """
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm1d)]
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # an average over all batches
+        norm.train()
+    batch = min(EVALUATION_BATCH, len(rows))
+    for start in range(0, min(len(rows), BATCHNORM_IMAGES) - batch + 1, batch):
+        forward(rows[start : start + batch])
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
+
+
+# Optimiser
+
+
+def parameter_groups(named_parameters, weight_decay, lr_scale=lambda name: 1.0):
+    """Groups for AdamW: no weight decay on vectors; `lr_scale(name)` multiplies the rate."""
+    groups = {}
+    for name, parameter in named_parameters:
+        decay = weight_decay if parameter.ndim > 1 and not name.endswith("_token") else 0.0
+        key = (lr_scale(name), decay)
+        group = {"params": [], "lr_scale": key[0], "weight_decay": decay}
+        groups.setdefault(key, group)["params"].append(parameter)
+    return list(groups.values())
+
+
+def learning_rate(step, steps, peak, warmup_share=0.05):
+    """Linear warm-up over the first share of the steps, then a cosine to zero."""
+    warmup = max(1, round(warmup_share * steps))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+# The run's folder
+
+
+@contextlib.contextmanager
+def run_folder(out):
+    """Make a run's folder and hold it: a second run into it is refused while this one lives.
+
+    The lock belongs to the process, so one that was killed leaves none behind.
+    """
+    out = Path(out)
+    make_folder(out)
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another run is writing into {out}: choose another --out") from None
+        yield out
+
+
+def write_config(out, args, dataset, **more):
+    """Leave `config.json`: the options, the data and the versions behind a run."""
+    options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    described = {"origin": dataset.origin, "fingerprint": dataset.fingerprint}
+    described |= {"class_names": dataset.class_names, "images": len(dataset.labels)}
+    write_json(
+        Path(out) / "config.json",
+        {"script": Path(sys.argv[0]).name, "options": options, "data": described, **more,
+         "versions": versions},
+    )  # fmt: skip
+
+
+def settings_of(args, dataset, **more):
+    """What decides a run's weights: a checkpoint goes on only under the same."""
+    free = {"out", "resume", "quiet", "device", "data", "cache_dir", "pretrained", "precision"}
+    settings = {k: v for k, v in vars(args).items() if k not in free}
+    return {**settings, "data_fingerprint": dataset.fingerprint, **more}
+
+
+class _Interruption:
+    """Remembers SIGINT or SIGTERM, so that the loop can stop between two steps."""
+
+    def __enter__(self):
+        self.signal = None
+        kinds = (signal.SIGINT, signal.SIGTERM)
+        self.before = {kind: signal.signal(kind, self._remember) for kind in kinds}
+        return self
+
+    def _remember(self, kind, _):
+        self.signal = kind
+
+    def __exit__(self, *_):
+        for kind, handler in self.before.items():
+            signal.signal(kind, handler)
+
+
+# The loop
+
+
+def fit(
+    model,
+    groups,
+    batch_loss,
+    validate,
+    rows,
+    *,
+    args,
+    settings,
+    device,
+    betas=(0.9, 0.999),
+    score=None,
+):
+    """Train `model`, leaving checkpoints and `metrics.jsonl` in the run's folder.
+
+    Parameters
+    ----------
+    model : module whose state is trained, checkpointed and returned.
+    groups : what learns, see `parameter_groups`.
+    batch_loss : rows (b,) -> dict of scalar tensors, "loss" among them.
+    validate : () -> dict of numbers; must not draw from torch's global random numbers.
+    rows : (n,) int, the training rows.
+    args : options of `add_training_arguments`.
+    settings : see `settings_of`.
+    score : validation dict -> number; the weights with the largest are returned. None: the last.
+
+    Returns (state dict, history: a list of dicts, the lines of metrics.jsonl, `Precision`).
+    Raises UserError if the loss is not finite or a checkpoint is of other settings; SystemExit 130
+    or 143 after SIGINT or SIGTERM, with a checkpoint left behind.
+    """
+    out, batch_size = args.out, min(args.batch_size, len(rows))
+    if len(rows) < 2:
+        raise UserError("fewer than two training images: give a larger data set")
+    steps_per_epoch = len(rows) // batch_size
+    steps = args.epochs * steps_per_epoch
+    validate_every = max(1, steps_per_epoch // args.validations_per_epoch)
+
+    checkpoint = weights.load_checkpoint(out) if args.resume else None
+    if checkpoint:
+        _refuse_other_settings(out, checkpoint["settings"], settings)
+        precision = Precision(*checkpoint["precision"])
+        how = "as in the checkpoint"
+    else:
+        model.train()
+        first = rows[:batch_size]
+        precision, seconds = choose_precision(
+            args.precision, model, lambda: batch_loss(first)["loss"], device
+        )
+        how = ", ".join(f"{p.name}/{p.attention} {1e3 * t:.0f} ms" for p, t in seconds.items())
+    print(f"{device}: {precision.name}, {precision.attention} attention ({how})")
+    set_attention_form(model, precision.attention)
+
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=betas, fused=True)
+    history, best, sums, since, start, elapsed = [], None, {}, 0, 0, 0.0
+    if checkpoint:
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        history, best, sums = checkpoint["history"], checkpoint["best"], checkpoint["sums"]
+        since, start, elapsed = checkpoint["since"], checkpoint["step"], checkpoint["elapsed"]
+        torch.set_rng_state(checkpoint["rng"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"], device)
+        print(f"goes on at step {start} of {steps}")
+
+    begun = time.perf_counter() - elapsed
+
+    def save_checkpoint(step):
+        content = {
+            "settings": settings,
+            "precision": tuple(precision),
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "history": history,
+            "best": best,
+            "sums": sums,
+            "since": since,
+            "step": step,
+            "elapsed": time.perf_counter() - begun,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        }
+        weights.save_checkpoint(out, content)
+
+    bar = tqdm(
+        total=steps, initial=start, unit="step", desc=Path(out).name,
+        disable=args.quiet or not sys.stderr.isatty(),
+    )  # fmt: skip
+    saved_at, order, order_epoch = time.perf_counter(), None, None
+    with bar, _Interruption() as interruption:
+        for step in range(start, steps):
+            epoch, position = divmod(step, steps_per_epoch)
+            if epoch != order_epoch:
+                order = np.random.default_rng([args.seed, epoch]).permutation(rows)
+                order_epoch = epoch
+            lr = learning_rate(step, steps, args.lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+
+            model.train()
+            with precision.autocast(device):
+                losses = batch_loss(order[position * batch_size : (position + 1) * batch_size])
+            loss = losses["loss"].item()
+            if not math.isfinite(loss):
+                kept = next((p for p in weights.checkpoint_paths(out) if p.exists()), "none yet")
+                raise UserError(
+                    f"the loss is {loss} at step {step} with learning rate {lr:.3g}: lower --lr; "
+                    f"last good checkpoint: {kept}"
+                )
+            losses["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value.item()
+            since += 1
+            bar.update()
+            if step % 10 == 0:
+                bar.set_postfix(loss=f"{loss:.5f}", refresh=False)
+
+            done = step + 1
+            if done == steps or (position + 1) % validate_every == 0:
+                model.eval()
+                measured = validate()
+                seconds = time.perf_counter() - begun
+                line = {
+                    "epoch": round(done / steps_per_epoch, 4),
+                    "step": done,
+                    "lr": lr,
+                    **{f"train_{name}": total / since for name, total in sums.items()},
+                    **{f"validation_{name}": value for name, value in measured.items()},
+                    "seconds": round(seconds, 2),
+                }
+                history.append(line)
+                sums, since = {}, 0
+                if score and (best is None or score(measured) > best["score"]):
+                    state = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+                    best = {"score": score(measured), "model": state}
+                _write_metrics(out, history)
+                _report(bar, line, args.epochs, seconds * (steps - done) / done)
+            stop = interruption.signal
+            due = time.perf_counter() - saved_at > CHECKPOINT_SECONDS
+            if due or stop or done == steps:
+                save_checkpoint(done)
+                saved_at = time.perf_counter()
+            if stop:
+                print(f"stopped at step {done} of {steps}: go on with --resume", file=sys.stderr)
+                raise SystemExit(128 + stop)
+    _write_metrics(out, history)
+    state = best["model"] if best else model.state_dict()
+    return state, history, precision
+
+
+def _refuse_other_settings(out, before, now):
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise UserError(
+                f"--resume: the checkpoint in {out} has {name} = {before.get(name)}, now it is "
+                f"{now.get(name)}: use the same settings, or start anew without --resume"
+            )
+
+
+def _write_metrics(out, history):
+    write_text(Path(out) / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+
+
+def _report(bar, line, epochs, seconds_left):
+    shown = ", ".join(
+        f"{name.replace('_', ' ')} {value:.5f}"
+        for name, value in line.items()
+        if name.startswith(("train", "validation"))
+    )
+    bar.write(f"epoch {line['epoch']:g}/{epochs}: {shown}; {seconds_left:.0f} s left")
