@@ -9,24 +9,14 @@ and modification times, so a changed folder is packed anew.
 
 import argparse
 import hashlib
-import os
 import shutil
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from files import (
-    UserError,
-    directory_to_be,
-    make_folder,
-    read_json,
-    read_npy,
-    run,
-    write_json,
-)
+from files import UserError, directory_to_be, make_folder, read_json, read_npy, run, write_json
 
 FORMAT = 1
 CHECK_BLOCK = 4096  # images looked at together when pixels are checked
@@ -160,9 +150,15 @@ def _pack(class_files, packed, origin, progress):
     paths = [(p, label) for label, files in enumerate(class_files.values()) for p in files]
     first, first_path = read_image(paths[0][0]), paths[0][0]
     try:
+        make_folder(packed.parent)
+    except UserError as error:
+        raise UserError(f"{error}; --cache-dir keeps the packed copy elsewhere") from None
+    try:
         with directory_to_be(packed) as folder:
             writer = PackedWriter(folder, (len(paths), *first.shape), class_files, origin)
-            for path, label in tqdm(paths, desc="pack", unit="img", disable=not progress):
+            for path, label in tqdm(
+                paths, desc="pack", unit="img", disable=None if progress else True
+            ):
                 image = read_image(path)
                 if image.shape != first.shape:
                     raise UserError(
@@ -171,10 +167,6 @@ def _pack(class_files, packed, origin, progress):
                     )
                 writer.append(image[None], label)
             writer.close()
-    except UserError as error:
-        if "cannot" in str(error):
-            raise UserError(f"{error}; or keep the packed copy elsewhere: --cache-dir") from None
-        raise
     except OSError:
         if not (packed / "dataset.json").exists():  # else another process packed the same folder
             raise
@@ -250,11 +242,14 @@ def add_data_arguments(parser):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description="Pack a folder of .npy images into one array and say what it holds.",
-        epilog="example: python data.py --data lenses --out lenses-packed",
+        description="Pack a folder of .npy images, if it has not been, and say what it holds.",
+        epilog="example: python data.py --data lenses",
     )
     add_data_arguments(parser)
-    parser.add_argument("--out", type=Path, help="link or copy of the packed data set to leave")
+    parser.add_argument(
+        "--out", type=Path, metavar="JSON",
+        help="description to leave; a file that says the same already is not touched",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of the split (default: 0)")
     return parser.parse_args(argv)
 
@@ -263,12 +258,18 @@ def main(argv=None):
     args = parse_args(argv)
     dataset = load(args.data, args.cache_dir)
     parts = split(dataset, args.seed)
+    counts = {
+        class_name: {part: int((dataset.labels[rows] == k).sum()) for part, rows in parts.items()}
+        for k, class_name in enumerate(dataset.class_names)
+    }
     size = dataset.img_size
     print(f"{len(dataset.labels)} images of {size}×{size} pixels, {dataset.origin}")
-    for label, class_name in enumerate(dataset.class_names):
-        counts = [int((dataset.labels[rows] == label).sum()) for rows in parts.values()]
-        numbers = ", ".join(f"{count} {part}" for part, count in zip(PARTS, counts, strict=True))
-        print(f"  {class_name}: {numbers}")
+    for class_name, by_part in counts.items():
+        print(f"  {class_name}: " + ", ".join(f"{n} {part}" for part, n in by_part.items()))
+    if args.out:
+        described = {"fingerprint": dataset.fingerprint, "img_size": size, "images": counts}
+        if not args.out.exists() or read_json(args.out) != described:
+            write_json(args.out, described)
 
 
 if __name__ == "__main__":

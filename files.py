@@ -7,6 +7,7 @@ them itself.
 
 import ast
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -110,7 +111,7 @@ def make_folder(path):
     except OSError as error:
         raise UserError(f"cannot create folder {path}: {error.strerror}") from None
     if not os.access(path, os.W_OK):
-        raise UserError(f"cannot write into folder {path}: choose another or change its rights")
+        raise UserError(f"cannot write into folder {path}: change its rights or choose another")
 
 
 def write_text(path, text):
@@ -139,6 +140,15 @@ def read_json(path):
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object; make it anew")
     return value
+
+
+def sha256_of(path):
+    """SHA-256 of a file's content, in hexadecimal; UserError if it cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def read_npy(path):
@@ -177,6 +187,8 @@ def _read_header(file):
     text = file.read(length)
     if len(text) != length:
         raise ValueError("the file is truncated")
+    if b"\\" in text:  # no array needs an escape, and Python warns of odd ones on the terminal
+        raise ValueError("the header is not that of an array")
     header = ast.literal_eval(text.decode("latin1").strip())
     if not isinstance(header, dict) or set(header) != {"descr", "fortran_order", "shape"}:
         raise ValueError("the header is not that of an array")
@@ -218,10 +230,7 @@ def _read_numbers(path, file, size, shape, fortran_order, dtype):
 
 # The opcodes that numpy's pickles of arrays and numbers consist of (protocols 2 to 4).
 _PICKLE_OPCODES = frozenset(
-    "PROTO FRAME STOP GLOBAL STACK_GLOBAL REDUCE BUILD MARK TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_TUPLE "
-    "EMPTY_LIST APPEND APPENDS NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT "
-    "BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES BINPUT LONG_BINPUT MEMOIZE BINGET "
-    "LONG_BINGET".split()
+    ["PROTO", "FRAME", "STOP", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD", "MARK", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_TUPLE", "EMPTY_LIST", "APPEND", "APPENDS", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINBYTES", "SHORT_BINBYTES", "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET"]
 )
 
 

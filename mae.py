@@ -32,7 +32,9 @@ def sincos_positions(dim, grid_size):
     Returns a float32 tensor (1, 1 + grid_size², dim). Raises ValueError unless 4 divides `dim`.
     """
     if dim % 4:
-        raise ValueError(f"the embedding width must be a multiple of 4 for 2-D positions, got {dim}")
+        raise ValueError(
+            f"the embedding width must be a multiple of 4 for 2-D positions, got {dim}"
+        )
     omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     row, column = torch.meshgrid(torch.arange(grid_size), torch.arange(grid_size), indexing="ij")
     halves = []
@@ -385,5 +387,5 @@ class Classifier(Encoder):
         mean = tokens[:, 1:].mean(dim=1)
         return mean if self.pool == "mean" else torch.cat([tokens[:, 0], mean], dim=1)
 
-    def forward(self, images):
-        return self.fc(self.features(images))
+    def forward(self, images, ids_keep=None):
+        return self.fc(self.features(images, ids_keep))

@@ -4,10 +4,10 @@ import matplotlib
 
 matplotlib.use("Agg")  # no window: machines without a screen
 
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
 
-from files import file_to_be  # noqa: E402
+from files import file_to_be
 
 plt.rcParams.update({"figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9})
 

@@ -65,7 +65,7 @@ def pretrain(args):
     noise = validation_noise(len(validation), model.num_patches, seed=0)
     place = {row: i for i, row in enumerate(validation)}
 
-    def batch_loss(batch):
+    def batch_loss(batch, _):
         loss, _, _ = model(transform(read(batch)), args.mask_ratio)
         return {"loss": loss}
 

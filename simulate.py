@@ -283,14 +283,18 @@ def simulate(model, per_class, seed, noise=False, device="cpu", progress=True):
     The same arguments give the same images; class and batch have random streams of their own.
     """
     batch = 1000
-    with tqdm(total=len(CLASS_NAMES) * per_class, unit="img", disable=not progress) as bar:
+    with tqdm(
+        total=len(CLASS_NAMES) * per_class, unit="img", disable=None if progress else True
+    ) as bar:
         for label, class_name in enumerate(CLASS_NAMES):
             bar.set_description(f"simulate {class_name}")
             for start in range(0, per_class, batch):
                 rng = np.random.default_rng([seed, label, start])
                 count = min(batch, per_class - start)
                 source, point_masses, axion_mass = sample(class_name, count, rng)
-                source, point_masses = (torch.as_tensor(a).to(device) for a in (source, point_masses))
+                source, point_masses = (
+                    torch.as_tensor(a).to(device) for a in (source, point_masses)
+                )
                 images = render(source, point_masses, model, torch.float32).cpu()
                 yield class_name, observe(images, model, noise, rng).numpy(), axion_mass
                 bar.update(count)

@@ -25,7 +25,7 @@ from lenstronomy.LightModel.light_model import LightModel
 from lenstronomy.SimulationAPI.sim_api import SimAPI
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-import simulate  # noqa: E402
+import simulate
 
 SOURCE = {"R_sersic": 0.25, "n_sersic": 1, "e1": -0.1, "e2": 0.1}
 

@@ -1,0 +1,75 @@
+# make reproduce [DATA=folder]   everything from images to predictions, in runs/; goes on where it stopped
+# make test                      the tests
+# make clean                     remove runs/
+
+PYTHON ?= python3
+RUNS ?= runs
+PER_CLASS ?= 30000
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/ready
+
+# Without DATA the images are simulated; a folder given with DATA is packed once into runs/cache.
+ifdef DATA
+INPUT := --data $(DATA) --cache-dir $(RUNS)/cache
+SAMPLES := $(if $(wildcard $(DATA)/dataset.json),$(DATA)/images.npy,\
+  $$(for c in "$(DATA)"/*/; do find "$$c" -name '*.npy' | sort | head -n 5; done))
+else
+INPUT := --data $(RUNS)/data
+SAMPLES := $(RUNS)/samples
+SIMULATED_SAMPLES := $(RUNS)/samples/.ready
+SIMULATED := $(RUNS)/data/dataset.json
+endif
+
+PRETRAINED := $(RUNS)/pretrain/vit-mae-wt.pth
+STRATEGIES := $(foreach run,head layernorm full,$(RUNS)/$(run)/vit-mae-classifier-wt.pth)
+SCRATCH := $(RUNS)/scratch/vit-mae-classifier-wt.pth
+MODEL := $(RUNS)/classifier.onnx
+
+.PHONY: reproduce test clean FORCE
+.DELETE_ON_ERROR:
+
+reproduce: $(RUNS)/evaluation/metrics.json $(RUNS)/predictions.csv
+	@cat $(RUNS)/evaluation/comparison.md
+
+test: $(READY)
+	$(PY) -m pytest -q tests
+
+clean:
+	rm -rf $(RUNS)
+
+$(READY): requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(RUNS)/data/dataset.json: | $(READY)
+	$(PY) simulate.py --model Model_II --per-class $(PER_CLASS) --seed 0 --out $(RUNS)/data
+
+# Rewritten only when the data changed, so that a changed folder is trained on anew.
+$(RUNS)/dataset.json: $(SIMULATED) FORCE | $(READY)
+	$(PY) data.py $(INPUT) --out $@
+
+$(PRETRAINED): $(RUNS)/dataset.json | $(READY)
+	$(PY) pretrain.py $(INPUT) --out $(@D) --resume
+
+$(STRATEGIES): $(RUNS)/%/vit-mae-classifier-wt.pth: $(PRETRAINED)
+	$(PY) finetune.py $(INPUT) --pretrained $(PRETRAINED) --strategy $* --out $(@D) --resume
+
+$(SCRATCH): $(RUNS)/dataset.json | $(READY)
+	$(PY) finetune.py $(INPUT) --pretrained none --strategy full --out $(@D) --resume
+
+$(RUNS)/evaluation/metrics.json: $(STRATEGIES) $(SCRATCH)
+	$(PY) evaluate.py $(INPUT) --weights $^ --out $(@D)
+
+# The strategy that is best on validation.
+$(MODEL): $(STRATEGIES)
+	$(PY) export.py $(INPUT) --weights $^ --out $@
+
+# A few images to predict on: freshly simulated, or the first of every class folder.
+$(RUNS)/samples/.ready: | $(READY)
+	$(PY) simulate.py --model Model_II --per-class 5 --seed 1 --layout folder --out $(RUNS)/samples
+	touch $@
+
+$(RUNS)/predictions.csv: $(MODEL) $(SIMULATED_SAMPLES)
+	$(PY) predict.py --model $(MODEL) --out $@ $(SAMPLES)

@@ -1,0 +1,206 @@
+"""Evaluate classifiers on the test split: accuracy, AUC with intervals, ROC, confusion matrix.
+
+Leaves in --out: metrics.json, comparison.md (the table, beside the published rows), roc.png and
+confusion_matrix.png.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from sklearn.metrics import confusion_matrix, roc_auc_score, roc_curve
+from tqdm import tqdm
+
+import data
+import plots
+import train
+import weights
+from files import UserError, make_folder, run, write_json, write_text
+
+EXAMPLE = """example:
+  python evaluate.py --data lenses --weights runs/full/vit-mae-classifier-wt.pth --out runs/evaluation"""
+
+# (name, AUC by class, macro AUC, accuracy) as published for this benchmark; None: not given.
+PUBLISHED = (
+    ("published, head", {"axion": 0.92, "cdm": 0.92, "no_sub": 0.99}, None, None),
+    ("published, LayerNorm", {"axion": 0.94, "cdm": 0.90, "no_sub": 0.99}, None, None),
+    ("published, full", {"axion": 0.90, "cdm": 0.89, "no_sub": 0.90}, None, 0.928),
+    ("published 2025, MAE", {}, 0.968, 0.887),
+    ("published 2025, from scratch", {}, 0.957, 0.825),
+)
+
+
+def accuracy(probabilities, labels):
+    """Share of images whose most probable class is the true one."""
+    return float((probabilities.argmax(axis=1) == labels).mean())
+
+
+def auc_by_class(probabilities, labels):
+    """One-vs-rest area under the ROC curve of each class: (N, K), (N,) -> list of K."""
+    return [
+        float(roc_auc_score(labels == k, probabilities[:, k]))
+        for k in range(probabilities.shape[1])
+    ]
+
+
+def measures(probabilities, labels):
+    """The numbers of one evaluation as an array: AUC of each class, macro AUC, accuracy."""
+    aucs = auc_by_class(probabilities, labels)
+    return np.array([*aucs, np.mean(aucs), accuracy(probabilities, labels)])
+
+
+def bootstrap(probabilities, labels, resamples, seed, progress=True):
+    """95 % percentile intervals of `measures`, (K + 2, 2), resampling images within each class."""
+    rng = np.random.default_rng(seed)
+    by_class = [np.flatnonzero(labels == k) for k in range(probabilities.shape[1])]
+    values = []
+    for _ in tqdm(
+        range(resamples), desc="bootstrap", leave=False, disable=None if progress else True
+    ):
+        rows = np.concatenate([rng.choice(members, len(members)) for members in by_class])
+        values.append(measures(probabilities[rows], labels[rows]))
+    return np.quantile(values, [0.025, 0.975], axis=0).T
+
+
+def predict_probabilities(model, images, rows, device):
+    """Class probabilities (n, K) of rows of the raw `images` (N, H, W), in float32."""
+    read = train.batch_reader(images, device)
+    model.eval().to(device)
+    return train.in_batches(lambda b: model(read(b)).softmax(dim=1), rows).numpy()
+
+
+def names_of_runs(paths):
+    """A short name for each weights file: its folder's."""
+    names = [path.resolve().parent.name for path in paths]
+    return [n if names.count(n) == 1 else str(p) for n, p in zip(names, paths, strict=True)]
+
+
+def labels_for(class_names, dataset, path):
+    """Labels of the data in the order of a model's class names; UserError where they differ."""
+    for name in dataset.class_names:
+        if name not in class_names:
+            raise UserError(f"{path} knows the classes {', '.join(class_names)}, not {name}")
+    for name in class_names:
+        if name not in dataset.class_names:
+            raise UserError(f"the data has no class folder {name}, which {path} was trained on")
+    order = np.array([class_names.index(name) for name in dataset.class_names])
+    return order[dataset.labels]
+
+
+def evaluate(args):
+    dataset = data.load(args.data, args.cache_dir)
+    device = train.resolve_device(args.device)
+    make_folder(args.out)
+    results, curves, matrices = {}, {}, {}
+    for name, path in zip(names_of_runs(args.weights), args.weights, strict=True):
+        model, content = weights.load_classifier(path)
+        class_names = content["class_names"]
+        if model.img_size != dataset.img_size:
+            raise UserError(
+                f"{path} is for images of {model.img_size} pixels, {args.data} has "
+                f"{dataset.img_size}"
+            )
+        labels = labels_for(class_names, dataset, path)
+        rows = rows_to_evaluate(args, dataset, content)
+        probabilities = predict_probabilities(model, dataset.images, rows, device)
+        labels = labels[rows]
+        values = measures(probabilities, labels)
+        intervals = bootstrap(probabilities, labels, args.resamples, args.seed)
+        keys = [*class_names, "macro", "accuracy"]
+        results[name] = {
+            key: {"value": value, "low": low, "high": high}
+            for key, value, (low, high) in zip(
+                keys, values.tolist(), intervals.tolist(), strict=True
+            )
+        }
+        results[name]["images"] = len(rows)
+        matrices[name] = confusion_matrix(
+            labels, probabilities.argmax(axis=1), labels=range(len(class_names))
+        )
+        curves[name] = {
+            class_name: (*roc_curve(labels == k, probabilities[:, k])[:2], values[k])
+            for k, class_name in enumerate(class_names)
+        }
+
+    table = comparison(results, class_names)
+    print(table)
+    write_json(
+        args.out / "metrics.json",
+        {
+            "data": {"origin": dataset.origin, "fingerprint": dataset.fingerprint},
+            "split": args.split,
+            "intervals": f"95 %, {args.resamples} bootstrap resamples, seed {args.seed}",
+            "class_names": class_names,
+            "results": results,
+            "confusion": {name: matrix.tolist() for name, matrix in matrices.items()},
+        },
+    )
+    write_text(args.out / "comparison.md", table + "\n")
+    plots.roc_curves(args.out / "roc.png", curves)
+    plots.confusion_matrices(args.out / "confusion_matrix.png", matrices, class_names)
+
+
+def rows_to_evaluate(args, dataset, content):
+    """The test rows under the split that the weights were trained with, or all rows.
+
+    UserError if "all" is asked of the very data that the weights were trained on.
+    """
+    trained_on = content["run"].get("data_fingerprint")
+    if args.split == "all":
+        if trained_on == dataset.fingerprint:
+            raise UserError("--split all: the weights were trained on this data; use --split test")
+        return np.arange(len(dataset.labels))
+    seed = content["run"].get("split_seed")
+    if not isinstance(seed, int) or seed < 0:
+        raise UserError("the weights do not say how the data was split: train anew")
+    return data.split(dataset, seed)["test"]
+
+
+def comparison(results, class_names):
+    """Markdown table of the results with intervals, the published rows below."""
+
+    def cell(entry, scale=1, digits=4):
+        low, high = scale * entry["low"], scale * entry["high"]
+        return f"{scale * entry['value']:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
+
+    header = ["run", *(f"AUC {name}" for name in class_names), "macro AUC", "accuracy %"]
+    lines = [header, ["---"] * len(header)]
+    for name, result in results.items():
+        aucs = [cell(result[key]) for key in (*class_names, "macro")]
+        lines.append([name, *aucs, cell(result["accuracy"], 100, 2)])
+    for name, aucs, macro, correct in PUBLISHED:
+        if set(class_names) >= set(aucs) and {"axion", "cdm", "no_sub"} == set(class_names):
+            by_class = [f"{aucs[key]:.2f}" if key in aucs else "" for key in class_names]
+            macro = f"{macro:.3f}" if macro else ""
+            lines.append([name, *by_class, macro, f"{100 * correct:.1f}" if correct else ""])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=train.HelpFormatter
+    )
+    data.add_data_arguments(parser)
+    parser.add_argument(
+        "--weights", type=Path, nargs="+", required=True, metavar="PTH", help="classifiers"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument(
+        "--split", choices=("test", "all"), default="test",
+        help="the test part, or all images of data that training never saw",
+    )  # fmt: skip
+    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
+    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    args = parser.parse_args(argv)
+    if args.resamples < 1:
+        raise UserError(f"--resamples must be at least 1, got {args.resamples}")
+    return args
+
+
+def main(argv=None):
+    evaluate(parse_args(argv))
+
+
+if __name__ == "__main__":
+    run(main)

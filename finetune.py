@@ -1,0 +1,245 @@
+"""Fine-tune a classifier on all classes: the head alone, every LayerNorm, or the whole network.
+
+Leaves in --out: vit-mae-classifier-wt.pth (weights of the best validation macro AUC), config.json,
+metrics.jsonl and curves.png (loss, accuracy and AUC).
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import plots
+import train
+import weights
+from evaluate import accuracy, auc_by_class
+from files import UserError, run, sha256_of
+from mae import Classifier, random_masking
+
+EXAMPLE = """examples:
+  python finetune.py --data lenses --pretrained runs/pretrain/vit-mae-wt.pth --strategy full --out runs/full
+  python finetune.py --data lenses --pretrained none --strategy full --out runs/scratch"""
+
+# Largest learning rate and epochs by strategy; chosen on validation.
+DEFAULTS = {
+    "head": {"lr": 2e-3, "epochs": 20},
+    "layernorm": {"lr": 5e-3, "epochs": 2},
+    "full": {"lr": 1e-3, "epochs": 3},
+}
+ALL_PATCHES_FROM = 2 / 3  # of the steps: from then on no patch is left out
+
+
+def build_classifier(args, dataset, train_rows):
+    """A `Classifier` with the encoder of --pretrained, or from random weights for "none".
+
+    Returns (model, the arguments it was made with). UserError where data and weights do not fit.
+    """
+    classes = {"num_classes": len(dataset.class_names), "pool": args.pool}
+    if args.pretrained == "none":
+        train.check_patch_size(args.patch_size, dataset.img_size)
+        sizes = {n: getattr(args, n) for n in ("patch_size", "embed_dim", "depth", "num_heads")}
+        transform = train.fit_transform(dataset.images, train_rows, args.transform)
+        config = {"img_size": dataset.img_size, **sizes, **classes, "transform": transform}
+        try:
+            return Classifier(**config), config
+        except ValueError as error:
+            raise UserError(f"these network options do not fit together: {error}") from None
+    mae, content = weights.load_mae(args.pretrained)
+    if mae.img_size != dataset.img_size:
+        raise UserError(
+            f"{args.pretrained} is for images of {mae.img_size} pixels and {args.data} has "
+            f"{dataset.img_size}: pre-train on images of this size"
+        )
+    sizes = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
+    config = {k: v for k, v in content["config"].items() if k in (*sizes, "transform")} | classes
+    model = Classifier(**config)
+    encoder = {k: v for k, v in mae.state_dict().items() if k in model.state_dict()}
+    model.load_state_dict({**model.state_dict(), **encoder})
+    return model, config
+
+
+# A strategy says which parameters learn: (name, parameter) pairs.
+
+
+def learns_in_head(model):
+    return [(f"fc.{name}", parameter) for name, parameter in model.fc.named_parameters()]
+
+
+def learns_in_layernorm(model):
+    norms = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
+    inside = [(f"{n}.{k}", p) for n, m in norms for k, p in m.named_parameters()]
+    return inside + learns_in_head(model)
+
+
+def learns_in_full(model):
+    return [(name, p) for name, p in model.named_parameters() if name != "pos_embed"]
+
+
+STRATEGIES = {
+    "head": learns_in_head,
+    "layernorm": learns_in_layernorm,
+    "full": learns_in_full,
+}
+
+
+def layer_of(name, depth):
+    """How deep a parameter lies: 0 the embedding, 1..depth the blocks, depth + 1 the head."""
+    if name.startswith(("patch_embed", "cls_token")):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return depth + 1
+
+
+def finetune(args):
+    dataset = data.load(args.data, args.cache_dir)
+    if len(dataset.class_names) < 2:
+        raise UserError(f"{args.data} has one class only: a classifier needs at least two")
+    parts = data.split(dataset, args.split_seed)
+    rows = parts["train"]
+    if args.labels < 1:
+        rows = share_of_each_class(dataset.labels, rows, args.labels, args.seed)
+    device = train.resolve_device(args.device)
+    torch.manual_seed(args.seed)
+    model, config = build_classifier(args, dataset, rows)
+    model.to(device)
+    labels = torch.from_numpy(np.array(dataset.labels)).to(device)
+    read = train.batch_reader(dataset.images, device)
+
+    learning = STRATEGIES[args.strategy](model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for _, parameter in learning:
+        parameter.requires_grad_(True)
+
+    decay = args.layer_decay if args.strategy == "full" and args.pretrained != "none" else 1.0
+    groups = train.parameter_groups(
+        learning, args.weight_decay,
+        lambda name: decay ** (len(model.blocks) + 1 - layer_of(name, len(model.blocks))),
+    )  # fmt: skip
+
+    if args.strategy == "head":
+        # The encoder is frozen: its output is computed once, not every epoch.
+        trained = model.fc
+        used = np.concatenate([rows, parts["validation"]])
+        model.eval()
+        features = torch.zeros(len(dataset.labels), model.fc[0].in_features, device=device)
+        features[used] = train.in_batches(lambda b: model.features(read(b)), used).to(device)
+
+        def logits_of(batch, _=None):
+            return model.fc(features[batch])
+    else:
+        trained = model
+
+        def logits_of(batch, ids_keep=None):
+            return model(read(batch), ids_keep)
+
+    def batch_loss(batch, progress):
+        ids_keep = None
+        if args.patch_dropout and args.strategy != "head" and progress < ALL_PATCHES_FROM:
+            keep = max(1, round(model.num_patches * (1 - args.patch_dropout)))
+            noise = torch.rand(len(batch), model.num_patches, device=device)
+            ids_keep, _ = random_masking(noise, keep)
+        logits, target = logits_of(batch, ids_keep).float(), labels[batch]
+        correct = (logits.detach().argmax(dim=1) == target).float().mean()
+        return {"loss": F.cross_entropy(logits, target), "accuracy": correct}
+
+    def validate():
+        train.reestimate_batchnorm(trained, logits_of, rows[:: max(1, len(rows) // 4096)])
+        logits = train.in_batches(logits_of, parts["validation"])
+        target = labels[parts["validation"]].cpu()
+        probabilities = logits.softmax(dim=1).numpy()
+        return {
+            "loss": F.cross_entropy(logits, target).item(),
+            "accuracy": accuracy(probabilities, target.numpy()),
+            "macro_auc": float(np.mean(auc_by_class(probabilities, target.numpy()))),
+        }
+
+    with train.run_folder(args.out):
+        source = "none" if args.pretrained == "none" else sha256_of(args.pretrained)
+        settings = train.settings_of(args, dataset, pretrained_sha256=source)
+        train.write_config(args.out, args, dataset, model=config)
+        state, history, precision = train.fit(
+            trained, groups, batch_loss, validate, rows, args=args, settings=settings,
+            device=device, score=lambda measured: measured["macro_auc"],
+        )  # fmt: skip
+        trained.load_state_dict(state)
+        plots.classifier_curves(args.out / "curves.png", history)
+        best = max(history, key=lambda line: line["validation_macro_auc"])
+        weights.save(
+            args.out / "vit-mae-classifier-wt.pth",
+            model.state_dict(),
+            config,
+            dataset.class_names,
+            {**settings, "precision": precision.name, "best": best, "data": str(args.data)},
+        )
+        weights.remove_checkpoints(args.out)
+    print(f"weights in {args.out / 'vit-mae-classifier-wt.pth'}")
+
+
+def share_of_each_class(labels, rows, share, seed):
+    """A random share of `rows`, the same of every class and at least two of each."""
+    rng = np.random.default_rng(seed)
+    kept = []
+    for label in np.unique(labels[rows]):
+        of_class = rng.permutation(rows[labels[rows] == label])
+        kept.append(of_class[: max(2, round(share * len(of_class)))])
+    return np.sort(np.concatenate(kept))
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=train.HelpFormatter
+    )
+    data.add_data_arguments(parser)
+    parser.add_argument(
+        "--pretrained", required=True, metavar="PTH|none",
+        help="weights that pretrain.py left; none starts from random weights",
+    )  # fmt: skip
+    parser.add_argument("--strategy", choices=STRATEGIES, required=True, help="what learns")
+    train.add_training_arguments(parser)
+    group = parser.add_argument_group("classifier")
+    group.add_argument(
+        "--pool", choices=("mean", "cls", "both"), default="mean",
+        help="tokens that the head sees",
+    )  # fmt: skip
+    group.add_argument(
+        "--layer-decay", type=float, default=0.75,
+        help="learning rate of a block over that of the next one (full, pre-trained)",
+    )  # fmt: skip
+    group.add_argument(
+        "--patch-dropout", type=float, default=0.5,
+        help="share of patches left out at random, to be faster, in the first two thirds of the "
+        "steps (layernorm, full)",
+    )  # fmt: skip
+    group.add_argument(
+        "--labels", type=float, default=1.0, help="share of the training labels to use"
+    )
+    train.add_model_arguments(parser)
+    args = parser.parse_args(argv)
+    for name, value in DEFAULTS[args.strategy].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    train.check_arguments(args)
+    for flag in ("layer_decay", "labels"):
+        if not 0 < getattr(args, flag) <= 1:
+            raise UserError(f"--{flag.replace('_', '-')} must be in (0, 1]")
+    if not 0 <= args.patch_dropout < 1:
+        raise UserError(f"--patch-dropout must be in [0, 1), got {args.patch_dropout}")
+    if args.strategy != "full" and args.pretrained == "none":
+        raise UserError("--pretrained none has nothing to keep fixed: use --strategy full")
+    if args.pretrained != "none":
+        args.pretrained = Path(args.pretrained)
+    return args
+
+
+def main(argv=None):
+    finetune(parse_args(argv))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,78 @@
+"""What the tests share: the scripts on the path, small data sets, and a way to run a script."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import simulate
+
+TINY_NETWORK = ["--patch-size", "16", "--embed-dim", "32", "--depth", "2", "--num-heads", "2"]
+TINY_DECODER = ["--decoder-embed-dim", "16", "--decoder-num-heads", "2"]
+
+
+def run_script(name, *arguments, check=True):
+    """Run a script as a user would; returns the finished process with its text."""
+    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if check:
+        assert process.returncode == 0, process.stdout + process.stderr
+    return process
+
+
+def assert_user_error(process, *named):
+    """The process ended with code 2 and one line that names what is wrong."""
+    lines = process.stderr.strip().splitlines()
+    assert process.returncode == 2, process.stdout + process.stderr
+    assert "Traceback" not in process.stderr
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 1, process.stderr
+    for text in named:
+        assert str(text) in errors[0]
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory):
+    """Packed data set of 100 Model_II images a class."""
+    out = tmp_path_factory.mktemp("data") / "packed"
+    batches = simulate.simulate("Model_II", 100, seed=3, progress=False)
+    simulate.write_packed(out, batches, 100, "Model_II", "tiny")
+    return out
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """The same images in the public folder layout."""
+    out = tmp_path_factory.mktemp("data") / "folder"
+    simulate.write_folder(out, simulate.simulate("Model_II", 100, seed=3, progress=False))
+    return out
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory, folder):
+    """Folder of runs on the folder data set: pretrain, head, layernorm, full, scratch, onnx."""
+    out = tmp_path_factory.mktemp("runs")
+    cache = ("--data", folder, "--cache-dir", out / "cache")
+    run_script("pretrain.py", *cache, "--out", out / "pretrain", "--epochs", 2, "--batch-size", 16,
+               *TINY_NETWORK, *TINY_DECODER)  # fmt: skip
+    pretrained = out / "pretrain" / "vit-mae-wt.pth"
+    for strategy in ("head", "layernorm", "full"):
+        run_script("finetune.py", *cache, "--pretrained", pretrained, "--strategy", strategy,
+                   "--out", out / strategy, "--epochs", 2)  # fmt: skip
+    run_script("finetune.py", *cache, "--pretrained", "none", "--strategy", "full",
+               "--out", out / "scratch", "--epochs", 1, *TINY_NETWORK)  # fmt: skip
+    files = [out / s / "vit-mae-classifier-wt.pth" for s in ("head", "layernorm", "full")]
+    run_script("export.py", "--weights", *files, *cache, "--out", out / "classifier.onnx")
+    return out
+
+
+@pytest.fixture
+def lens_image():
+    """One raw Model_II image (64, 64)."""
+    images = next(simulate.simulate("Model_II", 1, seed=9, progress=False))[1]
+    return np.array(images[0])

@@ -1,0 +1,155 @@
+"""From folder to packed array to split: nothing changes, nothing leaks, mistakes are named."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+from conftest import assert_user_error, run_script
+
+import data
+from files import UserError
+
+
+def write_classes(root, counts, size=8, seed=0):
+    rng = np.random.default_rng(seed)
+    for name, count in counts.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            np.save(root / name / f"{i}.npy", rng.random((size, size)))
+    return root
+
+
+def test_class_names_come_from_the_folders(tmp_path):
+    root = write_classes(tmp_path / "d", {"spiral": 4, "ring": 3, "merger": 5, "disc": 6})
+    dataset = data.load(root)
+    assert dataset.class_names == ("disc", "merger", "ring", "spiral")
+    assert np.bincount(dataset.labels).tolist() == [6, 5, 3, 4]
+    first = np.load(root / "disc" / "0.npy").astype(np.float32)
+    assert np.array_equal(dataset.images[0], first)
+
+
+def test_a_folder_is_packed_once_and_anew_when_it_changes(tmp_path, monkeypatch):
+    root = write_classes(tmp_path / "d", {"a": 3, "b": 3})
+    before = data.load(root)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_pack", None)  # packing again would fail
+        assert data.load(root).fingerprint == before.fingerprint
+    np.save(root / "a" / "1.npy", np.zeros((8, 8)))
+    after = data.load(root)
+    assert after.fingerprint != before.fingerprint
+    assert not after.images[1].any()
+    assert len(list((root / ".packed").iterdir())) == 1
+
+
+def test_a_half_written_cache_is_not_read(tmp_path):
+    root = write_classes(tmp_path / "d", {"a": 3, "b": 3})
+    packed = root / ".packed" / data._folder_fingerprint(data.list_classes(root))[:32]
+    data.load(root)
+    (packed / "dataset.json").unlink()
+    shutil.rmtree(packed)
+    leftover = packed.with_name(f".{packed.name}.1.tmp")
+    leftover.mkdir()
+    (leftover / "images.npy").write_bytes(b"half")
+    assert len(data.load(root).labels) == 6
+
+
+def test_the_cache_can_be_elsewhere(tmp_path):
+    root = write_classes(tmp_path / "d", {"a": 3, "b": 3})
+    data.load(root, tmp_path / "cache")
+    assert sorted(os.listdir(root)) == ["a", "b"]
+
+
+def test_split_is_stratified_complete_and_decided_by_the_seed(packed):
+    dataset = data.load(packed)
+    parts = data.split(dataset, seed=1)
+    for part, count in (("train", 80), ("validation", 10), ("test", 10)):
+        assert np.bincount(dataset.labels[parts[part]]).tolist() == [count] * 3
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(300))
+    again, other = data.split(dataset, seed=1), data.split(dataset, seed=2)
+    assert all(np.array_equal(parts[p], again[p]) for p in data.PARTS)
+    assert not np.array_equal(parts["test"], other["test"])
+
+
+def test_copies_of_an_image_stay_in_one_part(tmp_path):
+    root = write_classes(tmp_path / "d", {"a": 30, "b": 30})
+    for i in range(30):  # every image thrice, one copy in the wrong class
+        shutil.copy(root / "a" / f"{i}.npy", root / "a" / f"{i}-copy.npy")
+        shutil.copy(root / "a" / f"{i}.npy", root / "b" / f"{i}-copy.npy")
+    dataset = data.load(root)
+    parts = data.split(dataset)
+    contents = {p: {dataset.images[row].tobytes() for row in parts[p]} for p in data.PARTS}
+    assert not contents["train"] & contents["test"]
+    assert not contents["train"] & contents["validation"]
+    assert not contents["validation"] & contents["test"]
+
+
+def spoil(root, how):
+    """Damage the folder data set; returns what the error must name."""
+    path = root / "b" / "1.npy"
+    if how == "no class folders":
+        shutil.rmtree(root / "a")
+        shutil.rmtree(root / "b")
+        return root
+    if how == "empty class folder":
+        for file in (root / "b").iterdir():
+            file.unlink()
+        return root / "b"
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:200])
+    elif how == "not npy":
+        path.write_text("hello")
+    elif how == "NaN":
+        np.save(path, np.full((8, 8), np.nan))
+    elif how == "infinite":
+        np.save(path, np.full((8, 8), np.inf))
+    elif how == "overflow":
+        np.save(path, np.full((8, 8), 1e300))
+    elif how == "mixed sizes":
+        np.save(path, np.zeros((9, 9)))
+    elif how == "not square":
+        np.save(path, np.zeros((8, 9)))
+    elif how == "too few":
+        for file in list((root / "b").iterdir())[2:]:
+            file.unlink()
+        return "class b"
+    return path
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["no class folders", "empty class folder", "truncated", "not npy", "NaN", "infinite",
+     "overflow", "mixed sizes", "not square", "too few"],
+)  # fmt: skip
+def test_bad_folders_are_named_and_leave_no_cache(how, tmp_path):
+    root = write_classes(tmp_path / "d", {"a": 4, "b": 4})
+    named = spoil(root, how)
+    with pytest.raises(UserError) as error:
+        data.split(data.load(root, tmp_path / "cache"))
+    assert str(named) in str(error.value)
+    if how != "too few":
+        assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").iterdir())
+
+
+def test_a_missing_data_set_is_a_user_error(tmp_path):
+    process = run_script("data.py", "--data", tmp_path / "nowhere", check=False)
+    assert_user_error(process, tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["images", "labels", "groups"])
+def test_a_damaged_packed_data_set_is_named(name, packed, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(packed, copy)
+    np.save(copy / f"{name}.npy", np.full((300, 64, 64) if name == "images" else 300, -np.inf))
+    with pytest.raises(UserError, match=f"{name}.npy"):
+        data.load(copy)
+
+
+def test_the_description_is_rewritten_only_for_other_data(packed, tmp_path):
+    out = tmp_path / "dataset.json"
+    run_script("data.py", "--data", packed, "--out", out)
+    before = out.stat().st_mtime_ns
+    run_script("data.py", "--data", packed, "--out", out)
+    assert out.stat().st_mtime_ns == before
+    run_script("data.py", "--data", packed, "--out", out, "--seed", 1)
+    assert out.stat().st_mtime_ns == before  # the split differs, its sizes do not

@@ -1,0 +1,163 @@
+"""The network: equal to the reference implementations, and what its parts promise."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+from mae import (
+    MAE,
+    Classifier,
+    IntensityTransform,
+    patchify,
+    random_masking,
+    set_attention_form,
+    sincos_positions,
+    unpatchify,
+)
+
+REFERENCE = np.load(Path(__file__).parent / "reference" / "huggingface.npz")
+
+
+def tiny_mae(**options):
+    torch.manual_seed(0)
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    decoder = {"decoder_embed_dim": 8, "decoder_depth": 1, "decoder_num_heads": 2}
+    return MAE(**(sizes | decoder | options))
+
+
+def part_of_reference(prefix):
+    return {
+        k.removeprefix(prefix): torch.tensor(REFERENCE[k])
+        for k in REFERENCE
+        if k.startswith(prefix)
+    }
+
+
+@pytest.mark.parametrize("form", ["fused", "plain"])
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_equals_hugging_face_for_the_same_weights_and_noise(norm_pix_loss, form):
+    sizes = {name: int(value) for name, value in part_of_reference("config/").items()}
+    model = MAE(**sizes, norm_pix_loss=norm_pix_loss).eval()
+    model.load_state_dict(part_of_reference("model/"))
+    set_attention_form(model, form)
+    images, noise = torch.tensor(REFERENCE["images"]), torch.tensor(REFERENCE["noise"])
+    loss, pred, mask = model(images, float(REFERENCE["mask_ratio"]), noise)
+    expected = part_of_reference(f"norm_pix_loss_{norm_pix_loss}/")
+    assert abs(loss.item() - expected["loss"].item()) < 1e-5
+    assert (pred - expected["pred"]).abs().max() < 1e-4
+    assert torch.equal(mask, expected["mask"])
+
+
+def test_positions_are_those_of_the_reference():
+    expected = torch.tensor(REFERENCE["model/pos_embed"])
+    assert (sincos_positions(32, 6) - expected).abs().max() < 1e-6
+
+
+def test_patches_travel_back_to_the_image():
+    images = torch.randn(2, 3, 12, 12)
+    assert torch.equal(unpatchify(patchify(images, 4), 4, 3), images)
+
+
+def test_patch_embedding_equals_the_convolution_whose_weights_it_keeps():
+    model = tiny_mae(in_chans=3)
+    images = torch.randn(2, 3, 16, 16)
+    convolved = model.patch_embed.proj(images).flatten(2).transpose(1, 2)
+    assert torch.allclose(model.patch_embed(patchify(images, 4)), convolved, atol=1e-5)
+
+
+def test_the_patches_with_the_smallest_noise_stay():
+    noise = torch.tensor([[0.9, 0.1, 0.5, 0.2]])
+    ids_keep, mask = random_masking(noise, 2)
+    assert ids_keep.tolist() == [[1, 3]]
+    assert mask.tolist() == [[1, 0, 1, 0]]
+
+
+def test_masked_patches_alone_enter_the_loss():
+    model = tiny_mae().eval()
+    images, noise = torch.randn(2, 1, 16, 16), torch.rand(2, 16)
+    loss, pred, mask = model(images, 0.75, noise)
+    squared = (pred - patchify(images, 4)).square().mean(-1)
+    assert torch.allclose(loss, squared[mask.bool()].mean())
+    assert not torch.allclose(loss, squared.mean())
+
+
+def test_predictions_do_not_see_removed_pixels():
+    model = tiny_mae().eval()
+    images, noise = torch.randn(1, 1, 16, 16), torch.rand(1, 16)
+    _, pred, mask = model(images, 0.75, noise)
+    patches = patchify(images, 4)
+    other = unpatchify(torch.where(mask[..., None].bool(), patches + 5, patches), 4)
+    assert torch.equal(model(other, 0.75, noise)[1], pred)
+
+
+def test_reconstruction_keeps_visible_pixels_and_hides_removed_ones():
+    model = tiny_mae().eval()
+    images, noise = torch.randn(2, 1, 16, 16), torch.rand(2, 16)
+    _, masked, reconstruction = model.reconstruct(images, 0.5, noise)
+    visible = ~torch.isnan(masked)
+    assert visible.float().mean() == 0.5
+    assert torch.equal(reconstruction[visible], images[visible])
+    assert not torch.equal(reconstruction[~visible], images[~visible])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 16, 8), (1, 2, 16, 16), (1, 16, 16)])
+def test_images_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match="expected images"):
+        tiny_mae()(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, float("nan")])
+def test_impossible_mask_ratios_are_refused(ratio):
+    with pytest.raises(ValueError, match="mask_ratio"):
+        tiny_mae()(torch.zeros(1, 1, 16, 16), ratio)
+
+
+def test_patch_size_must_divide_the_image():
+    with pytest.raises(ValueError, match="does not divide"):
+        tiny_mae(patch_size=5)
+
+
+@pytest.mark.parametrize("kind", ["log", "asinh", "sqrt", "linear"])
+def test_transform_does_not_depend_on_the_unit(kind):
+    images = torch.rand(4, 1, 8, 8) + 0.1
+    constants = {"offset": 0.05, "softening": 0.2}
+    z = IntensityTransform(kind, **constants, mean=0.3, std=2.0)(images)
+    for unit in (1e-3, 255.0):
+        scaled = {name: unit * value for name, value in constants.items()}
+        assert torch.allclose(
+            IntensityTransform(kind, **scaled, mean=0.3, std=2.0)(unit * images), z, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls", "both"])
+def test_classifier_holds_its_transform_and_the_head_of_the_method(pool):
+    model = Classifier(pool=pool, transform={"kind": "log", "softening": 0.5}).eval()
+    assert model(torch.rand(2, 1, 64, 64)).shape == (2, 3)
+    kinds = [type(layer).__name__ for layer in model.fc]
+    assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Dropout", "Linear"]
+    assert (model.fc[0].out_features, model.fc[3].p, model.fc[4].out_features) == (64, 0.4, 3)
+    assert {"transform.offset", "transform.softening"} <= model.state_dict().keys()
+
+
+def test_encoder_names_are_shared_by_both_models():
+    encoder = {n for n in MAE().state_dict() if not n.startswith(("decoder", "mask_token"))}
+    rest = {n for n in Classifier().state_dict() if not n.startswith(("fc.", "transform."))}
+    assert encoder == rest
+
+
+def test_mae_imports_torch_and_the_standard_library_alone():
+    code = (
+        "import sys, importlib.abc\n"
+        "class Refuse(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name in ('files', 'data', 'train', 'weights', 'sklearn', 'matplotlib', 'onnx', 'tqdm'):\n"
+        "            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        "import mae\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

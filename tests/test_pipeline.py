@@ -1,0 +1,366 @@
+"""The scripts as users run them: what they leave, and what they say of mistakes."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import ROOT, TINY_NETWORK, assert_user_error, run_script
+
+import data
+import evaluate
+import export
+import finetune
+import mae
+import predict
+import weights
+
+SCRIPTS = ("simulate", "data", "pretrain", "finetune", "evaluate", "export", "predict")
+
+
+@pytest.fixture(scope="module")
+def evaluation(runs, folder):
+    out = runs / "evaluation"
+    files = [runs / n / "vit-mae-classifier-wt.pth" for n in ("head", "full", "scratch")]
+    process = run_script(
+        "evaluate.py", "--data", folder, "--cache-dir", runs / "cache", "--weights", *files,
+        "--out", out, "--resamples", 50,
+    )  # fmt: skip
+    return out, process.stdout
+
+
+def test_pretraining_leaves_what_it_promises(runs):
+    out = runs / "pretrain"
+    assert sorted(os.listdir(out)) == [
+        ".lock", "config.json", "loss.png", "metrics.jsonl", "reconstructions.png",
+        "vit-mae-wt.pth",
+    ]  # fmt: skip
+    content = torch.load(out / "vit-mae-wt.pth", weights_only=True)
+    arguments = {k: v for k, v in content["config"].items() if k != "transform"}
+    mae.MAE(**arguments).load_state_dict(content["model"])
+    mae.IntensityTransform(**content["config"]["transform"])
+    assert content["config"]["embed_dim"] == 32
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert json.loads((out / "config.json").read_text())["options"]["mask_ratio"] == 0.75
+
+
+@pytest.mark.parametrize("strategy", ["head", "layernorm", "full", "scratch"])
+def test_fine_tuning_leaves_what_it_promises(strategy, runs):
+    out = runs / strategy
+    assert sorted(os.listdir(out)) == [
+        ".lock", "config.json", "curves.png", "metrics.jsonl", "vit-mae-classifier-wt.pth",
+    ]  # fmt: skip
+    model, content = weights.load_classifier(out / "vit-mae-classifier-wt.pth")
+    assert content["class_names"] == ["axion", "cdm", "no_sub"]
+    pretrained = weights.load_mae(runs / "pretrain" / "vit-mae-wt.pth")[0]
+    taken = torch.equal(model.blocks[0].attn.qkv.weight, pretrained.blocks[0].attn.qkv.weight)
+    assert taken == (strategy in ("head", "layernorm"))
+
+
+def test_evaluation_is_of_the_test_part_alone(evaluation, runs, folder):
+    out, printed = evaluation
+    metrics = json.loads((out / "metrics.json").read_text())
+    dataset = data.load(folder, runs / "cache")
+    rows = data.split(dataset)["test"]
+    model, _ = weights.load_classifier(runs / "full" / "vit-mae-classifier-wt.pth")
+    with torch.no_grad():
+        logits = model.eval()(torch.from_numpy(dataset.images[rows])[:, None])
+    probabilities, labels = logits.softmax(1).numpy(), dataset.labels[rows]
+    result = metrics["results"]["full"]
+    assert result["images"] == len(rows) == 30
+    expected = evaluate.auc_by_class(probabilities, labels)
+    for name, auc in zip(dataset.class_names, expected, strict=True):
+        assert result[name]["value"] == pytest.approx(auc, abs=0.02)
+        assert result[name]["low"] <= result[name]["value"] <= result[name]["high"]
+    assert result["accuracy"]["value"] == pytest.approx(
+        (probabilities.argmax(1) == labels).mean(), abs=0.04
+    )
+    assert np.sum(metrics["confusion"]["full"]) == 30
+    for name in ("roc.png", "confusion_matrix.png"):
+        assert (out / name).stat().st_size > 5000
+    assert (out / "comparison.md").read_text().strip() in printed
+    assert "published, head | 0.92 | 0.92 | 0.99" in printed
+
+
+def test_exported_file_equals_pytorch_and_carries_its_identity(runs, folder):
+    path = runs / "classifier.onnx"
+    onnx.checker.check_model(str(path), full_check=True)
+    metadata = {p.key: p.value for p in onnx.load(path).metadata_props}
+    assert json.loads(metadata["class_names"]) == ["axion", "cdm", "no_sub"]
+    strategies = ("head", "layernorm", "full")
+    digests = {export.sha256_of(runs / s / "vit-mae-classifier-wt.pth"): s for s in strategies}
+    strategy = digests[metadata["weights_sha256"]]
+    files = [runs / s / "vit-mae-classifier-wt.pth" for s in strategies]
+    aucs = [weights.load_classifier(f)[1]["run"]["best"]["validation_macro_auc"] for f in files]
+    assert aucs[strategies.index(strategy)] == max(aucs)
+    model, _ = weights.load_classifier(runs / strategy / "vit-mae-classifier-wt.pth")
+    images = np.array(data.load(folder, runs / "cache").images[:21, None])
+    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    for count in (1, 7, 21):
+        (got,) = session.run(None, {"images": images[:count]})
+        with torch.no_grad():
+            expected = model.eval()(torch.from_numpy(images[:count])).softmax(1).numpy()
+        assert got.shape == (count, 3)
+        assert np.abs(got - expected).max() < 1e-4
+
+
+def test_a_differing_export_is_not_left(runs, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "largest_difference", lambda *_: 2e-4)
+    out = tmp_path / "bad.onnx"
+    with pytest.raises(export.UserError, match="2.0e-04"):
+        export.main([
+            "--weights", str(runs / "head" / "vit-mae-classifier-wt.pth"), "--data", str(folder),
+            "--cache-dir", str(runs / "cache"), "--out", str(out),
+        ])  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
+def read_csv(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_prediction_reads_every_kind_and_lists_what_it_cannot(runs, folder, tmp_path, lens_image):
+    cutouts = tmp_path / "cutouts" / "night" / "field"
+    cutouts.mkdir(parents=True)
+    np.save(cutouts / "plain.npy", lens_image)
+    shutil.copy(next((folder / "axion").glob("*.npy")), cutouts / "axion.npy")
+    np.save(cutouts / "stack.npy", np.stack([lens_image] * 3))
+    np.save(cutouts / "channel.npy", np.stack([lens_image] * 2)[:, None])
+    np.save(cutouts / "nan.npy", np.full((64, 64), np.nan))
+    np.save(cutouts / "small.npy", lens_image[:32, :32])
+    (cutouts / "broken.npy").write_bytes(b"no image")
+    out = tmp_path / "predictions.csv"
+    arguments = ("--model", runs / "classifier.onnx", "--out", out, "--batch-size", 3)
+    process = run_script("predict.py", *arguments, tmp_path / "cutouts", check=False)
+    assert process.returncode == 1
+    assert "Traceback" not in process.stderr
+    rows = read_csv(out)
+    assert list(rows[0]) == ["file", "axion", "cdm", "no_sub", "prediction"]
+    names = [os.path.basename(row["file"]) for row in rows]
+    assert sorted(names) == sorted(
+        ["axion.npy", "channel.npy[0]", "channel.npy[1]", "plain.npy", "stack.npy[0]",
+         "stack.npy[1]", "stack.npy[2]"]
+    )  # fmt: skip
+    for row in rows:
+        probabilities = {name: float(row[name]) for name in ("axion", "cdm", "no_sub")}
+        assert sum(probabilities.values()) == pytest.approx(1, abs=1e-5)
+        assert row["prediction"] == max(probabilities, key=probabilities.get)
+    by_name = dict(zip(names, rows, strict=True))
+    assert float(by_name["plain.npy"]["cdm"]) == pytest.approx(
+        float(by_name["stack.npy[2]"]["cdm"]), abs=1e-5
+    )
+    errors = read_csv(tmp_path / "predictions.csv.errors.csv")
+    assert sorted(os.path.basename(row["file"]) for row in errors) == [
+        "broken.npy", "nan.npy", "small.npy",
+    ]  # fmt: skip
+
+    good = run_script("predict.py", *arguments, cutouts / "plain.npy")
+    assert good.returncode == 0
+    assert not (tmp_path / "predictions.csv.errors.csv").exists()
+
+
+def test_prediction_needs_neither_torch_nor_anything_but_numpy_and_onnxruntime(runs, lens_image,
+                                                                              tmp_path):  # fmt: skip
+    np.save(tmp_path / "one.npy", lens_image)
+    code = (
+        "import sys, importlib.abc\n"
+        "class Refuse(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name.split('.')[0] in ('torch', 'onnx', 'sklearn', 'matplotlib', 'tqdm', 'scipy'):\n"
+        "            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+        "import files, predict\n"
+        "files.run(predict.main)\n"
+    )
+    command = [sys.executable, "-c", code, "--model", runs / "classifier.onnx", "--out",
+               tmp_path / "out.csv", tmp_path / "one.npy"]  # fmt: skip
+    subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
+    assert len(read_csv(tmp_path / "out.csv")) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"no onnx", b"\x08\x07" * 50])
+def test_a_model_that_is_none_is_named(content, tmp_path, lens_image):
+    np.save(tmp_path / "one.npy", lens_image)
+    model = tmp_path / "model.onnx"
+    model.write_bytes(content)
+    process = run_script(
+        "predict.py", "--model", model, "--out", tmp_path / "x.csv", tmp_path / "one.npy",
+        check=False,
+    )  # fmt: skip
+    assert_user_error(process, model)
+    assert not (tmp_path / "x.csv").exists()
+
+
+def test_a_model_with_weights_in_another_file_is_refused(runs, tmp_path):
+    proto = onnx.load(runs / "classifier.onnx")
+    path = tmp_path / "outside.onnx"
+    onnx.save(proto, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    with pytest.raises(predict.UserError, match=r"outside\.onnx"):
+        predict.open_model(path)
+
+
+def mistakes(runs, folder, tmp_path):
+    """name: (script, arguments, what the error names)."""
+    cache = ("--data", folder, "--cache-dir", runs / "cache")
+    out = ("--out", tmp_path / "out")
+    pretrained = runs / "pretrain" / "vit-mae-wt.pth"
+    classifier = runs / "full" / "vit-mae-classifier-wt.pth"
+    file = tmp_path / "file"
+    file.write_text("a file, not a folder")
+    small = tmp_path / "small"
+    for name in ("axion", "cdm", "no_sub"):
+        (small / name).mkdir(parents=True)
+        for i in range(4):
+            np.save(
+                small / name / f"{i}.npy", np.random.default_rng([i, len(name)]).random((32, 32))
+            )
+    two = tmp_path / "two"
+    for name in ("axion", "cdm"):
+        (two / name).mkdir(parents=True)
+        for i in range(4):
+            np.save(two / name / f"{i}.npy", np.random.default_rng([i, len(name)]).random((64, 64)))
+    full = ("--strategy", "full")
+    return {
+        "no such class": ("pretrain.py", (*cache, *out, "--classes", "wdm"), "wdm"),
+        "no no_sub": ("pretrain.py", ("--data", two, *out), "no_sub"),
+        "patch size": ("pretrain.py", (*cache, *out, "--patch-size", 7), "--patch-size 7"),
+        "heads": ("pretrain.py", (*cache, *out, "--num-heads", 5), "5 heads"),
+        "mask ratio": ("pretrain.py", (*cache, *out, "--mask-ratio", 1), "--mask-ratio"),
+        "epochs": ("pretrain.py", (*cache, *out, "--epochs", 0), "--epochs"),
+        "lr": ("pretrain.py", (*cache, *out, "--lr", -1), "--lr"),
+        "device": ("pretrain.py", (*cache, *out, "--device", "cuda:77"), "--device"),
+        "no device": ("pretrain.py", (*cache, *out, "--device", "abacus"), "--device"),
+        "out is a file": ("pretrain.py", (*cache, "--out", file), file),
+        "no weights": (
+            "finetune.py", (*cache, *out, *full, "--pretrained", tmp_path / "no.pth"), "no.pth",
+        ),
+        "weights of a classifier": (
+            "finetune.py", (*cache, *out, *full, "--pretrained", classifier), classifier,
+        ),
+        "other size": (
+            "finetune.py", ("--data", small, *out, *full, "--pretrained", pretrained), "64 pixels",
+        ),
+        "head of nothing": (
+            "finetune.py", (*cache, *out, "--pretrained", "none", "--strategy", "head"),
+            "--pretrained none",
+        ),
+        "labels": (
+            "finetune.py", (*cache, *out, *full, "--pretrained", "none", "--labels", 2), "--labels",
+        ),
+        "weights of an encoder": ("evaluate.py", (*cache, *out, "--weights", pretrained),
+                                  pretrained),
+        "size": ("evaluate.py", ("--data", small, *out, "--weights", classifier), "64 pixels"),
+        "missing class": ("evaluate.py", ("--data", two, *out, "--weights", classifier), "no_sub"),
+        "all of the training data": (
+            "evaluate.py", (*cache, *out, "--weights", classifier, "--split", "all"),
+            "--split all",
+        ),
+        "nothing to export": ("export.py", ("--weights", file, *out), file),
+        "no data to check with": (
+            "export.py", ("--weights", classifier, *out, "--data", tmp_path / "x"), "--data",
+        ),
+        "no model": ("predict.py", ("--model", tmp_path / "x.onnx", *out, file), "x.onnx"),
+        "no images": (
+            "predict.py", ("--model", runs / "classifier.onnx", *out, tmp_path / "gone"), "gone",
+        ),
+        "empty folder": (
+            "predict.py", ("--model", runs / "classifier.onnx", *out, runs / "full"), ".npy",
+        ),
+    }  # fmt: skip
+
+
+def test_every_mistake_ends_with_one_line_that_names_it(runs, folder, tmp_path, capsys):
+    modules = {f"{name}.py": __import__(name) for name in SCRIPTS}
+    for name, (script, arguments, named) in mistakes(runs, folder, tmp_path).items():
+        main = modules[script].main
+        with pytest.raises(SystemExit) as ended:
+            export.run(lambda m=main, a=arguments: m(list(map(str, a))))
+        error = capsys.readouterr().err.splitlines(keepends=True)[-1]  # behind a progress bar
+        assert ended.value.code == 2, name
+        assert str(named) in error, name
+        assert error.startswith("error: "), name
+        assert error.endswith("\n"), name
+        left = (
+            [p.name for p in (tmp_path / "out").rglob("*")] if (tmp_path / "out").is_dir() else []
+        )
+        assert left == [], name
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_an_unwritable_folder_is_named(runs, folder, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    process = run_script(
+        "pretrain.py", "--data", folder, "--cache-dir", runs / "cache",
+        "--out", tmp_path / "locked" / "run", check=False,
+    )  # fmt: skip
+    assert_user_error(process, tmp_path / "locked")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_an_example(script):
+    process = run_script(f"{script}.py", "--help")
+    assert f"python {script}.py" in process.stdout
+    assert "default" in process.stdout
+
+
+def test_scripts_do_nothing_when_imported():
+    code = "import " + ", ".join([*SCRIPTS, "train", "weights", "files", "plots"])
+    process = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert process.stdout == process.stderr == ""
+
+
+def test_other_classes_and_sizes_work_throughout(tmp_path):
+    rng = np.random.default_rng(0)
+    root = tmp_path / "data"
+    for level, name in enumerate(("faint", "bright")):
+        (root / name).mkdir(parents=True)
+        for i in range(30):
+            np.save(root / name / f"{i}.npy", rng.random((48, 48)) + level)
+    run_script("finetune.py", "--data", root, "--pretrained", "none", "--strategy", "full",
+               "--out", tmp_path / "run", "--epochs", 8, "--batch-size", 16,
+               *TINY_NETWORK)  # fmt: skip
+    path = tmp_path / "run" / "vit-mae-classifier-wt.pth"
+    assert weights.load_classifier(path)[1]["class_names"] == ["bright", "faint"]
+    run_script("evaluate.py", "--data", root, "--weights", path, "--out", tmp_path / "e",
+               "--resamples", 20)  # fmt: skip
+    result = json.loads((tmp_path / "e" / "metrics.json").read_text())["results"]["run"]
+    assert result["macro"]["value"] > 0.95
+    assert "published" not in (tmp_path / "e" / "comparison.md").read_text()
+    run_script("export.py", "--weights", path, "--out", tmp_path / "two.onnx")
+    run_script("predict.py", "--model", tmp_path / "two.onnx", "--out", tmp_path / "p.csv",
+               root / "faint" / "1.npy")  # fmt: skip
+    assert list(read_csv(tmp_path / "p.csv")[0]) == ["file", "bright", "faint", "prediction"]
+
+
+def test_make_reproduce_runs_on_a_folder_and_does_nothing_twice(folder, tmp_path):
+    ready = tmp_path / "ready"
+    ready.touch()
+    command = ["make", "reproduce", f"PY={sys.executable}", f"READY={ready}", f"DATA={folder}",
+               f"RUNS={tmp_path / 'runs'}"]  # fmt: skip
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert first.returncode == 0, first.stdout + first.stderr
+    out = tmp_path / "runs"
+    for run in ("head", "layernorm", "full", "scratch"):
+        assert (out / run / "vit-mae-classifier-wt.pth").exists()
+    assert (out / "classifier.onnx").exists()
+    assert len(read_csv(out / "predictions.csv")) == 15
+    assert "| macro AUC |" in first.stdout
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert second.returncode == 0, second.stderr
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()} == before
+
+
+def test_strategies_are_those_of_the_command_line():
+    assert tuple(finetune.STRATEGIES) == ("head", "layernorm", "full")

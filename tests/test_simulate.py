@@ -1,0 +1,139 @@
+"""The simulator against lenstronomy's images, and its promises."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_user_error, run_script
+
+import data
+import simulate
+
+REFERENCE = np.load(Path(__file__).parent / "reference" / "lenstronomy.npz")
+TOLERANCE = {"Model_I": 2e-6, "Model_II": 3e-5, "Model_III": 4e-4}
+
+
+@pytest.mark.parametrize("class_name", simulate.CLASS_NAMES)
+@pytest.mark.parametrize("model", simulate.INSTRUMENTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_images_equal_lenstronomys(model, class_name, dtype):
+    name = f"{model}/{class_name}"
+    source, point_masses = REFERENCE[f"{name}/source"], REFERENCE[f"{name}/point_masses"]
+    expected = REFERENCE[f"{name}/images"]
+    images = simulate.render(source, point_masses, model, dtype).double().numpy()
+    assert np.abs(images - expected).max() <= TOLERANCE[model] * expected.max()
+
+
+def test_einstein_radius_of_the_main_lens():
+    assert simulate.einstein_radius(1e12) == pytest.approx(1.2815, abs=1e-4)
+
+
+def test_rows_of_zero_einstein_radius_change_nothing():
+    source = torch.tensor([[0.1, -0.2]])
+    masses = torch.tensor([[[0.05, 0.7, 0.3]]])
+    zeros = torch.tensor([[[0.0, 0.7, -0.3], [0.0, 0.0, 0.0]]])
+    alone = simulate.render(source, masses)
+    assert torch.equal(simulate.render(source, torch.cat([masses, zeros], 1)), alone)
+    assert not torch.equal(simulate.render(source, zeros), alone)
+
+
+def test_a_point_mass_on_a_pixel_centre_gives_finite_pixels():
+    centre = simulate.pixel_axis(simulate.INSTRUMENTS["Model_II"])[40].item()
+    masses = torch.tensor([[[0.1, centre, centre]]], dtype=torch.float64)
+    for dtype in (torch.float32, torch.float64):
+        image = simulate.render(torch.zeros(1, 2), masses, dtype=dtype)
+        assert torch.isfinite(image).all()
+
+
+def test_an_image_does_not_depend_on_the_batch_around_it():
+    source, masses, _ = simulate.sample("cdm", 2 * simulate.CHUNK + 1, np.random.default_rng(0))
+    together = simulate.render(source, masses)
+    alone = simulate.render(source[-1:], masses[-1:])
+    assert torch.allclose(together[-1:], alone, rtol=1e-12)
+
+
+def test_published_images_are_twice_a_single_exposure():
+    batch = next(simulate.simulate("Model_II", 3, seed=1, progress=False))[1]
+    rng = np.random.default_rng([1, 0, 0])
+    source, masses, _ = simulate.sample("axion", 3, rng)
+    assert np.allclose(batch, 2 * simulate.render(source, masses).numpy(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", simulate.INSTRUMENTS)
+def test_noise_has_the_spread_of_sky_read_out_and_photons(model):
+    images = torch.full((40, 64, 64), 5.0)
+    noisy = simulate.observe(images.clone(), model, True, np.random.default_rng(0)) - 5.0
+    instrument = simulate.INSTRUMENTS[model]
+    if model == "Model_I":
+        low, high = (np.sqrt(1e-4 + 5 / t) for t in (10**3.5, 10**3))
+        assert low < noisy.std() < high
+        return
+    time = instrument.exposures * instrument.exposure_time
+    sky = 0.0
+    if model == "Model_II":
+        sky = 10 ** (-0.4 * (22.3 - 25.72)) * 0.101**2
+    electrons = sky * time + instrument.exposures * instrument.read_noise**2
+    variance = electrons / (time * instrument.gain) ** 2 + 5 / (instrument.gain * time)
+    assert noisy.std().item() == pytest.approx(np.sqrt(variance), rel=0.02)
+    assert abs(noisy.mean()) < 0.01
+
+
+def test_parameters_fill_the_published_ranges():
+    rng = np.random.default_rng(0)
+    source, masses, _ = simulate.sample("cdm", 500, rng)
+    radius = np.hypot(masses[..., 1], masses[..., 2])
+    assert np.abs(source).max() <= 0.35
+    assert radius.min() > 0.25
+    assert radius.max() < 2.0
+    mass = (masses[..., 0] / simulate.einstein_radius(1.0)) ** 2
+    assert 1e6 <= mass.min() < 2e6
+    assert 8e9 < mass.max() <= 1e10
+    _, vortex, axion_mass = simulate.sample("axion", 500, rng)
+    assert 1e-24 <= axion_mass.min() < axion_mass.max() <= 1e-22
+    total = (vortex[..., 0] / simulate.einstein_radius(1.0)) ** 2
+    assert total.sum(1) == pytest.approx(3e10)
+    half_length = np.hypot(vortex[..., 1], vortex[..., 2]).max(1)
+    assert half_length == pytest.approx(0.06 * 1e-22 / (2 * axion_mass))
+
+
+def test_the_same_seed_gives_the_same_images_and_another_seed_others():
+    def images(seed):
+        return [batch[1].copy() for batch in simulate.simulate("Model_II", 2, seed, progress=False)]
+
+    first, second, other = images(5), images(5), images(6)
+    assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not any(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_both_layouts_hold_the_same_images(packed, folder):
+    from_packed, from_folder = data.load(packed), data.load(folder, progress=False)
+    assert from_packed.class_names == from_folder.class_names == ("axion", "cdm", "no_sub")
+    for label in range(3):
+        one = {image.tobytes() for image in from_packed.images[from_packed.labels == label]}
+        two = {image.tobytes() for image in from_folder.images[from_folder.labels == label]}
+        assert one == two
+
+
+def test_folder_layout_is_the_published_one(folder):
+    axion = np.load(next((folder / "axion").glob("*.npy")), allow_pickle=True)
+    assert axion.dtype == object
+    assert axion[0].shape == (64, 64)
+    assert 1e-24 <= axion[1] <= 1e-22
+    assert np.load(next((folder / "no_sub").glob("*.npy"))).shape == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(["--per-class", "0"], "--per-class"), (["--seed", "-1"], "--seed")],
+)
+def test_impossible_numbers_are_named(tmp_path, arguments, named):
+    process = run_script("simulate.py", "--out", tmp_path / "x", *arguments, check=False)
+    assert_user_error(process, named)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_in_use_is_not_overwritten(packed):
+    process = run_script("simulate.py", "--out", packed, "--per-class", 3, check=False)
+    assert_user_error(process, packed)
+    assert len(data.load(packed).labels) == 300

@@ -1,0 +1,316 @@
+"""The training loop: it learns, it survives, and it gives the same weights again."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY_DECODER, TINY_NETWORK, assert_user_error, run_script
+
+import data
+import evaluate
+import finetune
+import pretrain
+import simulate
+import train
+import weights
+from mae import Classifier
+
+KILLS = int(os.environ.get("KILLS", "3"))
+# As a script, but with a checkpoint after every step.
+DRIVER = (
+    "import sys, train, files, {0}; train.CHECKPOINT_SECONDS = 0; files.run(lambda: {0}.main())"
+)
+
+
+def pretrain_command(packed, out, *more):
+    return ["--data", packed, "--out", out, "--epochs", 3, "--batch-size", 8, "--precision",
+            "float32", *TINY_NETWORK, *TINY_DECODER, *more]  # fmt: skip
+
+
+def start(script, arguments):
+    command = [sys.executable, "-c", DRIVER.format(script), *map(str, arguments)]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def weights_in(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def wait_for(path, process):
+    while not path.exists() and process.poll() is None:
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("script", ["pretrain", "finetune"])
+def test_killed_training_resumes_to_bit_identical_weights(script, packed, tmp_path, runs):
+    def arguments(out):
+        if script == "pretrain":
+            return pretrain_command(packed, out)
+        return ["--data", packed, "--out", out, "--strategy", "full", "--epochs", 2, "--batch-size",
+                16, "--pretrained", runs / "pretrain" / "vit-mae-wt.pth", "--precision",
+                "float32"]  # fmt: skip
+
+    name = "vit-mae-wt.pth" if script == "pretrain" else "vit-mae-classifier-wt.pth"
+    run_script(f"{script}.py", *arguments(tmp_path / "whole"))
+    rng = random.Random(0)
+    killed, out = 0, tmp_path / "killed"
+    for _ in range(KILLS):
+        process = start(script, [*arguments(out), "--resume"])
+        wait_for(out / ".lock", process)
+        wait_for(out / "checkpoint.pth", process)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.wait()
+        killed += process.returncode == -signal.SIGKILL
+    process = start(script, [*arguments(out), "--resume"])
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert killed > 0
+    assert same(weights_in(tmp_path / "whole" / name), weights_in(out / name))
+    lines = [(r / "metrics.jsonl").read_text().splitlines() for r in (tmp_path / "whole", out)]
+    whole, resumed = ([json.loads(line) for line in part] for part in lines)
+    for line in whole + resumed:
+        line.pop("seconds")
+    assert whole == resumed
+    assert not list(out.glob("checkpoint*"))
+
+
+@pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interruption_leaves_a_checkpoint_and_the_usual_exit_code(kind, code, packed, tmp_path):
+    process = start("pretrain", pretrain_command(packed, tmp_path / "run", "--epochs", "100"))
+    wait_for(tmp_path / "run" / "checkpoint.pth", process)
+    process.send_signal(kind)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code, output
+    assert "--resume" in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "run" / "vit-mae-wt.pth").exists()
+    checkpoint = weights.load_checkpoint(tmp_path / "run")
+    assert checkpoint["step"] > 0
+
+
+def test_a_broken_checkpoint_is_named_and_the_one_before_used(tmp_path, capsys):
+    weights.save_checkpoint(tmp_path, {"step": 1})
+    weights.save_checkpoint(tmp_path, {"step": 2})
+    current, _ = weights.checkpoint_paths(tmp_path)
+    current.write_bytes(current.read_bytes()[:100])
+    assert weights.load_checkpoint(tmp_path) == {"step": 1}
+    assert str(current) in capsys.readouterr().out
+
+
+def test_resume_with_other_settings_names_the_setting(packed, tmp_path):
+    process = start("pretrain", pretrain_command(packed, tmp_path / "run", "--epochs", "100"))
+    wait_for(tmp_path / "run" / "checkpoint.pth", process)
+    process.terminate()
+    process.communicate()
+    other = pretrain_command(packed, tmp_path / "run", "--epochs", 100, "--lr", "0.5", "--resume")
+    assert_user_error(
+        run_script("pretrain.py", *other, check=False), "lr = 0.001", "0.5", "--resume"
+    )
+
+
+def test_a_second_run_into_the_same_folder_is_refused(packed, tmp_path):
+    process = start("pretrain", pretrain_command(packed, tmp_path / "run", "--epochs", "100"))
+    wait_for(tmp_path / "run" / "checkpoint.pth", process)
+    second = run_script("pretrain.py", *pretrain_command(packed, tmp_path / "run"), check=False)
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+    assert_user_error(second, tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(packed, tmp_path):
+    arguments = pretrain_command(packed, tmp_path / "run", "--lr", "1e30")
+    process = run_script("pretrain.py", *arguments, check=False)
+    assert_user_error(process, "the loss is", "--lr", "1e+")
+    assert not (tmp_path / "run" / "vit-mae-wt.pth").exists()
+
+
+def test_pretraining_learns_and_never_looks_at_other_classes(packed, tmp_path, monkeypatch):
+    seen = set()
+    read = train.batch_reader
+
+    def spy(images, device):
+        function = read(images, device)
+
+        def remember(rows):
+            if not drawing:
+                seen.update(np.asarray(rows).tolist())
+            return function(rows)
+
+        return remember
+
+    drawing = []
+    pictures = pretrain.held_out_reconstructions
+
+    def draw(*arguments):
+        drawing.append(True)
+        return pictures(*arguments)
+
+    monkeypatch.setattr(train, "batch_reader", spy)
+    monkeypatch.setattr(pretrain, "held_out_reconstructions", draw)
+    pretrain.main([str(a) for a in pretrain_command(packed, tmp_path / "run", "--epochs", "20")])
+    dataset = data.load(packed)
+    parts = data.split(dataset)
+    allowed = np.concatenate([parts["train"], parts["validation"]])
+    allowed = allowed[dataset.labels[allowed] == dataset.class_names.index("no_sub")]
+    assert seen == set(allowed.tolist())
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["validation_loss"] for line in lines]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("unit", [1e-3, 255.0])
+def test_the_unit_of_the_data_changes_nothing(unit, tmp_path):
+    results = []
+    for scale in (1.0, unit):
+        out = tmp_path / f"unit-{scale}"
+        images = [
+            (name, np.float32(scale) * batch, mass)
+            for name, batch, mass in simulate.simulate("Model_II", 40, seed=4, progress=False)
+        ]
+        simulate.write_packed(out, images, 40, "Model_II", "scaled")
+        pretrain.main([str(a) for a in pretrain_command(out, out / "mae")])
+        pretrained = out / "mae" / "vit-mae-wt.pth"
+        finetune.main([str(a) for a in (
+            "--data", out, "--pretrained", pretrained, "--strategy", "full", "--epochs", 2,
+            "--out", out / "full", "--batch-size", 16, "--precision", "float32")])  # fmt: skip
+        model, _ = weights.load_classifier(out / "full" / "vit-mae-classifier-wt.pth")
+        dataset = data.load(out)
+        results.append(evaluate.predict_probabilities(
+            model, dataset.images, data.split(dataset)["test"], torch.device("cpu")
+        ))  # fmt: skip
+    assert np.abs(results[0] - results[1]).max() < 2e-3
+
+
+def test_transform_constants_come_from_the_training_rows_alone(packed):
+    dataset = data.load(packed)
+    rows = data.split(dataset)["train"]
+    images = np.array(dataset.images)
+    before = train.fit_transform(images, rows, "log")
+    others = np.setdiff1d(np.arange(len(images)), rows)
+    images[others] = 1e6
+    assert train.fit_transform(images, rows, "log") == before
+    images[rows[0]] = 1e6
+    assert train.fit_transform(images, rows, "log") != before
+
+
+@pytest.mark.parametrize("strategy", finetune.STRATEGIES)
+def test_a_strategy_changes_what_it_says_and_nothing_else(strategy, runs):
+    before = weights_in(runs / "pretrain" / "vit-mae-wt.pth")
+    after = weights_in(runs / strategy / "vit-mae-classifier-wt.pth")
+    shared = [name for name in after if name in before]
+    changed = {name for name in shared if not torch.equal(before[name], after[name])}
+    norms = {name for name in shared if "norm" in name}
+    expected = {
+        "head": set(),
+        "layernorm": norms,
+        "full": set(shared) - {"pos_embed"},
+    }
+    unused = {"cls_token"}  # mean pooling: its gradient only flows through attention
+    assert changed - unused == expected[strategy] - unused
+
+
+def test_layers_near_the_input_learn_more_slowly():
+    model = Classifier(depth=3)
+    depth = len(model.blocks)
+    layers = [
+        finetune.layer_of(name, depth)
+        for name in ("patch_embed.proj.weight", "blocks.0.norm1.bias", "blocks.2.mlp.fc1.weight",
+                     "norm.weight", "fc.0.weight")
+    ]  # fmt: skip
+    assert layers == [0, 1, 3, 4, 4]
+    groups = train.parameter_groups(
+        finetune.learns_in_full(model), 0.05, lambda name: 0.5 ** (4 - finetune.layer_of(name, 3))
+    )
+    assert {group["lr_scale"] for group in groups} == {0.5**k for k in range(5)}
+    decayed = [p for g in groups if g["weight_decay"] for p in g["params"]]
+    assert all(p.ndim > 1 for p in decayed)
+    assert sum(len(g["params"]) for g in groups) == len(finetune.learns_in_full(model))
+
+
+def test_batchnorm_statistics_are_those_of_the_training_images():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(5, 3), torch.nn.BatchNorm1d(3), torch.nn.Dropout(0.4)
+    )
+    inputs = torch.randn(512, 5) * 3 + 1
+    model[1].running_mean.fill_(100.0)
+    random_state = torch.get_rng_state()
+    train.reestimate_batchnorm(model, lambda rows: model(inputs[rows]), np.arange(512))
+    assert torch.allclose(model[1].running_mean, model[0](inputs).mean(0), atol=1e-5)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert model[1].momentum == 0.1
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    rates = [train.learning_rate(step, 100, 1.0) for step in range(100)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert all(a >= b for a, b in zip(rates[5:], rates[6:], strict=False))
+    assert rates[-1] < 1e-3
+
+
+def test_choosing_the_precision_leaves_weights_and_random_numbers(packed):
+    model = Classifier(patch_size=16, embed_dim=32, depth=1, num_heads=2).train()
+    images = torch.rand(8, 1, 64, 64)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    random_state = torch.get_rng_state()
+
+    def loss():
+        return model(images).square().mean()
+
+    chosen, seconds = train.choose_precision("auto", model, loss, torch.device("cpu"))
+    assert same(before, model.state_dict())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert all(p.grad is None for p in model.parameters())
+    assert chosen in seconds
+    assert math.isfinite(seconds[chosen])
+
+
+def test_a_precision_whose_loss_disagrees_is_not_taken(monkeypatch):
+    model = Classifier(patch_size=16, embed_dim=32, depth=1, num_heads=2)
+    images = torch.rand(4, 1, 64, 64)
+    monkeypatch.setattr(train, "bfloat16_is_fast", lambda device: True)
+    monkeypatch.setattr(train, "_seconds_of", lambda function, device: (
+        function(), 1e-6 if torch.is_autocast_enabled("cpu") else 1.0)[1])  # fmt: skip
+
+    def loss():
+        wrong = 2.0 if torch.is_autocast_enabled("cpu") else 1.0
+        return wrong * (1 + model(images).square().mean())
+
+    chosen, _ = train.choose_precision("auto", model, loss, torch.device("cpu"))
+    assert chosen.name == "float32"
+
+
+def test_the_share_of_labels_is_the_same_of_every_class():
+    labels = np.repeat([0, 1, 2], [100, 50, 10])
+    rows = finetune.share_of_each_class(labels, np.arange(160), 0.1, seed=0)
+    assert np.bincount(labels[rows]).tolist() == [10, 5, 2]
+
+
+def test_auc_and_intervals_are_right_for_a_known_case():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 500)
+    score = rng.normal(labels * 1.0)
+    probabilities = np.stack([1 - score, score], axis=1)
+    # Two unit normals one apart: AUC = Φ(1/√2).
+    expected = 0.5 * (1 + math.erf(0.5))
+    low, high = evaluate.bootstrap(probabilities, labels, 200, 0, progress=False)[1]
+    assert low < expected < high
+    assert 0.03 < high - low < 0.09
+    perfect = np.eye(3)[np.repeat([0, 1, 2], 5)]
+    assert evaluate.measures(perfect, np.repeat([0, 1, 2], 5)).tolist() == [1.0] * 5
