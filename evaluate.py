@@ -18,7 +18,8 @@ import weights
 from files import UserError, make_folder, run, write_json, write_text
 
 EXAMPLE = """example:
-  python evaluate.py --data lenses --weights runs/full/vit-mae-classifier-wt.pth --out runs/evaluation"""
+  python evaluate.py --data lenses --out runs/evaluation \\
+      --weights runs/full/vit-mae-classifier-wt.pth"""
 
 # (name, AUC by class, macro AUC, accuracy) as published for this benchmark; None: not given.
 PUBLISHED = (

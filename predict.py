@@ -53,7 +53,7 @@ def open_model(path, device="auto"):
 
 
 def find_files(paths):
-    """Files as they are and, recursively, the .npy files of folders; UserError if one is missing."""
+    """Files as they are and, recursively, the .npy files of folders; UserError for none there."""
     for path in paths:
         if path.is_dir():
             yield from sorted(path.rglob("*.npy"))

@@ -1,7 +1,7 @@
 """Simulate strong gravitational lenses: the three classes of the DeepLense benchmark.
 
-A galaxy (singular isothermal ellipsoid, 10¹² M☉, z = 0.5) and an external shear bend the light of an
-elliptical Sérsic source (z = 1). The classes differ in what else bends it:
+A galaxy (singular isothermal ellipsoid, 10¹² M☉, z = 0.5) and an external shear bend the light of
+an elliptical Sérsic source (z = 1). The classes differ in what else bends it:
 
     no_sub  nothing
     cdm     25 point masses between 10⁶ and 10¹⁰ M☉ around the ring

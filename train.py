@@ -26,8 +26,8 @@ from files import UserError, make_folder, write_json, write_text
 from mae import ATTENTION_FORMS, IntensityTransform, set_attention_form
 
 TRANSFORM_IMAGES = 2000  # training images that the transform's constants are taken from
-SOFTENING = 0.01  # of the mean intensity: where the logarithm becomes linear
-BATCHNORM_IMAGES = 4096  # training images that BatchNorm's statistics are taken from
+SOFTENING = 0.001  # of the mean intensity: where the logarithm becomes linear
+BATCHNORM_IMAGES = 2048  # training images that BatchNorm's statistics are taken from
 EVALUATION_BATCH = 256
 CHECKPOINT_SECONDS = 30.0
 
@@ -150,10 +150,10 @@ def _seconds_of(function, device):
 def choose_precision(wanted, model, batch_loss, device):
     """Time a step in every form that the machine offers; return the fastest whose loss agrees.
 
-    `wanted` is "auto", "float32" or "bfloat16"; `batch_loss()` gives the loss of one batch. Weights,
-    gradients and random numbers are left as they were. A form that is named is taken unmeasured,
-    and a measured one must be clearly faster to displace the one before: forms round differently,
-    and the same command should give the same weights twice.
+    `wanted` is "auto", "float32" or "bfloat16"; `batch_loss()` gives the loss of one batch.
+    Weights, gradients and random numbers are left as they were. A format that is named is taken
+    unmeasured, and a measured one must be clearly faster to displace the one before: forms round
+    differently, and the same command should give the same weights twice.
 
     Returns (`Precision`, {`Precision`: seconds}), the latter empty where nothing was measured.
     """
@@ -251,9 +251,11 @@ def reestimate_batchnorm(model, forward, rows):
         norm.reset_running_stats()
         norm.momentum = None  # an average over all batches
         norm.train()
-    batch = min(EVALUATION_BATCH, len(rows))
-    for start in range(0, min(len(rows), BATCHNORM_IMAGES) - batch + 1, batch):
-        forward(rows[start : start + batch])
+    # Rows may come sorted by class: every batch must hold all of them, or variances are too small.
+    chosen = np.random.default_rng(0).permutation(rows)[:BATCHNORM_IMAGES]
+    batch = min(EVALUATION_BATCH, len(chosen))
+    for start in range(0, len(chosen) - batch + 1, batch):
+        forward(chosen[start : start + batch])
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     model.eval()

@@ -27,8 +27,15 @@ def save(path, model_state, config, class_names, run):
         "class_names": list(class_names),
         "run": json.loads(json.dumps(run)),
     }
-    with file_to_be(path) as temporary:
-        torch.save(content, temporary)
+    _write(path, content)
+
+
+def _write(path, content):
+    try:
+        with file_to_be(path) as temporary:
+            torch.save(content, temporary)
+    except RuntimeError:  # torch's writer hides the reason
+        raise UserError(f"cannot write {path}: is the disk full?") from None
 
 
 def load_mae(path):
@@ -112,8 +119,7 @@ def save_checkpoint(out, content):
     """Write the checkpoint of a run; the one before stays beside it."""
     current, previous = checkpoint_paths(out)
     fresh = current.with_name("checkpoint.next.pth")
-    with file_to_be(fresh) as temporary:
-        torch.save(content, temporary)
+    _write(fresh, content)
     if current.exists():
         os.replace(current, previous)
     os.replace(fresh, current)
