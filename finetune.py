@@ -28,7 +28,7 @@ EXAMPLE = """examples:
 # Largest learning rate and epochs by strategy; chosen on validation.
 DEFAULTS = {
     "head": {"lr": 2e-3, "epochs": 50},
-    "layernorm": {"lr": 5e-3, "epochs": 2},
+    "layernorm": {"lr": 1e-2, "epochs": 2},
     "full": {"lr": 1e-3, "epochs": 2},
 }
 ALL_PATCHES_FROM = 0.5  # of the steps: from then on no patch is left out
