@@ -1,5 +1,6 @@
 # make reproduce [DATA=folder]   everything from images to predictions, in runs/; goes on where it stopped
 # make test                      the tests
+# make test-heavy                the same with more kills, more fuzzed files, more images
 # make clean                     remove runs/
 
 PYTHON ?= python3
@@ -26,7 +27,7 @@ STRATEGIES := $(foreach run,head layernorm full,$(RUNS)/$(run)/vit-mae-classifie
 SCRATCH := $(RUNS)/scratch/vit-mae-classifier-wt.pth
 MODEL := $(RUNS)/classifier.onnx
 
-.PHONY: reproduce test clean FORCE
+.PHONY: reproduce test test-heavy clean FORCE
 .DELETE_ON_ERROR:
 
 reproduce: $(RUNS)/evaluation/metrics.json $(RUNS)/predictions.csv
@@ -34,6 +35,11 @@ reproduce: $(RUNS)/evaluation/metrics.json $(RUNS)/predictions.csv
 
 test: $(READY)
 	$(PY) -m pytest -q tests
+
+test-heavy: export KILLS := 20
+test-heavy: export FUZZED_FILES := 200000
+test-heavy: export PREDICT_IMAGES := 200000
+test-heavy: test
 
 clean:
 	rm -rf $(RUNS)

@@ -167,7 +167,7 @@ def _pack(class_files, packed, origin, progress):
                     )
                 writer.append(image[None], label)
             writer.close()
-    except OSError:
+    except (OSError, UserError):
         if not (packed / "dataset.json").exists():  # else another process packed the same folder
             raise
     for stale in packed.parent.iterdir():

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import math
+import mmap
 import os
 import pickle
 import pickletools
@@ -174,6 +175,16 @@ def read_npy(path):
     except Exception as error:  # whatever arbitrary bytes provoke in a parser
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a usable .npy image: {reason}") from None
+
+
+def forget_pages(array):
+    """Give the memory of an array that `read_npy` mapped back; reading it again is still possible.
+
+    Without it the pages of a file larger than memory pile up in the process as they are read.
+    """
+    mapped = getattr(array, "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _read_header(file):

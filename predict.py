@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from files import UserError, file_to_be, read_npy, run
+from files import UserError, file_to_be, forget_pages, read_npy, run
 
 EXAMPLE = "example: python predict.py --model runs/classifier.onnx --out predictions.csv cutouts/"
 
@@ -99,6 +99,7 @@ def batches_of(files, img_size, batch_size, errors):
             if len(names) == batch_size:
                 yield names, np.stack(images)[:, None]
                 names, images = [], []
+                forget_pages(stack)
     if names:
         yield names, np.stack(images)[:, None]
 

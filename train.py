@@ -94,8 +94,10 @@ def check_arguments(args):
         value = getattr(args, name, None)
         if value is not None and not value >= 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative, got {value}")
-    if args.lr is not None and not 0 < args.lr < math.inf:
-        raise UserError(f"--lr must be positive, got {args.lr}")
+    for name in ("lr", "mlp_ratio"):
+        value = getattr(args, name, None)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be positive, got {value}")
 
 
 def check_patch_size(patch_size, img_size):

@@ -2,10 +2,12 @@
 
 import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from conftest import assert_user_error, run_script
+from conftest import ROOT, assert_user_error, run_script
 
 import data
 from files import UserError
@@ -51,6 +53,30 @@ def test_a_half_written_cache_is_not_read(tmp_path):
     leftover = packed.with_name(f".{packed.name}.1.tmp")
     leftover.mkdir()
     (leftover / "images.npy").write_bytes(b"half")
+    assert len(data.load(root).labels) == 6
+
+
+def test_two_processes_packing_at_once_give_one_good_cache(tmp_path):
+    root = write_classes(tmp_path / "d", {"a": 300, "b": 300})
+    command = [sys.executable, ROOT / "data.py", "--data", root]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 0, error
+    assert [f.name for f in (root / ".packed").iterdir() if f.suffix == ".tmp"] == []
+    assert len(data.load(root).labels) == 600
+
+
+def test_a_cache_that_appears_meanwhile_is_used(tmp_path, monkeypatch):
+    root = write_classes(tmp_path / "d", {"a": 3, "b": 3})
+    whole = data.read_image
+
+    def another_process_is_faster(path):
+        monkeypatch.setattr(data, "read_image", whole)
+        data.load(root)
+        return whole(path)
+
+    monkeypatch.setattr(data, "read_image", another_process_is_faster)
     assert len(data.load(root).labels) == 6
 
 

@@ -187,6 +187,30 @@ def test_prediction_needs_neither_torch_nor_anything_but_numpy_and_onnxruntime(r
     assert len(read_csv(tmp_path / "out.csv")) == 1
 
 
+def test_prediction_of_a_large_stack_stays_small(runs, tmp_path):
+    count = int(os.environ.get("PREDICT_IMAGES", "20000"))
+    stack = np.lib.format.open_memmap(
+        tmp_path / "stack.npy", mode="w+", dtype=np.float32, shape=(count, 64, 64)
+    )  # a sparse file: zeros that take no disk
+    stack[-1] = np.nan
+    del stack
+    code = (
+        "import resource, predict\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "code = predict.main()\n"
+        "print('grew', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+        "raise SystemExit(code)\n"
+    )
+    command = [sys.executable, "-c", code, "--model", runs / "classifier.onnx", "--out",
+               tmp_path / "out.csv", tmp_path / "stack.npy"]  # fmt: skip
+    process = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 1  # the last image
+    grew = int(process.stdout.split("grew")[1])  # KiB
+    assert grew < 250 * 1024, "the stack should not be held in memory"
+    with (tmp_path / "out.csv").open() as file:
+        assert sum(1 for _ in file) == count
+
+
 @pytest.mark.parametrize("content", [b"", b"no onnx", b"\x08\x07" * 50])
 def test_a_model_that_is_none_is_named(content, tmp_path, lens_image):
     np.save(tmp_path / "one.npy", lens_image)
@@ -236,6 +260,7 @@ def mistakes(runs, folder, tmp_path):
         "heads": ("pretrain.py", (*cache, *out, "--num-heads", 5), "5 heads"),
         "mask ratio": ("pretrain.py", (*cache, *out, "--mask-ratio", 1), "--mask-ratio"),
         "epochs": ("pretrain.py", (*cache, *out, "--epochs", 0), "--epochs"),
+        "mlp ratio": ("pretrain.py", (*cache, *out, "--mlp-ratio", 0), "--mlp-ratio"),
         "lr": ("pretrain.py", (*cache, *out, "--lr", -1), "--lr"),
         "device": ("pretrain.py", (*cache, *out, "--device", "cuda:77"), "--device"),
         "no device": ("pretrain.py", (*cache, *out, "--device", "abacus"), "--device"),
