@@ -7,6 +7,7 @@ them itself.
 
 import ast
 import contextlib
+import glob
 import hashlib
 import json
 import math
@@ -14,6 +15,7 @@ import mmap
 import os
 import pickle
 import pickletools
+import platform
 import shutil
 import sys
 from io import BytesIO
@@ -55,7 +57,26 @@ def run(main):
 
 
 def _temporary_name(path):
-    return path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    """Name to write under; leftovers of processes of this host that were killed are removed."""
+    prefix = f".{path.stem}.{platform.node()}-"
+    for leftover in path.parent.glob(f"{glob.escape(prefix)}*.tmp{glob.escape(path.suffix)}"):
+        process = leftover.name.removeprefix(prefix).split(".")[0]
+        if process.isdigit() and not _is_alive(int(process)):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+    return path.with_name(f"{prefix}{os.getpid()}.tmp{path.suffix}")
+
+
+def _is_alive(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
 def _flush_to_disk(path):

@@ -319,7 +319,7 @@ def write_config(out, args, dataset, **more):
 
 def settings_of(args, dataset, **more):
     """What decides a run's weights: a checkpoint goes on only under the same."""
-    free = {"out", "resume", "quiet", "device", "data", "cache_dir", "pretrained", "precision"}
+    free = {"out", "resume", "quiet", "device", "data", "cache_dir", "pretrained"}
     settings = {k: v for k, v in vars(args).items() if k not in free}
     return {**settings, "data_fingerprint": dataset.fingerprint, **more}
 

@@ -50,7 +50,7 @@ def test_a_half_written_cache_is_not_read(tmp_path):
     data.load(root)
     (packed / "dataset.json").unlink()
     shutil.rmtree(packed)
-    leftover = packed.with_name(f".{packed.name}.1.tmp")
+    leftover = packed.with_name(f".{packed.name}.elsewhere-1.tmp")
     leftover.mkdir()
     (leftover / "images.npy").write_bytes(b"half")
     assert len(data.load(root).labels) == 6

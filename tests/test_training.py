@@ -155,38 +155,70 @@ def test_a_loss_that_is_not_finite_stops_the_run(packed, tmp_path):
     assert not (tmp_path / "run" / "vit-mae-wt.pth").exists()
 
 
-def test_pretraining_learns_and_never_looks_at_other_classes(packed, tmp_path, monkeypatch):
-    seen = set()
-    read = train.batch_reader
+def spy_on_rows(monkeypatch):
+    """The set of rows that any training reads from now on."""
+    seen, read = set(), train.batch_reader
 
-    def spy(images, device):
+    def spying(images, device):
         function = read(images, device)
 
         def remember(rows):
-            if not drawing:
-                seen.update(np.asarray(rows).tolist())
+            seen.update(np.asarray(rows).tolist())
             return function(rows)
 
         return remember
 
-    drawing = []
+    monkeypatch.setattr(train, "batch_reader", spying)
+    return seen
+
+
+def test_pretraining_learns_and_sees_one_class_of_training_and_validation(
+    packed, tmp_path, monkeypatch
+):
+    seen, rows_trained_on = spy_on_rows(monkeypatch), set()
     pictures = pretrain.held_out_reconstructions
 
     def draw(*arguments):
-        drawing.append(True)
+        rows_trained_on.update(seen)  # the pictures, which come last, show every class
         return pictures(*arguments)
 
-    monkeypatch.setattr(train, "batch_reader", spy)
     monkeypatch.setattr(pretrain, "held_out_reconstructions", draw)
     pretrain.main([str(a) for a in pretrain_command(packed, tmp_path / "run", "--epochs", "20")])
     dataset = data.load(packed)
     parts = data.split(dataset)
     allowed = np.concatenate([parts["train"], parts["validation"]])
     allowed = allowed[dataset.labels[allowed] == dataset.class_names.index("no_sub")]
-    assert seen == set(allowed.tolist())
+    assert rows_trained_on == set(allowed.tolist())
+    assert not seen & set(parts["test"].tolist())
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["validation_loss"] for line in lines]
     assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("strategy", finetune.STRATEGIES)
+def test_fine_tuning_never_reads_a_test_image(strategy, packed, runs, tmp_path, monkeypatch):
+    seen = spy_on_rows(monkeypatch)
+    finetune.main([str(a) for a in (
+        "--data", packed, "--pretrained", runs / "pretrain" / "vit-mae-wt.pth", "--strategy",
+        strategy, "--epochs", 2, "--out", tmp_path / "run", "--precision", "float32")])  # fmt: skip
+    parts = data.split(data.load(packed))
+    assert seen == set(np.concatenate([parts["train"], parts["validation"]]).tolist())
+
+
+def test_the_weights_with_the_best_validation_are_kept(runs):
+    for strategy in finetune.STRATEGIES:
+        lines = (runs / strategy / "metrics.jsonl").read_text().splitlines()
+        best = max((json.loads(line) for line in lines), key=lambda x: x["validation_macro_auc"])
+        path = runs / strategy / "vit-mae-classifier-wt.pth"
+        model, content = weights.load_classifier(path)
+        assert content["run"]["best"] == best
+        dataset = data.load(runs.parent.parent / content["run"]["data"], runs / "cache")
+        rows = data.split(dataset)["validation"]
+        probabilities = evaluate.predict_probabilities(
+            model, dataset.images, rows, torch.device("cpu")
+        )
+        auc = np.mean(evaluate.auc_by_class(probabilities, dataset.labels[rows]))
+        assert auc == pytest.approx(best["validation_macro_auc"], abs=0.02)
 
 
 @pytest.mark.parametrize("unit", [1e-3, 255.0])
