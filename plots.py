@@ -52,8 +52,9 @@ def reconstructions(path, original, masked, reconstruction, class_names):
     classes, examples = original.shape[:2]
     titles = ("original", "masked", "reconstruction", "residual")
     figure, axes = plt.subplots(
-        classes * examples, 4, figsize=(7.4, 1.9 * classes * examples), squeeze=False
-    )
+        classes * examples, 4, figsize=(7.8, 1.8 * classes * examples), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
     residual = reconstruction - original
     limit = np.quantile(np.abs(residual[np.abs(residual) > 0]), 0.99) if residual.any() else 1
     for i, row in enumerate(axes):
@@ -62,16 +63,19 @@ def reconstructions(path, original, masked, reconstruction, class_names):
         for panel, image in zip(row, (original, masked, reconstruction), strict=False):
             panel.imshow(image[c, e], vmin=low, vmax=high, cmap="magma", origin="lower")
         last = row[3].imshow(residual[c, e], vmin=-limit, vmax=limit, cmap="RdBu_r", origin="lower")
-        figure.colorbar(last, ax=row[3], fraction=0.046)
         for panel, title in zip(row, titles, strict=True):
             panel.set(xticks=[], yticks=[], title=title if i == 0 else "")
             panel.set_facecolor("0.8")
         row[0].set_ylabel(class_names[c])
+    figure.colorbar(last, ax=axes, fraction=0.03, label="residual, in the network's scale")
     _save(figure, path)
 
 
 def roc_curves(path, curves):
-    """One panel a class; `curves`: {run: {class: (false positive, true positive, AUC)}}."""
+    """One panel a class; `curves`: {run: {class: (false positive, true positive, AUC)}}.
+
+    The false positive rate is logarithmic: good classifiers differ near zero only.
+    """
     class_names = list(next(iter(curves.values())))
     figure, axes = plt.subplots(
         1, len(class_names), figsize=(4 * len(class_names), 3.8), squeeze=False
@@ -80,8 +84,11 @@ def roc_curves(path, curves):
         for run_name, by_class in curves.items():
             false_positive, true_positive, auc = by_class[class_name]
             panel.plot(false_positive, true_positive, label=f"{run_name} {auc:.4f}")
-        panel.plot([0, 1], [0, 1], color="0.7", linestyle=":")
+        chance = np.geomspace(1e-4, 1)
+        panel.plot(chance, chance, color="0.7", linestyle=":")
         panel.set(
+            xscale="log",
+            xlim=(1e-4, 1),
             title=f"{class_name} against the rest",
             xlabel="false positive rate",
             ylabel="true positive rate",
