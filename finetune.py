@@ -5,6 +5,7 @@ metrics.jsonl and curves.png (loss, accuracy and AUC).
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import numpy as np
@@ -154,8 +155,11 @@ def finetune(args):
         logits = train.in_batches(logits_of, parts["validation"])
         target = labels[parts["validation"]].cpu()
         probabilities = logits.softmax(dim=1).numpy()
+        loss = F.cross_entropy(logits, target).item()
+        if not math.isfinite(loss):
+            return {"loss": loss}  # which ends the run; there is no AUC of it
         return {
-            "loss": F.cross_entropy(logits, target).item(),
+            "loss": loss,
             "accuracy": accuracy(probabilities, target.numpy()),
             "macro_auc": float(np.mean(auc_by_class(probabilities, target.numpy()))),
         }
@@ -163,10 +167,11 @@ def finetune(args):
     with train.run_folder(args.out):
         source = "none" if args.pretrained == "none" else sha256_of(args.pretrained)
         settings = train.settings_of(args, dataset, pretrained_sha256=source)
+        checkpoint = train.checkpoint_to_resume(args, settings)
         train.write_config(args.out, args, dataset, model=config)
         state, history, precision = train.fit(
             trained, groups, batch_loss, validate, rows, args=args, settings=settings,
-            device=device, score=lambda measured: measured["macro_auc"],
+            checkpoint=checkpoint, device=device, score=lambda measured: measured["macro_auc"],
         )  # fmt: skip
         trained.load_state_dict(state)
         plots.classifier_curves(args.out / "curves.png", history)

@@ -24,8 +24,7 @@ def mae_config(args, img_size):
     train.check_patch_size(args.patch_size, img_size)
     names = ("patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim",
              "decoder_depth", "decoder_num_heads", "mlp_ratio", "norm_pix_loss")  # fmt: skip
-    config = {"img_size": img_size, "in_chans": 1, **{n: getattr(args, n) for n in names}}
-    return config
+    return {"img_size": img_size, "in_chans": 1, **{n: getattr(args, n) for n in names}}
 
 
 def rows_of_classes(dataset, rows, names):
@@ -82,10 +81,11 @@ def pretrain(args):
     )
     with train.run_folder(args.out):
         settings = train.settings_of(args, dataset)
+        checkpoint = train.checkpoint_to_resume(args, settings)
         train.write_config(args.out, args, dataset, model=config, transform=transform_constants)
         state, history, precision = train.fit(
             model, groups, batch_loss, validate, rows,
-            args=args, settings=settings, device=device, betas=(0.9, 0.95),
+            args=args, settings=settings, checkpoint=checkpoint, device=device, betas=(0.9, 0.95),
         )  # fmt: skip
         plots.loss_curves(args.out / "loss.png", history, "reconstruction error (masked patches)")
         plots.reconstructions(

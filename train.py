@@ -324,6 +324,22 @@ def settings_of(args, dataset, **more):
     return {**settings, "data_fingerprint": dataset.fingerprint, **more}
 
 
+def checkpoint_to_resume(args, settings):
+    """The checkpoint in --out, or None if there is none or --resume was not given.
+
+    Raises UserError, naming the setting, if it is of other settings than `settings`.
+    """
+    checkpoint = weights.load_checkpoint(args.out) if args.resume else None
+    before = checkpoint["settings"] if checkpoint else settings
+    for name in sorted(before.keys() | settings.keys()):
+        if before.get(name) != settings.get(name):
+            raise UserError(
+                f"--resume: the checkpoint in {args.out} has {name} = {before.get(name)}, now it "
+                f"is {settings.get(name)}: use the same settings, or start anew without --resume"
+            )
+    return checkpoint
+
+
 class _Interruption:
     """Remembers SIGINT or SIGTERM, so that the loop can stop between two steps."""
 
@@ -353,6 +369,7 @@ def fit(
     *,
     args,
     settings,
+    checkpoint,
     device,
     betas=(0.9, 0.999),
     score=None,
@@ -368,11 +385,12 @@ def fit(
     rows : (n,) int, the training rows.
     args : options of `add_training_arguments`.
     settings : see `settings_of`.
+    checkpoint : see `checkpoint_to_resume`.
     score : validation dict -> number; the weights with the largest are returned. None: the last.
 
     Returns (state dict, history: a list of dicts, the lines of metrics.jsonl, `Precision`).
-    Raises UserError if the loss is not finite or a checkpoint is of other settings; SystemExit 130
-    or 143 after SIGINT or SIGTERM, with a checkpoint left behind.
+    Raises UserError if the loss is not finite; SystemExit 130 or 143 after SIGINT or SIGTERM, with
+    a checkpoint left behind.
     """
     out, batch_size = args.out, min(args.batch_size, len(rows))
     if len(rows) < 2:
@@ -381,9 +399,7 @@ def fit(
     steps = args.epochs * steps_per_epoch
     validate_every = max(1, steps_per_epoch // args.validations_per_epoch)
 
-    checkpoint = weights.load_checkpoint(out) if args.resume else None
     if checkpoint:
-        _refuse_other_settings(out, checkpoint["settings"], settings)
         precision = Precision(*checkpoint["precision"])
         how = "as in the checkpoint"
     else:
@@ -448,12 +464,7 @@ def fit(
                 batch = order[position * batch_size : (position + 1) * batch_size]
                 losses = batch_loss(batch, step / steps)
             loss = losses["loss"].item()
-            if not math.isfinite(loss):
-                kept = next((p for p in weights.checkpoint_paths(out) if p.exists()), "none yet")
-                raise UserError(
-                    f"the loss is {loss} at step {step} with learning rate {lr:.3g}: lower --lr; "
-                    f"last good checkpoint: {kept}"
-                )
+            _require_finite("training loss", loss, step, lr, out)
             losses["loss"].backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -469,6 +480,8 @@ def fit(
             if done == steps or (position + 1) % validate_every == 0:
                 model.eval()
                 measured = validate()
+                for name, value in measured.items():
+                    _require_finite(f"validation {name}", value, step, lr, out)
                 seconds = time.perf_counter() - begun
                 line = {
                     "epoch": round(done / steps_per_epoch, 4),
@@ -488,6 +501,8 @@ def fit(
             stop = interruption.signal
             due = time.perf_counter() - saved_at > CHECKPOINT_SECONDS
             if due or stop or done == steps:
+                largest = max(p.detach().abs().max().item() for p in model.parameters())
+                _require_finite("largest weight", largest, step, lr, out)
                 save_checkpoint(done)
                 saved_at = time.perf_counter()
             if stop:
@@ -498,13 +513,13 @@ def fit(
     return state, history, precision
 
 
-def _refuse_other_settings(out, before, now):
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            raise UserError(
-                f"--resume: the checkpoint in {out} has {name} = {before.get(name)}, now it is "
-                f"{now.get(name)}: use the same settings, or start anew without --resume"
-            )
+def _require_finite(what, value, step, lr, out):
+    if not math.isfinite(value):
+        kept = next((path for path in weights.checkpoint_paths(out) if path.exists()), "none yet")
+        raise UserError(
+            f"the {what} is not finite at step {step} with learning rate {lr:.3g}: lower --lr; "
+            f"last good checkpoint: {kept}"
+        )
 
 
 def _write_metrics(out, history):

@@ -16,6 +16,7 @@ from conftest import ROOT, TINY_DECODER, TINY_NETWORK, assert_user_error, run_sc
 
 import data
 import evaluate
+import files
 import finetune
 import pretrain
 import simulate
@@ -133,9 +134,10 @@ def test_resume_with_other_settings_names_the_setting(packed, tmp_path):
     process.terminate()
     process.communicate()
     other = pretrain_command(packed, tmp_path / "run", "--epochs", 100, "--lr", "0.5", "--resume")
-    assert_user_error(
-        run_script("pretrain.py", *other, check=False), "lr = 0.001", "0.5", "--resume"
-    )
+    before = (tmp_path / "run" / "config.json").read_text()
+    process = run_script("pretrain.py", *other, check=False)
+    assert_user_error(process, "lr = 0.001", "0.5", "--resume")
+    assert (tmp_path / "run" / "config.json").read_text() == before
 
 
 def test_a_second_run_into_the_same_folder_is_refused(packed, tmp_path):
@@ -148,11 +150,23 @@ def test_a_second_run_into_the_same_folder_is_refused(packed, tmp_path):
     assert_user_error(second, tmp_path / "run")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(packed, tmp_path):
-    arguments = pretrain_command(packed, tmp_path / "run", "--lr", "1e30")
-    process = run_script("pretrain.py", *arguments, check=False)
-    assert_user_error(process, "the loss is", "--lr", "1e+")
-    assert not (tmp_path / "run" / "vit-mae-wt.pth").exists()
+@pytest.mark.parametrize("batch_size", [8, 240])  # in the middle of an epoch, and at its end
+@pytest.mark.parametrize("script", ["pretrain", "finetune"])
+def test_a_loss_that_is_not_finite_stops_the_run(script, batch_size, packed, tmp_path, capsys):
+    arguments = ["--data", packed, "--out", tmp_path / "run", "--lr", "1e30", "--epochs", 1,
+                 "--batch-size", batch_size, "--precision", "float32", *TINY_NETWORK]  # fmt: skip
+    if script == "finetune":
+        arguments += ["--pretrained", "none", "--strategy", "full"]
+    main = {"pretrain": pretrain.main, "finetune": finetune.main}[script]
+    with pytest.raises(SystemExit) as ended:
+        files.run(lambda: main(list(map(str, arguments))))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2
+    assert error.startswith("error: ")
+    assert "not finite at step" in error
+    assert "learning rate 1e+30: lower --lr" in error
+    assert "checkpoint: none yet" in error
+    assert not list((tmp_path / "run").glob("*.pth"))
 
 
 def spy_on_rows(monkeypatch):
