@@ -88,21 +88,22 @@ def real_images(args, content, model):
     return dataset.images[np.resize(rows, max(CHECKED_BATCHES))][:, None]
 
 
-def best_on_validation(paths):
-    """The weights file with the best validation macro AUC, then the lowest validation loss."""
+def best_on_validation(loaded):
+    """Of {path: (model, content)} the path with the best validation macro AUC, then lowest loss."""
 
     def rank(path):
-        best = weights.load_classifier(path)[1]["run"].get("best")
+        best = loaded[path][1]["run"].get("best")
         if not isinstance(best, dict):
             raise UserError(f"{path} does not say how it did on validation: train anew")
         return best.get("validation_macro_auc", 0.0), -best.get("validation_loss", np.inf)
 
-    return max(paths, key=rank)
+    return max(loaded, key=rank)
 
 
 def export(args):
-    path = best_on_validation(args.weights) if len(args.weights) > 1 else args.weights[0]
-    classifier, content = weights.load_classifier(path)
+    loaded = {path: weights.load_classifier(path) for path in args.weights}
+    path = best_on_validation(loaded) if len(loaded) > 1 else args.weights[0]
+    classifier, content = loaded[path]
     model = Probabilities(classifier).eval()
     images = real_images(args, content, classifier)
     metadata = {

@@ -19,7 +19,7 @@ import train
 import weights
 from evaluate import accuracy, auc_by_class
 from files import UserError, run, sha256_of
-from mae import Classifier, random_masking
+from mae import POOLINGS, Classifier, random_masking
 
 EXAMPLE = """examples:
   python finetune.py --data lenses --strategy full --out runs/full \\
@@ -42,14 +42,10 @@ def build_classifier(args, dataset, train_rows):
     """
     classes = {"num_classes": len(dataset.class_names), "pool": args.pool}
     if args.pretrained == "none":
-        train.check_patch_size(args.patch_size, dataset.img_size)
         sizes = {n: getattr(args, n) for n in ("patch_size", "embed_dim", "depth", "num_heads")}
         transform = train.fit_transform(dataset.images, train_rows, args.transform)
         config = {"img_size": dataset.img_size, **sizes, **classes, "transform": transform}
-        try:
-            return Classifier(**config), config
-        except ValueError as error:
-            raise UserError(f"these network options do not fit together: {error}") from None
+        return train.new_network(Classifier, config), config
     mae, content = weights.load_mae(args.pretrained)
     if mae.img_size != dataset.img_size:
         raise UserError(
@@ -210,7 +206,7 @@ def parse_args(argv=None):
     train.add_training_arguments(parser)
     group = parser.add_argument_group("classifier")
     group.add_argument(
-        "--pool", choices=("mean", "cls", "both"), default="mean",
+        "--pool", choices=POOLINGS, default="mean",
         help="tokens that the head sees",
     )  # fmt: skip
     group.add_argument(

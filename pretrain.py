@@ -20,8 +20,7 @@ EXAMPLE = "example: python pretrain.py --data lenses --out runs/pretrain --epoch
 
 
 def mae_config(args, img_size):
-    """The arguments of `MAE` that the options ask for; UserError where they do not fit."""
-    train.check_patch_size(args.patch_size, img_size)
+    """The arguments of `MAE` that the options ask for."""
     names = ("patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim",
              "decoder_depth", "decoder_num_heads", "mlp_ratio", "norm_pix_loss")  # fmt: skip
     return {"img_size": img_size, "in_chans": 1, **{n: getattr(args, n) for n in names}}
@@ -55,10 +54,7 @@ def pretrain(args):
     transform_constants = train.fit_transform(dataset.images, rows, args.transform)
 
     torch.manual_seed(args.seed)
-    try:
-        model = MAE(**config).to(device)
-    except ValueError as error:
-        raise UserError(f"these network options do not fit together: {error}") from None
+    model = train.new_network(MAE, config).to(device)
     transform = train.IntensityTransform(**transform_constants).to(device)
     read = train.batch_reader(dataset.images, device)
     noise = validation_noise(len(validation), model.num_patches, seed=0)

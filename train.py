@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import weights
 from files import UserError, make_folder, write_json, write_text
-from mae import ATTENTION_FORMS, IntensityTransform, set_attention_form
+from mae import ATTENTION_FORMS, TRANSFORM_KINDS, IntensityTransform, set_attention_form
 
 TRANSFORM_IMAGES = 2000  # training images that the transform's constants are taken from
 SOFTENING = 0.001  # of the mean intensity: where the logarithm becomes linear
@@ -54,7 +54,7 @@ def add_model_arguments(parser):
     group.add_argument("--depth", type=int, default=4, help="blocks of the encoder")
     group.add_argument("--num-heads", type=int, default=4, help="attention heads of the encoder")
     group.add_argument(
-        "--transform", choices=("log", "asinh", "sqrt", "linear"), default="log",
+        "--transform", choices=TRANSFORM_KINDS, default="log",
         help="intensity scale that the network sees",
     )  # fmt: skip
 
@@ -100,12 +100,18 @@ def check_arguments(args):
             raise UserError(f"--{name.replace('_', '-')} must be positive, got {value}")
 
 
-def check_patch_size(patch_size, img_size):
+def new_network(kind, config):
+    """`kind(**config)`, `MAE` or `Classifier`; UserError where options and images do not fit."""
+    patch_size, img_size = config["patch_size"], config["img_size"]
     if img_size % patch_size:
         raise UserError(
             f"--patch-size {patch_size} does not divide the image size {img_size}: "
             "choose one that does"
         )
+    try:
+        return kind(**config)
+    except ValueError as error:
+        raise UserError(f"these network options do not fit together: {error}") from None
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -18,8 +18,25 @@ TINY_DECODER = ["--decoder-embed-dim", "16", "--decoder-num-heads", "2"]
 
 def run_script(name, *arguments, check=True):
     """Run a script as a user would; returns the finished process with its text."""
-    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return run_python(ROOT / name, *arguments, check=check)
+
+
+def run_code(code, *arguments, check=True, without=()):
+    """Run Python code beside the scripts; importing anything of `without` fails there."""
+    refusing = (
+        "import sys, importlib.abc\n"
+        "class Refuse(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name.split('.')[0] in {tuple(without)}:\n"
+        "            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+    )
+    return run_python("-c", refusing + code, *arguments, check=check)
+
+
+def run_python(*arguments, check):
+    command = [sys.executable, *map(str, arguments)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     if check:
         assert process.returncode == 0, process.stdout + process.stderr
     return process

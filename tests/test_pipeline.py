@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT, TINY_NETWORK, assert_user_error, run_script
+from conftest import ROOT, TINY_NETWORK, assert_user_error, run_code, run_script
 
 import data
 import evaluate
@@ -171,19 +171,11 @@ def test_prediction_reads_every_kind_and_lists_what_it_cannot(runs, folder, tmp_
 def test_prediction_needs_neither_torch_nor_anything_but_numpy_and_onnxruntime(runs, lens_image,
                                                                               tmp_path):  # fmt: skip
     np.save(tmp_path / "one.npy", lens_image)
-    code = (
-        "import sys, importlib.abc\n"
-        "class Refuse(importlib.abc.MetaPathFinder):\n"
-        "    def find_spec(self, name, path, target=None):\n"
-        "        if name.split('.')[0] in ('torch', 'onnx', 'sklearn', 'tqdm'):\n"
-        "            raise ImportError(name)\n"
-        "sys.meta_path.insert(0, Refuse())\n"
-        "import files, predict\n"
-        "files.run(predict.main)\n"
-    )
-    command = [sys.executable, "-c", code, "--model", runs / "classifier.onnx", "--out",
-               tmp_path / "out.csv", tmp_path / "one.npy"]  # fmt: skip
-    subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
+    run_code(
+        "import files, predict\nfiles.run(predict.main)\n",
+        "--model", runs / "classifier.onnx", "--out", tmp_path / "out.csv", tmp_path / "one.npy",
+        without=("torch", "onnx", "sklearn", "matplotlib", "tqdm", "scipy"),
+    )  # fmt: skip
     assert len(read_csv(tmp_path / "out.csv")) == 1
 
 
@@ -201,9 +193,10 @@ def test_prediction_of_a_large_stack_stays_small(runs, tmp_path):
         "print('grew', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
         "raise SystemExit(code)\n"
     )
-    command = [sys.executable, "-c", code, "--model", runs / "classifier.onnx", "--out",
-               tmp_path / "out.csv", tmp_path / "stack.npy"]  # fmt: skip
-    process = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
+    process = run_code(
+        code, "--model", runs / "classifier.onnx", "--out", tmp_path / "out.csv",
+        tmp_path / "stack.npy", check=False,
+    )  # fmt: skip
     assert process.returncode == 1  # the last image
     grew = int(process.stdout.split("grew")[1])  # KiB
     assert grew < 250 * 1024, "the stack should not be held in memory"
@@ -339,9 +332,7 @@ def test_help_shows_an_example(script):
 
 def test_scripts_do_nothing_when_imported():
     code = "import " + ", ".join([*SCRIPTS, "train", "weights", "files", "plots"])
-    process = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    process = run_code(code)
     assert process.stdout == process.stderr == ""
 
 
