@@ -1,5 +1,7 @@
 """What the tests share: the scripts on the path, small data sets, and a way to run a script."""
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +18,9 @@ TINY_NETWORK = ["--patch-size", "16", "--embed-dim", "32", "--depth", "2", "--nu
 TINY_DECODER = ["--decoder-embed-dim", "16", "--decoder-num-heads", "2"]
 
 
-def run_script(name, *arguments, check=True):
+def run_script(name, *arguments, check=True, before=()):
     """Run a script as a user would; returns the finished process with its text."""
-    return run_python(ROOT / name, *arguments, check=check)
+    return run_python(ROOT / name, *arguments, check=check, before=before)
 
 
 def run_code(code, *arguments, check=True, without=()):
@@ -34,12 +36,21 @@ def run_code(code, *arguments, check=True, without=()):
     return run_python("-c", refusing + code, *arguments, check=check)
 
 
-def run_python(*arguments, check):
-    command = [sys.executable, *map(str, arguments)]
+def run_python(*arguments, check, before=()):
+    command = [*before, sys.executable, *map(str, arguments)]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     if check:
         assert process.returncode == 0, process.stdout + process.stderr
     return process
+
+
+def bound_by_permissions():
+    """What to put before a command so that file permissions bind it, even under root."""
+    if os.geteuid():
+        return ()
+    if not shutil.which("setpriv"):
+        pytest.skip("root may write everywhere, and there is no setpriv to give that up")
+    return ("setpriv", "--inh-caps=-all", "--bounding-set=-all")
 
 
 def assert_user_error(process, *named):

@@ -12,7 +12,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT, TINY_NETWORK, assert_user_error, run_code, run_script
+from conftest import (
+    ROOT,
+    TINY_NETWORK,
+    assert_user_error,
+    bound_by_permissions,
+    run_code,
+    run_script,
+)
 
 import data
 import evaluate
@@ -313,14 +320,30 @@ def test_every_mistake_ends_with_one_line_that_names_it(runs, folder, tmp_path, 
         assert left == [], name
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_an_unwritable_folder_is_named(runs, folder, tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
     process = run_script(
         "pretrain.py", "--data", folder, "--cache-dir", runs / "cache",
-        "--out", tmp_path / "locked" / "run", check=False,
+        "--out", tmp_path / "locked" / "run", check=False, before=bound_by_permissions(),
     )  # fmt: skip
     assert_user_error(process, tmp_path / "locked")
+
+
+def test_a_read_only_data_folder_works_with_the_cache_elsewhere(folder, tmp_path):
+    root = shutil.copytree(folder, tmp_path / "data")
+    for path in (root, *root.iterdir()):
+        path.chmod(0o500)
+    try:
+        refused = run_script("data.py", "--data", root, check=False, before=bound_by_permissions())
+        assert_user_error(refused, root, "--cache-dir")
+        run_script(
+            "data.py", "--data", root, "--cache-dir", tmp_path / "cache",
+            before=bound_by_permissions(),
+        )  # fmt: skip
+    finally:
+        for path in (root, *root.iterdir()):
+            path.chmod(0o700)
+    assert {path.name for path in root.iterdir()} == {"axion", "cdm", "no_sub"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
