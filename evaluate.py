@@ -50,16 +50,19 @@ def measures(probabilities, labels):
     return np.array([*aucs, np.mean(aucs), accuracy(probabilities, labels)])
 
 
-def bootstrap(probabilities, labels, resamples, seed, progress=True):
-    """95 % percentile intervals of `measures`, (K + 2, 2), resampling images within each class."""
+def bootstrap(statistic, labels, resamples, seed, progress=True):
+    """95 % percentile intervals (n, 2) of `statistic`, resampling images within each class.
+
+    `statistic` gives n numbers of a selection of images: indices (N,) -> (n,).
+    """
     rng = np.random.default_rng(seed)
-    by_class = [np.flatnonzero(labels == k) for k in range(probabilities.shape[1])]
+    by_class = [np.flatnonzero(labels == k) for k in np.unique(labels)]
     values = []
     for _ in tqdm(
         range(resamples), desc="bootstrap", leave=False, disable=None if progress else True
     ):
         rows = np.concatenate([rng.choice(members, len(members)) for members in by_class])
-        values.append(measures(probabilities[rows], labels[rows]))
+        values.append(statistic(rows))
     return np.quantile(values, [0.025, 0.975], axis=0).T
 
 
@@ -106,7 +109,10 @@ def evaluate(args):
         probabilities = predict_probabilities(model, dataset.images, rows, device)
         labels = labels[rows]
         values = measures(probabilities, labels)
-        intervals = bootstrap(probabilities, labels, args.resamples, args.seed)
+        intervals = bootstrap(
+            lambda chosen, p=probabilities, y=labels: measures(p[chosen], y[chosen]),
+            labels, args.resamples, args.seed,
+        )  # fmt: skip
         keys = [*class_names, "macro", "accuracy"]
         results[name] = {
             key: {"value": value, "low": low, "high": high}

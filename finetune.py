@@ -17,6 +17,7 @@ import data
 import plots
 import train
 import weights
+from augment import augment
 from evaluate import accuracy, auc_by_class
 from files import UserError, run, sha256_of
 from mae import POOLINGS, Classifier, random_masking
@@ -43,7 +44,7 @@ def build_classifier(args, dataset, train_rows):
     classes = {"num_classes": len(dataset.class_names), "pool": args.pool}
     if args.pretrained == "none":
         sizes = {n: getattr(args, n) for n in ("patch_size", "embed_dim", "depth", "num_heads")}
-        transform = train.fit_transform(dataset.images, train_rows, args.transform)
+        transform = train.fit_transform(dataset.images, train_rows, args.transform, args.augment)
         config = {"img_size": dataset.img_size, **sizes, **classes, "transform": transform}
         return train.new_network(Classifier, config), config
     mae, content = weights.load_mae(args.pretrained)
@@ -128,13 +129,13 @@ def finetune(args):
         features = torch.zeros(len(dataset.labels), model.fc[0].in_features, device=device)
         features[used] = train.in_batches(lambda b: model.features(read(b)), used).to(device)
 
-        def logits_of(batch, _=None):
+        def logits_of(batch, **_):
             return model.fc(features[batch])
     else:
         trained = model
 
-        def logits_of(batch, ids_keep=None):
-            return model(read(batch), ids_keep)
+        def logits_of(batch, ids_keep=None, augmentations=()):
+            return model(augment(read(batch), augmentations), ids_keep)
 
     def batch_loss(batch, progress):
         ids_keep = None
@@ -142,13 +143,19 @@ def finetune(args):
             keep = max(1, round(model.num_patches * (1 - args.patch_dropout)))
             noise = torch.rand(len(batch), model.num_patches, device=device)
             ids_keep, _ = random_masking(noise, keep)
-        logits, target = logits_of(batch, ids_keep).float(), labels[batch]
+        logits = logits_of(batch, ids_keep=ids_keep, augmentations=args.augment).float()
+        target = labels[batch]
         correct = (logits.detach().argmax(dim=1) == target).float().mean()
         return {"loss": F.cross_entropy(logits, target), "accuracy": correct}
 
     def validate():
-        train.reestimate_batchnorm(trained, logits_of, rows)
-        logits = train.in_batches(logits_of, parts["validation"])
+        with train.same_random_numbers():
+
+            def augmented(batch):
+                return logits_of(batch, augmentations=args.augment)
+
+            train.reestimate_batchnorm(trained, augmented, rows)
+            logits = train.in_batches(augmented, parts["validation"])
         target = labels[parts["validation"]].cpu()
         probabilities = logits.softmax(dim=1).numpy()
         loss = F.cross_entropy(logits, target).item()
@@ -232,6 +239,8 @@ def parse_args(argv=None):
             raise UserError(f"--{flag.replace('_', '-')} must be in (0, 1]")
     if not 0 <= args.patch_dropout < 1:
         raise UserError(f"--patch-dropout must be in [0, 1), got {args.patch_dropout}")
+    if args.augment and args.strategy == "head":
+        raise UserError("--augment: the head learns from stored features; use another --strategy")
     if args.strategy != "full" and args.pretrained == "none":
         raise UserError("--pretrained none has nothing to keep fixed: use --strategy full")
     if args.pretrained != "none":

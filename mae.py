@@ -20,7 +20,7 @@ from torch import nn
 LAYER_NORM_EPS = 1e-6
 ATTENTION_FORMS = ("fused", "plain")
 TRANSFORM_KINDS = ("log", "asinh", "sqrt", "linear")
-POOLINGS = ("mean", "cls", "both")
+POOLINGS = ("mean", "cls", "both", "stats")
 
 
 def sincos_positions(dim, grid_size):
@@ -59,6 +59,22 @@ def unpatchify(patches, patch_size, channels=1):
     p, side = patch_size, math.isqrt(n)
     images = patches.reshape(b, side, side, p, p, channels)
     return images.permute(0, 5, 1, 3, 2, 4).reshape(b, channels, side * p, side * p)
+
+
+def complementary_masks(num_patches, mask_ratio, rounds, seed=0):
+    """Sets of visible patches that together hide every patch, and equally often.
+
+    Each round cuts a random order of the patches into parts as large as what `mask_ratio` leaves
+    visible, and every part is visible once: at 75 % a round is four masks, and a patch is hidden
+    in three of them.
+
+    Returns a list of int64 tensors (n,).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    keep = max(1, int(num_patches * (1 - mask_ratio)))
+    parts = max(2, round(num_patches / keep))
+    orders = [torch.randperm(num_patches, generator=generator) for _ in range(rounds)]
+    return [part for order in orders for part in order.tensor_split(parts)]
 
 
 def random_masking(noise, keep):
@@ -294,22 +310,48 @@ class MAE(Encoder):
         weight = mask if keep < self.num_patches else torch.ones_like(mask)
         return (error * weight).sum() / weight.sum(), pred, mask
 
+    def pixels(self, pred, patches):
+        """Predictions (B, N, p²C) as pixels: `norm_pix_loss` takes each patch's mean and spread."""
+        if not self.norm_pix_loss:
+            return pred.float()
+        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+        return pred.float() * (variance + 1e-6).sqrt() + mean
+
     def reconstruct(self, images, mask_ratio=0.75, noise=None):
         """What there is to look at: (images, masked, reconstruction), each (B, C, H, W).
 
         Removed pixels of `masked` are NaN; visible pixels of `reconstruction` are the image's own.
-        With `norm_pix_loss` the removed patches take their own mean and spread back.
         """
         _, pred, mask = self(images, mask_ratio, noise)
         patches = patchify(images, self.patch_size)
-        if self.norm_pix_loss:
-            variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-            pred = pred * (variance + 1e-6).sqrt() + mean
         removed = mask.unsqueeze(-1).bool()
         masked = patches.masked_fill(removed, math.nan)
-        reconstruction = torch.where(removed, pred.float(), patches)
+        reconstruction = torch.where(removed, self.pixels(pred, patches), patches)
         p, c = self.patch_size, self.in_chans
         return images, unpatchify(masked, p, c), unpatchify(reconstruction, p, c)
+
+    def residual(self, images, masks):
+        """What the rest of an image does not explain of each patch.
+
+        Every patch is predicted wherever one of `masks` (see `complementary_masks`) hides it.
+
+        Returns (residual, squared), both (B, C, H, W): image minus prediction, and its square,
+        each averaged over the masks that hide the pixel. Raises ValueError for other images.
+        """
+        self.check_images(images)
+        patches = patchify(images, self.patch_size)
+        residual, squared = torch.zeros_like(patches), torch.zeros_like(patches)
+        times_hidden = patches.new_zeros(self.num_patches, 1)
+        for visible in masks:
+            ids_keep = visible.to(patches.device).expand(len(patches), -1)
+            pred = self.decode(self.encode(patches, ids_keep), ids_keep)
+            hidden = torch.ones_like(times_hidden).index_fill_(0, ids_keep[0], 0.0)
+            difference = (patches - self.pixels(pred, patches)) * hidden
+            residual += difference
+            squared += difference.square()
+            times_hidden += hidden
+        p, c = self.patch_size, self.in_chans
+        return tuple(unpatchify(total / times_hidden, p, c) for total in (residual, squared))
 
 
 class IntensityTransform(nn.Module):
@@ -345,7 +387,8 @@ class Classifier(Encoder):
 
     The head is Linear(d, 64) -> BatchNorm1d(64) -> ReLU -> Dropout(0.4) -> Linear(64, classes).
     `transform` is a dict of the arguments of `IntensityTransform`. `pool` says what the head sees:
-    "mean" of the patch tokens, the "cls" token, or "both" side by side.
+    "mean" of the patch tokens, the "cls" token, "both" side by side, or "stats": the mean and the
+    standard deviation of the patch tokens, since substructure dents few patches of many.
     """
 
     def __init__(
@@ -367,7 +410,7 @@ class Classifier(Encoder):
         self.pool = pool
         self.transform = IntensityTransform(**(transform or {}))
         self.fc = nn.Sequential(
-            nn.Linear(embed_dim * (2 if pool == "both" else 1), 64),
+            nn.Linear(embed_dim * (2 if pool in ("both", "stats") else 1), 64),
             nn.BatchNorm1d(64),
             nn.ReLU(),
             nn.Dropout(0.4),
@@ -376,7 +419,7 @@ class Classifier(Encoder):
         self.apply(_init_weights)
 
     def features(self, images, ids_keep=None):
-        """Pooled encoder output of raw images: (B, C, H, W) -> (B, D), or (B, 2D) for "both".
+        """Pooled encoder output of raw images: (B, C, H, W) -> (B, D), or (B, 2D), see `pool`.
 
         `ids_keep` (B, n) restricts the encoder to some of the patches.
         """
@@ -384,6 +427,9 @@ class Classifier(Encoder):
         tokens = self.encode(patchify(self.transform(images), self.patch_size), ids_keep)
         if self.pool == "cls":
             return tokens[:, 0]
+        if self.pool == "stats":
+            variance, mean = torch.var_mean(tokens[:, 1:].float(), dim=1, correction=0)
+            return torch.cat([mean, (variance + 1e-6).sqrt()], dim=1)
         mean = tokens[:, 1:].mean(dim=1)
         return mean if self.pool == "mean" else torch.cat([tokens[:, 0], mean], dim=1)
 

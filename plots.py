@@ -71,6 +71,39 @@ def reconstructions(path, original, masked, reconstruction, class_names):
     _save(figure, path)
 
 
+def residual_maps(path, images, residuals, titles):
+    """Images (n, H, W) above their residuals, in rows of six; one colour scale for all."""
+    columns = 6
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(
+        2 * rows, columns, figsize=(1.7 * columns, 3.6 * rows), squeeze=False, layout="constrained"
+    )
+    for panel in axes.flat:
+        panel.set_axis_off()
+    limit = np.quantile(np.abs(residuals), 0.995)
+    for i, (image, residual, title) in enumerate(zip(images, residuals, titles, strict=True)):
+        row, column = divmod(i, columns)
+        axes[2 * row, column].imshow(image, cmap="magma", origin="lower")
+        axes[2 * row, column].set_title(title, fontsize=7)
+        shown = axes[2 * row + 1, column].imshow(
+            residual, vmin=-limit, vmax=limit, cmap="RdBu_r", origin="lower"
+        )
+    figure.colorbar(shown, ax=axes, fraction=0.02, label="residual, in the network's scale")
+    _save(figure, path)
+
+
+def score_histogram(path, scores, labels, class_names):
+    """Distribution of the scores (N,) by class, both axes logarithmic."""
+    figure, axes = plt.subplots(figsize=(5, 3.5))
+    positive = np.maximum(scores, np.finfo(np.float32).tiny)
+    edges = np.geomspace(positive.min(), positive.max() * 1.001, 60)
+    for label in np.unique(labels):
+        axes.hist(positive[labels == label], edges, histtype="step", label=class_names[label])
+    axes.set(xscale="log", yscale="log", xlabel="mean squared residual", ylabel="images")
+    axes.legend()
+    _save(figure, path)
+
+
 def roc_curves(path, curves):
     """One panel a class; `curves`: {run: {class: (false positive, true positive, AUC)}}.
 

@@ -13,6 +13,7 @@ import data
 import plots
 import train
 import weights
+from augment import augment
 from files import UserError, run
 from mae import MAE
 
@@ -51,7 +52,7 @@ def pretrain(args):
     )
     device = train.resolve_device(args.device)
     config = mae_config(args, dataset.img_size)
-    transform_constants = train.fit_transform(dataset.images, rows, args.transform)
+    transform_constants = train.fit_transform(dataset.images, rows, args.transform, args.augment)
 
     torch.manual_seed(args.seed)
     model = train.new_network(MAE, config).to(device)
@@ -61,16 +62,18 @@ def pretrain(args):
     place = {row: i for i, row in enumerate(validation)}
 
     def batch_loss(batch, _):
-        loss, _, _ = model(transform(read(batch)), args.mask_ratio)
+        loss, _, _ = model(transform(augment(read(batch), args.augment)), args.mask_ratio)
         return {"loss": loss}
 
     def validate():
         def loss_of(batch):
             fixed = noise[[place[row] for row in batch]].to(device)
-            loss, _, _ = model(transform(read(batch)), args.mask_ratio, fixed)
+            images = transform(augment(read(batch), args.augment))
+            loss, _, _ = model(images, args.mask_ratio, fixed)
             return loss.expand(len(batch))  # every image has as many removed patches
 
-        return {"loss": train.in_batches(loss_of, validation).mean().item()}
+        with train.same_random_numbers():
+            return {"loss": train.in_batches(loss_of, validation).mean().item()}
 
     groups = train.parameter_groups(
         [(n, p) for n, p in model.named_parameters() if p.requires_grad], args.weight_decay

@@ -22,11 +22,13 @@ import torch
 from tqdm import tqdm
 
 import weights
+from augment import KINDS as AUGMENTATIONS
+from augment import augment
 from files import UserError, make_folder, write_json, write_text
 from mae import ATTENTION_FORMS, TRANSFORM_KINDS, IntensityTransform, set_attention_form
 
 TRANSFORM_IMAGES = 2000  # training images that the transform's constants are taken from
-SOFTENING = 0.001  # of the mean intensity: where the logarithm becomes linear
+SOFTENING = 0.001  # of the mean intensity: where the logarithm becomes linear, if noise does not
 BATCHNORM_IMAGES = 2048  # training images that BatchNorm's statistics are taken from
 EVALUATION_BATCH = 256
 CHECKPOINT_SECONDS = 30.0
@@ -70,6 +72,10 @@ def add_training_arguments(parser):
     group.add_argument(
         "--validations-per-epoch", type=int, default=1, help="how often validation is looked at"
     )
+    group.add_argument(
+        "--augment", type=_augmentations, default=(), metavar="KIND,...",
+        help=f"change training images at random: any of {','.join(AUGMENTATIONS)}",
+    )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, help="of weights, order, masks and dropout")
     group.add_argument("--split-seed", type=int, default=0, help="of the 80/10/10 split")
     group.add_argument(
@@ -81,6 +87,14 @@ def add_training_arguments(parser):
         "--resume", action="store_true", help="go on from the run's checkpoint, if there is one"
     )
     group.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _augmentations(text):
+    kinds = tuple(kind for kind in text.split(",") if kind)
+    for kind in kinds:
+        if kind not in AUGMENTATIONS:
+            raise argparse.ArgumentTypeError(f"{kind!r} is not among {', '.join(AUGMENTATIONS)}")
+    return kinds
 
 
 def check_arguments(args):
@@ -219,23 +233,49 @@ def batch_reader(images, device):
     return read
 
 
-def fit_transform(images, rows, kind):
+@contextlib.contextmanager
+def same_random_numbers():
+    """In this block torch draws (on the CPU) what it always draws here; afterwards as before."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        yield
+
+
+def fit_transform(images, rows, kind, augmentations=()):
     """Constants of `IntensityTransform` from training images (rows of `images`), as a dict.
 
     They follow the unit of the data: the offset is the 0.1 % quantile, the softening a fixed share
-    of the mean above it, and mean and std those of the transformed pixels.
+    of the mean above it or the noise if that is larger, and mean and std those of the transformed
+    pixels. `augmentations` are those that training will use.
     """
     chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), TRANSFORM_IMAGES)).astype(int)]
-    pixels = np.asarray(images[chosen], dtype=np.float64)
+    pixels = torch.from_numpy(np.asarray(images[chosen], dtype=np.float64))
+    with same_random_numbers():
+        pixels = augment(pixels.unsqueeze(1), augmentations).squeeze(1)
     offset = np.quantile(pixels, 0.001)
-    above = np.maximum(pixels - offset, 0).mean()
-    softening = max(SOFTENING * above, np.finfo(np.float32).tiny)
+    above = (pixels - offset).clamp_min(0).mean().item()
+    softening = max(SOFTENING * above, noise_level(pixels), np.finfo(np.float32).tiny)
     if kind in ("sqrt", "linear"):
         softening = max(above, np.finfo(np.float32).tiny)
-    transform = IntensityTransform(kind, offset, softening).double()
-    z = transform(torch.from_numpy(pixels))
+    z = IntensityTransform(kind, offset, softening).double()(pixels)
     constants = {"offset": float(offset), "softening": float(softening)}
     return {"kind": kind, **constants, "mean": z.mean().item(), "std": z.std().item() or 1.0}
+
+
+def noise_level(images):
+    """Standard deviation of the background noise of images (n, H, W); their median.
+
+    From the second differences, which smooth images hardly have: their 10 % quantile, where it
+    would be for Gaussian noise, so that sources do not count.
+    """
+    inner = images[:, 1:-1, 1:-1]
+    vertical = images[:, :-2, 1:-1] + images[:, 2:, 1:-1]
+    horizontal = images[:, 1:-1, :-2] + images[:, 1:-1, 2:]
+    difference = (inner - (vertical + horizontal) / 4).abs().flatten(1)
+    if difference.shape[1] == 0:
+        return 0.0
+    quantile = torch.from_numpy(np.quantile(difference, 0.1, axis=1))
+    return (quantile.median() / (0.12566 * math.sqrt(1.25))).item()
 
 
 @torch.no_grad()

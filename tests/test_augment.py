@@ -1,0 +1,84 @@
+"""Augmentation: what it changes, and what it must leave alone."""
+
+import math
+
+import numpy as np
+import pytest
+import simulate
+import torch
+
+import augment
+import train
+from conftest import run_script, assert_user_error
+
+
+@pytest.fixture
+def images(lens_image):
+    return torch.from_numpy(lens_image)[None, None].repeat(6, 1, 1, 1)
+
+
+def test_no_augmentation_changes_nothing(images):
+    assert torch.equal(augment.augment(images, ()), images)
+
+
+def test_moving_by_nothing_gives_the_image_back(images):
+    moved = augment.move(images, torch.zeros(6), torch.zeros(6, 2))
+    assert torch.allclose(moved, images, atol=1e-4)
+
+
+def test_a_quarter_turn_and_whole_pixels_are_exact(images):
+    turned = augment.move(images, torch.full((6,), math.pi / 2), torch.zeros(6, 2))
+    assert torch.allclose(turned, images.rot90(-1, (2, 3)), atol=1e-3)
+    shifted = augment.move(images, torch.zeros(6), torch.tensor([[2.0, -3.0]]).repeat(6, 1))
+    expected = images.roll((-3, 2), (2, 3))
+    assert torch.allclose(shifted[..., 4:-4, 4:-4], expected[..., 4:-4, 4:-4], atol=1e-3)
+
+
+def test_a_turned_lens_is_the_lens_rendered_in_turned_axes():
+    # The point mass turns with the image; the smooth lens is symmetric under half a turn.
+    source = np.array([[0.1, -0.2], [-0.1, 0.2]])
+    masses = np.array([[[0.2, 0.9, 0.8]], [[0.2, -0.9, -0.8]]])
+    one, other = simulate.render(source, masses, dtype=torch.float32)[:, None, None]
+    turned = augment.move(one, torch.tensor([math.pi]), torch.zeros(1, 2))
+    assert torch.allclose(turned, other, atol=1e-3 * float(one.max()))
+
+
+def test_noise_has_the_strength_of_its_range_in_any_unit(images):
+    torch.manual_seed(0)
+    dark = torch.zeros(200, 1, 64, 64)
+    dark[:, :, 0, 0] = 1.0  # the peak
+    sigma = augment.add_noise(dark)[:, 0, 32:].std(dim=(1, 2)).log10()
+    low, high = augment.BACKGROUND_RANGE
+    assert low - 0.05 < sigma.min() < low + 0.2
+    assert high - 0.2 < sigma.max() < high + 0.05
+    torch.manual_seed(1)
+    once = augment.augment(images, augment.KINDS)
+    torch.manual_seed(1)
+    scaled = augment.augment(1000 * images, augment.KINDS)
+    assert torch.allclose(scaled, 1000 * once, rtol=1e-4, atol=1e-2)
+    assert not torch.allclose(once[0], once[1])
+
+
+def test_the_noise_of_simulated_images_is_measured():
+    noisy, clean = (
+        torch.from_numpy(np.concatenate([
+            batch for _, batch, _ in simulate.simulate("Model_I", 5, 0, noise, progress=False)
+        ])).double()
+        for noise in (True, False)
+    )  # fmt: skip
+    assert train.noise_level(noisy) == pytest.approx(1e-2, rel=0.1)
+    assert train.noise_level(clean) < 1e-5
+
+
+def test_training_with_augmentation_is_asked_for_by_name(packed, runs, tmp_path):
+    common = ("--data", packed, "--out", tmp_path / "run", "--epochs", 1, "--precision", "float32")
+    pretrained = ("--pretrained", runs / "pretrain" / "vit-mae-wt.pth")
+    refused = run_script("pretrain.py", *common, "--augment", "noise,blur", check=False)
+    assert refused.returncode == 2
+    assert "'blur' is not among noise, shift, rotate" in refused.stderr
+    refused = run_script("finetune.py", *common, *pretrained, "--strategy", "head", "--augment",
+                         "noise", check=False)  # fmt: skip
+    assert_user_error(refused, "--augment")
+    run_script("finetune.py", *common, *pretrained, "--strategy", "full", "--augment",
+               "noise,shift,rotate")  # fmt: skip
+    assert torch.load(tmp_path / "run" / "vit-mae-classifier-wt.pth", weights_only=True)
