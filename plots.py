@@ -104,6 +104,41 @@ def score_histogram(path, scores, labels, class_names):
     _save(figure, path)
 
 
+def dots(path, runs):
+    """A line a run, a mark a figure; `runs`: {run: {figure: (AUC, its deviation)}}.
+
+    The axis is 1 − AUC, logarithmic: good figures differ near one only.
+    """
+    figures = list(dict.fromkeys(name for by_figure in runs.values() for name in by_figure))
+    figure, axes = plt.subplots(figsize=(7, 0.6 + 0.32 * len(runs)))
+    for i, name in enumerate(figures):
+        lines = [(y, run[name]) for y, run in enumerate(runs.values()) if name in run]
+        y = [line + 0.5 * (i / len(figures) - 0.4) for line, _ in lines]
+        error = [max(1 - auc, 1e-6) for _, (auc, _) in lines]
+        axes.errorbar(
+            error, y, xerr=[deviation for _, (_, deviation) in lines], fmt="o", ms=4, label=name
+        )
+    axes.set(xscale="log", xlabel="1 − AUC (left is better)")
+    axes.set_yticks(range(len(runs)), list(runs))
+    axes.invert_yaxis()
+    axes.legend(bbox_to_anchor=(1, 1), loc="upper left")
+    _save(figure, path)
+
+
+def series(path, lines, x_label, y_label, logarithmic):
+    """One panel a y; `lines`: {name: [(x, AUC, its deviation), ...]}, drawn as 1 − AUC."""
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for name, points in lines.items():
+        x, auc, deviation = np.transpose(points)
+        axes.errorbar(x, np.maximum(1 - auc, 1e-6), yerr=deviation, marker="o", ms=4, label=name)
+    axes.set(
+        xscale="log" if logarithmic else "linear", yscale="log",
+        xlabel=x_label, ylabel=f"1 − {y_label} (lower is better)",
+    )  # fmt: skip
+    axes.legend()
+    _save(figure, path)
+
+
 def roc_curves(path, curves):
     """One panel a class; `curves`: {run: {class: (false positive, true positive, AUC)}}.
 

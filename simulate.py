@@ -42,6 +42,7 @@ VORTEX_MASS, VORTEX_POINTS = 3e10, 100
 AXION_LOG_MASS_RANGE = (-24.0, -22.0)  # log10 of eV
 VORTEX_LENGTH, VORTEX_REFERENCE_MASS = 0.06, 1e-22  # arcsec (de Broglie wavelength) at eV
 
+BATCH = 1000  # images drawn together
 CHUNK = 32  # images rendered at once: few enough that the temporaries stay in the CPU's cache
 
 
@@ -277,27 +278,32 @@ def observe(images, model, noise, rng):
     return images
 
 
-def simulate(model, per_class, seed, noise=False, device="cpu", progress=True):
-    """Yield (class name, images (b, H, W) float32, axion mass (b,) or None) in batches.
+def draw(class_name, per_class, seed):
+    """Yield (rng, parameters as `sample` gives them) of a class, BATCH images at a time.
 
-    The same arguments give the same images; class and batch have random streams of their own.
+    The same arguments give the same images; class and batch have random streams of their own, and
+    the noise comes from the same stream after the parameters.
     """
-    batch = 1000
+    label = CLASS_NAMES.index(class_name)
+    for start in range(0, per_class, BATCH):
+        rng = np.random.default_rng([seed, label, start])
+        yield rng, sample(class_name, min(BATCH, per_class - start), rng)
+
+
+def simulate(model, per_class, seed, noise=False, device="cpu", progress=True):
+    """Yield (class name, images (b, H, W) float32, axion mass (b,) or None) in batches."""
     with tqdm(
         total=len(CLASS_NAMES) * per_class, unit="img", disable=None if progress else True
     ) as bar:
-        for label, class_name in enumerate(CLASS_NAMES):
+        for class_name in CLASS_NAMES:
             bar.set_description(f"simulate {class_name}")
-            for start in range(0, per_class, batch):
-                rng = np.random.default_rng([seed, label, start])
-                count = min(batch, per_class - start)
-                source, point_masses, axion_mass = sample(class_name, count, rng)
+            for rng, (source, point_masses, axion_mass) in draw(class_name, per_class, seed):
                 source, point_masses = (
                     torch.as_tensor(a).to(device) for a in (source, point_masses)
                 )
                 images = render(source, point_masses, model, torch.float32).cpu()
                 yield class_name, observe(images, model, noise, rng).numpy(), axion_mass
-                bar.update(count)
+                bar.update(len(images))
 
 
 def write_folder(out, batches):

@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import copy
 import fcntl
+import itertools
 import json
 import math
 import platform
@@ -26,6 +27,7 @@ from augment import KINDS as AUGMENTATIONS
 from augment import augment
 from files import UserError, make_folder, write_json, write_text
 from mae import ATTENTION_FORMS, TRANSFORM_KINDS, IntensityTransform, set_attention_form
+from optim import Muon
 
 TRANSFORM_IMAGES = 2000  # training images that the transform's constants are taken from
 SOFTENING = 0.001  # of the mean intensity: where the logarithm becomes linear, if noise does not
@@ -68,10 +70,11 @@ def add_training_arguments(parser):
     group.add_argument("--epochs", type=int, default=None, help="passes over the training images")
     group.add_argument("--batch-size", type=int, default=64, help="images a step")
     group.add_argument("--lr", type=float, default=None, help="largest learning rate")
-    group.add_argument("--weight-decay", type=float, default=0.05, help="of AdamW, on matrices")
+    group.add_argument("--weight-decay", type=float, default=0.05, help="on matrices")
     group.add_argument(
-        "--validations-per-epoch", type=int, default=1, help="how often validation is looked at"
-    )
+        "--validations", type=int, default=None, metavar="N",
+        help="how often validation is looked at in all (default: once an epoch)",
+    )  # fmt: skip
     group.add_argument(
         "--augment", type=_augmentations, default=(), metavar="KIND,...",
         help=f"change training images at random: any of {','.join(AUGMENTATIONS)}",
@@ -99,7 +102,7 @@ def _augmentations(text):
 
 def check_arguments(args):
     """UserError, naming the flag, for numbers that make no sense."""
-    for name in ("epochs", "batch_size", "validations_per_epoch", "patch_size", "embed_dim",
+    for name in ("epochs", "batch_size", "validations", "patch_size", "embed_dim",
                  "num_heads", "decoder_embed_dim", "decoder_num_heads"):  # fmt: skip
         value = getattr(args, name, None)
         if value is not None and value < 1:
@@ -313,14 +316,26 @@ def reestimate_batchnorm(model, forward, rows):
 
 
 def parameter_groups(named_parameters, weight_decay, lr_scale=lambda name: 1.0):
-    """Groups for AdamW: no weight decay on vectors; `lr_scale(name)` multiplies the rate."""
+    """Groups of parameters: matrices with weight decay, everything else without.
+
+    `lr_scale(name)` multiplies the learning rate of a parameter.
+    """
     groups = {}
     for name, parameter in named_parameters:
-        decay = weight_decay if parameter.ndim > 1 and not name.endswith("_token") else 0.0
-        key = (lr_scale(name), decay)
-        group = {"params": [], "lr_scale": key[0], "weight_decay": decay}
+        is_matrix = parameter.ndim > 1 and not name.endswith("_token")
+        key = (lr_scale(name), is_matrix)
+        decay = weight_decay if is_matrix else 0.0
+        group = {"params": [], "lr_scale": key[0], "matrix": is_matrix, "weight_decay": decay}
         groups.setdefault(key, group)["params"].append(parameter)
     return list(groups.values())
+
+
+def new_optimizers(groups, lr, betas):
+    """Muon for the matrices of `groups` and AdamW for the rest, as far as there are any."""
+    matrices = [group for group in groups if group["matrix"]]
+    others = [group for group in groups if not group["matrix"]]
+    optimizers = [Muon(matrices, lr)] if matrices else []
+    return optimizers + ([torch.optim.AdamW(others, lr, betas, fused=True)] if others else [])
 
 
 def learning_rate(step, steps, peak, warmup_share=0.05):
@@ -443,7 +458,7 @@ def fit(
         raise UserError("fewer than two training images: give a larger data set")
     steps_per_epoch = len(rows) // batch_size
     steps = args.epochs * steps_per_epoch
-    validate_every = max(1, steps_per_epoch // args.validations_per_epoch)
+    validations = args.validations or args.epochs
 
     if checkpoint:
         precision = Precision(*checkpoint["precision"])
@@ -459,11 +474,12 @@ def fit(
     print(f"{device}: {precision.name}, {precision.attention} attention ({how})")
     set_attention_form(model, precision.attention)
 
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=betas, fused=True)
+    optimizers = new_optimizers(groups, args.lr, betas)
     history, best, sums, since, start, elapsed = [], None, {}, 0, 0, 0.0
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         history, best, sums = checkpoint["history"], checkpoint["best"], checkpoint["sums"]
         since, start, elapsed = checkpoint["since"], checkpoint["step"], checkpoint["elapsed"]
         torch.set_rng_state(checkpoint["rng"])
@@ -478,7 +494,7 @@ def fit(
             "settings": settings,
             "precision": tuple(precision),
             "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             "history": history,
             "best": best,
             "sums": sums,
@@ -502,7 +518,7 @@ def fit(
                 order = np.random.default_rng([args.seed, epoch]).permutation(rows)
                 order_epoch = epoch
             lr = learning_rate(step, steps, args.lr)
-            for group in optimizer.param_groups:
+            for group in itertools.chain.from_iterable(o.param_groups for o in optimizers):
                 group["lr"] = lr * group["lr_scale"]
 
             model.train()
@@ -512,8 +528,10 @@ def fit(
             loss = losses["loss"].item()
             _require_finite("training loss", loss, step, lr, out)
             losses["loss"].backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            with precision.autocast(device):
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
 
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
@@ -523,7 +541,7 @@ def fit(
                 bar.set_postfix(loss=f"{loss:.5f}", refresh=False)
 
             done = step + 1
-            if done == steps or (position + 1) % validate_every == 0:
+            if done * validations // steps > step * validations // steps:
                 model.eval()
                 measured = validate()
                 for name, value in measured.items():

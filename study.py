@@ -1,0 +1,560 @@
+"""Experiments that explain the figures: what pre-training buys, what decides it, where it fails.
+
+Every experiment trains with the project's own scripts, one run a folder in --out; runs that are
+there already are not repeated, and one that was stopped goes on. The results are kept in --results:
+<experiment>.json (every run), <experiment>.png and tables.md. Choices are never made here: each
+run is looked at on the test split once, with the weights that validation chose.
+"""
+
+import argparse
+import hashlib
+import json
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import augment
+import data
+import evaluate
+import finetune
+import plots
+import pretrain
+import reconstruct
+import simulate
+import train
+import weights
+from files import UserError, make_folder, read_json, run, write_json, write_text
+
+EXAMPLE = """examples:
+  python study.py --data lenses --out runs/study
+  python study.py --data lenses --out runs/study --only labels mask_ratio --seeds 0"""
+
+STRATEGIES = ("head", "layernorm", "full")
+# Epochs from scratch that cost at least as much processor time as pre-training and fine-tuning.
+SCRATCH_EPOCHS = 5
+LABEL_SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)
+FEWEST_STEPS = 1000  # of a fine-tuning with few labels
+ROBUSTNESS_PER_CLASS = 1000
+MISTAKES_PER_CLASS = 10000
+STRENGTH_BINS = 8
+RING_WIDTH = 0.3  # arcsec around the Einstein ring
+FRESH_SEED = 1000  # of images simulated for testing; training data has other seeds
+
+
+class Lab(NamedTuple):
+    """Where a study reads and writes, and what every run of it has in common."""
+
+    data: Path
+    unseen: Path | None  # data set of another simulator, for testing only
+    out: Path
+    seeds: tuple
+    pretraining: tuple  # options of every pretrain.py run
+    finetuning: tuple  # options of every finetune.py run
+    common: tuple  # options of both
+    device: torch.device
+
+
+# Runs
+
+
+def trained(script, out, arguments, file, source=""):
+    """Weights file of a run of `script`, made now unless the same run has been made before.
+
+    `source` names what the run starts from beside its options. A run of other options, or of
+    another source, is done anew.
+    """
+    argv = [*map(str, arguments), "--out", str(out), "--resume"]
+    options = {k: str(v) for k, v in vars(script.parse_args(argv)).items()}
+    identity = hashlib.sha256(json.dumps([options, source]).encode()).hexdigest()
+    marker = out / "study.json"
+    if marker.exists() and read_json(marker).get("identity") != identity:
+        shutil.rmtree(out)
+    make_folder(out)
+    write_json(marker, {"identity": identity})
+    if not (out / file).exists():
+        script.main(argv)
+    return out / file
+
+
+def pretrained(lab, name, seed, *options, images=None):
+    """Weights of a pre-training; `images` is a data set in place of the study's."""
+    arguments = ["--data", images or lab.data, "--seed", seed, *lab.common, *lab.pretraining]
+    return trained(
+        pretrain, lab.out / name / f"seed{seed}" / "pretrain", [*arguments, *options],
+        "vit-mae-wt.pth",
+    )  # fmt: skip
+
+
+def finetuned(lab, name, seed, strategy, start, *options, images=None):
+    """Weights of a fine-tuning that starts from the weights `start`, or from "none"."""
+    arguments = ["--data", images or lab.data, "--seed", seed, *lab.common, *lab.finetuning]
+    source = "" if start == "none" else finetune.sha256_of(start)
+    folder = strategy if start != "none" else "scratch"
+    return trained(
+        finetune, lab.out / name / f"seed{seed}" / folder,
+        [*arguments, "--pretrained", start, "--strategy", strategy, *options],
+        "vit-mae-classifier-wt.pth", source,
+    )  # fmt: skip
+
+
+def seconds_of(path):
+    """Seconds that a run took, from the metrics beside its weights."""
+    return json.loads((path.parent / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
+
+
+def measured(lab, path, images=None, whole=False):
+    """AUC of each class, macro AUC and accuracy (%) of a classifier on the test split.
+
+    `images` is a `data.Dataset` in place of the study's; `whole` takes all its images.
+    """
+    dataset = images or data.load(lab.data)
+    model, content = weights.load_classifier(path)
+    rows = np.arange(len(dataset.labels))
+    if not whole:
+        rows = data.split(dataset, content["run"]["split_seed"])["test"]
+    labels = evaluate.labels_for(content["class_names"], dataset, path)[rows]
+    probabilities = evaluate.predict_probabilities(model, dataset.images, rows, lab.device)
+    *aucs, macro, accuracy = evaluate.measures(probabilities, labels).tolist()
+    by_class = {f"AUC {name}": auc for name, auc in zip(content["class_names"], aucs, strict=True)}
+    return {**by_class, "macro AUC": macro, "accuracy %": 100 * accuracy}
+
+
+def residual_auc(lab, path, images=None, whole=False):
+    """AUC of an MAE's residual, which knows no labels: all substructure, and each kind of it."""
+    dataset = images or data.load(lab.data)
+    content, residuals = reconstruct.residual_reader(
+        path, dataset, lab.device, mask_ratio=0.75, rounds=2, seed=0
+    )
+    rows = np.arange(len(dataset.labels))
+    if not whole:
+        rows = data.split(dataset, content["run"]["split_seed"])["test"]
+    labels, smooth = dataset.labels[rows], dataset.class_names.index("no_sub")
+    scores = reconstruct.scores_of(residuals, rows)
+    aucs = reconstruct.auc_by_kind(scores, labels != smooth, labels, dataset.class_names)
+    return {f"residual AUC {name}": float(auc) for name, auc in aucs.items()}
+
+
+def chain(lab, name, seed, strategies=STRATEGIES, pretraining=(), finetuning=(), images=None):
+    """Pre-train and fine-tune by each strategy; one dict of what came out."""
+    start = pretrained(lab, name, seed, *pretraining, images=images)
+    _, content = weights.load_mae(start)
+    dataset = data.load(images or lab.data)
+    row = {"reconstruction error": content["run"]["last"]["validation_loss"]}
+    for strategy in strategies:
+        path = finetuned(lab, name, seed, strategy, start, *finetuning, images=images)
+        result = measured(lab, path, dataset)
+        row[f"{strategy} macro AUC"] = result["macro AUC"]
+        row[f"{strategy} accuracy %"] = result["accuracy %"]
+    return row
+
+
+# Experiments: each takes the lab and gives the rows of its table, dicts with "run" and "seed".
+
+
+def strategies(lab):
+    """The three strategies and training from scratch, on the test split and on unseen images."""
+    rows = []
+    for seed in lab.seeds:
+        start = pretrained(lab, "base", seed)
+        runs = {s: finetuned(lab, "base", seed, s, start) for s in STRATEGIES}
+        runs["from scratch, same epochs"] = finetuned(lab, "base", seed, "full", "none")
+        runs["from scratch, same compute"] = finetuned(
+            lab, "longer", seed, "full", "none", "--epochs", SCRATCH_EPOCHS
+        )
+        for name, path in runs.items():
+            seconds = seconds_of(path) + ("scratch" not in name) * seconds_of(start)
+            for where, images in test_sets(lab).items():
+                result = measured(lab, path, images, whole=where != "test")
+                rows.append({"run": f"{name}, {where}", "seed": seed, **result, "s": seconds})
+    return rows
+
+
+def test_sets(lab):
+    sets = {"test": data.load(lab.data)}
+    return sets | ({"lenstronomy": data.load(lab.unseen)} if lab.unseen else {})
+
+
+def without_labels(lab):
+    """Telling substructure from smooth lenses by the reconstruction error, without any label."""
+    return [
+        {"run": where, "seed": seed,
+         **residual_auc(lab, pretrained(lab, "base", seed), images, whole=where != "test")}
+        for seed in lab.seeds
+        for where, images in test_sets(lab).items()
+    ]  # fmt: skip
+
+
+def labels(lab):
+    """Part of the training labels: how many does pre-training save?
+
+    All runs validate on the whole validation part, three times, whatever labels they train on.
+    """
+    rows = []
+    train_images = len(data.split(data.load(lab.data))["train"])
+    for seed in lab.seeds:
+        for share in LABEL_SHARES:
+            for name in ("head", "full", "scratch"):
+                strategy = "head" if name == "head" else "full"
+                start = "none" if name == "scratch" else pretrained(lab, "base", seed)
+                options = []
+                if share < 1:
+                    epochs = finetune.DEFAULTS[strategy]["epochs"]
+                    epochs = max(epochs, round(FEWEST_STEPS * 64 / (share * train_images)))
+                    options = ["--labels", share, "--epochs", epochs, "--validations", 3]
+                folder = f"labels-{share:g}" if share < 1 else "base"
+                path = finetuned(lab, folder, seed, strategy, start, *options)
+                result = measured(lab, path)
+                count = round(share * train_images)
+                rows.append({"run": f"{name}, {100 * share:g} % of the labels", "seed": seed,
+                             "kind": name, "labels": count, **result})  # fmt: skip
+    return rows
+
+
+def mask_ratio(lab):
+    """Share of patches that pre-training hides."""
+    return [
+        {"run": f"{100 * ratio:.0f} % hidden", "seed": seed, "mask_ratio": ratio,
+         **chain(lab, "base" if ratio == 0.75 else f"mask-{ratio:g}", seed,
+                 pretraining=["--mask-ratio", ratio])}
+        for seed in lab.seeds
+        for ratio in (0.5, 0.75, 0.9)
+    ]  # fmt: skip
+
+
+def pretraining_images(lab):
+    """Pre-training on smooth lenses against all classes without labels, for as many steps."""
+    rows = []
+    for seed in lab.seeds:
+        epochs = vars(pretrain.parse_args(["--data", "", "--out", "", *lab.pretraining]))["epochs"]
+        rows.append({"run": "no_sub", "seed": seed, **chain(lab, "base", seed)})
+        everything = ["--classes", "all", "--epochs", max(1, round(epochs / 3))]
+        row = chain(lab, "all-classes", seed, pretraining=everything)
+        rows.append({"run": "all classes", "seed": seed, **row})
+    return rows
+
+
+def choices(lab):
+    """Pooling, patch size, intensity scale and normalised targets, one seed each."""
+    seed, rows = lab.seeds[0], []
+
+    def add(run, *arguments, **options):
+        row = chain(lab, *arguments, strategies=("head", "full"), **options)
+        rows.append({"run": run, "seed": seed, **row})
+
+    add("as the scripts have it", "base", seed)
+    pool = vars(finetune.parse_args(
+        ["--data", "", "--out", "", "--pretrained", "none", "--strategy", "full"]
+    ))["pool"]  # fmt: skip
+    for other in finetune.POOLINGS:
+        if other != pool:
+            start = pretrained(lab, "base", seed)
+            row = {"run": f"pooling {other}", "seed": seed}
+            for strategy in ("head", "full"):
+                path = finetuned(lab, f"pool-{other}", seed, strategy, start, "--pool", other)
+                result = measured(lab, path)
+                row[f"{strategy} macro AUC"] = result["macro AUC"]
+                row[f"{strategy} accuracy %"] = result["accuracy %"]
+            rows.append(row)
+    for kind in ("linear", "sqrt", "asinh"):
+        add(f"transform {kind}", f"transform-{kind}", seed, pretraining=["--transform", kind])
+    add("norm_pix_loss", "norm-pix", seed, pretraining=["--norm-pix-loss"])
+    # Four times the patches cost about four and a half times as much a step.
+    epochs = vars(pretrain.parse_args(["--data", "", "--out", "", *lab.pretraining]))["epochs"]
+    add(
+        "patch size 4, same compute", "patch-4", seed,
+        pretraining=["--patch-size", 4, "--epochs", max(1, round(epochs / 4.5))],
+        finetuning=["--labels", 0.45, "--epochs", 1],
+    )  # fmt: skip
+    return rows
+
+
+def real_images(lab):
+    """Trained on clean images and with augmentation, tested on what a telescope would see."""
+    rows, seed, rng = [], lab.seeds[0], np.random.default_rng(FRESH_SEED)
+    instrument = simulate.INSTRUMENTS["Model_II"]
+
+    def fresh(psf=1.0):
+        simulate.INSTRUMENTS["Model_II"] = instrument._replace(psf_fwhm=psf * instrument.psf_fwhm)
+        try:
+            parts = list(simulate.simulate("Model_II", ROBUSTNESS_PER_CLASS, FRESH_SEED))
+        finally:
+            simulate.INSTRUMENTS["Model_II"] = instrument
+        images = np.concatenate([images for _, images, _ in parts])
+        names = np.repeat(simulate.CLASS_NAMES, ROBUSTNESS_PER_CLASS)
+        return images, np.array([simulate.CLASS_NAMES.index(name) for name in names])
+
+    images, truth = fresh()
+    exposure = torch.from_numpy(images / instrument.copies)
+    noisy = simulate.observe(exposure, "Model_II", True, rng).numpy() * instrument.copies
+    angle = torch.from_numpy(rng.uniform(0, 2 * np.pi, len(images))).float()
+    turned = augment.move(torch.from_numpy(images)[:, None], angle, torch.zeros(len(images), 2))
+    tests = {
+        "clean": images,
+        "Euclid noise": noisy,
+        "PSF −20 %": fresh(0.8)[0],
+        "PSF +20 %": fresh(1.2)[0],
+        "shifted 1 px": np.roll(images, 1, axis=2),
+        "turned 90°": np.ascontiguousarray(np.rot90(images, axes=(1, 2))),
+        "turned at random": turned[:, 0].numpy(),
+    }
+    everything = ",".join(augment.KINDS)
+    for run_name, folder, kinds in (
+        ("clean images", "base", ""),
+        ("--augment noise", "augment-noise", "noise"),
+        (f"--augment {everything}", "augment-all", everything),
+    ):
+        options = ["--augment", kinds] if kinds else []
+        start = pretrained(lab, folder, seed, *options)
+        path = finetuned(lab, folder, seed, "full", start, *options)
+        row = {"run": f"trained on {run_name}" if not kinds else run_name, "seed": seed}
+        for test, pixels in tests.items():
+            dataset = data.Dataset(pixels, truth, truth, simulate.CLASS_NAMES, "", "")
+            result = measured(lab, path, dataset, whole=True)
+            row |= {f"{test}, AUC": result["macro AUC"], f"{test}, %": result["accuracy %"]}
+        rows.append(row)
+    return rows
+
+
+def instruments(lab):
+    """The other two data models, by the same commands."""
+    rows, seed = [], lab.seeds[0]
+    for model, per_class, noise, options, epochs in (
+        ("Model_I", 6000, True, ["--patch-size", 10], 20),
+        ("Model_III", 10000, False, [], 20),
+    ):
+        images = lab.out / f"data-{model}"
+        if not images.exists():
+            simulate.main([
+                "--model", model, "--per-class", str(per_class), "--out", str(images),
+                *(["--noise"] if noise else []),
+            ])  # fmt: skip
+        kind = f"{model}, {per_class} a class, {'noisy' if noise else 'noise-free'}"
+        row = chain(
+            lab,
+            model,
+            seed,
+            ("head", "full"),
+            [*options, "--epochs", epochs],
+            images=images,
+        )
+        rows.append({"run": kind, "seed": seed, **row})
+    return rows
+
+
+def mistakes(lab):
+    """Where `full` goes wrong: accuracy and AUC against the strength of the substructure.
+
+    On images simulated for this. AUC is that of a bin's images against all of the other classes.
+    """
+    parts = list(simulate.simulate("Model_II", MISTAKES_PER_CLASS, FRESH_SEED + 1))
+    images = np.concatenate([images for _, images, _ in parts])
+    truth = np.repeat(np.arange(len(simulate.CLASS_NAMES)), MISTAKES_PER_CLASS)
+    rows = []
+    for seed in lab.seeds:
+        path = finetuned(lab, "base", seed, "full", pretrained(lab, "base", seed))
+        model, content = weights.load_classifier(path)
+        if tuple(content["class_names"]) != simulate.CLASS_NAMES:
+            raise UserError("mistakes: the study's data must have the classes of simulate.py")
+        probabilities = evaluate.predict_probabilities(
+            model, images, np.arange(len(images)), lab.device
+        )
+        for class_name, (quantity, values) in substructure_strengths().items():
+            k = simulate.CLASS_NAMES.index(class_name)
+            correct = probabilities[truth == k].argmax(axis=1) == k
+            edges = np.quantile(values, np.linspace(0, 1, STRENGTH_BINS + 1))
+            bins = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, STRENGTH_BINS - 1)
+            for b in range(STRENGTH_BINS):
+                own, others = probabilities[truth == k, k][bins == b], probabilities[truth != k, k]
+                auc = evaluate.roc_auc_score(
+                    np.repeat([True, False], [len(own), len(others)]),
+                    np.concatenate([own, others]),
+                )
+                rows.append({
+                    "run": f"{class_name}, {quantity} {edges[b]:.2f} to {edges[b + 1]:.2f}",
+                    "seed": seed, "kind": f"{class_name}: {quantity}",
+                    "strength": float(values[bins == b].mean()), "AUC": float(auc),
+                    "accuracy %": 100 * float(correct[bins == b].mean()),
+                })  # fmt: skip
+    return rows
+
+
+def substructure_strengths():
+    """{class: (quantity, its value for each of the images that `mistakes` simulates)}."""
+    draws = {
+        name: [parameters for _, parameters in
+               simulate.draw(name, MISTAKES_PER_CLASS, FRESH_SEED + 1)]
+        for name in ("axion", "cdm")
+    }  # fmt: skip
+    axion_mass = np.concatenate([mass for _, _, mass in draws["axion"]])
+    radius, x, y = np.concatenate([masses for _, masses, _ in draws["cdm"]]).transpose(2, 0, 1)
+    mass = (radius / simulate.einstein_radius(1.0)) ** 2
+    ring = simulate.einstein_radius(simulate.LENS_MASS)
+    near = np.abs(np.hypot(x, y) - ring) < RING_WIDTH
+    return {
+        "axion": ("log10 m / eV", np.log10(axion_mass)),
+        "cdm": ("log10 subhalo mass near the ring / M☉", np.log10((mass * near).sum(axis=1))),
+    }
+
+
+EXPERIMENTS = {
+    "strategies": strategies,
+    "without_labels": without_labels,
+    "labels": labels,
+    "mask_ratio": mask_ratio,
+    "pretraining_images": pretraining_images,
+    "choices": choices,
+    "real_images": real_images,
+    "instruments": instruments,
+    "mistakes": mistakes,
+}
+# Experiments with a quantity to draw against: (key of a row, label, logarithmic, figure drawn).
+AXES = {
+    "labels": ("labels", "training labels", True, "macro AUC"),
+    "mistakes": ("strength", "strength of the substructure (see the legend)", False, "AUC"),
+}
+
+
+# Tables and pictures
+
+
+def by_run(rows):
+    """{run: {figure: (mean, standard deviation, seeds)}}, in the order of the rows."""
+    runs = {}
+    for row in rows:
+        for key, value in row.items():
+            if isinstance(value, float):
+                runs.setdefault(row["run"], {}).setdefault(key, []).append(value)
+    return {
+        name: {
+            key: (float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, len(v))
+            for key, v in figures.items()
+        }
+        for name, figures in runs.items()
+    }
+
+
+def table(rows):
+    """Markdown: a line a run, mean ± standard deviation over the seeds."""
+
+    def cell(key, figures):
+        if key not in figures:
+            return ""
+        mean, deviation, seeds = figures[key]
+        digits = 2 if "%" in key else 0 if key == "s" else 4
+        text = f"{mean:.{digits}f}" if digits != 4 or mean > 0.01 else f"{mean:.2e}"
+        spread = f"{deviation:.{digits}f}" if digits != 4 or mean > 0.01 else f"{deviation:.0e}"
+        return f"{text} ± {spread}" if seeds > 1 else text
+
+    runs = by_run(rows)
+    keys = list(dict.fromkeys(key for figures in runs.values() for key in figures))
+    lines = [["run", *keys], ["---"] * (1 + len(keys))]
+    lines += [[name, *(cell(key, figures) for key in keys)] for name, figures in runs.items()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def draw(path, name, rows):
+    """The picture of an experiment, from its rows."""
+    if name not in AXES:
+        plots.dots(path, {
+            run_name: {k: v[:2] for k, v in figures.items() if "AUC" in k}
+            for run_name, figures in by_run(rows).items()
+        })  # fmt: skip
+        return
+    key, label, logarithmic, figure = AXES[name]
+    series = {}
+    for run_name, figures in by_run(rows).items():
+        row = next(row for row in rows if row["run"] == run_name)
+        series.setdefault(row["kind"], []).append((row[key], *figures[figure][:2]))
+    plots.series(path, series, label, figure, logarithmic)
+
+
+def write_results(folder, name, rows, command):
+    """Keep an experiment: its JSON and PNG, and the tables of all experiments kept so far."""
+    first_line = EXPERIMENTS[name].__doc__.splitlines()[0]
+    write_json(folder / f"{name}.json", {"what": first_line, **command, "rows": rows})
+    draw(folder / f"{name}.png", name, rows)
+    text = ["# Results of study.py", ""]
+    for other in EXPERIMENTS:
+        if (folder / f"{other}.json").exists():
+            kept = read_json(folder / f"{other}.json")
+            text += [f"## {other}", "", kept["what"], "", table(kept["rows"]), ""]
+            text += [f"`{kept['command']}`, commit {kept['commit']}, {kept['precision']}", ""]
+            text += [f"![{other}]({other}.png)", ""]
+    write_text(folder / "tables.md", "\n".join(text))
+
+
+def commit():
+    """The commit that is checked out beside this file, or "unknown"."""
+    try:
+        process = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
+            capture_output=True, text=True,
+        )  # fmt: skip
+    except OSError:
+        return "unknown"
+    return process.stdout.strip() or "unknown"
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=train.HelpFormatter
+    )
+    data.add_data_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--results", type=Path, default=Path("docs/results"), help="what is kept")
+    parser.add_argument(
+        "--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="experiments"
+    )
+    parser.add_argument(
+        "--unseen", type=Path, default=None,
+        help="images of another simulator, to test on as well (tests/reference/make_lenstronomy.py)",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each")
+    parser.add_argument(
+        "--pretraining", default="", metavar="OPTIONS", help="more options of every pretrain.py"
+    )
+    parser.add_argument(
+        "--finetuning", default="", metavar="OPTIONS", help="more options of every finetune.py"
+    )
+    parser.add_argument(
+        "--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="of every run; auto: bfloat16 if this machine is faster in it",
+    )  # fmt: skip
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    args = parser.parse_args(argv)
+    if min(args.seeds) < 0:
+        raise UserError("--seeds must not be negative")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = train.resolve_device(args.device)
+    precision = args.precision
+    if precision == "auto":
+        precision = "bfloat16" if train.bfloat16_is_fast(device) else "float32"
+    cache = ["--cache-dir", str(args.cache_dir)] if args.cache_dir else []
+    lab = Lab(
+        args.data, args.unseen, args.out, tuple(args.seeds),
+        tuple(shlex.split(args.pretraining)), tuple(shlex.split(args.finetuning)),
+        ("--precision", precision, "--device", args.device, *cache), device,
+    )  # fmt: skip
+    seeds = " ".join(map(str, args.seeds))
+    for name in args.only:
+        print(f"== {name}: {EXPERIMENTS[name].__doc__.splitlines()[0]}", flush=True)
+        rows = EXPERIMENTS[name](lab)
+        command = f"python study.py --data {args.data.name} --only {name} --seeds {seeds}"
+        write_results(
+            args.results, name, rows,
+            {"command": command, "commit": commit(), "precision": precision, "torch": torch.__version__},
+        )  # fmt: skip
+        print(table(rows), flush=True)
+
+
+if __name__ == "__main__":
+    run(main)
