@@ -28,11 +28,10 @@ def augment(images, kinds):
 
 
 def move(images, angle, shift):
-    """Images turned by `angle` (B,), radian from x to y, about their centre, then shifted by (B, 2) px.
+    """Images turned by `angle` (B,) about their centre and then shifted by `shift` (B, 2).
 
-    x runs along columns and y along rows.
-
-    Resampled once, bicubically; what comes from outside continues the edge.
+    Angles are in radian from x (columns) to y (rows), shifts (x, y) in pixels. Resampled once,
+    bicubically; what comes from outside continues the edge.
     """
     cos, sin = angle.cos(), angle.sin()
     dx, dy = (shift * 2 / images.shape[-1]).unbind(1)  # in units of half the image

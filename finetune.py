@@ -47,7 +47,7 @@ def build_classifier(args, dataset, train_rows):
         transform = train.fit_transform(dataset.images, train_rows, args.transform, args.augment)
         config = {"img_size": dataset.img_size, **sizes, **classes, "transform": transform}
         return train.new_network(Classifier, config), config
-    mae, content = weights.load_mae(args.pretrained)
+    mae, _, content = weights.load_mae(args.pretrained)
     if mae.img_size != dataset.img_size:
         raise UserError(
             f"{args.pretrained} is for images of {mae.img_size} pixels and {args.data} has "

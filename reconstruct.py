@@ -19,24 +19,32 @@ import train
 import weights
 from evaluate import bootstrap, rows_to_evaluate
 from files import UserError, make_folder, run, write_json, write_text
-from mae import IntensityTransform, complementary_masks
+from mae import complementary_masks
 
 EXAMPLE = """example:
   python reconstruct.py --data lenses --weights runs/pretrain/vit-mae-wt.pth --out runs/residuals"""
 
 
 def residual_reader(path, dataset, device, mask_ratio, rounds, seed):
-    """Load an MAE; return (its weights file's content, function from rows to `MAE.residual`)."""
-    mae, content = weights.load_mae(path)
+    """Load an MAE to look at `dataset` with.
+
+    Returns (the weights file's content, function from rows to `MAE.residual`, function from rows
+    to the images (b, 1, H, W) that the network sees).
+    """
+    mae, transform, content = weights.load_mae(path)
     if mae.img_size != dataset.img_size:
         raise UserError(
             f"{path} is for images of {mae.img_size} pixels, the data has {dataset.img_size}"
         )
     mae.eval().to(device)
-    transform = IntensityTransform(**content["config"]["transform"]).to(device)
+    transform.to(device)
     read = train.batch_reader(dataset.images, device)
     masks = complementary_masks(mae.num_patches, mask_ratio, rounds, seed)
-    return content, lambda rows: mae.residual(transform(read(rows)), masks)
+
+    def seen(batch):
+        return transform(read(batch))
+
+    return content, lambda batch: mae.residual(seen(batch), masks), seen
 
 
 def scores_of(residuals, rows):
@@ -74,7 +82,7 @@ def measure(scores, smooth, labels, class_names, resamples, seed):
 def reconstruct(args):
     dataset = data.load(args.data, args.cache_dir)
     device = train.resolve_device(args.device)
-    content, residuals = residual_reader(
+    content, residuals, seen = residual_reader(
         args.weights, dataset, device, args.mask_ratio, args.rounds, args.seed
     )
     rows = rows_to_evaluate(args, dataset, content)
@@ -84,7 +92,10 @@ def reconstruct(args):
     make_folder(args.out)
 
     scores = scores_of(residuals, rows)
-    lines = [f"{r},{dataset.class_names[k]},{s:.6g}" for r, k, s in zip(rows, labels, scores)]
+    lines = [
+        f"{row},{dataset.class_names[label]},{score:.6g}"
+        for row, label, score in zip(rows, labels, scores, strict=True)
+    ]
     write_text(args.out / "scores.csv", "\n".join(["row,class,score", *lines]) + "\n")
     if smooth.any() and not smooth.all():
         measured = measure(scores, smooth, labels, dataset.class_names, args.resamples, args.seed)
@@ -103,11 +114,9 @@ def reconstruct(args):
         order = np.flatnonzero(labels == label)[np.argsort(scores[labels == label])]
         shown.append(order[np.round(np.array([0.1, 0.5, 0.9]) * (len(order) - 1)).astype(int)])
     shown = np.concatenate(shown)
-    read = train.batch_reader(dataset.images, device)
-    transform = IntensityTransform(**content["config"]["transform"]).to(device)
     plots.residual_maps(
         args.out / "maps.png",
-        transform(read(rows[shown]))[:, 0].cpu().numpy(),
+        seen(rows[shown])[:, 0].cpu().numpy(),
         residuals(rows[shown])[0][:, 0].cpu().numpy(),
         [f"{dataset.class_names[labels[i]]}, score {scores[i]:.2g}" for i in shown],
     )

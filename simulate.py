@@ -80,6 +80,15 @@ INSTRUMENTS = {
 }  # fmt: skip
 
 
+def instrument_of(model):
+    """The `Instrument` of a data model's name, or the one that is given; else ValueError."""
+    if isinstance(model, Instrument):
+        return model
+    if model not in INSTRUMENTS:
+        raise ValueError(f"model must be one of {tuple(INSTRUMENTS)}, got {model!r}")
+    return INSTRUMENTS[model]
+
+
 def luminosity_distance(z):
     """Luminosity distance to redshift z in Mpc, by Gauss-Legendre quadrature of 1/E(z)."""
     nodes, weights = np.polynomial.legendre.leggauss(32)
@@ -183,14 +192,13 @@ def render(source, point_masses, model="Model_II", dtype=torch.float64):
     source : (B, 2) centres of the source, arcsec.
     point_masses : (B, P, 3) Einstein radius, x, y in arcsec. P may be 0, and rows of zero Einstein
         radius change nothing.
-    model : key of INSTRUMENTS.
+    model : key of INSTRUMENTS, or an `Instrument`.
     dtype : precision of the computation and of the result, which is where `source` is.
 
     Returns (B, H, W), counts per second and pixel.
     Raises ValueError for an unknown model or arguments of another shape.
     """
-    if model not in INSTRUMENTS:
-        raise ValueError(f"model must be one of {tuple(INSTRUMENTS)}, got {model!r}")
+    instrument = instrument_of(model)
     source, point_masses = torch.as_tensor(source), torch.as_tensor(point_masses)
     device, b = source.device, source.shape[0]
     if source.shape != (b, 2) or point_masses.dim() != 3 or point_masses.shape[::2] != (b, 3):
@@ -198,7 +206,6 @@ def render(source, point_masses, model="Model_II", dtype=torch.float64):
             "expected source (B, 2) and point_masses (B, P, 3), "
             f"got {tuple(source.shape)} and {tuple(point_masses.shape)}"
         )
-    instrument = INSTRUMENTS[model]
     axis = pixel_axis(instrument).to(device)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     alpha_x, alpha_y = main_lens_deflection(x, y)
@@ -256,7 +263,7 @@ def observe(images, model, noise, rng):
     what was meant: Gaussian background (sky and read-out) and Gaussian shot noise, both in counts
     per second. `images` (B, H, W) float32, changed in place.
     """
-    instrument = INSTRUMENTS[model]
+    instrument = instrument_of(model)
     if not noise:
         return images.mul_(instrument.copies)
     exposure_time = instrument.exposure_time

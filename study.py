@@ -41,6 +41,12 @@ LABEL_SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)
 FEWEST_STEPS = 1000  # of a fine-tuning with few labels
 ROBUSTNESS_PER_CLASS = 1000
 MISTAKES_PER_CLASS = 10000
+# (data model, images a class, noise, options of pretrain.py)
+OTHER_MODELS = (
+    ("Model_I", 6000, True, ("--patch-size", 10, "--epochs", 20)),
+    ("Model_III", 10000, False, ("--epochs", 20)),
+)
+OTHER_MODELS_FINETUNING = ("--epochs", 5)
 STRENGTH_BINS = 8
 RING_WIDTH = 0.3  # arcsec around the Einstein ring
 FRESH_SEED = 1000  # of images simulated for testing; training data has other seeds
@@ -127,7 +133,7 @@ def measured(lab, path, images=None, whole=False):
 def residual_auc(lab, path, images=None, whole=False):
     """AUC of an MAE's residual, which knows no labels: all substructure, and each kind of it."""
     dataset = images or data.load(lab.data)
-    content, residuals = reconstruct.residual_reader(
+    content, residuals, _ = reconstruct.residual_reader(
         path, dataset, lab.device, mask_ratio=0.75, rounds=2, seed=0
     )
     rows = np.arange(len(dataset.labels))
@@ -140,13 +146,17 @@ def residual_auc(lab, path, images=None, whole=False):
 
 
 def chain(lab, name, seed, strategies=STRATEGIES, pretraining=(), finetuning=(), images=None):
-    """Pre-train and fine-tune by each strategy; one dict of what came out."""
+    """Pre-train and fine-tune by each strategy; one dict of what came out.
+
+    `finetuning` are options for the strategies that train the encoder.
+    """
     start = pretrained(lab, name, seed, *pretraining, images=images)
-    _, content = weights.load_mae(start)
+    _, _, content = weights.load_mae(start)
     dataset = data.load(images or lab.data)
     row = {"reconstruction error": content["run"]["last"]["validation_loss"]}
     for strategy in strategies:
-        path = finetuned(lab, name, seed, strategy, start, *finetuning, images=images)
+        options = () if strategy == "head" else finetuning
+        path = finetuned(lab, name, seed, strategy, start, *options, images=images)
         result = measured(lab, path, dataset)
         row[f"{strategy} macro AUC"] = result["macro AUC"]
         row[f"{strategy} accuracy %"] = result["accuracy %"]
@@ -275,35 +285,10 @@ def choices(lab):
 
 def real_images(lab):
     """Trained on clean images and with augmentation, tested on what a telescope would see."""
-    rows, seed, rng = [], lab.seeds[0], np.random.default_rng(FRESH_SEED)
-    instrument = simulate.INSTRUMENTS["Model_II"]
-
-    def fresh(psf=1.0):
-        simulate.INSTRUMENTS["Model_II"] = instrument._replace(psf_fwhm=psf * instrument.psf_fwhm)
-        try:
-            parts = list(simulate.simulate("Model_II", ROBUSTNESS_PER_CLASS, FRESH_SEED))
-        finally:
-            simulate.INSTRUMENTS["Model_II"] = instrument
-        images = np.concatenate([images for _, images, _ in parts])
-        names = np.repeat(simulate.CLASS_NAMES, ROBUSTNESS_PER_CLASS)
-        return images, np.array([simulate.CLASS_NAMES.index(name) for name in names])
-
-    images, truth = fresh()
-    exposure = torch.from_numpy(images / instrument.copies)
-    noisy = simulate.observe(exposure, "Model_II", True, rng).numpy() * instrument.copies
-    angle = torch.from_numpy(rng.uniform(0, 2 * np.pi, len(images))).float()
-    turned = augment.move(torch.from_numpy(images)[:, None], angle, torch.zeros(len(images), 2))
-    tests = {
-        "clean": images,
-        "Euclid noise": noisy,
-        "PSF −20 %": fresh(0.8)[0],
-        "PSF +20 %": fresh(1.2)[0],
-        "shifted 1 px": np.roll(images, 1, axis=2),
-        "turned 90°": np.ascontiguousarray(np.rot90(images, axes=(1, 2))),
-        "turned at random": turned[:, 0].numpy(),
-    }
+    tests = disturbed_images()
     everything = ",".join(augment.KINDS)
-    for run_name, folder, kinds in (
+    rows, seed = [], lab.seeds[0]
+    for name, folder, kinds in (
         ("clean images", "base", ""),
         ("--augment noise", "augment-noise", "noise"),
         (f"--augment {everything}", "augment-all", everything),
@@ -311,37 +296,56 @@ def real_images(lab):
         options = ["--augment", kinds] if kinds else []
         start = pretrained(lab, folder, seed, *options)
         path = finetuned(lab, folder, seed, "full", start, *options)
-        row = {"run": f"trained on {run_name}" if not kinds else run_name, "seed": seed}
-        for test, pixels in tests.items():
-            dataset = data.Dataset(pixels, truth, truth, simulate.CLASS_NAMES, "", "")
-            result = measured(lab, path, dataset, whole=True)
-            row |= {f"{test}, AUC": result["macro AUC"], f"{test}, %": result["accuracy %"]}
+        row = {"run": f"trained with {name}", "seed": seed}
+        for test, images in tests.items():
+            result = measured(lab, path, as_dataset(images, ROBUSTNESS_PER_CLASS), whole=True)
+            row |= {f"{test}: AUC": result["macro AUC"], f"{test}: %": result["accuracy %"]}
         rows.append(row)
     return rows
 
 
+def disturbed_images():
+    """{what was done: images (3 · ROBUSTNESS_PER_CLASS, 64, 64)}, the same lenses in each."""
+    euclid = simulate.INSTRUMENTS["Model_II"]
+
+    def fresh(psf=1.0):
+        instrument = euclid._replace(psf_fwhm=psf * euclid.psf_fwhm)
+        parts = simulate.simulate(instrument, ROBUSTNESS_PER_CLASS, FRESH_SEED)
+        return np.concatenate([images for _, images, _ in parts])
+
+    rng, images = np.random.default_rng(FRESH_SEED), fresh()
+    exposure = torch.from_numpy(images / euclid.copies)
+    noisy = simulate.observe(exposure, euclid, True, rng).numpy() * euclid.copies
+    angle = torch.from_numpy(rng.uniform(0, 2 * np.pi, len(images))).float()
+    turned = augment.move(torch.from_numpy(images)[:, None], angle, torch.zeros(len(images), 2))
+    return {
+        "clean": images,
+        "Euclid noise": noisy,
+        "PSF −20 %": fresh(0.8),
+        "PSF +20 %": fresh(1.2),
+        "shifted 1 px": np.roll(images, 1, axis=2),
+        "turned 90°": np.ascontiguousarray(np.rot90(images, axes=(1, 2))),
+        "turned at random": turned[:, 0].numpy(),
+    }
+
+
+def as_dataset(images, per_class):
+    """A `data.Dataset` of freshly simulated images, sorted by class."""
+    labels = np.repeat(np.arange(len(simulate.CLASS_NAMES)), per_class)
+    rows = np.arange(len(images))
+    return data.Dataset(images, labels, rows, simulate.CLASS_NAMES, "", "freshly simulated")
+
+
 def instruments(lab):
-    """The other two data models, by the same commands."""
+    """The other two data models, by the same commands; fewer images, more epochs."""
     rows, seed = [], lab.seeds[0]
-    for model, per_class, noise, options, epochs in (
-        ("Model_I", 6000, True, ["--patch-size", 10], 20),
-        ("Model_III", 10000, False, [], 20),
-    ):
-        images = lab.out / f"data-{model}"
+    for model, per_class, noise, options in OTHER_MODELS:
+        images = lab.out / f"data-{model}-{per_class}"
         if not images.exists():
-            simulate.main([
-                "--model", model, "--per-class", str(per_class), "--out", str(images),
-                *(["--noise"] if noise else []),
-            ])  # fmt: skip
+            simulate.main(["--model", model, "--per-class", str(per_class), "--out", str(images),
+                           *(["--noise"] if noise else [])])  # fmt: skip
+        row = chain(lab, model, seed, ("head", "full"), options, OTHER_MODELS_FINETUNING, images)
         kind = f"{model}, {per_class} a class, {'noisy' if noise else 'noise-free'}"
-        row = chain(
-            lab,
-            model,
-            seed,
-            ("head", "full"),
-            [*options, "--epochs", epochs],
-            images=images,
-        )
         rows.append({"run": kind, "seed": seed, **row})
     return rows
 
@@ -351,9 +355,9 @@ def mistakes(lab):
 
     On images simulated for this. AUC is that of a bin's images against all of the other classes.
     """
-    parts = list(simulate.simulate("Model_II", MISTAKES_PER_CLASS, FRESH_SEED + 1))
+    parts = simulate.simulate("Model_II", MISTAKES_PER_CLASS, FRESH_SEED + 1)
     images = np.concatenate([images for _, images, _ in parts])
-    truth = np.repeat(np.arange(len(simulate.CLASS_NAMES)), MISTAKES_PER_CLASS)
+    truth = as_dataset(images, MISTAKES_PER_CLASS).labels
     rows = []
     for seed in lab.seeds:
         path = finetuned(lab, "base", seed, "full", pretrained(lab, "base", seed))
@@ -512,7 +516,7 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--unseen", type=Path, default=None,
-        help="images of another simulator, to test on as well (tests/reference/make_lenstronomy.py)",
+        help="lenstronomy's images, to test on as well (see tests/reference/make_lenstronomy.py)",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each")
     parser.add_argument(
@@ -551,7 +555,7 @@ def main(argv=None):
         command = f"python study.py --data {args.data.name} --only {name} --seeds {seeds}"
         write_results(
             args.results, name, rows,
-            {"command": command, "commit": commit(), "precision": precision, "torch": torch.__version__},
+            {"command": command, "commit": commit(), "precision": precision},
         )  # fmt: skip
         print(table(rows), flush=True)
 

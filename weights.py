@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from files import UserError, file_to_be
-from mae import MAE, Classifier
+from mae import MAE, Classifier, IntensityTransform
 
 LARGEST = {"embed_dim": 4096, "decoder_embed_dim": 4096, "depth": 64, "decoder_depth": 64}
 LARGEST |= {"img_size": 4096, "patch_size": 512, "in_chans": 64, "mlp_ratio": 16}
@@ -39,10 +39,18 @@ def _write(path, content):
 
 
 def load_mae(path):
-    """The `MAE` of a weights file and the file's content; raises UserError, see `_load`."""
+    """The `MAE` of a weights file, its `IntensityTransform`, and the file's content.
+
+    Raises UserError, see `_load`.
+    """
     content = _load(path)
     arguments = {k: v for k, v in content["config"].items() if k != "transform"}
-    return _build(path, MAE, arguments, content), content
+    model = _build(path, MAE, arguments, content)
+    try:
+        transform = IntensityTransform(**content["config"]["transform"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: its configuration has no usable transform") from None
+    return model, transform, content
 
 
 def load_classifier(path):

@@ -4,12 +4,12 @@ import math
 
 import numpy as np
 import pytest
-import simulate
 import torch
+from conftest import assert_user_error, run_script
 
 import augment
+import simulate
 import train
-from conftest import run_script, assert_user_error
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from mae import (
     MAE,
     Classifier,
     IntensityTransform,
+    complementary_masks,
     patchify,
     random_masking,
     set_attention_form,
@@ -152,3 +153,40 @@ def test_mae_imports_torch_and_the_standard_library_alone():
     ours = ("files", "data", "train", "weights", "plots")
     others = ("sklearn", "matplotlib", "onnx", "onnxruntime", "tqdm")
     run_code("import mae\n", without=ours + others)
+
+
+def test_complementary_masks_hide_every_patch_equally_often():
+    masks = complementary_masks(64, 0.75, rounds=2)
+    assert len(masks) == 8
+    assert all(len(mask) == 16 for mask in masks)
+    times_visible = torch.cat(masks).bincount(minlength=64)
+    assert times_visible.tolist() == [2] * 64
+    assert complementary_masks(64, 0.9, 1)[0].tolist() != complementary_masks(64, 0.9, 1, 1)[0]
+    assert len(complementary_masks(4, 0.1, 1)) == 2  # something must be hidden, and predicted
+
+
+def test_the_residual_of_a_patch_does_not_depend_on_what_stands_in_it():
+    torch.manual_seed(0)
+    model = MAE(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2).eval()
+    images = torch.randn(2, 1, 32, 32)
+    masks = complementary_masks(model.num_patches, 0.75, rounds=2)
+    residual, squared = model.residual(images, masks)
+    changed = images.clone()
+    changed[:, :, 8:16, 16:24] += 1.0  # one patch
+    other, _ = model.residual(changed, masks)
+    patch = (slice(None), slice(None), slice(8, 16), slice(16, 24))
+    assert torch.allclose(other[patch], residual[patch] + 1.0, atol=1e-5)
+    assert (squared >= residual.square() - 1e-6).all()  # the mean of squares
+    elsewhere = (other - residual).abs()
+    elsewhere[patch] = 0
+    assert elsewhere.max() > 1e-6  # the other patches are predicted from it
+
+
+def test_stats_pooling_is_mean_and_spread_of_the_patch_tokens():
+    model = Classifier(embed_dim=32, depth=1, num_heads=2, pool="stats").eval()
+    images = torch.rand(3, 1, 64, 64)
+    tokens = model.encode(patchify(model.transform(images), 8))[:, 1:]
+    features = model.features(images)
+    assert features.shape == (3, 64)
+    assert torch.allclose(features[:, :32], tokens.mean(1), atol=1e-5)
+    assert torch.allclose(features[:, 32:], tokens.std(1, correction=0), atol=1e-3)

@@ -29,7 +29,8 @@ import mae
 import predict
 import weights
 
-SCRIPTS = ("simulate", "data", "pretrain", "finetune", "evaluate", "export", "predict")
+SCRIPTS = ("simulate", "data", "pretrain", "finetune", "evaluate", "reconstruct", "export",
+           "predict", "study")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +176,7 @@ def test_prediction_reads_every_kind_and_lists_what_it_cannot(runs, folder, tmp_
     assert not (tmp_path / "predictions.csv.errors.csv").exists()
 
 
-def test_prediction_needs_neither_torch_nor_anything_but_numpy_and_onnxruntime(runs, lens_image,
-                                                                              tmp_path):  # fmt: skip
+def test_prediction_needs_numpy_and_onnxruntime_alone(runs, lens_image, tmp_path):
     np.save(tmp_path / "one.npy", lens_image)
     run_code(
         "import files, predict\nfiles.run(predict.main)\n",
@@ -289,6 +289,13 @@ def mistakes(runs, folder, tmp_path):
             "evaluate.py", (*cache, *out, "--weights", classifier, "--split", "all"),
             "--split all",
         ),
+        "residuals of a classifier": ("reconstruct.py", (*cache, *out, "--weights", classifier),
+                                      classifier),
+        "residuals of another size": ("reconstruct.py", ("--data", small, *out, "--weights",
+                                                         pretrained), "64 pixels"),
+        "rounds": ("reconstruct.py", (*cache, *out, "--weights", pretrained, "--rounds", 0),
+                   "--rounds"),
+        "seeds": ("study.py", (*cache, *out, "--seeds", -1), "--seeds"),
         "nothing to export": ("export.py", ("--weights", file, *out), file),
         "no data to check with": (
             "export.py", ("--weights", classifier, *out, "--data", tmp_path / "x"), "--data",
@@ -318,6 +325,28 @@ def test_every_mistake_ends_with_one_line_that_names_it(runs, folder, tmp_path, 
             [p.name for p in (tmp_path / "out").rglob("*")] if (tmp_path / "out").is_dir() else []
         )
         assert left == [], name
+
+
+def test_residuals_are_scored_mapped_and_compared_without_labels(runs, folder, tmp_path):
+    process = run_script(
+        "reconstruct.py", "--data", folder, "--cache-dir", runs / "cache", "--weights",
+        runs / "pretrain" / "vit-mae-wt.pth", "--out", tmp_path / "out", "--resamples", 20,
+    )  # fmt: skip
+    with (tmp_path / "out" / "scores.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    dataset = data.load(folder, runs / "cache")
+    test_rows = data.split(dataset)["test"]
+    assert [int(row["row"]) for row in rows] == test_rows.tolist()
+    assert all(float(row["score"]) > 0 for row in rows)
+    result = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert set(result["auc"]) == {"all", "axion", "cdm"}
+    strange = np.array([row["class"] != "no_sub" for row in rows])
+    scores = np.array([float(row["score"]) for row in rows])
+    expected = evaluate.roc_auc_score(strange, scores)
+    assert result["auc"]["all"]["value"] == pytest.approx(expected, abs=1e-3)
+    assert f"{result['auc']['all']['value']:.4f}" in process.stdout
+    for name in ("maps.png", "scores.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 5000
 
 
 def test_an_unwritable_folder_is_named(runs, folder, tmp_path):

@@ -1,0 +1,63 @@
+"""Muon: what its updates are, compared with the definition and with torch's own."""
+
+import pytest
+import torch
+
+import optim
+import train
+
+
+@pytest.mark.parametrize("shape", [(4, 32, 32), (2, 16, 64), (2, 64, 16), (1, 3, 64)])
+def test_all_directions_of_an_update_are_about_equally_long(shape):
+    torch.manual_seed(0)
+    matrices = torch.randn(shape)
+    result = optim.orthogonalise(matrices)
+    assert result.shape == shape
+    singular = torch.linalg.svdvals(result)
+    assert 0.5 < singular.min() < singular.max() < 1.3
+    u, _, vh = torch.linalg.svd(matrices, full_matrices=False)
+    nearest = u @ vh
+    assert ((result * nearest).sum((1, 2)) / nearest.square().sum((1, 2)) > 0.8).all()
+
+
+def test_a_gradient_of_zeros_changes_nothing():
+    parameter = torch.nn.Parameter(torch.ones(4, 4))
+    parameter.grad = torch.zeros(4, 4)
+    optim.Muon([{"params": [parameter]}], lr=0.1).step()
+    assert torch.equal(parameter, torch.ones(4, 4))
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
+def test_steps_are_those_of_torch(shape):
+    torch.manual_seed(0)
+    start, gradients = torch.randn(shape), torch.randn(3, *shape)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    reference = torch.optim.Muon(
+        [theirs], lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
+    optimizer = optim.Muon([{"params": [ours]}], lr=0.02, weight_decay=0.1)
+    for gradient in gradients:
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        optimizer.step()
+        reference.step()
+    # torch computes the directions in bfloat16.
+    assert (ours - theirs).abs().max() < 0.05 * (ours - start).abs().max()
+
+
+def test_query_key_and_value_are_matrices_of_their_own():
+    torch.manual_seed(0)
+    qkv = torch.nn.Parameter(torch.zeros(24, 8))
+    qkv.grad = torch.randn(24, 8) * torch.tensor([1.0, 1e-3, 1e3]).repeat_interleave(8)[:, None]
+    optim.Muon([{"params": [qkv]}], lr=1.0).step()
+    for part in qkv.detach().split(8):
+        singular = torch.linalg.svdvals(part / (0.2 * 8**0.5))
+        assert 0.5 < singular.min() < singular.max() < 1.3
+
+
+def test_every_parameter_has_one_optimiser():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+    groups = train.parameter_groups(model.named_parameters(), 0.05)
+    muon, adamw = train.new_optimizers(groups, 1e-3, (0.9, 0.95))
+    assert [p.ndim for g in muon.param_groups for p in g["params"]] == [2]
+    assert [p.ndim for g in adamw.param_groups for p in g["params"]] == [1, 1, 1]
+    assert [g["weight_decay"] for g in muon.param_groups + adamw.param_groups] == [0.05, 0.0]
