@@ -1,4 +1,5 @@
 # make reproduce [DATA=folder]   everything from images to predictions, in runs/; goes on where it stopped
+# make study [DATA=folder]       the experiments behind the README's tables, in docs/results/; hours
 # make test                      the tests
 # make test-heavy                the same with more kills, more fuzzed files, more images
 # make clean                     remove runs/
@@ -27,11 +28,15 @@ STRATEGIES := $(foreach run,head layernorm full,$(RUNS)/$(run)/vit-mae-classifie
 SCRATCH := $(RUNS)/scratch/vit-mae-classifier-wt.pth
 MODEL := $(RUNS)/classifier.onnx
 
-.PHONY: reproduce test test-heavy clean FORCE
+.PHONY: reproduce study test test-heavy clean FORCE
 .DELETE_ON_ERROR:
 
-reproduce: $(RUNS)/evaluation/metrics.json $(RUNS)/predictions.csv
+reproduce: $(RUNS)/evaluation/metrics.json $(RUNS)/residuals/metrics.json $(RUNS)/predictions.csv
 	@cat $(RUNS)/evaluation/comparison.md
+
+# UNSEEN=folder tests on images of another simulator as well.
+study: $(RUNS)/dataset.json
+	$(PY) study.py $(INPUT) --out $(RUNS)/study $(if $(UNSEEN),--unseen $(UNSEEN))
 
 test: $(READY)
 	$(PY) -m pytest -q tests
@@ -67,6 +72,9 @@ $(SCRATCH): $(RUNS)/dataset.json | $(READY)
 
 $(RUNS)/evaluation/metrics.json: $(STRATEGIES) $(SCRATCH)
 	$(PY) evaluate.py $(INPUT) --weights $^ --out $(@D)
+
+$(RUNS)/residuals/metrics.json: $(PRETRAINED)
+	$(PY) reconstruct.py $(INPUT) --weights $(PRETRAINED) --out $(@D)
 
 # The strategy that is best on validation.
 $(MODEL): $(STRATEGIES)

@@ -31,7 +31,7 @@ EXAMPLE = """examples:
 DEFAULTS = {
     "head": {"lr": 2e-3, "epochs": 50},
     "layernorm": {"lr": 1e-2, "epochs": 2},
-    "full": {"lr": 1e-3, "epochs": 2},
+    "full": {"lr": 2e-3, "epochs": 2},
 }
 ALL_PATCHES_FROM = 0.5  # of the steps: from then on no patch is left out
 
@@ -213,7 +213,7 @@ def parse_args(argv=None):
     train.add_training_arguments(parser)
     group = parser.add_argument_group("classifier")
     group.add_argument(
-        "--pool", choices=POOLINGS, default="mean",
+        "--pool", choices=POOLINGS, default="stats",
         help="tokens that the head sees",
     )  # fmt: skip
     group.add_argument(

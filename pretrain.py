@@ -17,7 +17,7 @@ from augment import augment
 from files import UserError, run
 from mae import MAE
 
-EXAMPLE = "example: python pretrain.py --data lenses --out runs/pretrain --epochs 12"
+EXAMPLE = "example: python pretrain.py --data lenses --out runs/pretrain --epochs 8"
 
 
 def mae_config(args, img_size):
@@ -127,7 +127,7 @@ def parse_args(argv=None):
     )
     data.add_data_arguments(parser)
     train.add_training_arguments(parser)
-    parser.set_defaults(epochs=12, lr=1e-3)
+    parser.set_defaults(epochs=8, lr=2e-3)
     train.add_model_arguments(parser)
     group = parser.add_argument_group("masked autoencoder")
     group.add_argument("--mask-ratio", type=float, default=0.75, help="share of patches removed")

@@ -36,7 +36,7 @@ EXAMPLE = """examples:
 
 STRATEGIES = ("head", "layernorm", "full")
 # Epochs from scratch that cost at least as much processor time as pre-training and fine-tuning.
-SCRATCH_EPOCHS = 5
+SCRATCH_EPOCHS = 4
 LABEL_SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)
 FEWEST_STEPS = 1000  # of a fine-tuning with few labels
 ROBUSTNESS_PER_CLASS = 1000
