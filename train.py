@@ -154,11 +154,12 @@ def resolve_device(name):
 
 def bfloat16_is_fast(device):
     """Whether this machine multiplies matrices faster in bfloat16 than in float32: measured."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        a = torch.ones(256, 256, dtype=dtype, device=device)
-        _seconds_of(lambda a=a: a @ a, device)
-        seconds[dtype] = min(_seconds_of(lambda a=a: a @ a, device) for _ in range(3))
+    seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
+    for repeat in range(6):  # in turn, so that both meet the same disturbances; the first warms up
+        for dtype, before in seconds.items():
+            a = torch.ones(256, 256, dtype=dtype, device=device)
+            took = _seconds_of(lambda a=a: a @ a, device)
+            seconds[dtype] = min(before, took) if repeat else math.inf
     return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
