@@ -1,7 +1,7 @@
 """Evaluate classifiers on the test split: accuracy, AUC with intervals, ROC, confusion matrix.
 
-Leaves in --out: metrics.json, comparison.md (the table, beside the published rows), roc.png and
-confusion_matrix.png.
+Leaves in --out: metrics.json, comparison.md (the table, beside the published rows), roc.png,
+confusion_matrix.png, reliability.png, mistakes.png, and report.html with all of it in one file.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 import data
 import plots
+import report
 import train
 import weights
 from files import UserError, make_folder, run, write_json, write_text
@@ -20,6 +21,9 @@ from files import UserError, make_folder, run, write_json, write_text
 EXAMPLE = """example:
   python evaluate.py --data lenses --out runs/evaluation \\
       --weights runs/full/vit-mae-classifier-wt.pth"""
+
+CALIBRATION_BINS = 15
+SHOWN_MISTAKES = 12
 
 # (name, AUC by class, macro AUC, accuracy) as published for this benchmark; None: not given.
 PUBLISHED = (
@@ -48,6 +52,24 @@ def measures(probabilities, labels):
     """The numbers of one evaluation as an array: AUC of each class, macro AUC, accuracy."""
     aucs = auc_by_class(probabilities, labels)
     return np.array([*aucs, np.mean(aucs), accuracy(probabilities, labels)])
+
+
+def calibration(probabilities, labels, bins=CALIBRATION_BINS):
+    """How far confidence is from accuracy (Guo et al. 2017, equation 3).
+
+    Returns (expected calibration error, [(mean confidence, accuracy, images) of each bin that has
+    images]); confidence is the largest probability, bins are equally wide.
+    """
+    confidence = probabilities.max(axis=1)
+    correct = probabilities.argmax(axis=1) == labels
+    index = np.minimum((confidence * bins).astype(int), bins - 1)
+    table = [
+        (float(confidence[index == b].mean()), float(correct[index == b].mean()), int(n))
+        for b, n in enumerate(np.bincount(index, minlength=bins))
+        if n
+    ]
+    error = sum(n * abs(accurate - confident) for confident, accurate, n in table) / len(labels)
+    return error, table
 
 
 def bootstrap(statistic, labels, resamples, seed, progress=True):
@@ -95,7 +117,7 @@ def evaluate(args):
     dataset = data.load(args.data, args.cache_dir)
     device = train.resolve_device(args.device)
     make_folder(args.out)
-    results, curves, matrices = {}, {}, {}
+    results, curves, matrices, reliability, mistakes = {}, {}, {}, {}, {}
     for name, path in zip(names_of_runs(args.weights), args.weights, strict=True):
         model, content = weights.load_classifier(path)
         class_names = content["class_names"]
@@ -121,6 +143,8 @@ def evaluate(args):
             )
         }
         results[name]["images"] = len(rows)
+        results[name]["calibration_error"], reliability[name] = calibration(probabilities, labels)
+        mistakes[name] = most_confident_mistakes(probabilities, labels, rows)
         matrices[name] = confusion_matrix(
             labels, probabilities.argmax(axis=1), labels=range(len(class_names))
         )
@@ -145,6 +169,19 @@ def evaluate(args):
     write_text(args.out / "comparison.md", table + "\n")
     plots.roc_curves(args.out / "roc.png", curves)
     plots.confusion_matrices(args.out / "confusion_matrix.png", matrices, class_names)
+    plots.reliability(args.out / "reliability.png", reliability)
+    best = max(results, key=lambda name: results[name]["macro"]["value"])
+    plots.mistakes(args.out / "mistakes.png", dataset.images, mistakes[best], class_names)
+    paths = dict(zip(results, args.weights, strict=True))
+    report.write(args.out, paths, results, class_names, best, PUBLISHED)
+
+
+def most_confident_mistakes(probabilities, labels, rows):
+    """[(row, true class, predicted class, its probability)], the most confident first."""
+    predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
+    wrong = np.flatnonzero(predicted != labels)
+    wrong = wrong[np.argsort(-confidence[wrong])][:SHOWN_MISTAKES]
+    return [(int(rows[i]), int(labels[i]), int(predicted[i]), float(confidence[i])) for i in wrong]
 
 
 def rows_to_evaluate(args, dataset, content):

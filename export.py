@@ -1,7 +1,9 @@
-"""Export a classifier to one ONNX file: raw images in, probabilities out; nothing else needed.
+"""Export to one ONNX file, raw images in, with everything needed in it.
 
-The intensity transform is in the graph and the class names are in the metadata. The file is
-compared with PyTorch on real images before it takes its name; one that differs is not left.
+A classifier gives calibrated probabilities; `--what reconstruction` exports an MAE, which gives
+residual maps and scores. The intensity transform is in the graph, names and origin are in the
+metadata. The file is compared with PyTorch on real images before it takes its name; one that
+differs, or in less precision has lost AUC, is not left.
 """
 
 import argparse
@@ -9,6 +11,7 @@ import contextlib
 import io
 import json
 import logging
+import time
 import warnings
 from pathlib import Path
 
@@ -16,76 +19,171 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
+from onnxruntime.transformers.float16 import convert_float_to_float16
 from torch import nn
 
 import data
 import train
 import weights
+from evaluate import auc_by_class, labels_for
 from files import UserError, file_to_be, run, sha256_of
+from mae import complementary_masks
 
-EXAMPLE = "example: python export.py --weights runs/full/vit-mae-classifier-wt.pth --out lens.onnx"
+EXAMPLE = """examples:
+  python export.py --weights runs/full/vit-mae-classifier-wt.pth --out lens.onnx
+  python export.py --weights runs/full/vit-mae-classifier-wt.pth --precision int8 --out small.onnx
+  python export.py --what reconstruction --weights runs/pretrain/vit-mae-wt.pth --out maps.onnx"""
 OPSET = 18
-TOLERANCE = 1e-4  # on probabilities
+TOLERANCE = 1e-4  # on probabilities in float32, and on residuals relative to the largest
 CHECKED_BATCHES = (1, 7, 256)
+ROUNDS = 2  # of complementary masks in a residual
+WIDE_OPERATIONS = ["Sub", "Div", "Log", "Clip", "Max", "Sqrt", "Asinh"]  # kept in float32
+AUC_IMAGES = 3000  # validation images that less precision is judged by
 
 
 class Probabilities(nn.Module):
     """Raw images (B, 1, H, W) to class probabilities (B, classes)."""
 
+    outputs = ("probabilities",)
+
     def __init__(self, classifier):
         super().__init__()
-        self.classifier = classifier
+        self.classifier, self.img_size = classifier, classifier.img_size
 
     def forward(self, images):
         return self.classifier(images).softmax(dim=1)
 
 
+class Residuals(nn.Module):
+    """Raw images (B, 1, H, W) to residual maps (B, 1, H, W) and their mean squares (B,)."""
+
+    outputs = ("residual", "score")
+
+    def __init__(self, mae, transform, mask_ratio):
+        super().__init__()
+        self.mae, self.transform, self.img_size = mae, transform, mae.img_size
+        self.masks = complementary_masks(mae.num_patches, mask_ratio, ROUNDS)
+
+    def forward(self, images):
+        residual, squared = self.mae.residual(self.transform(images), self.masks)
+        return residual, squared.mean(dim=(1, 2, 3))
+
+
 def write_onnx(model, path, metadata):
-    """Export `model`, a `Probabilities`, with text metadata {key: value}, weights inside."""
-    size = model.classifier.img_size
-    example = torch.zeros(2, 1, size, size)
+    """Export `model`, one of the above, with text metadata {key: value}, weights inside."""
+    example = torch.zeros(2, 1, model.img_size, model.img_size)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # about its own internals, nothing that a user can mend
         program = torch.onnx.export(
             model, (example,), dynamo=True, opset_version=OPSET, verbose=False,
-            input_names=["images"], output_names=["probabilities"],
+            input_names=["images"], output_names=list(model.outputs),
             dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
         )  # fmt: skip
-    proto = program.model_proto
+    save_proto(program.model_proto, path, metadata)
+
+
+def save_proto(proto, path, metadata):
     onnx.helper.set_model_props(proto, metadata)
     onnx.checker.check_model(proto, full_check=True)
     path.write_bytes(proto.SerializeToString())
 
 
-def largest_difference(model, path, images):
-    """Largest |probability(onnxruntime) - probability(PyTorch)| over `images` (256, 1, H, W).
+class CalibrationImages(CalibrationDataReader):
+    """Hands images (n, 1, H, W) to the quantiser, some at a time."""
 
-    The images are fed in batches of 1, 7 and 256; each must agree.
+    def __init__(self, images, batch=32):
+        parts = [images[start : start + batch] for start in range(0, len(images), batch)]
+        self.left = iter({"images": part} for part in parts)
+
+    def get_next(self):
+        return next(self.left, None)
+
+
+def reduce_precision(path, precision, images, metadata):
+    """Rewrite the float32 file at `path` in "float16" or "int8"; input and output stay float32.
+
+    In float16 weights and activations are, but for the intensity transform, whose range is wider.
+    In int8 the matrix products with weights are quantised, ranges being taken from `images`
+    (n, 1, H, W), and everything between them stays float32.
     """
+    if precision == "float16":
+        proto = convert_float_to_float16(
+            onnx.load(path), keep_io_types=True, op_block_list=WIDE_OPERATIONS
+        )
+    else:
+        quantised = path.with_name(f"{path.name}.int8")
+        try:
+            quantize_static(
+                path, quantised, CalibrationImages(images), quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=["MatMul", "Gemm"], per_channel=True,
+                extra_options={"MatMulConstBOnly": True},
+            )  # fmt: skip
+            proto = onnx.load(quantised)
+        finally:
+            quantised.unlink(missing_ok=True)
+    save_proto(proto, path, metadata)
+
+
+def run_session(path, images, batch=256):
+    """Outputs of an exported file on images (n, 1, H, W), a list of arrays."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    parts = [
+        session.run(None, {"images": images[start : start + batch]})
+        for start in range(0, len(images), batch)
+    ]
+    return [np.concatenate(part) for part in zip(*parts, strict=True)]
+
+
+def largest_difference(model, path, images):
+    """Largest difference between onnxruntime and PyTorch on `images` (256, 1, H, W).
+
+    Of outputs beyond one it is relative to the largest of them. The images are fed in batches of 1,
+    7 and 256; each must agree.
+    """
     with torch.no_grad():
-        expected = model(torch.from_numpy(images)).numpy()
+        expected = model(torch.from_numpy(images))
+    expected = [e.numpy() for e in (expected if isinstance(expected, tuple) else (expected,))]
     worst = 0.0
     for batch in CHECKED_BATCHES:
-        for start in range(0, 7 * batch if batch < 256 else 256, batch):
-            part = slice(start, start + batch)
-            (got,) = session.run(None, {"images": images[part]})
-            difference = np.abs(got - expected[part]).max()
+        count = min(7 * batch, len(images))
+        for got, right in zip(run_session(path, images[:count], batch), expected, strict=True):
+            difference = np.abs(got - right[:count]).max() / max(1.0, np.abs(right).max())
             worst = max(worst, float(np.nan_to_num(difference, nan=np.inf)))
     return worst
 
 
-def real_images(args, content, model):
-    """256 images (256, 1, H, W) of the validation split, repeated if there are fewer."""
+def latency(path, images):
+    """Median milliseconds of a call with 1 and with 256 images on this machine."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    medians = []
+    for batch, repeats in ((1, 30), (256, 5)):
+        seconds = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            session.run(None, {"images": images[:batch]})
+            seconds.append(time.perf_counter() - start)
+        medians.append(1e3 * float(np.median(seconds[1:])))  # the first warms up
+    return medians
+
+
+def load_images(args, content, img_size):
+    """The data to check with, and its split as the weights were trained with; UserError."""
     where = args.data or content["run"].get("data")
     if not where or not Path(where).is_dir():
         raise UserError(f"the training data ({where}) is not here: name images with --data")
     dataset = data.load(where, args.cache_dir)
-    if dataset.img_size != model.img_size:
-        raise UserError(f"{where} has images of {dataset.img_size} pixels, not {model.img_size}")
-    rows = np.random.default_rng(args.seed).permutation(data.split(dataset)["validation"])
-    return dataset.images[np.resize(rows, max(CHECKED_BATCHES))][:, None]
+    if dataset.img_size != img_size:
+        raise UserError(f"{where} has images of {dataset.img_size} pixels, not {img_size}")
+    seed = content["run"].get("split_seed", 0)
+    return dataset, data.split(dataset, seed if isinstance(seed, int) and seed >= 0 else 0)
+
+
+def some_images(dataset, rows, count, seed):
+    """`count` raw images (count, 1, H, W) of `rows`, repeated if there are fewer."""
+    rows = np.random.default_rng(seed).permutation(rows)
+    return dataset.images[np.resize(rows, count)][:, None]
 
 
 def best_on_validation(loaded):
@@ -100,17 +198,32 @@ def best_on_validation(loaded):
     return max(loaded, key=rank)
 
 
-def export(args):
+def load_model(args):
+    """(model to export, content of its weights file, the file) that the options ask for."""
+    if args.what == "reconstruction":
+        if len(args.weights) > 1:
+            raise UserError("--what reconstruction takes one file of weights")
+        mae, transform, content = weights.load_mae(args.weights[0])
+        model = Residuals(mae, transform, content["run"].get("mask_ratio", 0.75))
+        return model.eval(), content, args.weights[0]
     loaded = {path: weights.load_classifier(path) for path in args.weights}
     path = best_on_validation(loaded) if len(loaded) > 1 else args.weights[0]
     classifier, content = loaded[path]
-    model = Probabilities(classifier).eval()
-    images = real_images(args, content, classifier)
+    return Probabilities(classifier).eval(), content, path
+
+
+def export(args):
+    model, content, path = load_model(args)
+    dataset, parts = load_images(args, content, model.img_size)
+    images = some_images(dataset, parts["validation"], max(CHECKED_BATCHES), args.seed)
     metadata = {
+        "what": args.what,
         "class_names": json.dumps(content["class_names"]),
-        "img_size": str(classifier.img_size),
+        "img_size": str(model.img_size),
         "transform": json.dumps(content["config"]["transform"]),
+        "precision": args.precision,
         "weights_sha256": sha256_of(path),
+        "data_fingerprint": str(content["run"].get("data_fingerprint")),
         "run": json.dumps(content["run"]),
     }
     with file_to_be(args.out) as temporary:
@@ -118,11 +231,41 @@ def export(args):
         difference = largest_difference(model, temporary, images)
         if not difference <= TOLERANCE:
             raise UserError(
-                f"{args.out} not written: its probabilities differ by {difference:.1e} from "
-                f"PyTorch's, more than {TOLERANCE:.0e}"
+                f"{args.out} not written: it differs by {difference:.1e} from PyTorch, more than "
+                f"{TOLERANCE:.0e}"
             )
-    size = args.out.stat().st_size / 1e6
-    print(f"{path} -> {args.out}: {size:.1f} MB, within {difference:.1e} of PyTorch")
+        print(described("float32", temporary, images) + f", within {difference:.1e} of PyTorch")
+        if args.precision != "float32":
+            rows = parts["validation"][:: max(1, len(parts["validation"]) // AUC_IMAGES)]
+            before = macro_auc(temporary, dataset, rows, content)
+            calibration = some_images(dataset, parts["train"], max(CHECKED_BATCHES), args.seed)
+            reduce_precision(temporary, args.precision, calibration, metadata)
+            difference = largest_difference(model, temporary, images)
+            after = macro_auc(temporary, dataset, rows, content)
+            print(
+                described(args.precision, temporary, images)
+                + f", within {difference:.1e} of PyTorch; macro AUC on {len(rows)} validation "
+                f"images {before:.5f} -> {after:.5f}"
+            )
+            if not before - after <= args.allowed_fall:
+                raise UserError(
+                    f"{args.out} not written: its macro AUC falls by {before - after:.4f}, more "
+                    f"than --allowed-fall {args.allowed_fall}"
+                )
+    print(f"{path} -> {args.out}")
+
+
+def described(precision, path, images):
+    one, many = latency(path, images)
+    size = path.stat().st_size / 1e6
+    return f"{precision}: {size:.2f} MB, {one:.2f} ms for 1 image, {many:.1f} ms for 256"
+
+
+def macro_auc(path, dataset, rows, content):
+    """Macro AUC of an exported classifier on rows of a data set."""
+    labels = labels_for(content["class_names"], dataset, path)[rows]
+    (probabilities,) = run_session(path, dataset.images[rows][:, None])
+    return float(np.mean(auc_by_class(probabilities, labels)))
 
 
 def parse_args(argv=None):
@@ -131,18 +274,32 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--weights", type=Path, nargs="+", required=True, metavar="PTH",
-        help="classifier; of several, the best on validation is exported",
+        help="classifier (of several, the best on validation is exported) or MAE",
     )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE.onnx", help="file to write"
     )
+    parser.add_argument(
+        "--what", choices=("classifier", "reconstruction"), default="classifier", help="the graph"
+    )
+    parser.add_argument(
+        "--precision", choices=("float32", "float16", "int8"), default="float32",
+        help="of the weights (classifier only)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--allowed-fall", type=float, default=0.002, metavar="AUC",
+        help="of the macro AUC on validation, in less precision",
+    )  # fmt: skip
     parser.add_argument(
         "--data", type=Path, default=None, help="images to check with; default: the training data"
     )
     parser.add_argument("--cache-dir", type=Path, default=None, help="see data.py")
     parser.add_argument("--seed", type=int, default=0, help="which images are used to check")
     parser.add_argument("--device", default="cpu", choices=("cpu", "auto"), help="always the CPU")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.what == "reconstruction" and args.precision != "float32":
+        raise UserError(f"--precision {args.precision}: a reconstruction is exported in float32")
+    return args
 
 
 def main(argv=None):

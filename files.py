@@ -8,6 +8,7 @@ them itself.
 import ast
 import contextlib
 import glob
+import gzip
 import hashlib
 import json
 import math
@@ -18,6 +19,8 @@ import pickletools
 import platform
 import shutil
 import sys
+import warnings
+import zipfile
 from io import BytesIO
 from pathlib import Path
 
@@ -25,6 +28,8 @@ import numpy as np
 
 MAX_PICKLE_BYTES = 64 * 2**20  # an axion file is one image and a number
 MAX_PICKLE_OPCODES = 10_000
+MAX_NPZ_BYTES = 2**30
+MAX_FITS_BYTES = 256 * 2**20
 MAX_JSON_BYTES = 16 * 2**20
 MAP_ABOVE_BYTES = 8 * 2**20  # larger arrays are mapped into memory, not read
 MAX_DIMENSIONS = 8
@@ -180,22 +185,61 @@ def read_npy(path):
     in it. Raises UserError, naming the file, for anything else; no code in the file is executed.
     """
     path = Path(path)
+    with _named_errors(path, ".npy image"), path.open("rb") as file:
+        return _read_array(file, os.fstat(file.fileno()).st_size, path)
+
+
+def read_npz(path):
+    """The arrays of a `.npz` file, [(name, array)], each as `read_npy` reads it; UserError."""
+    path = Path(path)
+    with _named_errors(path, ".npz file"), zipfile.ZipFile(path) as archive:
+        members = [info for info in archive.infolist() if info.filename.endswith(".npy")]
+        if sum(info.file_size for info in members) > MAX_NPZ_BYTES:
+            raise ValueError("its arrays are too large together; store them as .npy")
+        if not members:
+            raise ValueError("there is no array in it")
+        arrays = []
+        for info in members:
+            # No more than was announced, whatever the compressed stream holds.
+            with archive.open(info) as member:
+                content = member.read(info.file_size)
+            array = _read_array(BytesIO(content), len(content), None)
+            arrays.append((info.filename.removesuffix(".npy"), array))
+        return arrays
+
+
+def read_fits(path):
+    """The first two-dimensional image of a FITS file, (H, W); needs astropy. UserError."""
     try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            shape, fortran_order, dtype = _read_header(file)
-            if dtype.kind != "O":
-                return _read_numbers(path, file, size, shape, fortran_order, dtype)
-            if size > MAX_PICKLE_BYTES:
-                raise ValueError("an object array of this size is not one image")
-            return _image_of(_unpickle(file.read()))
+        from astropy.io import fits
+    except ImportError:
+        raise UserError(f"{path}: FITS files need astropy: pip install astropy") from None
+    path = Path(path)
+    with _named_errors(path, "FITS image"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            content = file.read(MAX_FITS_BYTES + 1)
+        if len(content) > MAX_FITS_BYTES:
+            raise ValueError("it is too large for a cutout")
+        with fits.open(BytesIO(content), memmap=False) as units:
+            for unit in units:
+                if unit.is_image and unit.header.get("NAXIS") == 2:
+                    return np.array(unit.data)
+        raise ValueError("there is no two-dimensional image in it")
+
+
+@contextlib.contextmanager
+def _named_errors(path, kind):
+    """Turn whatever arbitrary bytes provoke in a parser into a UserError that names the file."""
+    try:
+        yield
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    except Exception as error:  # whatever arbitrary bytes provoke in a parser
+    except Exception as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UserError(f"{path}: not a usable .npy image: {reason}") from None
+        raise UserError(f"{path}: not a usable {kind}: {reason}") from None
 
 
 def forget_pages(array):
@@ -206,6 +250,16 @@ def forget_pages(array):
     mapped = getattr(array, "_mmap", None)
     if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _read_array(file, size, path):
+    """The array in an open `.npy` file of `size` bytes; mapped into memory if there is a path."""
+    shape, fortran_order, dtype = _read_header(file)
+    if dtype.kind != "O":
+        return _read_numbers(path, file, size, shape, fortran_order, dtype)
+    if size > MAX_PICKLE_BYTES:
+        raise ValueError("an object array of this size is not one image")
+    return _image_of(_unpickle(file.read()))
 
 
 def _read_header(file):
@@ -255,7 +309,7 @@ def _read_numbers(path, file, size, shape, fortran_order, dtype):
             f"{size - offset} bytes of data where shape {shape} needs {expected}; is it truncated?"
         )
     order = "F" if fortran_order else "C"
-    if expected > MAP_ABOVE_BYTES:
+    if path and expected > MAP_ABOVE_BYTES:
         return np.memmap(path, dtype, mode="r", offset=offset, shape=shape, order=order)
     return np.frombuffer(file.read(), dtype).reshape(shape, order=order)
 

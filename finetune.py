@@ -37,9 +37,10 @@ ALL_PATCHES_FROM = 0.5  # of the steps: from then on no patch is left out
 
 
 def build_classifier(args, dataset, train_rows):
-    """A `Classifier` with the encoder of --pretrained, or from random weights for "none".
+    """The `Classifier` that training starts from, and the arguments it was made with.
 
-    Returns (model, the arguments it was made with). UserError where data and weights do not fit.
+    --pretrained may be an MAE, whose encoder is taken; a classifier, taken whole, head included; or
+    "none" for random weights. UserError where data and weights do not fit.
     """
     classes = {"num_classes": len(dataset.class_names), "pool": args.pool}
     if args.pretrained == "none":
@@ -47,18 +48,32 @@ def build_classifier(args, dataset, train_rows):
         transform = train.fit_transform(dataset.images, train_rows, args.transform, args.augment)
         config = {"img_size": dataset.img_size, **sizes, **classes, "transform": transform}
         return train.new_network(Classifier, config), config
+    if weights.holds_classifier(args.pretrained):
+        model, content = weights.load_classifier(args.pretrained)
+        check_size(args, model, dataset)
+        if content["class_names"] != list(dataset.class_names) or model.pool != args.pool:
+            raise UserError(
+                f"{args.pretrained} tells {', '.join(content['class_names'])} apart with --pool "
+                f"{model.pool}; start from an MAE for other classes or another --pool"
+            )
+        model.temperature.fill_(1.0)
+        return model, content["config"]
     mae, _, content = weights.load_mae(args.pretrained)
-    if mae.img_size != dataset.img_size:
-        raise UserError(
-            f"{args.pretrained} is for images of {mae.img_size} pixels and {args.data} has "
-            f"{dataset.img_size}: pre-train on images of this size"
-        )
+    check_size(args, mae, dataset)
     sizes = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
     config = {k: v for k, v in content["config"].items() if k in (*sizes, "transform")} | classes
     model = Classifier(**config)
     encoder = {k: v for k, v in mae.state_dict().items() if k in model.state_dict()}
     model.load_state_dict({**model.state_dict(), **encoder})
     return model, config
+
+
+def check_size(args, network, dataset):
+    if network.img_size != dataset.img_size:
+        raise UserError(
+            f"{args.pretrained} is for images of {network.img_size} pixels and {args.data} has "
+            f"{dataset.img_size}: pre-train on images of this size"
+        )
 
 
 # A strategy says which parameters learn: (name, parameter) pairs.
@@ -177,6 +192,9 @@ def finetune(args):
             checkpoint=checkpoint, device=device, score=lambda measured: measured["macro_auc"],
         )  # fmt: skip
         trained.load_state_dict(state)
+        trained.eval()
+        logits = train.in_batches(logits_of, parts["validation"])
+        model.temperature.fill_(fit_temperature(logits, labels[parts["validation"]].cpu()))
         plots.classifier_curves(args.out / "curves.png", history)
         best = max(history, key=lambda line: line["validation_macro_auc"])
         weights.save(
@@ -188,6 +206,23 @@ def finetune(args):
         )
         weights.remove_checkpoints(args.out)
     print(f"weights in {args.out / 'vit-mae-classifier-wt.pth'}")
+
+
+def fit_temperature(logits, target):
+    """The number that logits (n, K) must be divided by for the least cross-entropy; 0.1 to 10.
+
+    Cross-entropy is convex in the inverse of the temperature, so a search that narrows down an
+    interval finds it.
+    """
+    low, high = 0.1, 10.0  # of the inverse
+    for _ in range(50):
+        third = (high - low) / 3
+        one, other = low + third, high - third
+        if F.cross_entropy(one * logits, target) < F.cross_entropy(other * logits, target):
+            high = other
+        else:
+            low = one
+    return 2 / (low + high)
 
 
 def share_of_each_class(labels, rows, share, seed):
@@ -207,7 +242,8 @@ def parse_args(argv=None):
     data.add_data_arguments(parser)
     parser.add_argument(
         "--pretrained", required=True, metavar="PTH|none",
-        help="weights that pretrain.py left; none starts from random weights",
+        help="weights that pretrain.py left; or a classifier to go on from, its head included; "
+        "none starts from random weights",
     )  # fmt: skip
     parser.add_argument("--strategy", choices=STRATEGIES, required=True, help="what learns")
     train.add_training_arguments(parser)

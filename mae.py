@@ -388,7 +388,9 @@ class Classifier(Encoder):
     The head is Linear(d, 64) -> BatchNorm1d(64) -> ReLU -> Dropout(0.4) -> Linear(64, classes).
     `transform` is a dict of the arguments of `IntensityTransform`. `pool` says what the head sees:
     "mean" of the patch tokens, the "cls" token, "both" side by side, or "stats": the mean and the
-    standard deviation of the patch tokens, since substructure dents few patches of many.
+    standard deviation of the patch tokens, since substructure dents few patches of many. Logits
+    are divided by `temperature`, 1 until it is fitted to make probabilities calibrated (Guo et al.
+    2017, arXiv:1706.04599, section 4.2).
     """
 
     def __init__(
@@ -409,6 +411,7 @@ class Classifier(Encoder):
             raise ValueError(f"pool must be one of {POOLINGS}, got {pool!r}")
         self.pool = pool
         self.transform = IntensityTransform(**(transform or {}))
+        self.register_buffer("temperature", torch.ones(()))
         self.fc = nn.Sequential(
             nn.Linear(embed_dim * (2 if pool in ("both", "stats") else 1), 64),
             nn.BatchNorm1d(64),
@@ -434,4 +437,4 @@ class Classifier(Encoder):
         return mean if self.pool == "mean" else torch.cat([tokens[:, 0], mean], dim=1)
 
     def forward(self, images, ids_keep=None):
-        return self.fc(self.features(images, ids_keep))
+        return self.fc(self.features(images, ids_keep)) / self.temperature

@@ -92,6 +92,40 @@ def residual_maps(path, images, residuals, titles):
     _save(figure, path)
 
 
+def contact_sheet(path, images, maps, names, probabilities, class_names):
+    """Images (n, H, W), raw, with name, prediction and probabilities; their maps beside them."""
+    panels = 1 if maps is None else 2
+    columns = 4 if maps is not None else 8
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(
+        rows, columns * panels, figsize=(1.6 * columns * panels, 2.3 * rows), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for panel in axes.flat:
+        panel.set_axis_off()
+    limit = None if maps is None else max(np.quantile(np.abs(maps), 0.995), 1e-12)
+    for i, (image, name, row) in enumerate(zip(images, names, probabilities, strict=True)):
+        line, column = divmod(i, columns)
+        panel = axes[line, panels * column]
+        panel.imshow(_stretched(image), cmap="magma", origin="lower")
+        each = "\n".join(f"{n} {p:.3f}" for n, p in zip(class_names, row, strict=True))
+        title = f"{name[-24:]}\n{class_names[int(np.argmax(row))]}"
+        panel.set_title(title, fontsize=7, fontweight="bold")
+        panel.text(0.02, 0.02, each, fontsize=6, color="white", transform=panel.transAxes)
+        if maps is not None:
+            axes[line, 2 * column + 1].imshow(
+                maps[i], vmin=-limit, vmax=limit, cmap="RdBu_r", origin="lower"
+            )
+            axes[line, 2 * column + 1].set_title("substructure map", fontsize=7)
+    _save(figure, path)
+
+
+def _stretched(image):
+    """A raw image in a scale that shows faint and bright parts."""
+    image = np.asarray(image, dtype=np.float64)
+    return np.arcsinh(image / max(1e-2 * np.abs(image).mean(), np.finfo(np.float32).tiny))
+
+
 def score_histogram(path, scores, labels, class_names):
     """Distribution of the scores (N,) by class, both axes logarithmic."""
     figure, axes = plt.subplots(figsize=(5, 3.5))
@@ -163,6 +197,37 @@ def roc_curves(path, curves):
         )
         panel.legend(title="AUC", loc="lower right")
     figure.tight_layout()
+    _save(figure, path)
+
+
+def reliability(path, runs):
+    """Accuracy against confidence; `runs`: {run: [(confidence, accuracy, images), ...]}."""
+    figure, axes = plt.subplots(figsize=(4.2, 3.8))
+    axes.plot([0, 1], [0, 1], color="0.7", linestyle=":")
+    for name, table in runs.items():
+        confidence, correct, images = np.transpose(table)
+        (line,) = axes.plot(confidence, correct, label=name)
+        axes.scatter(confidence, correct, 4 + 60 * images / images.sum(), color=line.get_color())
+    axes.set(xlabel="confidence", ylabel="accuracy (size: share of the images)")
+    axes.legend()
+    _save(figure, path)
+
+
+def mistakes(path, images, chosen, class_names):
+    """Images (N, H, W) at `chosen`: [(row, true class, predicted class, probability), ...]."""
+    columns = 6
+    rows = max(1, -(-len(chosen) // columns))
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.8 * columns, 2.1 * rows), squeeze=False, layout="constrained"
+    )
+    for panel in axes.flat:
+        panel.set_axis_off()
+    if not chosen:
+        axes[0, 0].text(0, 0.5, "no mistakes")
+    for panel, (row, true, predicted, probability) in zip(axes.flat, chosen, strict=False):
+        panel.imshow(_stretched(images[row]), cmap="magma", origin="lower")
+        title = f"{class_names[true]} taken for\n{class_names[predicted]} ({probability:.3f})"
+        panel.set_title(title, fontsize=7)
     _save(figure, path)
 
 

@@ -1,12 +1,14 @@
 """Classify images with an exported model; needs onnxruntime and numpy only.
 
-Writes a CSV with a row an image: file, the probability of each class, prediction. Files that cannot
-be read are listed in <out>.errors.csv; then the exit code is 1, and the others are predicted.
+Reads .npy, .npz and (with astropy) FITS files, single images or stacks (N, H, W). Writes a CSV with
+a row an image: file, the probability of each class, prediction. Files that cannot be read are listed
+in <out>.errors.csv; then the exit code is 1, and the others are predicted.
 """
 
 import argparse
 import contextlib
 import csv
+import heapq
 import json
 import sys
 from pathlib import Path
@@ -14,15 +16,20 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from files import UserError, file_to_be, forget_pages, read_npy, run
+from files import UserError, file_to_be, forget_pages, read_fits, read_npy, read_npz, run
 
-EXAMPLE = "example: python predict.py --model runs/classifier.onnx --out predictions.csv cutouts/"
+EXAMPLE = """examples:
+  python predict.py --model runs/classifier.onnx --out predictions.csv cutouts/
+  python predict.py --model runs/classifier.onnx --out predictions.csv cutouts/ \\
+      --sheet sheet.png --maps runs/reconstruction.onnx"""
+FITS_SUFFIXES = (".fits", ".fit", ".fits.gz")
+SUFFIXES = (".npy", ".npz", *FITS_SUFFIXES)
 
 
-def open_model(path, device="auto"):
-    """Returns (onnxruntime session, class names, image size) of a file that `export.py` left.
+def open_session(path, device="auto"):
+    """onnxruntime session and image size of a file that `export.py` left.
 
-    Raises UserError if it is missing, no ONNX file, or lacks what the exporter writes.
+    Raises UserError if it is missing, no ONNX file, or takes something else than raw images.
     """
     if not path.is_file():
         raise UserError(f"no model at {path}: export one with export.py")
@@ -33,73 +40,130 @@ def open_model(path, device="auto"):
         raise UserError("--device cuda: this onnxruntime has no CUDA; use cpu")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    try:
+    with _named_model_errors(path):
         # From bytes: weights in other files cannot be reached from there.
         session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=providers)
-        metadata = session.get_modelmeta().custom_metadata_map
-        (model_input,), (model_output,) = session.get_inputs(), session.get_outputs()
-        class_names = json.loads(metadata["class_names"])
+        (model_input,) = session.get_inputs()
         _, channels, height, width = model_input.shape
         if model_input.type != "tensor(float)" or channels != 1 or height != width:
             raise ValueError("another input than raw images (batch, 1, H, H)")
-        if not all(isinstance(n, str) for n in class_names) or not isinstance(height, int):
+        if not isinstance(height, int):
+            raise ValueError("no fixed image size")
+    return session, height
+
+
+def open_model(path, device="auto"):
+    """Returns (onnxruntime session, class names, image size) of an exported classifier.
+
+    Raises UserError as `open_session` does, and for a file that is no classifier.
+    """
+    session, img_size = open_session(path, device)
+    with _named_model_errors(path):
+        class_names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
+        (model_output,) = session.get_outputs()
+        if not all(isinstance(name, str) for name in class_names):
             raise ValueError("metadata of another kind")
         if model_output.shape[1] != len(class_names):
             raise ValueError("another number of outputs than class names")
-    except Exception as error:  # onnxruntime raises many kinds for a broken or hostile file
+    return session, class_names, img_size
+
+
+def open_maps(path, img_size, device="auto"):
+    """Function from images (b, 1, H, H) to (residual maps (b, 1, H, H), scores (b,)).
+
+    Raises UserError for a file that is not what `export.py --what reconstruction` leaves.
+    """
+    session, map_size = open_session(path, device)
+    if [output.name for output in session.get_outputs()] != ["residual", "score"]:
+        raise UserError(f"--maps {path}: export it with --what reconstruction")
+    if map_size != img_size:
+        raise UserError(f"--maps {path} is for images of {map_size} pixels, not {img_size}")
+    return lambda images: session.run(None, {session.get_inputs()[0].name: images})
+
+
+@contextlib.contextmanager
+def _named_model_errors(path):
+    """Turn what a broken or hostile model provokes into a UserError that names the file."""
+    try:
+        yield
+    except Exception as error:  # onnxruntime raises many kinds
         reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
-        raise UserError(f"{path} is no classifier of export.py: {reason}") from None
-    return session, class_names, height
+        raise UserError(f"{path} is no model of export.py: {reason}") from None
 
 
 def find_files(paths):
-    """Files as they are and, recursively, the .npy files of folders; UserError for none there."""
+    """Files as they are and, recursively, the images of folders; UserError for a path not there."""
     for path in paths:
         if path.is_dir():
-            yield from sorted(path.rglob("*.npy"))
+            found = (f for f in path.rglob("*") if f.name.lower().endswith(SUFFIXES))
+            yield from sorted(f for f in found if f.is_file())
         elif path.exists():
             yield path
         else:
             raise UserError(f"no file or folder {path}")
 
 
-def read_images(path, img_size):
-    """Images of one file, (n, H, H) of its own number format; UserError if they do not fit."""
-    images = read_npy(path)
+def read_images(path, img_size, crop=False):
+    """Images of one file: [(name, (n, H, H) of its own number format)].
+
+    `crop` takes the centre of larger ones. UserError if they do not fit.
+    """
+    lower = path.name.lower()
+    if lower.endswith(FITS_SUFFIXES):
+        arrays = [(str(path), read_fits(path))]
+    elif lower.endswith(".npz"):
+        arrays = [(f"{path}:{name}", array) for name, array in read_npz(path)]
+    else:
+        arrays = [(str(path), read_npy(path))]
+    return [(name, fitting(name, array, img_size, crop)) for name, array in arrays]
+
+
+def fitting(name, images, img_size, crop):
+    """An array as (n, img_size, img_size); UserError, naming the remedy, if it is of other shape."""
     if images.ndim == 2:
         images = images[None]
     elif images.ndim == 4 and images.shape[1] == 1:
         images = images[:, 0]
+    if images.ndim == 3:
+        top, left = ((n - img_size) // 2 for n in images.shape[1:])
+        if images.shape[1:] != (img_size, img_size) and min(top, left) >= 0:
+            if not crop:
+                raise UserError(
+                    f"{name}: {images.shape[1]}×{images.shape[2]} pixels where the network takes "
+                    f"{img_size}×{img_size}; --crop takes the centre"
+                )
+            return images[:, top : top + img_size, left : left + img_size]
     if images.ndim != 3 or images.shape[1:] != (img_size, img_size):
         raise UserError(
-            f"{path}: expected an image of {img_size}×{img_size} pixels or a stack of them, got "
+            f"{name}: expected an image of {img_size}×{img_size} pixels or a stack of them, got "
             f"shape {images.shape}"
         )
     return images
 
 
-def batches_of(files, img_size, batch_size, errors):
-    """Yield (names, images (b, 1, H, H) float32); what cannot be read is appended to `errors`."""
+def batches_of(files, img_size, batch_size, errors, crop=False):
+    """Yield (names, images (b, 1, H, W) float32); what cannot be read is appended to `errors`."""
     names, images = [], []
     for path in files:
         try:
-            stack = read_images(path, img_size)
+            stacks = read_images(path, img_size, crop)
         except UserError as error:
             errors.append((str(path), str(error)))
             continue
-        for i in range(len(stack)):
-            name = str(path) if len(stack) == 1 else f"{path}[{i}]"
-            with np.errstate(over="ignore"):
-                image = np.asarray(stack[i], dtype=np.float32)
-            if not np.isfinite(image).all():
-                errors.append((name, f"{name}: NaN or infinite pixels"))
-                continue
-            names.append(name)
-            images.append(image)
-            if len(names) == batch_size:
-                yield names, np.stack(images)[:, None]
-                names, images = [], []
-                forget_pages(stack)
+        for stack_name, stack in stacks:
+            for i in range(len(stack)):
+                name = stack_name if len(stack) == 1 else f"{stack_name}[{i}]"
+                with np.errstate(over="ignore"):
+                    image = np.asarray(stack[i], dtype=np.float32)
+                if not np.isfinite(image).all():
+                    errors.append((name, f"{name}: NaN or infinite pixels"))
+                    continue
+                names.append(name)
+                images.append(image)
+                if len(names) == batch_size:
+                    yield names, np.stack(images)[:, None]
+                    names, images = [], []
+                    forget_pages(stack)
     if names:
         yield names, np.stack(images)[:, None]
 
@@ -121,24 +185,39 @@ def write_csv(path, rows):
 
 def predict(args):
     session, class_names, img_size = open_model(args.model, args.device)
+    maps_of = open_maps(args.maps, img_size, args.device) if args.maps else None
+    draw_sheet = sheet_drawer() if args.sheet else None
     files = list(find_files(args.paths))
     if not files:
-        raise UserError("no .npy files found under the given paths")
-    errors, counts = [], dict.fromkeys(class_names, 0)
+        raise UserError(f"no {', '.join(SUFFIXES)} files found under the given paths")
+    errors, counts, shown = [], dict.fromkeys(class_names, 0), []
     model_input = session.get_inputs()[0].name
 
     def rows():
-        yield ["file", *class_names, "prediction"]
-        for names, images in progress(batches_of(files, img_size, args.batch_size, errors)):
+        yield ["file", *class_names, "prediction", *(["residual"] if maps_of else [])]
+        batches = batches_of(files, img_size, args.batch_size, errors, args.crop)
+        for names, images in progress(batches):
             (probabilities,) = session.run(None, {model_input: images})
-            for name, row in zip(names, probabilities, strict=True):
+            scores = maps_of(images)[1] if maps_of else [None] * len(names)
+            for name, image, row, score in zip(names, images, probabilities, scores, strict=True):
                 prediction = class_names[int(row.argmax())]
                 counts[prediction] += 1
-                yield [name, *(f"{p:.6f}" for p in row), prediction]
+                if args.sheet:
+                    entry = (float(row.max()), sum(counts.values()), name, image.copy(), row)
+                    keep_largest(shown, entry, args.sheet_images)
+                line = [name, *(f"{p:.6f}" for p in row), prediction]
+                yield line if score is None else [*line, f"{score:.6g}"]
 
     write_csv(args.out, rows())
     summary = ", ".join(f"{count} {name}" for name, count in counts.items())
     print(f"{sum(counts.values())} images in {args.out}: {summary}")
+    if shown:
+        shown.sort(key=lambda entry: (-entry[0], entry[1]))
+        images = np.stack([entry[3] for entry in shown])
+        maps = maps_of(images)[0][:, 0] if maps_of else None
+        names = [Path(entry[2]).name for entry in shown]
+        draw_sheet(args.sheet, images[:, 0], maps, names, [e[4] for e in shown], class_names)
+        print(f"the {len(shown)} most confident in {args.sheet}")
 
     errors_path = args.out.with_name(args.out.name + ".errors.csv")
     if not errors:
@@ -150,6 +229,23 @@ def predict(args):
     return 1
 
 
+def keep_largest(heap, entry, count):
+    """Put `entry`, which begins with what it is ordered by, into a heap of the `count` largest."""
+    if len(heap) < count:
+        heapq.heappush(heap, entry)
+    else:
+        heapq.heappushpop(heap, entry)
+
+
+def sheet_drawer():
+    """`plots.contact_sheet`; only who asks for a sheet needs matplotlib."""
+    try:
+        import plots
+    except ImportError:
+        raise UserError("--sheet needs matplotlib and plots.py: pip install matplotlib") from None
+    return plots.contact_sheet
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -157,13 +253,26 @@ def parse_args(argv=None):
     parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="files or folders")
     parser.add_argument("--model", type=Path, required=True, metavar="FILE.onnx")
     parser.add_argument("--out", type=Path, required=True, metavar="CSV")
+    parser.add_argument(
+        "--crop", action="store_true", help="take the centre of images larger than the network's"
+    )
+    parser.add_argument(
+        "--maps", type=Path, metavar="FILE.onnx",
+        help="what export.py --what reconstruction left: adds the column residual, the mean squared "
+        "residual of an MAE, and substructure maps to the sheet",
+    )  # fmt: skip
+    parser.add_argument("--sheet", type=Path, metavar="PNG", help="picture of the most confident")
+    parser.add_argument(
+        "--sheet-images", type=int, default=40, help="images on the sheet (default: 40)"
+    )
     parser.add_argument("--batch-size", type=int, default=256, help="images at once (default: 256)")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)"
     )
     args = parser.parse_args(argv)
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size must be at least 1, got {args.batch_size}")
+    for flag, value in (("batch-size", args.batch_size), ("sheet-images", args.sheet_images)):
+        if value < 1:
+            raise UserError(f"--{flag} must be at least 1, got {value}")
     return args
 
 

@@ -97,7 +97,7 @@ def pretrain(args):
             state,
             {**config, "transform": transform_constants},
             dataset.class_names,
-            {**settings, "precision": precision.name, "last": history[-1]},
+            {**settings, "precision": precision.name, "last": history[-1], "data": str(args.data)},
         )
         weights.remove_checkpoints(args.out)
     print(f"weights in {args.out / 'vit-mae-wt.pth'}")

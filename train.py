@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import platform
+import shlex
 import signal
 import sys
 import time
@@ -374,8 +375,8 @@ def write_config(out, args, dataset, **more):
     described |= {"class_names": dataset.class_names, "images": len(dataset.labels)}
     write_json(
         Path(out) / "config.json",
-        {"script": Path(sys.argv[0]).name, "options": options, "data": described, **more,
-         "versions": versions},
+        {"command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+         "options": options, "data": described, **more, "versions": versions},
     )  # fmt: skip
 
 

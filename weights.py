@@ -53,6 +53,11 @@ def load_mae(path):
     return model, transform, content
 
 
+def holds_classifier(path):
+    """Whether a weights file says that it is a classifier's; raises UserError, see `_load`."""
+    return "num_classes" in _load(path)["config"]
+
+
 def load_classifier(path):
     """The `Classifier` of a weights file and the file's content; raises UserError, see `_load`."""
     content = _load(path)

@@ -1,0 +1,122 @@
+"""One self-contained HTML page of an evaluation: nothing is loaded from outside."""
+
+import base64
+import html
+from pathlib import Path
+
+from files import read_json, write_text
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align: left; }
+tr.best { background: var(--soft); font-weight: 600; }
+tr.published { opacity: .75; }
+small { opacity: .75; }
+img { max-width: 100%; background: #fff; border-radius: 4px; }
+pre { overflow-x: auto; background: var(--soft); padding: .7rem; border-radius: 4px; }
+"""
+
+
+def write(folder, weights, results, class_names, best, published):
+    """Write report.html into the evaluation's `folder`, from what lies there already.
+
+    Parameters
+    ----------
+    weights : {run: path of its weights}; config.json and pictures are looked for beside them.
+    results : {run: {figure: {"value", "low", "high"}, "images", "calibration_error"}}, the figures
+        being the class names (AUC), "macro" and "accuracy".
+    best : the run to set off.
+    published : rows of other work, see `evaluate.PUBLISHED`.
+    """
+    configs = {name: config_beside(path) for name, path in weights.items()}
+    pretrained = {
+        Path(config["options"]["pretrained"]).parent
+        for config in configs.values()
+        if config.get("options", {}).get("pretrained", "none") != "none"
+    }
+    images = next(iter(results.values()))["images"]
+    parts = [
+        "<h1>Lens classification: evaluation</h1>",
+        f"<p>{images} images that no training saw. Best macro AUC: <b>{html.escape(best)}</b>. "
+        "Intervals are 95 % bootstrap intervals.</p>",
+        "<h2>Comparison</h2>",
+        comparison_table(results, best, class_names, published),
+        picture(folder / "roc.png", "ROC curves, one class against the rest"),
+        picture(folder / "confusion_matrix.png", "Confusion matrices"),
+        picture(folder / "reliability.png", "Confidence against accuracy"),
+        "<h2>Most confident mistakes</h2>",
+        picture(folder / "mistakes.png", f"Test images that {best} mistakes"),
+    ]
+    for run in sorted(pretrained):
+        parts.append(f"<h2>Pre-training: {html.escape(run.name)}</h2>")
+        parts.append(described(config_beside(run / "weights")))
+        parts.append(picture(run / "loss.png", "Reconstruction error"))
+        parts.append(picture(run / "reconstructions.png", "Held-out images, masked and restored"))
+    for name, path in weights.items():
+        parts.append(f"<h2>Fine-tuning: {html.escape(name)}</h2>")
+        parts.append(described(configs[name]))
+        parts.append(picture(path.parent / "curves.png", "Loss, accuracy and AUC"))
+    body = "\n".join(part for part in parts if part)
+    write_text(
+        folder / "report.html",
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>Lens classification: evaluation</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n{body}\n</body>\n</html>\n",
+    )
+
+
+def config_beside(path):
+    """The config.json of the run that left the weights at `path`; {} if there is none."""
+    config = path.parent / "config.json"
+    return read_json(config) if config.exists() else {}
+
+
+def comparison_table(results, best, class_names, published):
+    def cell(figure, scale, digits):
+        low, high = scale * figure["low"], scale * figure["high"]
+        text = f"{scale * figure['value']:.{digits}f}"
+        return f"<td>{text} <small>{low:.{digits}f}–{high:.{digits}f}</small></td>"
+
+    head = [
+        "run",
+        *(f"AUC {n}" for n in class_names),
+        "macro AUC",
+        "accuracy %",
+        "calibration error",
+    ]
+    rows = ["<tr>" + "".join(f"<th>{html.escape(name)}</th>" for name in head) + "</tr>"]
+    for name, result in results.items():
+        cells = [cell(result[key], 1, 4) for key in (*class_names, "macro")]
+        cells += [cell(result["accuracy"], 100, 2), f"<td>{result['calibration_error']:.4f}</td>"]
+        kind = ' class="best"' if name == best else ""
+        rows.append(f"<tr{kind}><td>{html.escape(name)}</td>{''.join(cells)}</tr>")
+    for name, aucs, macro, accuracy in published:
+        if set(class_names) == {"axion", "cdm", "no_sub"}:
+            cells = [aucs.get(key, "") for key in class_names]
+            cells += [macro or "", f"{100 * accuracy:.1f}" if accuracy else "", ""]
+            text = "".join(f"<td>{value}</td>" for value in (name, *cells))
+            rows.append(f'<tr class="published">{text}</tr>')
+    return f'<div class="wide"><table>{"".join(rows)}</table></div>'
+
+
+def described(config):
+    """What a run was trained on, and its command."""
+    if not config:
+        return "<p>No config.json lies beside these weights.</p>"
+    data = config.get("data", {})
+    text = f"{data.get('images', '?')} images ({data.get('origin', 'unknown')}), split 80/10/10"
+    return f"<p>{html.escape(text)}.</p><pre>{html.escape(str(config.get('command', '')))}</pre>"
+
+
+def picture(path, caption):
+    """A picture as part of the page; nothing where there is none."""
+    if not path.exists():
+        return ""
+    content = base64.b64encode(path.read_bytes()).decode()
+    caption = html.escape(caption)
+    return f'<figure><img alt="{caption}" src="data:image/png;base64,{content}"></figure>'
