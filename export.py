@@ -21,6 +21,7 @@ import onnxruntime
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 from onnxruntime.transformers.float16 import convert_float_to_float16
+from onnxruntime.transformers.onnx_model import OnnxModel
 from torch import nn
 
 import data
@@ -112,6 +113,8 @@ def reduce_precision(path, precision, images, metadata):
         proto = convert_float_to_float16(
             onnx.load(path), keep_io_types=True, op_block_list=WIDE_OPERATIONS
         )
+        OnnxModel(proto).topological_sort()
+        del proto.graph.value_info[:]  # types of before
     else:
         quantised = path.with_name(f"{path.name}.int8")
         try:
@@ -126,9 +129,16 @@ def reduce_precision(path, precision, images, metadata):
     save_proto(proto, path, metadata)
 
 
+def open_session(path):
+    """onnxruntime session of an exported file, on the CPU, without its remarks on the graph."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
 def run_session(path, images, batch=256):
     """Outputs of an exported file on images (n, 1, H, W), a list of arrays."""
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = open_session(path)
     parts = [
         session.run(None, {"images": images[start : start + batch]})
         for start in range(0, len(images), batch)
@@ -156,7 +166,7 @@ def largest_difference(model, path, images):
 
 def latency(path, images):
     """Median milliseconds of a call with 1 and with 256 images on this machine."""
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = open_session(path)
     medians = []
     for batch, repeats in ((1, 30), (256, 5)):
         seconds = []

@@ -235,9 +235,9 @@ def _named_errors(path, kind):
         yield
     except UserError:
         raise
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     except Exception as error:
+        if isinstance(error, OSError) and error.strerror:  # the system's, not a parser's
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise UserError(f"{path}: not a usable {kind}: {reason}") from None
 

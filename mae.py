@@ -343,7 +343,7 @@ class MAE(Encoder):
         residual, squared = torch.zeros_like(patches), torch.zeros_like(patches)
         times_hidden = patches.new_zeros(self.num_patches, 1)
         for visible in masks:
-            ids_keep = visible.to(patches.device).expand(len(patches), -1)
+            ids_keep = visible.to(patches.device).expand(patches.shape[0], -1)
             pred = self.decode(self.encode(patches, ids_keep), ids_keep)
             hidden = torch.ones_like(times_hidden).index_fill_(0, ids_keep[0], 0.0)
             difference = (patches - self.pixels(pred, patches)) * hidden

@@ -1,8 +1,8 @@
 """Classify images with an exported model; needs onnxruntime and numpy only.
 
-Reads .npy, .npz and (with astropy) FITS files, single images or stacks (N, H, W). Writes a CSV with
-a row an image: file, the probability of each class, prediction. Files that cannot be read are listed
-in <out>.errors.csv; then the exit code is 1, and the others are predicted.
+Reads .npy, .npz and (with astropy) FITS files, single images or stacks (N, H, W). Writes a CSV
+with a row an image: file, the probability of each class, prediction. Files that cannot be read are
+listed in <out>.errors.csv; then the exit code is 1, and the others are predicted.
 """
 
 import argparse
@@ -119,7 +119,7 @@ def read_images(path, img_size, crop=False):
 
 
 def fitting(name, images, img_size, crop):
-    """An array as (n, img_size, img_size); UserError, naming the remedy, if it is of other shape."""
+    """An array as (n, img_size, img_size); UserError, naming the remedy, if it does not fit."""
     if images.ndim == 2:
         images = images[None]
     elif images.ndim == 4 and images.shape[1] == 1:
@@ -258,8 +258,8 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--maps", type=Path, metavar="FILE.onnx",
-        help="what export.py --what reconstruction left: adds the column residual, the mean squared "
-        "residual of an MAE, and substructure maps to the sheet",
+        help="what export.py --what reconstruction left: adds the column residual, an MAE's mean "
+        "squared residual, and substructure maps to the sheet",
     )  # fmt: skip
     parser.add_argument("--sheet", type=Path, metavar="PNG", help="picture of the most confident")
     parser.add_argument(

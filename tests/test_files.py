@@ -216,3 +216,23 @@ def test_json_that_is_none_is_refused(tmp_path):
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(UserError, match=r"x\.json"):
             files.read_json(tmp_path / "x.json")
+
+
+def test_npz_files_hold_no_more_than_they_say(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    stored = {"a": rng.random((3, 4)), "b": rng.random((2, 3)).astype(">f4")}
+    np.savez_compressed(tmp_path / "good.npz", **stored)
+    for name, array in files.read_npz(tmp_path / "good.npz"):
+        assert np.array_equal(array, stored[name])
+    np.savez_compressed(tmp_path / "bomb.npz", zeros=np.zeros(200_000))
+    monkeypatch.setattr(files, "MAX_NPZ_BYTES", 10_000)
+    with pytest.raises(UserError, match=r"bomb\.npz.*too large"):
+        files.read_npz(tmp_path / "bomb.npz")
+    np.savez(tmp_path / "hostile.npz", evil=np.array([os.system, "true"], dtype=object))
+    with pytest.raises(UserError, match=r"hostile\.npz"):
+        files.read_npz(tmp_path / "hostile.npz")
+    (tmp_path / "text.npz").write_text("no zip")
+    with pytest.raises(UserError, match=r"text\.npz: not a usable"):
+        files.read_npz(tmp_path / "text.npz")
+    with pytest.raises(UserError, match=r"missing\.npz"):
+        files.read_npz(tmp_path / "missing.npz")

@@ -95,3 +95,10 @@ def test_damaged_weights(tmp_path, runs):
 def test_damaged_onnx(tmp_path, runs):
     original = (runs / "classifier.onnx").read_bytes()
     assert fuzz(predict.open_model, tmp_path / "damaged.onnx", [original], FUZZED_FILES // 10) > 0
+
+
+def test_damaged_npz(tmp_path):
+    image = np.random.default_rng(0).random((8, 8))
+    np.savez_compressed(tmp_path / "good.npz", image=image, more=image)
+    original = (tmp_path / "good.npz").read_bytes()
+    assert fuzz(files.read_npz, tmp_path / "damaged.npz", [original], FUZZED_FILES) > 0

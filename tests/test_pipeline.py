@@ -1,6 +1,7 @@
 """The scripts as users run them: what they leave, and what they say of mistakes."""
 
 import csv
+import html
 import json
 import os
 import shutil
@@ -92,10 +93,196 @@ def test_evaluation_is_of_the_test_part_alone(evaluation, runs, folder):
         (probabilities.argmax(1) == labels).mean(), abs=0.04
     )
     assert np.sum(metrics["confusion"]["full"]) == 30
-    for name in ("roc.png", "confusion_matrix.png"):
+    for name in ("roc.png", "confusion_matrix.png", "reliability.png", "mistakes.png"):
         assert (out / name).stat().st_size > 5000
     assert (out / "comparison.md").read_text().strip() in printed
     assert "published, head | 0.92 | 0.92 | 0.99" in printed
+
+
+def test_the_report_is_one_file_that_loads_nothing(evaluation, runs):
+    out, _ = evaluation
+    page = (out / "report.html").read_text()
+    figures = json.loads((out / "metrics.json").read_text())["results"]
+    for name, result in figures.items():
+        assert f"<td>{name}</td>" in page
+        assert f"{result['macro']['value']:.4f}" in page
+    # ROC, confusion, reliability, mistakes; loss and reconstructions; curves of each run.
+    assert page.count("data:image/png;base64,") == 4 + 2 + len(figures)
+    config = json.loads((runs / "full" / "config.json").read_text())
+    assert html.escape(config["command"]) in page
+    for outside in ("http:", "https:", 'src="/', "<script", "<link"):
+        assert outside not in page
+    assert 'name="viewport"' in page
+
+
+def test_calibration_error_is_that_of_a_known_case():
+    confident = np.array([[0.9, 0.1]] * 10)
+    labels = np.array([0] * 6 + [1] * 4)
+    error, table = evaluate.calibration(confident, labels)
+    assert error == pytest.approx(0.3)
+    assert [(round(c, 6), a, n) for c, a, n in table] == [(0.9, 0.6, 10)]
+
+
+def test_the_fitted_temperature_makes_probabilities_calibrated():
+    rng = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(20_000, 3, generator=rng)
+    target = torch.multinomial(logits.softmax(1), 1, generator=rng)[:, 0]
+    assert finetune.fit_temperature(logits, target) == pytest.approx(1.0, abs=0.05)
+    assert finetune.fit_temperature(4 * logits, target) == pytest.approx(4.0, abs=0.2)
+    assert finetune.fit_temperature(torch.eye(3), torch.arange(3)) == pytest.approx(0.1, abs=0.01)
+
+
+def test_the_temperature_is_fitted_on_validation_and_part_of_the_weights(runs, folder):
+    model, _ = weights.load_classifier(runs / "full" / "vit-mae-classifier-wt.pth")
+    dataset = data.load(folder, runs / "cache")
+    rows = data.split(dataset)["validation"]
+    model.eval()
+    with torch.no_grad():
+        logits = model(torch.from_numpy(dataset.images[rows][:, None]))
+    target = torch.from_numpy(dataset.labels[rows])
+    assert model.temperature != 1
+    assert finetune.fit_temperature(logits, target) == pytest.approx(1.0, abs=0.02)
+
+
+def test_fine_tuning_may_start_from_a_classifier(runs, folder, tmp_path):
+    common = ("--data", folder, "--cache-dir", runs / "cache", "--out", tmp_path / "run",
+              "--pretrained", runs / "head" / "vit-mae-classifier-wt.pth")  # fmt: skip
+    refused = run_script("finetune.py", *common, "--strategy", "full", "--pool", "cls", check=False)
+    assert_user_error(refused, "--pool")
+    run_script("finetune.py", *common, "--strategy", "layernorm", "--epochs", 1, "--lr", 1e-9)
+    before, after = (
+        weights.load_classifier(r / "vit-mae-classifier-wt.pth")[0].state_dict()
+        for r in (runs / "head", tmp_path / "run")
+    )
+    for name in ("fc.0.weight", "fc.4.bias", "blocks.0.norm1.weight"):
+        assert torch.allclose(before[name], after[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+def test_less_precision_gives_a_smaller_file_that_agrees(precision, runs, folder, tmp_path):
+    out = tmp_path / "small.onnx"
+    process = run_script(
+        "export.py", "--weights", runs / "full" / "vit-mae-classifier-wt.pth", "--data", folder,
+        "--cache-dir", runs / "cache", "--precision", precision, "--out", out,
+        "--allowed-fall", 0.1,
+    )  # fmt: skip
+    assert "macro AUC" in process.stdout
+    assert list(tmp_path.iterdir()) == [out]
+    metadata = {p.key: p.value for p in onnx.load(out).metadata_props}
+    assert metadata["precision"] == precision
+    assert json.loads(metadata["class_names"]) == ["axion", "cdm", "no_sub"]
+    images = np.array(data.load(folder, runs / "cache").images[::10, None])
+    whole, reduced = (
+        export.run_session(path, images)[0] for path in (runs / "classifier.onnx", out)
+    )
+    assert reduced.dtype == np.float32
+    assert np.allclose(reduced.sum(1), 1, atol=1e-2)
+    model, _ = weights.load_classifier(runs / "full" / "vit-mae-classifier-wt.pth")
+    with torch.no_grad():
+        expected = export.Probabilities(model).eval()(torch.from_numpy(images)).numpy()
+    assert 0 < np.abs(reduced - expected).mean() < 0.05
+    assert whole.shape == reduced.shape
+
+
+def test_an_export_that_loses_auc_is_not_left(runs, folder, tmp_path, monkeypatch):
+    values = iter((0.99, 0.98))
+    monkeypatch.setattr(export, "macro_auc", lambda *_: next(values))
+    with pytest.raises(export.UserError, match="--allowed-fall"):
+        export.main([
+            "--weights", str(runs / "head" / "vit-mae-classifier-wt.pth"), "--data", str(folder),
+            "--cache-dir", str(runs / "cache"), "--out", str(tmp_path / "x.onnx"),
+            "--precision", "float16",
+        ])  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def maps(runs, folder):
+    """The exported residual maps of the pre-trained MAE."""
+    out = runs / "reconstruction.onnx"
+    run_script(
+        "export.py", "--what", "reconstruction", "--weights", runs / "pretrain" / "vit-mae-wt.pth",
+        "--data", folder, "--cache-dir", runs / "cache", "--out", out,
+    )  # fmt: skip
+    return out
+
+
+def test_exported_maps_are_those_of_pytorch(maps, runs, folder):
+    dataset = data.load(folder, runs / "cache")
+    images = np.array(dataset.images[:5, None])
+    residual, score = export.run_session(maps, images, batch=2)
+    network, transform, _ = weights.load_mae(runs / "pretrain" / "vit-mae-wt.pth")
+    masks = mae.complementary_masks(network.num_patches, 0.75, export.ROUNDS)
+    with torch.no_grad():
+        expected, squared = network.eval().residual(transform(torch.from_numpy(images)), masks)
+    assert np.allclose(residual, expected.numpy(), atol=1e-4)
+    assert np.allclose(score, squared.mean((1, 2, 3)).numpy(), rtol=1e-3)
+
+
+def test_prediction_draws_a_sheet_with_maps(maps, runs, folder, tmp_path):
+    process = run_script(
+        "predict.py", "--model", runs / "classifier.onnx", "--maps", maps, "--out",
+        tmp_path / "p.csv", "--sheet", tmp_path / "sheet.png", "--sheet-images", 5, folder / "cdm",
+    )  # fmt: skip
+    assert "the 5 most confident" in process.stdout
+    assert (tmp_path / "sheet.png").stat().st_size > 5000
+    rows = read_csv(tmp_path / "p.csv")
+    assert list(rows[0]) == ["file", "axion", "cdm", "no_sub", "prediction", "residual"]
+    assert all(float(row["residual"]) > 0 for row in rows)
+    refused = run_script(
+        "predict.py", "--model", runs / "classifier.onnx", "--maps", runs / "classifier.onnx",
+        "--out", tmp_path / "q.csv", folder / "cdm", check=False,
+    )  # fmt: skip
+    assert_user_error(refused, "--what reconstruction")
+
+
+def test_prediction_reads_npz_and_crops_when_asked(runs, tmp_path, lens_image):
+    np.savez_compressed(tmp_path / "two.npz", first=lens_image, second=np.stack([lens_image] * 2))
+    np.save(tmp_path / "large.npy", np.pad(lens_image, ((3, 3), (5, 5))))
+    command = ("predict.py", "--model", runs / "classifier.onnx", "--out", tmp_path / "p.csv")
+    process = run_script(*command, tmp_path, check=False)
+    assert process.returncode == 1
+    assert "--crop" in process.stderr
+    names = [row["file"] for row in read_csv(tmp_path / "p.csv")]
+    assert names == [f"{tmp_path}/two.npz:{n}" for n in ("first", "second[0]", "second[1]")]
+    run_script(*command, "--crop", tmp_path)
+    rows = read_csv(tmp_path / "p.csv")
+    assert len(rows) == 4
+    assert len({row["axion"] for row in rows}) == 1  # all are the same image
+
+
+def test_prediction_reads_fits(runs, tmp_path, lens_image):
+    fits = pytest.importorskip("astropy.io.fits")
+    table = fits.BinTableHDU.from_columns([fits.Column("x", "E", array=np.zeros(3))])
+    units = [fits.PrimaryHDU(), table, fits.ImageHDU(lens_image.astype(">f4"))]
+    for name in ("one.fits", "two.fits.gz"):
+        fits.HDUList(units).writeto(tmp_path / name)
+    fits.PrimaryHDU(np.zeros((2, 3, 4))).writeto(tmp_path / "cube.fits")
+    (tmp_path / "text.fits").write_text("no FITS")
+    np.save(tmp_path / "z.npy", lens_image)
+    process = run_script("predict.py", "--model", runs / "classifier.onnx", "--out",
+                         tmp_path / "p.csv", tmp_path, check=False)  # fmt: skip
+    assert process.returncode == 1, process.stderr
+    rows = read_csv(tmp_path / "p.csv")
+    assert [row["file"] for row in rows] == [
+        str(tmp_path / n) for n in ("one.fits", "two.fits.gz", "z.npy")
+    ]
+    assert len({row["axion"] for row in rows}) == 1
+    errors = (tmp_path / "p.csv.errors.csv").read_text()
+    assert "cube.fits: not a usable FITS image" in errors
+    assert "text.fits: not a usable FITS image" in errors
+
+
+def test_fits_without_astropy_says_what_to_install(runs, tmp_path):
+    (tmp_path / "one.fits").write_bytes(b"SIMPLE")
+    process = run_code(
+        f"import sys; sys.argv = ['predict.py', '--model', {str(runs / 'classifier.onnx')!r}, "
+        f"'--out', {str(tmp_path / 'p.csv')!r}, {str(tmp_path / 'one.fits')!r}]\n"
+        "import predict, files; files.run(predict.main)",
+        without=("astropy",), check=False,
+    )  # fmt: skip
+    assert process.returncode == 1
+    assert "pip install astropy" in process.stderr
 
 
 def test_exported_file_equals_pytorch_and_carries_its_identity(runs, folder):
@@ -268,8 +455,9 @@ def mistakes(runs, folder, tmp_path):
         "no weights": (
             "finetune.py", (*cache, *out, *full, "--pretrained", tmp_path / "no.pth"), "no.pth",
         ),
-        "weights of a classifier": (
-            "finetune.py", (*cache, *out, *full, "--pretrained", classifier), classifier,
+        "head of a classifier": (
+            "finetune.py", (*cache, *out, *full, "--pretrained", classifier, "--pool", "cls"),
+            "--pool",
         ),
         "other size": (
             "finetune.py", ("--data", small, *out, *full, "--pretrained", pretrained), "64 pixels",
@@ -316,8 +504,9 @@ def test_every_mistake_ends_with_one_line_that_names_it(runs, folder, tmp_path, 
         main = modules[script].main
         with pytest.raises(SystemExit) as ended:
             export.run(lambda m=main, a=arguments: m(list(map(str, a))))
-        error = capsys.readouterr().err.splitlines(keepends=True)[-1]  # behind a progress bar
-        assert ended.value.code == 2, name
+        captured = capsys.readouterr()
+        assert ended.value.code == 2, name + captured.out + captured.err
+        error = captured.err.splitlines(keepends=True)[-1]  # behind a progress bar
         assert str(named) in error, name
         assert error.startswith("error: "), name
         assert error.endswith("\n"), name
