@@ -24,9 +24,13 @@ SIMULATED := $(RUNS)/data/dataset.json
 endif
 
 PRETRAINED := $(RUNS)/pretrain/vit-mae-wt.pth
-STRATEGIES := $(foreach run,head layernorm full,$(RUNS)/$(run)/vit-mae-classifier-wt.pth)
+HEAD := $(RUNS)/head/vit-mae-classifier-wt.pth
+LAYERNORM := $(RUNS)/layernorm/vit-mae-classifier-wt.pth
+FULL := $(RUNS)/full/vit-mae-classifier-wt.pth
+STRATEGIES := $(HEAD) $(LAYERNORM) $(FULL)
 SCRATCH := $(RUNS)/scratch/vit-mae-classifier-wt.pth
 MODEL := $(RUNS)/classifier.onnx
+MAPS := $(RUNS)/reconstruction.onnx
 
 .PHONY: reproduce study test test-heavy clean FORCE
 .DELETE_ON_ERROR:
@@ -64,8 +68,12 @@ $(RUNS)/dataset.json: $(SIMULATED) FORCE | $(READY)
 $(PRETRAINED): $(RUNS)/dataset.json | $(READY)
 	$(PY) pretrain.py $(INPUT) --out $(@D) --resume
 
-$(STRATEGIES): $(RUNS)/%/vit-mae-classifier-wt.pth: $(PRETRAINED)
+$(HEAD) $(FULL): $(RUNS)/%/vit-mae-classifier-wt.pth: $(PRETRAINED)
 	$(PY) finetune.py $(INPUT) --pretrained $(PRETRAINED) --strategy $* --out $(@D) --resume
+
+# The LayerNorms go on from a head that is right already.
+$(LAYERNORM): $(HEAD)
+	$(PY) finetune.py $(INPUT) --pretrained $(HEAD) --strategy layernorm --out $(@D) --resume
 
 $(SCRATCH): $(RUNS)/dataset.json | $(READY)
 	$(PY) finetune.py $(INPUT) --pretrained none --strategy full --out $(@D) --resume
@@ -85,5 +93,8 @@ $(RUNS)/samples/.ready: | $(READY)
 	$(PY) simulate.py --model Model_II --per-class 5 --seed 1 --layout folder --out $(RUNS)/samples
 	touch $@
 
-$(RUNS)/predictions.csv: $(MODEL) $(SIMULATED_SAMPLES)
-	$(PY) predict.py --model $(MODEL) --out $@ $(SAMPLES)
+$(MAPS): $(PRETRAINED)
+	$(PY) export.py $(INPUT) --what reconstruction --weights $(PRETRAINED) --out $@
+
+$(RUNS)/predictions.csv: $(MODEL) $(MAPS) $(SIMULATED_SAMPLES)
+	$(PY) predict.py --model $(MODEL) --maps $(MAPS) --sheet $(@D)/sheet.png --out $@ $(SAMPLES)

@@ -27,11 +27,17 @@ EXAMPLE = """examples:
       --pretrained runs/pretrain/vit-mae-wt.pth
   python finetune.py --data lenses --strategy full --out runs/scratch --pretrained none"""
 
-# Largest learning rate and epochs by strategy; chosen on validation.
+# Largest learning rate, epochs and patch dropout by strategy; chosen on validation. A classifier
+# that is gone on from has a head that is right already: large steps would spoil it.
 DEFAULTS = {
-    "head": {"lr": 2e-3, "epochs": 50},
-    "layernorm": {"lr": 1e-2, "epochs": 2},
-    "full": {"lr": 2e-3, "epochs": 2},
+    "head": {"lr": 2e-3, "epochs": 50, "patch_dropout": 0.0},
+    "layernorm": {"lr": 1e-2, "epochs": 2, "patch_dropout": 0.5},
+    "full": {"lr": 2e-3, "epochs": 2, "patch_dropout": 0.5},
+}
+GOING_ON = {
+    "head": {"lr": 2e-4, "epochs": 20, "patch_dropout": 0.0},
+    "layernorm": {"lr": 3e-4, "epochs": 1, "patch_dropout": 0.0},
+    "full": {"lr": 2e-4, "epochs": 1, "patch_dropout": 0.0},
 }
 ALL_PATCHES_FROM = 0.5  # of the steps: from then on no patch is left out
 
@@ -245,7 +251,10 @@ def parse_args(argv=None):
         help="weights that pretrain.py left; or a classifier to go on from, its head included; "
         "none starts from random weights",
     )  # fmt: skip
-    parser.add_argument("--strategy", choices=STRATEGIES, required=True, help="what learns")
+    parser.add_argument(
+        "--strategy", choices=STRATEGIES, required=True,
+        help="what learns; it decides the defaults of --lr, --epochs and --patch-dropout",
+    )  # fmt: skip
     train.add_training_arguments(parser)
     group = parser.add_argument_group("classifier")
     group.add_argument(
@@ -257,7 +266,7 @@ def parse_args(argv=None):
         help="learning rate of a block over that of the next one (full, pre-trained)",
     )  # fmt: skip
     group.add_argument(
-        "--patch-dropout", type=float, default=0.5,
+        "--patch-dropout", type=float, default=None,
         help="share of patches left out at random, to be faster, in the first half of the "
         "steps (layernorm, full)",
     )  # fmt: skip
@@ -266,7 +275,10 @@ def parse_args(argv=None):
     )
     train.add_model_arguments(parser)
     args = parser.parse_args(argv)
-    for name, value in DEFAULTS[args.strategy].items():
+    if args.pretrained != "none":
+        args.pretrained = Path(args.pretrained)
+    going_on = args.pretrained != "none" and weights.holds_classifier(args.pretrained)
+    for name, value in (GOING_ON if going_on else DEFAULTS)[args.strategy].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     train.check_arguments(args)
@@ -279,8 +291,6 @@ def parse_args(argv=None):
         raise UserError("--augment: the head learns from stored features; use another --strategy")
     if args.strategy != "full" and args.pretrained == "none":
         raise UserError("--pretrained none has nothing to keep fixed: use --strategy full")
-    if args.pretrained != "none":
-        args.pretrained = Path(args.pretrained)
     return args
 
 

@@ -97,7 +97,12 @@ def pretrained(lab, name, seed, *options, images=None):
 
 
 def finetuned(lab, name, seed, strategy, start, *options, images=None):
-    """Weights of a fine-tuning that starts from the weights `start`, or from "none"."""
+    """Weights of a fine-tuning that starts from the MAE `start`, or from "none".
+
+    The LayerNorms go on from the head's run, which is made first.
+    """
+    if strategy == "layernorm":
+        start = finetuned(lab, name, seed, "head", start, images=images)
     arguments = ["--data", images or lab.data, "--seed", seed, *lab.common, *lab.finetuning]
     source = "" if start == "none" else finetune.sha256_of(start)
     folder = strategy if start != "none" else "scratch"
@@ -106,11 +111,6 @@ def finetuned(lab, name, seed, strategy, start, *options, images=None):
         [*arguments, "--pretrained", start, "--strategy", strategy, *options],
         "vit-mae-classifier-wt.pth", source,
     )  # fmt: skip
-
-
-def seconds_of(path):
-    """Seconds that a run took, from the metrics beside its weights."""
-    return json.loads((path.parent / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
 
 
 def measured(lab, path, images=None, whole=False):
@@ -167,21 +167,41 @@ def chain(lab, name, seed, strategies=STRATEGIES, pretraining=(), finetuning=(),
 
 
 def strategies(lab):
-    """The three strategies and training from scratch, on the test split and on unseen images."""
+    """The three strategies, on the test split and on unseen images."""
     rows = []
     for seed in lab.seeds:
         start = pretrained(lab, "base", seed)
-        runs = {s: finetuned(lab, "base", seed, s, start) for s in STRATEGIES}
-        runs["from scratch, same epochs"] = finetuned(lab, "base", seed, "full", "none")
-        runs["from scratch, same compute"] = finetuned(
-            lab, "longer", seed, "full", "none", "--epochs", SCRATCH_EPOCHS
-        )
-        for name, path in runs.items():
-            seconds = seconds_of(path) + ("scratch" not in name) * seconds_of(start)
-            for where, images in test_sets(lab).items():
-                result = measured(lab, path, images, whole=where != "test")
-                rows.append({"run": f"{name}, {where}", "seed": seed, **result, "s": seconds})
+        for strategy in STRATEGIES:
+            path = finetuned(lab, "base", seed, strategy, start)
+            rows += results_of(lab, strategy, seed, path)
     return rows
+
+
+def scratch(lab):
+    """The whole network from the pre-trained encoder and from random weights, all labels.
+
+    "Same compute" are so many epochs that they cost what pre-training and fine-tuning cost together.
+    """
+    rows = []
+    for seed in lab.seeds:
+        start = pretrained(lab, "base", seed)
+        longer = ("--epochs", SCRATCH_EPOCHS)
+        for name, path in {
+            "pre-trained, full": finetuned(lab, "base", seed, "full", start),
+            "from scratch, same epochs": finetuned(lab, "base", seed, "full", "none"),
+            "from scratch, same compute": finetuned(lab, "longer", seed, "full", "none", *longer),
+        }.items():
+            rows += results_of(lab, name, seed, path)
+    return rows
+
+
+def results_of(lab, name, seed, path):
+    """Rows of a classifier: on the test split and, if there are any, on unseen images."""
+    return [
+        {"run": f"{name}, {where}", "seed": seed,
+         **measured(lab, path, images, whole=where != "test")}
+        for where, images in test_sets(lab).items()
+    ]  # fmt: skip
 
 
 def test_sets(lab):
@@ -407,6 +427,7 @@ def substructure_strengths():
 
 EXPERIMENTS = {
     "strategies": strategies,
+    "scratch": scratch,
     "without_labels": without_labels,
     "labels": labels,
     "mask_ratio": mask_ratio,
@@ -449,7 +470,7 @@ def table(rows):
         if key not in figures:
             return ""
         mean, deviation, seeds = figures[key]
-        digits = 2 if "%" in key else 0 if key == "s" else 4
+        digits = 2 if "%" in key else 4
         text = f"{mean:.{digits}f}" if digits != 4 or mean > 0.01 else f"{mean:.2e}"
         spread = f"{deviation:.{digits}f}" if digits != 4 or mean > 0.01 else f"{deviation:.0e}"
         return f"{text} ± {spread}" if seeds > 1 else text
