@@ -180,7 +180,7 @@ def strategies(lab):
 def scratch(lab):
     """The whole network from the pre-trained encoder and from random weights, all labels.
 
-    "Same compute" are so many epochs that they cost what pre-training and fine-tuning cost together.
+    "Same compute": as many epochs as cost what pre-training and fine-tuning cost together.
     """
     rows = []
     for seed in lab.seeds:

@@ -1,0 +1,117 @@
+// The page's logic: models beside the page, images from the visitor. ?files=a.npy,b.npy shows files
+// that lie beside the page.
+
+import * as ort from '../node_modules/onnxruntime-web/dist/ort.wasm.min.mjs';
+import { classNames, parseNpy } from '../formats.mjs';
+
+const element = (id) => document.getElementById(id);
+
+ort.env.wasm.numThreads = 1;
+ort.env.wasm.wasmPaths = new URL('../node_modules/onnxruntime-web/dist/', import.meta.url).href;
+
+async function fetchBytes(name) {
+  const response = await fetch(name);
+  if (!response.ok) throw new Error(`there is no ${name} beside this page`);
+  return response.arrayBuffer();
+}
+
+async function openModel(name) {
+  const content = new Uint8Array(await fetchBytes(name));
+  return { content, session: await ort.InferenceSession.create(content) };
+}
+
+/** Draw numbers (side²) on a canvas, the first row at the bottom as astronomers have it. */
+function draw(canvas, numbers, side, colour) {
+  canvas.width = canvas.height = side;
+  const picture = new ImageData(side, side);
+  for (let i = 0; i < side * side; i++) {
+    const row = side - 1 - Math.floor(i / side);
+    picture.data.set([...colour(numbers[i]), 255], 4 * (row * side + (i % side)));
+  }
+  canvas.getContext('2d').putImageData(picture, 0, 0);
+}
+
+function imageColours(data) {
+  const mean = data.reduce((sum, x) => sum + Math.abs(x), 0) / data.length || 1;
+  const stretch = (x) => Math.asinh((100 * x) / mean);
+  const top = stretch(data.reduce((a, b) => Math.max(a, b), 0)) || 1;
+  return (x) => {
+    const t = Math.max(0, stretch(x)) / top;
+    return [255 * Math.min(1, 1.5 * t), 255 * t * t, 255 * Math.min(1, 0.3 + 0.6 * t) * t];
+  };
+}
+
+function mapColours(data) {
+  const sizes = Float32Array.from(data, Math.abs).sort();
+  // Not below what a smooth lens leaves, so that its map looks empty.
+  const limit = Math.max(0.02, sizes[Math.floor(0.995 * (sizes.length - 1))]);
+  return (x) => {
+    const t = Math.max(-1, Math.min(1, x / limit));
+    return t > 0 ? [255, 255 * (1 - t), 255 * (1 - t)] : [255 * (1 + t), 255 * (1 + t), 255];
+  };
+}
+
+async function show(name, buffer, classifier, maps, labels) {
+  const article = document.createElement('article');
+  const title = document.createElement('h2');
+  article.append(title);
+  element('results').append(article);
+  try {
+    const { shape, data } = parseNpy(buffer);
+    const side = shape.at(-1);
+    if (data.length !== side * side) throw new Error('not one square image');
+    const images = new ort.Tensor('float32', data, [1, 1, side, side]);
+    const { probabilities } = await classifier.session.run({ images });
+    const { residual, score } = await maps.session.run({ images });
+    const best = probabilities.data.indexOf(Math.max(...probabilities.data));
+    title.textContent = `${name}: ${labels[best]}`;
+    for (const [numbers, colours] of [[data, imageColours], [residual.data, mapColours]]) {
+      const canvas = document.createElement('canvas');
+      draw(canvas, numbers, side, colours(numbers));
+      article.append(canvas, ' ');
+    }
+    labels.forEach((label, i) => {
+      const bar = document.createElement('div');
+      const filled = document.createElement('div');
+      bar.className = 'bar';
+      filled.style.width = `${100 * probabilities.data[i]}%`;
+      filled.textContent = `${label} ${probabilities.data[i].toFixed(6)}`;
+      bar.append(filled);
+      article.append(bar);
+    });
+    article.append(`mean squared residual ${score.data[0].toExponential(4)}`);
+  } catch (error) {
+    title.textContent = `${name}: ${error.message}`;
+    title.className = 'error';
+  }
+}
+
+try {
+  const classifier = await openModel('classifier.onnx');
+  const maps = await openModel('reconstruction.onnx');
+  const labels = classNames(classifier.content);
+  const showBuffer = (name, buffer) => show(name, buffer, classifier, maps, labels);
+  const showFiles = async (files) => {
+    for (const file of files) await showBuffer(file.name, await file.arrayBuffer());
+  };
+  element('pick').addEventListener('change', (event) => showFiles(event.target.files));
+  const drop = element('drop');
+  drop.addEventListener('dragover', (event) => {
+    event.preventDefault();
+    drop.classList.add('over');
+  });
+  drop.addEventListener('dragleave', () => drop.classList.remove('over'));
+  drop.addEventListener('drop', (event) => {
+    event.preventDefault();
+    drop.classList.remove('over');
+    showFiles(event.dataTransfer.files);
+  });
+  const asked = new URLSearchParams(location.search).get('files');
+  for (const name of asked ? asked.split(',') : []) {
+    await showBuffer(name, await fetchBytes(name));
+  }
+  element('status').textContent = 'Ready.';
+} catch (error) {
+  element('status').textContent = `${error.message}: copy the exported models into this folder.`;
+  element('status').className = 'error';
+}
