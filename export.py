@@ -28,7 +28,8 @@ import data
 import train
 import weights
 from evaluate import auc_by_class, labels_for
-from files import UserError, file_to_be, run, sha256_of
+from files import UserError, directory_to_be, file_to_be, run, sha256_of, write_json
+from foreign import to_hugging_face
 from mae import complementary_masks
 
 EXAMPLE = """examples:
@@ -211,8 +212,6 @@ def best_on_validation(loaded):
 def load_model(args):
     """(model to export, content of its weights file, the file) that the options ask for."""
     if args.what == "reconstruction":
-        if len(args.weights) > 1:
-            raise UserError("--what reconstruction takes one file of weights")
         mae, transform, content = weights.load_mae(args.weights[0])
         model = Residuals(mae, transform, content["run"].get("mask_ratio", 0.75))
         return model.eval(), content, args.weights[0]
@@ -222,7 +221,22 @@ def load_model(args):
     return Probabilities(classifier).eval(), content, path
 
 
+def export_to_hugging_face(args):
+    """Leave config.json and pytorch_model.bin, which transformers' ViTMAEForPreTraining loads."""
+    mae, _, content = weights.load_mae(args.weights[0])
+    config = {k: v for k, v in content["config"].items() if k != "transform"}
+    state, described = to_hugging_face(mae.state_dict(), config)
+    with directory_to_be(args.out) as folder:
+        torch.save(state, folder / "pytorch_model.bin")
+        write_json(folder / "config.json", described)
+        write_json(folder / "transform.json", content["config"]["transform"])
+    print(f"{args.weights[0]} -> {args.out}, for ViTMAEForPreTraining.from_pretrained")
+
+
 def export(args):
+    if args.what == "huggingface":
+        export_to_hugging_face(args)
+        return
     model, content, path = load_model(args)
     dataset, parts = load_images(args, content, model.img_size)
     images = some_images(dataset, parts["validation"], max(CHECKED_BATCHES), args.seed)
@@ -287,10 +301,13 @@ def parse_args(argv=None):
         help="classifier (of several, the best on validation is exported) or MAE",
     )  # fmt: skip
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE.onnx", help="file to write"
+        "--out", type=Path, required=True, metavar="FILE.onnx", help="file (or folder) to write"
     )
     parser.add_argument(
-        "--what", choices=("classifier", "reconstruction"), default="classifier", help="the graph"
+        "--what",
+        choices=("classifier", "reconstruction", "huggingface"),
+        default="classifier",
+        help="classifier, residual maps of an MAE, or a folder with an MAE for transformers",
     )
     parser.add_argument(
         "--precision", choices=("float32", "float16", "int8"), default="float32",
@@ -307,8 +324,10 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="which images are used to check")
     parser.add_argument("--device", default="cpu", choices=("cpu", "auto"), help="always the CPU")
     args = parser.parse_args(argv)
-    if args.what == "reconstruction" and args.precision != "float32":
-        raise UserError(f"--precision {args.precision}: a reconstruction is exported in float32")
+    if args.what != "classifier" and args.precision != "float32":
+        raise UserError(f"--precision {args.precision}: only a classifier is exported in less")
+    if args.what != "classifier" and len(args.weights) > 1:
+        raise UserError(f"--what {args.what} takes one file of weights")
     return args
 
 

@@ -64,7 +64,11 @@ def build_classifier(args, dataset, train_rows):
             )
         model.temperature.fill_(1.0)
         return model, content["config"]
-    mae, _, content = weights.load_mae(args.pretrained)
+    mae, transform, content = weights.load_mae(args.pretrained, args.num_heads)
+    if transform is None:  # a checkpoint from elsewhere
+        content["config"]["transform"] = train.fit_transform(
+            dataset.images, train_rows, args.transform, args.augment
+        )
     check_size(args, mae, dataset)
     sizes = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
     config = {k: v for k, v in content["config"].items() if k in (*sizes, "transform")} | classes
@@ -248,8 +252,8 @@ def parse_args(argv=None):
     data.add_data_arguments(parser)
     parser.add_argument(
         "--pretrained", required=True, metavar="PTH|none",
-        help="weights that pretrain.py left; or a classifier to go on from, its head included; "
-        "none starts from random weights",
+        help="weights that pretrain.py left; or a classifier to go on from, its head included; or "
+        "an MAE of facebookresearch/mae or Hugging Face (give --num-heads); none: random weights",
     )  # fmt: skip
     parser.add_argument(
         "--strategy", choices=STRATEGIES, required=True,

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from files import UserError, file_to_be
+from foreign import from_foreign
 from mae import MAE, Classifier, IntensityTransform
 
 LARGEST = {"embed_dim": 4096, "decoder_embed_dim": 4096, "depth": 64, "decoder_depth": 64}
@@ -38,11 +39,20 @@ def _write(path, content):
         raise UserError(f"cannot write {path}: is the disk full?") from None
 
 
-def load_mae(path):
+def load_mae(path, num_heads=None):
     """The `MAE` of a weights file, its `IntensityTransform`, and the file's content.
 
-    Raises UserError, see `_load`.
+    With `num_heads` also of a checkpoint of facebookresearch/mae or Hugging Face, which knows no
+    transform: then it is None. Raises UserError, see `_load`.
     """
+    foreign_state = _foreign_state(path) if num_heads else None
+    if foreign_state is not None:
+        try:
+            state, config = from_foreign(foreign_state, num_heads)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        content = {"model": state, "config": config, "class_names": [], "run": {}}
+        return _build(path, MAE, config, content), None, content
     content = _load(path)
     arguments = {k: v for k, v in content["config"].items() if k != "transform"}
     model = _build(path, MAE, arguments, content)
@@ -53,9 +63,35 @@ def load_mae(path):
     return model, transform, content
 
 
+def _foreign_state(path):
+    """The state dict of a checkpoint that is not this project's, or None if it is."""
+    if Path(path).suffix == ".safetensors":
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise UserError(f"{path} needs safetensors: pip install safetensors") from None
+        try:
+            return load_file(path)
+        except Exception as error:  # a Rust library's
+            raise UserError(f"{path}: no safetensors file: {error}") from None
+    content = _read(path)
+    if isinstance(content, dict) and "config" in content:
+        return None
+    if isinstance(content, dict):
+        content = content.get("model", content)
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor)
+        for name, tensor in content.items()
+    ):
+        raise UserError(f"{path}: no weights of a masked autoencoder")
+    return content
+
+
 def holds_classifier(path):
     """Whether a weights file says that it is a classifier's; raises UserError, see `_load`."""
-    return "num_classes" in _load(path)["config"]
+    content = _read(path) if Path(path).suffix != ".safetensors" else None
+    config = content.get("config") if isinstance(content, dict) else None
+    return isinstance(config, dict) and "num_classes" in config
 
 
 def load_classifier(path):
@@ -73,12 +109,7 @@ def _load(path):
     Raises UserError, naming the file, if it is missing, no weights file, incomplete, of another
     shape than its configuration says, or if weights are NaN.
     """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError(f"cannot read weights {path}: {error.strerror or error}") from None
-    except Exception:  # torch raises many kinds for a broken or hostile file
-        raise UserError(f"{path}: not a weights file that can be loaded safely") from None
+    content = _read(path)
     kinds = {"model": dict, "config": dict, "class_names": list, "run": dict}
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a weights file of this project")
@@ -88,6 +119,15 @@ def _load(path):
     if not all(isinstance(name, str) for name in content["class_names"]):
         raise UserError(f"{path}: class names must be text")
     return content
+
+
+def _read(path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read weights {path}: {error.strerror or error}") from None
+    except Exception:  # torch raises many kinds for a broken or hostile file
+        raise UserError(f"{path}: not a weights file that can be loaded safely") from None
 
 
 def _build(path, kind, arguments, content):

@@ -1,0 +1,123 @@
+"""MAE weights under the names of facebookresearch/mae and of Hugging Face, to ours and back."""
+
+import re
+
+import torch
+
+from files import UserError
+
+# Hugging Face's name (of any generation of transformers) -> ours, which is facebookresearch's.
+PARTS = {
+    r"vit\.embeddings\.patch_embeddings\.projection": "patch_embed.proj",
+    r"vit\.embeddings\.cls_token": "cls_token",
+    r"vit\.embeddings\.position_embeddings": "pos_embed",
+    r"vit\.layernorm": "norm",
+    r"(?:vit\.)?decoder\.mask_token": "mask_token",
+    r"decoder\.(decoder_pos_embed|decoder_embed|decoder_norm|decoder_pred)": r"\1",
+    r"vit\.(?:encoder\.layer|layers)\.(\d+)\.": r"blocks.\1.",
+    r"decoder\.(?:decoder_layers|decoder_encoder\.layer)\.(\d+)\.": r"decoder_blocks.\1.",
+}
+IN_BLOCK = {
+    r"attention\.(?:attention\.)?(?:query|q_proj)": "attn.q",
+    r"attention\.(?:attention\.)?(?:key|k_proj)": "attn.k",
+    r"attention\.(?:attention\.)?(?:value|v_proj)": "attn.v",
+    r"attention\.(?:output\.dense|o_proj)": "attn.proj",
+    r"layernorm_before": "norm1",
+    r"layernorm_after": "norm2",
+    r"(?:intermediate\.dense|mlp\.fc1)": "mlp.fc1",
+    r"(?:output\.dense|mlp\.fc2)": "mlp.fc2",
+}
+TO_HUGGING_FACE = {
+    "patch_embed.proj": "vit.embeddings.patch_embeddings.projection",
+    "cls_token": "vit.embeddings.cls_token",
+    "pos_embed": "vit.embeddings.position_embeddings",
+    "norm": "vit.layernorm",
+}
+BLOCK_TO_HUGGING_FACE = {
+    "attn.q": "attention.attention.query",
+    "attn.k": "attention.attention.key",
+    "attn.v": "attention.attention.value",
+    "attn.proj": "attention.output.dense",
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+
+
+def our_name(name):
+    """Our name of a tensor of Hugging Face's; `attn.q`, `.k` and `.v` are still apart."""
+    for pattern, ours in PARTS.items():
+        name, found = re.subn(f"^{pattern}", ours, name)
+        if found:
+            break
+    block = re.match(r"((?:decoder_)?blocks\.\d+\.)(.*)\.(weight|bias)$", name)
+    if block:
+        for pattern, ours in IN_BLOCK.items():
+            if re.fullmatch(pattern, block[2]):
+                return f"{block[1]}{ours}.{block[3]}"
+    return name
+
+
+def from_foreign(state, num_heads):
+    """State dict of an MAE elsewhere -> (our state dict, arguments of `mae.MAE`).
+
+    Sizes are read off the tensors; only `num_heads`, of the encoder, cannot be. Raises UserError
+    if the tensors are not those of an MAE with square patches.
+    """
+    renamed = {our_name(name): tensor for name, tensor in state.items()}
+    for name in [name for name in renamed if ".attn.q." in name]:
+        parts = [renamed.pop(name.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
+        renamed[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
+    try:
+        embed_dim, in_chans, patch_size, _ = renamed["patch_embed.proj.weight"].shape
+        patches = renamed["pos_embed"].shape[1] - 1
+        depth = 1 + max(int(n.split(".")[1]) for n in renamed if n.startswith("blocks."))
+        decoder = [int(n.split(".")[1]) for n in renamed if n.startswith("decoder_blocks.")]
+        hidden = renamed["blocks.0.mlp.fc1.weight"].shape[0]
+        decoder_dim = renamed["decoder_embed.weight"].shape[0]
+    except (KeyError, ValueError, AttributeError) as error:
+        raise UserError(f"no masked autoencoder: {error} is missing") from None
+    config = {
+        "img_size": patch_size * round(patches**0.5), "patch_size": patch_size,
+        "in_chans": in_chans, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads,
+        "decoder_embed_dim": decoder_dim, "decoder_depth": 1 + max(decoder, default=-1),
+        # Of the decoder only the sizes are known; it is dropped in fine-tuning.
+        "decoder_num_heads": 1, "mlp_ratio": hidden / embed_dim,
+    }  # fmt: skip
+    return renamed, config
+
+
+def to_hugging_face(state, config):
+    """Our state dict and configuration -> those of `transformers.ViTMAEForPreTraining`."""
+    theirs = {}
+    for name, tensor in state.items():
+        block = re.match(r"(decoder_)?blocks\.(\d+)\.(.*)\.(weight|bias)$", name)
+        if block:
+            layer = "decoder.decoder_layers" if block[1] else "vit.encoder.layer"
+            pieces = {block[3]: tensor}
+            if block[3] == "attn.qkv":
+                pieces = dict(zip(("attn.q", "attn.k", "attn.v"), tensor.chunk(3), strict=True))
+            for part, piece in pieces.items():
+                inside = BLOCK_TO_HUGGING_FACE[part]
+                theirs[f"{layer}.{block[2]}.{inside}.{block[4]}"] = piece.clone()
+            continue
+        stem, _, kind = name.partition(".weight")
+        stem, kind = (stem, ".weight") if name.endswith(".weight") else (name, "")
+        if name.endswith(".bias"):
+            stem, kind = name.removesuffix(".bias"), ".bias"
+        theirs[TO_HUGGING_FACE.get(stem, f"decoder.{stem}") + kind] = tensor
+    described = {
+        "architectures": ["ViTMAEForPreTraining"], "model_type": "vit_mae",
+        "image_size": config["img_size"], "patch_size": config["patch_size"],
+        "num_channels": config["in_chans"], "hidden_size": config["embed_dim"],
+        "num_hidden_layers": config["depth"], "num_attention_heads": config["num_heads"],
+        "intermediate_size": int(config["embed_dim"] * config["mlp_ratio"]),
+        "decoder_hidden_size": config["decoder_embed_dim"],
+        "decoder_num_hidden_layers": config["decoder_depth"],
+        "decoder_num_attention_heads": config["decoder_num_heads"],
+        "decoder_intermediate_size": int(config["decoder_embed_dim"] * config["mlp_ratio"]),
+        "norm_pix_loss": config["norm_pix_loss"], "layer_norm_eps": 1e-6, "hidden_act": "gelu",
+        "qkv_bias": True,
+    }  # fmt: skip
+    return theirs, described
