@@ -152,7 +152,7 @@ def dots(path, runs):
         axes.errorbar(
             error, y, xerr=[deviation for _, (_, deviation) in lines], fmt="o", ms=4, label=name
         )
-    axes.set(xscale="log", xlabel="1 − AUC (left is better)")
+    axes.set(xscale="log", xlabel="1 − AUC (left is better; what is below 1e-6 is drawn there)")
     axes.set_yticks(range(len(runs)), list(runs))
     axes.invert_yaxis()
     axes.legend(bbox_to_anchor=(1, 1), loc="upper left")
@@ -160,16 +160,23 @@ def dots(path, runs):
 
 
 def series(path, lines, x_label, y_label, logarithmic):
-    """One panel a y; `lines`: {name: [(x, AUC, its deviation), ...]}, drawn as 1 − AUC."""
-    figure, axes = plt.subplots(figsize=(6, 4))
-    for name, points in lines.items():
+    """1 − AUC against a quantity; `lines`: {name: [(x, AUC, its deviation), ...]}.
+
+    Without an `x_label` every line has a panel and its name, the quantity, stands below it.
+    """
+    panels = 1 if x_label else len(lines)
+    figure, axes = plt.subplots(1, panels, figsize=(1 + 5 * panels, 4), squeeze=False)
+    for i, (name, points) in enumerate(lines.items()):
         x, auc, deviation = np.transpose(points)
-        axes.errorbar(x, np.maximum(1 - auc, 1e-6), yerr=deviation, marker="o", ms=4, label=name)
-    axes.set(
-        xscale="log" if logarithmic else "linear", yscale="log",
-        xlabel=x_label, ylabel=f"1 − {y_label} (lower is better)",
-    )  # fmt: skip
-    axes.legend()
+        panel = axes[0, i % panels]
+        panel.errorbar(x, np.maximum(1 - auc, 1e-6), yerr=deviation, marker="o", ms=4, label=name)
+        panel.set(
+            xscale="log" if logarithmic else "linear", yscale="log", xlabel=x_label or name,
+            ylabel=f"1 − {y_label} (lower is better)",
+        )  # fmt: skip
+    if x_label:
+        axes[0, 0].legend()
+    figure.tight_layout()
     _save(figure, path)
 
 

@@ -437,10 +437,12 @@ EXPERIMENTS = {
     "instruments": instruments,
     "mistakes": mistakes,
 }
-# Experiments with a quantity to draw against: (key of a row, label, logarithmic, figure drawn).
+FIGURES = ("AUC", "%", "error")  # keys of a row with one of these in them are measured
+# Experiments with a quantity to draw against: (key of a row, its label or None where every kind has
+# its own, logarithmic, figure drawn).
 AXES = {
     "labels": ("labels", "training labels", True, "macro AUC"),
-    "mistakes": ("strength", "strength of the substructure (see the legend)", False, "AUC"),
+    "mistakes": ("strength", None, False, "AUC"),
 }
 
 
@@ -452,7 +454,7 @@ def by_run(rows):
     runs = {}
     for row in rows:
         for key, value in row.items():
-            if isinstance(value, float):
+            if any(part in key for part in FIGURES):
                 runs.setdefault(row["run"], {}).setdefault(key, []).append(value)
     return {
         name: {
