@@ -101,6 +101,15 @@ def names_of_runs(paths):
     return [n if names.count(n) == 1 else str(p) for n, p in zip(names, paths, strict=True)]
 
 
+def check_size(path, network, dataset, remedy=""):
+    """UserError, naming the weights, if the data's images have another size than the network's."""
+    if network.img_size != dataset.img_size:
+        raise UserError(
+            f"{path} is for images of {network.img_size} pixels, the data has "
+            f"{dataset.img_size}{remedy}"
+        )
+
+
 def labels_for(class_names, dataset, path):
     """Labels of the data in the order of a model's class names; UserError where they differ."""
     for name in dataset.class_names:
@@ -121,11 +130,7 @@ def evaluate(args):
     for name, path in zip(names_of_runs(args.weights), args.weights, strict=True):
         model, content = weights.load_classifier(path)
         class_names = content["class_names"]
-        if model.img_size != dataset.img_size:
-            raise UserError(
-                f"{path} is for images of {model.img_size} pixels, {args.data} has "
-                f"{dataset.img_size}"
-            )
+        check_size(path, model, dataset)
         labels = labels_for(class_names, dataset, path)
         rows = rows_to_evaluate(args, dataset, content)
         probabilities = predict_probabilities(model, dataset.images, rows, device)
@@ -173,7 +178,7 @@ def evaluate(args):
     best = max(results, key=lambda name: results[name]["macro"]["value"])
     plots.mistakes(args.out / "mistakes.png", dataset.images, mistakes[best], class_names)
     paths = dict(zip(results, args.weights, strict=True))
-    report.write(args.out, paths, results, class_names, best, PUBLISHED)
+    report.write(args.out, paths, results, class_names, best, published_rows(class_names))
 
 
 def most_confident_mistakes(probabilities, labels, rows):
@@ -212,12 +217,37 @@ def comparison(results, class_names):
     for name, result in results.items():
         aucs = [cell(result[key]) for key in (*class_names, "macro")]
         lines.append([name, *aucs, cell(result["accuracy"], 100, 2)])
-    for name, aucs, macro, correct in PUBLISHED:
-        if set(class_names) >= set(aucs) and {"axion", "cdm", "no_sub"} == set(class_names):
-            by_class = [f"{aucs[key]:.2f}" if key in aucs else "" for key in class_names]
-            macro = f"{macro:.3f}" if macro else ""
-            lines.append([name, *by_class, macro, f"{100 * correct:.1f}" if correct else ""])
+    lines += published_rows(class_names)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def published_rows(class_names):
+    """Rows [name, AUC of each class, macro AUC, accuracy], as text; none for other classes."""
+    if set(class_names) != {"axion", "cdm", "no_sub"}:
+        return []
+    return [
+        [name, *(f"{aucs[key]:.2f}" if key in aucs else "" for key in class_names),
+         f"{macro:.3f}" if macro else "", f"{100 * correct:.1f}" if correct else ""]
+        for name, aucs, macro, correct in PUBLISHED
+    ]  # fmt: skip
+
+
+def add_test_arguments(parser):
+    """What is tested on, where the results go, and how they are resampled."""
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument(
+        "--split", choices=("test", "all"), default="test",
+        help="the test part, or all images of data that training never saw",
+    )  # fmt: skip
+    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random here")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+
+
+def check_test_arguments(args):
+    """UserError, naming the flag, for numbers that make no sense."""
+    if args.resamples < 1:
+        raise UserError(f"--resamples must be at least 1, got {args.resamples}")
 
 
 def parse_args(argv=None):
@@ -228,17 +258,9 @@ def parse_args(argv=None):
     parser.add_argument(
         "--weights", type=Path, nargs="+", required=True, metavar="PTH", help="classifiers"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument(
-        "--split", choices=("test", "all"), default="test",
-        help="the test part, or all images of data that training never saw",
-    )  # fmt: skip
-    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add_test_arguments(parser)
     args = parser.parse_args(argv)
-    if args.resamples < 1:
-        raise UserError(f"--resamples must be at least 1, got {args.resamples}")
+    check_test_arguments(args)
     return args
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 from onnxruntime.transformers.float16 import convert_float_to_float16
@@ -31,6 +30,7 @@ from evaluate import auc_by_class, labels_for
 from files import UserError, directory_to_be, file_to_be, run, sha256_of, write_json
 from foreign import to_hugging_face
 from mae import complementary_masks
+from predict import open_session
 
 EXAMPLE = """examples:
   python export.py --weights runs/full/vit-mae-classifier-wt.pth --out lens.onnx
@@ -130,16 +130,9 @@ def reduce_precision(path, precision, images, metadata):
     save_proto(proto, path, metadata)
 
 
-def open_session(path):
-    """onnxruntime session of an exported file, on the CPU, without its remarks on the graph."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
 def run_session(path, images, batch=256):
     """Outputs of an exported file on images (n, 1, H, W), a list of arrays."""
-    session = open_session(path)
+    session, _ = open_session(path, "cpu")
     parts = [
         session.run(None, {"images": images[start : start + batch]})
         for start in range(0, len(images), batch)
@@ -167,7 +160,7 @@ def largest_difference(model, path, images):
 
 def latency(path, images):
     """Median milliseconds of a call with 1 and with 256 images on this machine."""
-    session = open_session(path)
+    session, _ = open_session(path, "cpu")
     medians = []
     for batch, repeats in ((1, 30), (256, 5)):
         seconds = []

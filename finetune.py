@@ -18,7 +18,7 @@ import plots
 import train
 import weights
 from augment import augment
-from evaluate import accuracy, auc_by_class
+from evaluate import accuracy, auc_by_class, check_size
 from files import UserError, run, sha256_of
 from mae import POOLINGS, Classifier, random_masking
 
@@ -39,6 +39,7 @@ GOING_ON = {
     "layernorm": {"lr": 3e-4, "epochs": 1, "patch_dropout": 0.0},
     "full": {"lr": 2e-4, "epochs": 1, "patch_dropout": 0.0},
 }
+OTHER_SIZE = ": pre-train on images of this size"
 ALL_PATCHES_FROM = 0.5  # of the steps: from then on no patch is left out
 
 
@@ -56,7 +57,7 @@ def build_classifier(args, dataset, train_rows):
         return train.new_network(Classifier, config), config
     if weights.holds_classifier(args.pretrained):
         model, content = weights.load_classifier(args.pretrained)
-        check_size(args, model, dataset)
+        check_size(args.pretrained, model, dataset, OTHER_SIZE)
         if content["class_names"] != list(dataset.class_names) or model.pool != args.pool:
             raise UserError(
                 f"{args.pretrained} tells {', '.join(content['class_names'])} apart with --pool "
@@ -69,21 +70,13 @@ def build_classifier(args, dataset, train_rows):
         content["config"]["transform"] = train.fit_transform(
             dataset.images, train_rows, args.transform, args.augment
         )
-    check_size(args, mae, dataset)
+    check_size(args.pretrained, mae, dataset, OTHER_SIZE)
     sizes = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
     config = {k: v for k, v in content["config"].items() if k in (*sizes, "transform")} | classes
     model = Classifier(**config)
     encoder = {k: v for k, v in mae.state_dict().items() if k in model.state_dict()}
     model.load_state_dict({**model.state_dict(), **encoder})
     return model, config
-
-
-def check_size(args, network, dataset):
-    if network.img_size != dataset.img_size:
-        raise UserError(
-            f"{args.pretrained} is for images of {network.img_size} pixels and {args.data} has "
-            f"{dataset.img_size}: pre-train on images of this size"
-        )
 
 
 # A strategy says which parameters learn: (name, parameter) pairs.

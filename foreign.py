@@ -102,10 +102,7 @@ def to_hugging_face(state, config):
                 inside = BLOCK_TO_HUGGING_FACE[part]
                 theirs[f"{layer}.{block[2]}.{inside}.{block[4]}"] = piece.clone()
             continue
-        stem, _, kind = name.partition(".weight")
-        stem, kind = (stem, ".weight") if name.endswith(".weight") else (name, "")
-        if name.endswith(".bias"):
-            stem, kind = name.removesuffix(".bias"), ".bias"
+        stem, kind = re.fullmatch(r"(.*?)(\.weight|\.bias|)", name).groups()
         theirs[TO_HUGGING_FACE.get(stem, f"decoder.{stem}") + kind] = tensor
     described = {
         "architectures": ["ViTMAEForPreTraining"], "model_type": "vit_mae",

@@ -17,7 +17,13 @@ import data
 import plots
 import train
 import weights
-from evaluate import bootstrap, rows_to_evaluate
+from evaluate import (
+    add_test_arguments,
+    bootstrap,
+    check_size,
+    check_test_arguments,
+    rows_to_evaluate,
+)
 from files import UserError, make_folder, run, write_json, write_text
 from mae import complementary_masks
 
@@ -32,10 +38,7 @@ def residual_reader(path, dataset, device, mask_ratio, rounds, seed):
     to the images (b, 1, H, W) that the network sees).
     """
     mae, transform, content = weights.load_mae(path)
-    if mae.img_size != dataset.img_size:
-        raise UserError(
-            f"{path} is for images of {mae.img_size} pixels, the data has {dataset.img_size}"
-        )
+    check_size(path, mae, dataset)
     mae.eval().to(device)
     transform.to(device)
     read = train.batch_reader(dataset.images, device)
@@ -130,22 +133,15 @@ def parse_args(argv=None):
     parser.add_argument(
         "--weights", type=Path, required=True, metavar="PTH", help="weights that pretrain.py left"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument(
-        "--split", choices=("test", "all"), default="test",
-        help="the test part, or all images of data that training never saw",
-    )  # fmt: skip
+    add_test_arguments(parser)
     parser.add_argument("--mask-ratio", type=float, default=0.75, help="share of patches hidden")
     parser.add_argument(
         "--rounds", type=int, default=2, help="sets of complementary masks to average over"
     )
-    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
-    parser.add_argument("--seed", type=int, default=0, help="of masks and bootstrap")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     args = parser.parse_args(argv)
-    for flag in ("rounds", "resamples"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag} must be at least 1, got {getattr(args, flag)}")
+    check_test_arguments(args)
+    if args.rounds < 1:
+        raise UserError(f"--rounds must be at least 1, got {args.rounds}")
     if not 0 < args.mask_ratio < 1:
         raise UserError(f"--mask-ratio must be between 0 and 1, got {args.mask_ratio}")
     return args

@@ -30,7 +30,7 @@ def write(folder, weights, results, class_names, best, published):
     results : {run: {figure: {"value", "low", "high"}, "images", "calibration_error"}}, the figures
         being the class names (AUC), "macro" and "accuracy".
     best : the run to set off.
-    published : rows of other work, see `evaluate.PUBLISHED`.
+    published : rows of other work, see `evaluate.published_rows`.
     """
     configs = {name: config_beside(path) for name, path in weights.items()}
     pretrained = {
@@ -95,12 +95,9 @@ def comparison_table(results, best, class_names, published):
         cells += [cell(result["accuracy"], 100, 2), f"<td>{result['calibration_error']:.4f}</td>"]
         kind = ' class="best"' if name == best else ""
         rows.append(f"<tr{kind}><td>{html.escape(name)}</td>{''.join(cells)}</tr>")
-    for name, aucs, macro, accuracy in published:
-        if set(class_names) == {"axion", "cdm", "no_sub"}:
-            cells = [aucs.get(key, "") for key in class_names]
-            cells += [macro or "", f"{100 * accuracy:.1f}" if accuracy else "", ""]
-            text = "".join(f"<td>{value}</td>" for value in (name, *cells))
-            rows.append(f'<tr class="published">{text}</tr>')
+    for row in published:
+        text = "".join(f"<td>{value}</td>" for value in (*row, ""))
+        rows.append(f'<tr class="published">{text}</tr>')
     return f'<div class="wide"><table>{"".join(rows)}</table></div>'
 
 

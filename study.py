@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from sklearn.metrics import roc_auc_score
 
 import augment
 import data
@@ -28,7 +29,8 @@ import reconstruct
 import simulate
 import train
 import weights
-from files import UserError, make_folder, read_json, run, write_json, write_text
+from files import UserError, make_folder, read_json, run, sha256_of, write_json, write_text
+from mae import POOLINGS
 
 EXAMPLE = """examples:
   python study.py --data lenses --out runs/study
@@ -56,7 +58,8 @@ class Lab(NamedTuple):
     """Where a study reads and writes, and what every run of it has in common."""
 
     data: Path
-    unseen: Path | None  # data set of another simulator, for testing only
+    dataset: data.Dataset  # what `data` holds
+    unseen: data.Dataset | None  # of another simulator, for testing only
     out: Path
     seeds: tuple
     pretraining: tuple  # options of every pretrain.py run
@@ -104,7 +107,7 @@ def finetuned(lab, name, seed, strategy, start, *options, images=None):
     if strategy == "layernorm":
         start = finetuned(lab, name, seed, "head", start, images=images)
     arguments = ["--data", images or lab.data, "--seed", seed, *lab.common, *lab.finetuning]
-    source = "" if start == "none" else finetune.sha256_of(start)
+    source = "" if start == "none" else sha256_of(start)
     folder = strategy if start != "none" else "scratch"
     return trained(
         finetune, lab.out / name / f"seed{seed}" / folder,
@@ -113,12 +116,11 @@ def finetuned(lab, name, seed, strategy, start, *options, images=None):
     )  # fmt: skip
 
 
-def measured(lab, path, images=None, whole=False):
+def measured(lab, path, dataset, whole=False):
     """AUC of each class, macro AUC and accuracy (%) of a classifier on the test split.
 
-    `images` is a `data.Dataset` in place of the study's; `whole` takes all its images.
+    `whole` takes all images of the data set.
     """
-    dataset = images or data.load(lab.data)
     model, content = weights.load_classifier(path)
     rows = np.arange(len(dataset.labels))
     if not whole:
@@ -130,9 +132,8 @@ def measured(lab, path, images=None, whole=False):
     return {**by_class, "macro AUC": macro, "accuracy %": 100 * accuracy}
 
 
-def residual_auc(lab, path, images=None, whole=False):
+def residual_auc(lab, path, dataset, whole=False):
     """AUC of an MAE's residual, which knows no labels: all substructure, and each kind of it."""
-    dataset = images or data.load(lab.data)
     content, residuals, _ = reconstruct.residual_reader(
         path, dataset, lab.device, mask_ratio=0.75, rounds=2, seed=0
     )
@@ -152,15 +153,23 @@ def chain(lab, name, seed, strategies=STRATEGIES, pretraining=(), finetuning=(),
     """
     start = pretrained(lab, name, seed, *pretraining, images=images)
     _, _, content = weights.load_mae(start)
-    dataset = data.load(images or lab.data)
     row = {"reconstruction error": content["run"]["last"]["validation_loss"]}
     for strategy in strategies:
         options = () if strategy == "head" else finetuning
         path = finetuned(lab, name, seed, strategy, start, *options, images=images)
-        result = measured(lab, path, dataset)
-        row[f"{strategy} macro AUC"] = result["macro AUC"]
-        row[f"{strategy} accuracy %"] = result["accuracy %"]
+        row |= summary(lab, strategy, path, data.load(images) if images else lab.dataset)
     return row
+
+
+def summary(lab, strategy, path, dataset):
+    """The columns of a strategy in tables that compare several."""
+    result = measured(lab, path, dataset)
+    return {f"{strategy} {figure}": result[figure] for figure in ("macro AUC", "accuracy %")}
+
+
+def pretraining_epochs(lab):
+    """Epochs of the study's usual pre-training."""
+    return pretrain.parse_args(["--data", "", "--out", "", *lab.pretraining]).epochs
 
 
 # Experiments: each takes the lab and gives the rows of its table, dicts with "run" and "seed".
@@ -205,8 +214,7 @@ def results_of(lab, name, seed, path):
 
 
 def test_sets(lab):
-    sets = {"test": data.load(lab.data)}
-    return sets | ({"lenstronomy": data.load(lab.unseen)} if lab.unseen else {})
+    return {"test": lab.dataset} | ({"lenstronomy": lab.unseen} if lab.unseen else {})
 
 
 def without_labels(lab):
@@ -225,7 +233,7 @@ def labels(lab):
     All runs validate on the whole validation part, three times, whatever labels they train on.
     """
     rows = []
-    train_images = len(data.split(data.load(lab.data))["train"])
+    train_images = len(data.split(lab.dataset)["train"])
     for seed in lab.seeds:
         for share in LABEL_SHARES:
             for name in ("head", "full", "scratch"):
@@ -238,7 +246,7 @@ def labels(lab):
                     options = ["--labels", share, "--epochs", epochs, "--validations", 3]
                 folder = f"labels-{share:g}" if share < 1 else "base"
                 path = finetuned(lab, folder, seed, strategy, start, *options)
-                result = measured(lab, path)
+                result = measured(lab, path, lab.dataset)
                 count = round(share * train_images)
                 rows.append({"run": f"{name}, {100 * share:g} % of the labels", "seed": seed,
                              "kind": name, "labels": count, **result})  # fmt: skip
@@ -260,9 +268,8 @@ def pretraining_images(lab):
     """Pre-training on smooth lenses against all classes without labels, for as many steps."""
     rows = []
     for seed in lab.seeds:
-        epochs = vars(pretrain.parse_args(["--data", "", "--out", "", *lab.pretraining]))["epochs"]
         rows.append({"run": "no_sub", "seed": seed, **chain(lab, "base", seed)})
-        everything = ["--classes", "all", "--epochs", max(1, round(epochs / 3))]
+        everything = ["--classes", "all", "--epochs", max(1, round(pretraining_epochs(lab) / 3))]
         row = chain(lab, "all-classes", seed, pretraining=everything)
         rows.append({"run": "all classes", "seed": seed, **row})
     return rows
@@ -277,27 +284,25 @@ def choices(lab):
         rows.append({"run": run, "seed": seed, **row})
 
     add("as the scripts have it", "base", seed)
-    pool = vars(finetune.parse_args(
+    usual = finetune.parse_args(
         ["--data", "", "--out", "", "--pretrained", "none", "--strategy", "full"]
-    ))["pool"]  # fmt: skip
-    for other in finetune.POOLINGS:
-        if other != pool:
-            start = pretrained(lab, "base", seed)
-            row = {"run": f"pooling {other}", "seed": seed}
+    )
+    start = pretrained(lab, "base", seed)
+    for pool in POOLINGS:
+        if pool != usual.pool:
+            row = {"run": f"pooling {pool}", "seed": seed}
             for strategy in ("head", "full"):
-                path = finetuned(lab, f"pool-{other}", seed, strategy, start, "--pool", other)
-                result = measured(lab, path)
-                row[f"{strategy} macro AUC"] = result["macro AUC"]
-                row[f"{strategy} accuracy %"] = result["accuracy %"]
+                path = finetuned(lab, f"pool-{pool}", seed, strategy, start, "--pool", pool)
+                row |= summary(lab, strategy, path, lab.dataset)
             rows.append(row)
     for kind in ("linear", "sqrt", "asinh"):
         add(f"transform {kind}", f"transform-{kind}", seed, pretraining=["--transform", kind])
     add("norm_pix_loss", "norm-pix", seed, pretraining=["--norm-pix-loss"])
     # Four times the patches cost about four and a half times as much a step.
-    epochs = vars(pretrain.parse_args(["--data", "", "--out", "", *lab.pretraining]))["epochs"]
+    epochs = max(1, round(pretraining_epochs(lab) / 4.5))
     add(
         "patch size 4, same compute", "patch-4", seed,
-        pretraining=["--patch-size", 4, "--epochs", max(1, round(epochs / 4.5))],
+        pretraining=["--patch-size", 4, "--epochs", epochs],
         finetuning=["--labels", 0.45, "--epochs", 1],
     )  # fmt: skip
     return rows
@@ -378,7 +383,7 @@ def mistakes(lab):
     parts = simulate.simulate("Model_II", MISTAKES_PER_CLASS, FRESH_SEED + 1)
     images = np.concatenate([images for _, images, _ in parts])
     truth = as_dataset(images, MISTAKES_PER_CLASS).labels
-    rows = []
+    strengths, rows = substructure_strengths(), []
     for seed in lab.seeds:
         path = finetuned(lab, "base", seed, "full", pretrained(lab, "base", seed))
         model, content = weights.load_classifier(path)
@@ -387,14 +392,14 @@ def mistakes(lab):
         probabilities = evaluate.predict_probabilities(
             model, images, np.arange(len(images)), lab.device
         )
-        for class_name, (quantity, values) in substructure_strengths().items():
+        for class_name, (quantity, values) in strengths.items():
             k = simulate.CLASS_NAMES.index(class_name)
             correct = probabilities[truth == k].argmax(axis=1) == k
             edges = np.quantile(values, np.linspace(0, 1, STRENGTH_BINS + 1))
             bins = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, STRENGTH_BINS - 1)
             for b in range(STRENGTH_BINS):
                 own, others = probabilities[truth == k, k][bins == b], probabilities[truth != k, k]
-                auc = evaluate.roc_auc_score(
+                auc = roc_auc_score(
                     np.repeat([True, False], [len(own), len(others)]),
                     np.concatenate([own, others]),
                 )
@@ -567,7 +572,8 @@ def main(argv=None):
         precision = "bfloat16" if train.bfloat16_is_fast(device) else "float32"
     cache = ["--cache-dir", str(args.cache_dir)] if args.cache_dir else []
     lab = Lab(
-        args.data, args.unseen, args.out, tuple(args.seeds),
+        args.data, data.load(args.data, args.cache_dir),
+        data.load(args.unseen) if args.unseen else None, args.out, tuple(args.seeds),
         tuple(shlex.split(args.pretraining)), tuple(shlex.split(args.finetuning)),
         ("--precision", precision, "--device", args.device, *cache), device,
     )  # fmt: skip
