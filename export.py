@@ -36,7 +36,8 @@ EXAMPLE = """examples:
   python export.py --weights runs/full/vit-mae-classifier-wt.pth --out lens.onnx
   python export.py --weights runs/full/vit-mae-classifier-wt.pth --precision int8 --out small.onnx
   python export.py --what reconstruction --weights runs/pretrain/vit-mae-wt.pth --out maps.onnx"""
-OPSET = 18
+OPSET, IR_VERSION = 18, 10  # what onnxruntime 1.18 of May 2024 reads already
+LICENCE = "MIT"
 TOLERANCE = 1e-4  # on probabilities in float32, and on residuals relative to the largest
 CHECKED_BATCHES = (1, 7, 256)
 ROUNDS = 2  # of complementary masks in a residual
@@ -87,6 +88,7 @@ def write_onnx(model, path, metadata):
 
 
 def save_proto(proto, path, metadata):
+    proto.ir_version = IR_VERSION
     onnx.helper.set_model_props(proto, metadata)
     onnx.checker.check_model(proto, full_check=True)
     path.write_bytes(proto.SerializeToString())
@@ -235,6 +237,7 @@ def export(args):
     images = some_images(dataset, parts["validation"], max(CHECKED_BATCHES), args.seed)
     metadata = {
         "what": args.what,
+        "licence": LICENCE,
         "class_names": json.dumps(content["class_names"]),
         "img_size": str(model.img_size),
         "transform": json.dumps(content["config"]["transform"]),

@@ -6,6 +6,7 @@ matplotlib.use("Agg")  # no window: machines without a screen
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.collections import PatchCollection
 
 from files import file_to_be
 
@@ -71,8 +72,11 @@ def reconstructions(path, original, masked, reconstruction, class_names):
     _save(figure, path)
 
 
-def residual_maps(path, images, residuals, titles):
-    """Images (n, H, W) above their residuals, in rows of six; one colour scale for all."""
+def residual_maps(path, images, residuals, titles, marks=None):
+    """Images (n, H, W) above their residuals, in rows of six; one colour scale for all.
+
+    `marks`, a list of (P, 3), are the x, y and radius in pixels of circles on the residuals.
+    """
     columns = 6
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(
@@ -88,8 +92,21 @@ def residual_maps(path, images, residuals, titles):
         shown = axes[2 * row + 1, column].imshow(
             residual, vmin=-limit, vmax=limit, cmap="RdBu_r", origin="lower"
         )
-    figure.colorbar(shown, ax=axes, fraction=0.02, label="residual, in the network's scale")
+        if marks is not None:
+            _circles(axes[2 * row + 1, column], marks[i])
+    label = "residual, in the network's scale"
+    if marks is not None:
+        label += "; circles: true point masses and their Einstein radii"
+    figure.colorbar(shown, ax=axes, fraction=0.02, label=label)
     _save(figure, path)
+
+
+def _circles(panel, marks):
+    """Thin circles (P, 3): x, y, radius in pixels; at least half a pixel, to be seen."""
+    circles = [plt.Circle((x, y), max(radius, 0.5)) for x, y, radius in marks]
+    panel.add_collection(
+        PatchCollection(circles, facecolor="none", edgecolor="black", linewidth=0.4)
+    )
 
 
 def contact_sheet(path, images, maps, names, probabilities, class_names):

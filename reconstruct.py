@@ -3,7 +3,7 @@
 Every patch of an image is predicted from others, under several masks; the score of an image is the
 mean squared residual. Leaves in --out: scores.csv (row of the data set, class, score), metrics.json
 (AUC of the score against the classes that the MAE was trained on), scores.png and maps.png (images
-beside their residuals).
+above their residuals; the true point masses are marked in data that simulate.py made).
 """
 
 import argparse
@@ -15,6 +15,7 @@ from sklearn.metrics import roc_auc_score
 
 import data
 import plots
+import simulate
 import train
 import weights
 from evaluate import (
@@ -122,7 +123,19 @@ def reconstruct(args):
         seen(rows[shown])[:, 0].cpu().numpy(),
         residuals(rows[shown])[0][:, 0].cpu().numpy(),
         [f"{dataset.class_names[labels[i]]}, score {scores[i]:.2g}" for i in shown],
+        marks_of(dataset, rows[shown]),
     )
+
+
+def marks_of(dataset, rows):
+    """True point masses in pixels, a list of (P, 3): x, y and Einstein radius; None if unknown."""
+    known = simulate.point_masses_of(dataset.origin, rows)
+    if known is None:
+        return None
+    masses, instrument = known
+    centre = (instrument.pixels - 1) / 2
+    in_pixels = [m / instrument.pixel_scale for m in masses]
+    return [np.column_stack([m[:, 1:] + centre, m[:, 0]]) for m in in_pixels]
 
 
 def parse_args(argv=None):

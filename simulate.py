@@ -13,6 +13,7 @@ in arcsec; x runs along columns and y along rows, both zero at the image's centr
 
 import argparse
 import math
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -285,6 +286,11 @@ def observe(images, model, noise, rng):
     return images
 
 
+def batch_rng(seed, label, start):
+    """The random numbers of the images of a class from place `start` on."""
+    return np.random.default_rng([seed, label, start])
+
+
 def draw(class_name, per_class, seed):
     """Yield (rng, parameters as `sample` gives them) of a class, BATCH images at a time.
 
@@ -293,8 +299,36 @@ def draw(class_name, per_class, seed):
     """
     label = CLASS_NAMES.index(class_name)
     for start in range(0, per_class, BATCH):
-        rng = np.random.default_rng([seed, label, start])
+        rng = batch_rng(seed, label, start)
         yield rng, sample(class_name, min(BATCH, per_class - start), rng)
+
+
+def origin_of(model, per_class, seed, noise):
+    """What a packed data set says of where its images came from; `point_masses_of` reads it."""
+    kind = "noise" if noise else "noise-free"
+    return f"simulate.py {model}, {per_class} a class, seed {seed}, {kind}"
+
+
+def point_masses_of(origin, rows):
+    """True point masses behind rows of a data set: a list of (P, 3), Einstein radius, x, y, arcsec.
+
+    They are drawn once more from the seed that `origin` names. Returns (list, `Instrument`), or
+    None for a data set that was not simulated here.
+    """
+    match = re.fullmatch(r"simulate\.py (\w+), (\d+) a class, seed (\d+), noise(-free)?", origin)
+    if not match or match[1] not in INSTRUMENTS:
+        return None
+    per_class, seed = int(match[2]), int(match[3])
+    batches, masses = {}, []
+    for row in rows:
+        label, place = divmod(int(row), per_class)
+        start = place - place % BATCH
+        if (label, start) not in batches:
+            rng = batch_rng(seed, label, start)
+            count = min(BATCH, per_class - start)
+            batches[label, start] = sample(CLASS_NAMES[label], count, rng)[1]
+        masses.append(batches[label, start][place - start])
+    return masses, INSTRUMENTS[match[1]]
 
 
 def simulate(model, per_class, seed, noise=False, device="cpu", progress=True):
@@ -369,8 +403,7 @@ def main(argv=None):
     if args.layout == "folder":
         write_folder(args.out, batches)
     else:
-        noise = "noise" if args.noise else "noise-free"
-        origin = f"simulate.py {args.model}, {args.per_class} a class, seed {args.seed}, {noise}"
+        origin = origin_of(args.model, args.per_class, args.seed, args.noise)
         write_packed(args.out, batches, args.per_class, args.model, origin)
     print(f"{len(CLASS_NAMES) * args.per_class} images of {args.model} in {args.out}")
 

@@ -509,9 +509,10 @@ def fit(
         weights.save_checkpoint(out, content)
 
     bar = tqdm(
-        total=steps, initial=start, unit="step", desc=Path(out).name,
-        disable=True if args.quiet else None,  # None: unless it is a terminal
+        total=steps * batch_size, initial=start * batch_size, unit="img", unit_scale=True,
+        desc=Path(out).name, disable=True if args.quiet else None,  # None: unless it is a terminal
     )  # fmt: skip
+    shown = {}
     saved_at, order, order_epoch = time.perf_counter(), None, None
     with bar, _Interruption() as interruption:
         for step in range(start, steps):
@@ -538,9 +539,10 @@ def fit(
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
             since += 1
-            bar.update()
+            bar.update(batch_size)
             if step % 10 == 0:
-                bar.set_postfix(loss=f"{loss:.5f}", refresh=False)
+                shown |= {"epoch": f"{step / steps_per_epoch:.1f}/{args.epochs}"}
+                bar.set_postfix(shown | {"loss": f"{loss:.5f}"}, refresh=False)
 
             done = step + 1
             if done * validations // steps > step * validations // steps:
@@ -563,6 +565,8 @@ def fit(
                     state = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
                     best = {"score": score(measured), "model": state}
                 _write_metrics(out, history)
+                key = "macro_auc" if "macro_auc" in measured else "loss"
+                shown[f"validation {key}"] = f"{measured[key]:.5f}"
                 _report(bar, line, args.epochs, seconds * (steps - done) / done)
             stop = interruption.signal
             due = time.perf_counter() - saved_at > CHECKPOINT_SECONDS

@@ -69,7 +69,9 @@ def packed(tmp_path_factory):
     """Packed data set of 100 Model_II images a class."""
     out = tmp_path_factory.mktemp("data") / "packed"
     batches = simulate.simulate("Model_II", 100, seed=3, progress=False)
-    simulate.write_packed(out, batches, 100, "Model_II", "tiny")
+    simulate.write_packed(
+        out, batches, 100, "Model_II", simulate.origin_of("Model_II", 100, 3, False)
+    )
     return out
 
 
@@ -83,7 +85,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory, folder):
-    """Folder of runs on the folder data set: pretrain, head, layernorm, full, scratch, onnx."""
+    """Folder of runs on the folder data set: pretrain, head, layernorm, full, scratch, and ONNX."""
     out = tmp_path_factory.mktemp("runs")
     cache = ("--data", folder, "--cache-dir", out / "cache")
     run_script("pretrain.py", *cache, "--out", out / "pretrain", "--epochs", 2, "--batch-size", 16,
@@ -96,6 +98,8 @@ def runs(tmp_path_factory, folder):
                "--out", out / "scratch", "--epochs", 1, *TINY_NETWORK)  # fmt: skip
     files = [out / s / "vit-mae-classifier-wt.pth" for s in ("head", "layernorm", "full")]
     run_script("export.py", "--weights", *files, *cache, "--out", out / "classifier.onnx")
+    run_script("export.py", "--what", "reconstruction", "--weights", pretrained, *cache,
+               "--out", out / "reconstruction.onnx")  # fmt: skip
     return out
 
 

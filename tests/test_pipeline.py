@@ -27,7 +27,9 @@ import evaluate
 import export
 import finetune
 import mae
+import plots
 import predict
+import reconstruct
 import weights
 
 SCRIPTS = ("simulate", "data", "pretrain", "finetune", "evaluate", "reconstruct", "export",
@@ -196,21 +198,10 @@ def test_an_export_that_loses_auc_is_not_left(runs, folder, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture(scope="module")
-def maps(runs, folder):
-    """The exported residual maps of the pre-trained MAE."""
-    out = runs / "reconstruction.onnx"
-    run_script(
-        "export.py", "--what", "reconstruction", "--weights", runs / "pretrain" / "vit-mae-wt.pth",
-        "--data", folder, "--cache-dir", runs / "cache", "--out", out,
-    )  # fmt: skip
-    return out
-
-
-def test_exported_maps_are_those_of_pytorch(maps, runs, folder):
+def test_exported_maps_are_those_of_pytorch(runs, folder):
     dataset = data.load(folder, runs / "cache")
     images = np.array(dataset.images[:5, None])
-    residual, score = export.run_session(maps, images, batch=2)
+    residual, score = export.run_session(runs / "reconstruction.onnx", images, batch=2)
     network, transform, _ = weights.load_mae(runs / "pretrain" / "vit-mae-wt.pth")
     masks = mae.complementary_masks(network.num_patches, 0.75, export.ROUNDS)
     with torch.no_grad():
@@ -219,7 +210,8 @@ def test_exported_maps_are_those_of_pytorch(maps, runs, folder):
     assert np.allclose(score, squared.mean((1, 2, 3)).numpy(), rtol=1e-3)
 
 
-def test_prediction_draws_a_sheet_with_maps(maps, runs, folder, tmp_path):
+def test_prediction_draws_a_sheet_with_maps(runs, folder, tmp_path):
+    maps = runs / "reconstruction.onnx"
     process = run_script(
         "predict.py", "--model", runs / "classifier.onnx", "--maps", maps, "--out",
         tmp_path / "p.csv", "--sheet", tmp_path / "sheet.png", "--sheet-images", 5, folder / "cdm",
@@ -290,6 +282,9 @@ def test_exported_file_equals_pytorch_and_carries_its_identity(runs, folder):
     onnx.checker.check_model(str(path), full_check=True)
     metadata = {p.key: p.value for p in onnx.load(path).metadata_props}
     assert json.loads(metadata["class_names"]) == ["axion", "cdm", "no_sub"]
+    proto = onnx.load(path)
+    assert (proto.ir_version, proto.opset_import[0].version) == (10, 18)
+    assert (ROOT / "LICENSE").read_text().startswith(metadata["licence"])
     strategies = ("head", "layernorm", "full")
     digests = {export.sha256_of(runs / s / "vit-mae-classifier-wt.pth"): s for s in strategies}
     strategy = digests[metadata["weights_sha256"]]
@@ -536,6 +531,23 @@ def test_residuals_are_scored_mapped_and_compared_without_labels(runs, folder, t
     assert f"{result['auc']['all']['value']:.4f}" in process.stdout
     for name in ("maps.png", "scores.png"):
         assert (tmp_path / "out" / name).stat().st_size > 5000
+
+
+def test_true_masses_are_marked_on_the_maps(runs, packed, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "residual_maps", lambda *arguments: drawn.append(arguments))
+    reconstruct.main([
+        "--data", str(packed), "--out", str(tmp_path / "out"), "--resamples", "20",
+        "--weights", str(runs / "pretrain" / "vit-mae-wt.pth"),
+    ])  # fmt: skip
+    _, images, residuals, titles, marks = drawn[0]
+    assert images.shape == residuals.shape == (9, 64, 64)
+    for title, circles in zip(titles, marks, strict=True):
+        assert len(circles) == {"axion": 100, "cdm": 25, "no_sub": 0}[title.split(",")[0]]
+    # A pixel is 0.101", and the ring of the subhalos 0.25" to 2" away from the centre (31.5, 31.5).
+    cdm = np.concatenate([m for t, m in zip(titles, marks, strict=True) if t.startswith("cdm")])
+    distance = 0.101 * np.hypot(cdm[:, 0] - 31.5, cdm[:, 1] - 31.5)
+    assert 0.25 <= distance.min() < distance.max() <= 2.0
 
 
 def test_an_unwritable_folder_is_named(runs, folder, tmp_path):

@@ -115,6 +115,26 @@ def test_both_layouts_hold_the_same_images(packed, folder):
         assert one == two
 
 
+def test_true_masses_are_those_of_the_images(packed):
+    dataset = data.load(packed)
+    rows = [3, 107, 199, 250]
+    masses, instrument = simulate.point_masses_of(dataset.origin, rows)
+    assert [len(m) for m in masses] == [100, 25, 25, 0]
+    for row, own in zip(rows, masses, strict=True):
+        label, place = divmod(row, 100)
+        _, (sources, _, _) = next(simulate.draw(simulate.CLASS_NAMES[label], 100, seed=3))
+        image = simulate.render(sources[[place]], own[None], instrument)[0].numpy()
+        image *= instrument.copies
+        assert np.abs(image - dataset.images[row]).max() < 1e-5 * image.max()
+
+
+@pytest.mark.parametrize(
+    "origin", ["folder lenses", "simulate.py Model_IX, 9 a class, seed 0, noise"]
+)
+def test_masses_of_images_from_elsewhere_are_unknown(origin):
+    assert simulate.point_masses_of(origin, [0]) is None
+
+
 def test_folder_layout_is_the_published_one(folder):
     axion = np.load(next((folder / "axion").glob("*.npy")), allow_pickle=True)
     assert axion.dtype == object
