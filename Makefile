@@ -1,4 +1,5 @@
 # make reproduce [DATA=folder]   everything from images to predictions, in runs/; goes on where it stopped
+#   PRETRAINING, FINETUNING      more options for pretrain.py and finetune.py, such as "--augment noise"
 # make study [DATA=folder]       the experiments behind the README's tables, in docs/results/; hours
 # make test                      the tests
 # make test-heavy                the same with more kills, more fuzzed files, more images
@@ -66,17 +67,17 @@ $(RUNS)/dataset.json: $(SIMULATED) FORCE | $(READY)
 	$(PY) data.py $(INPUT) --out $@
 
 $(PRETRAINED): $(RUNS)/dataset.json | $(READY)
-	$(PY) pretrain.py $(INPUT) --out $(@D) --resume
+	$(PY) pretrain.py $(INPUT) --out $(@D) --resume $(PRETRAINING)
 
 $(HEAD) $(FULL): $(RUNS)/%/vit-mae-classifier-wt.pth: $(PRETRAINED)
-	$(PY) finetune.py $(INPUT) --pretrained $(PRETRAINED) --strategy $* --out $(@D) --resume
+	$(PY) finetune.py $(INPUT) --pretrained $(PRETRAINED) --strategy $* --out $(@D) --resume $(FINETUNING)
 
 # The LayerNorms go on from a head that is right already.
 $(LAYERNORM): $(HEAD)
-	$(PY) finetune.py $(INPUT) --pretrained $(HEAD) --strategy layernorm --out $(@D) --resume
+	$(PY) finetune.py $(INPUT) --pretrained $(HEAD) --strategy layernorm --out $(@D) --resume $(FINETUNING)
 
 $(SCRATCH): $(RUNS)/dataset.json | $(READY)
-	$(PY) finetune.py $(INPUT) --pretrained none --strategy full --out $(@D) --resume
+	$(PY) finetune.py $(INPUT) --pretrained none --strategy full --out $(@D) --resume $(FINETUNING)
 
 $(RUNS)/evaluation/metrics.json: $(STRATEGIES) $(SCRATCH)
 	$(PY) evaluate.py $(INPUT) --weights $^ --out $(@D)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+import distributed
 import plots
 import train
 import weights
@@ -27,20 +28,27 @@ EXAMPLE = """examples:
       --pretrained runs/pretrain/vit-mae-wt.pth
   python finetune.py --data lenses --strategy full --out runs/scratch --pretrained none"""
 
-# Largest learning rate, epochs and patch dropout by strategy; chosen on validation. A classifier
-# that is gone on from has a head that is right already: large steps would spoil it.
+# Largest learning rate and patch dropout by strategy, and (epochs, steps at the least where images
+# are few); chosen on validation. A classifier that is gone on from has a head that is right
+# already: large steps would spoil it.
 DEFAULTS = {
-    "head": {"lr": 2e-3, "epochs": 50, "patch_dropout": 0.0},
-    "layernorm": {"lr": 1e-2, "epochs": 2, "patch_dropout": 0.5},
-    "full": {"lr": 2e-3, "epochs": 2, "patch_dropout": 0.5},
+    "head": {"lr": 2e-3, "epochs": (50, 1000), "patch_dropout": 0.0},
+    "layernorm": {"lr": 1e-2, "epochs": (2, 1000), "patch_dropout": 0.5},
+    "full": {"lr": 2e-3, "epochs": (4, 1000), "patch_dropout": 0.5},
 }
 GOING_ON = {
-    "head": {"lr": 2e-4, "epochs": 20, "patch_dropout": 0.0},
-    "layernorm": {"lr": 3e-4, "epochs": 1, "patch_dropout": 0.0},
-    "full": {"lr": 2e-4, "epochs": 1, "patch_dropout": 0.0},
+    "head": {"lr": 2e-4, "epochs": (20, 300), "patch_dropout": 0.0},
+    "layernorm": {"lr": 3e-4, "epochs": (1, 300), "patch_dropout": 0.0},
+    "full": {"lr": 2e-4, "epochs": (1, 300), "patch_dropout": 0.0},
 }
 OTHER_SIZE = ": pre-train on images of this size"
 ALL_PATCHES_FROM = 0.5  # of the steps: from then on no patch is left out
+
+
+def usual(args):
+    """What is used where an option is not given, by strategy and kind of --pretrained."""
+    going_on = args.pretrained != "none" and weights.holds_classifier(args.pretrained)
+    return (GOING_ON if going_on else DEFAULTS)[args.strategy]
 
 
 def build_classifier(args, dataset, train_rows):
@@ -113,13 +121,16 @@ def layer_of(name, depth):
 
 
 def finetune(args):
-    dataset = data.load(args.data, args.cache_dir)
+    with distributed.first_goes_first():
+        dataset = data.load(args.data, args.cache_dir)
     if len(dataset.class_names) < 2:
         raise UserError(f"{args.data} has one class only: a classifier needs at least two")
     parts = data.split(dataset, args.split_seed)
     rows = parts["train"]
     if args.labels < 1:
         rows = share_of_each_class(dataset.labels, rows, args.labels, args.seed)
+    if args.epochs is None:
+        args.epochs = train.enough_epochs(*usual(args)["epochs"], len(rows), args.batch_size)
     device = train.resolve_device(args.device)
     torch.manual_seed(args.seed)
     model, config = build_classifier(args, dataset, rows)
@@ -149,11 +160,19 @@ def finetune(args):
 
         def logits_of(batch, **_):
             return model.fc(features[batch])
+
+        training_logits = logits_of
     else:
         trained = model
 
-        def logits_of(batch, ids_keep=None, augmentations=()):
-            return model(augment(read(batch), augmentations), ids_keep)
+        def logits_of(batch, augmentations=()):
+            return model(augment(read(batch), augmentations))
+
+        def training_logits(batch, ids_keep):
+            images = augment(read(batch), args.augment)
+            own = distributed.share(len(batch))
+            features = model.features(images[own], None if ids_keep is None else ids_keep[own])
+            return model.fc(distributed.gather(features))
 
     def batch_loss(batch, progress):
         ids_keep = None
@@ -161,7 +180,7 @@ def finetune(args):
             keep = max(1, round(model.num_patches * (1 - args.patch_dropout)))
             noise = torch.rand(len(batch), model.num_patches, device=device)
             ids_keep, _ = random_masking(noise, keep)
-        logits = logits_of(batch, ids_keep=ids_keep, augmentations=args.augment).float()
+        logits = training_logits(batch, ids_keep=ids_keep).float()
         target = labels[batch]
         correct = (logits.detach().argmax(dim=1) == target).float().mean()
         return {"loss": F.cross_entropy(logits, target), "accuracy": correct}
@@ -197,6 +216,8 @@ def finetune(args):
         trained.load_state_dict(state)
         trained.eval()
         logits = train.in_batches(logits_of, parts["validation"])
+        if not distributed.is_first():
+            return
         model.temperature.fill_(fit_temperature(logits, labels[parts["validation"]].cpu()))
         plots.classifier_curves(args.out / "curves.png", history)
         best = max(history, key=lambda line: line["validation_macro_auc"])
@@ -274,10 +295,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.pretrained != "none":
         args.pretrained = Path(args.pretrained)
-    going_on = args.pretrained != "none" and weights.holds_classifier(args.pretrained)
-    for name, value in (GOING_ON if going_on else DEFAULTS)[args.strategy].items():
+    for name in ("lr", "patch_dropout"):
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            setattr(args, name, usual(args)[name])
     train.check_arguments(args)
     for flag in ("layer_decay", "labels"):
         if not 0 < getattr(args, flag) <= 1:
@@ -292,7 +312,9 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    finetune(parse_args(argv))
+    args = parse_args(argv)
+    with distributed.processes(args.device):
+        finetune(args)
 
 
 if __name__ == "__main__":

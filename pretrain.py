@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import data
+import distributed
 import plots
 import train
 import weights
@@ -17,7 +18,8 @@ from augment import augment
 from files import UserError, run
 from mae import MAE
 
-EXAMPLE = "example: python pretrain.py --data lenses --out runs/pretrain --epochs 8"
+EXAMPLE = "example: python pretrain.py --data lenses --out runs/pretrain"
+EPOCHS, FEWEST_STEPS = 8, 1500
 
 
 def mae_config(args, img_size):
@@ -44,12 +46,15 @@ def validation_noise(count, num_patches, seed):
 
 
 def pretrain(args):
-    dataset = data.load(args.data, args.cache_dir)
+    with distributed.first_goes_first():
+        dataset = data.load(args.data, args.cache_dir)
     parts = data.split(dataset, args.split_seed)
     classes = dataset.class_names if args.classes == ["all"] else args.classes
     rows, validation = (
         rows_of_classes(dataset, parts[part], classes) for part in ("train", "validation")
     )
+    if args.epochs is None:
+        args.epochs = train.enough_epochs(EPOCHS, FEWEST_STEPS, len(rows), args.batch_size)
     device = train.resolve_device(args.device)
     config = mae_config(args, dataset.img_size)
     transform_constants = train.fit_transform(dataset.images, rows, args.transform, args.augment)
@@ -62,7 +67,10 @@ def pretrain(args):
     place = {row: i for i, row in enumerate(validation)}
 
     def batch_loss(batch, _):
-        loss, _, _ = model(transform(augment(read(batch), args.augment)), args.mask_ratio)
+        images = augment(read(batch), args.augment)
+        noise = torch.rand(len(batch), model.num_patches, device=device)
+        own = distributed.share(len(batch))
+        loss, _, _ = model(transform(images[own]), args.mask_ratio, noise[own])
         return {"loss": loss}
 
     def validate():
@@ -86,6 +94,8 @@ def pretrain(args):
             model, groups, batch_loss, validate, rows,
             args=args, settings=settings, checkpoint=checkpoint, device=device, betas=(0.9, 0.95),
         )  # fmt: skip
+        if not distributed.is_first():
+            return
         plots.loss_curves(args.out / "loss.png", history, "reconstruction error (masked patches)")
         plots.reconstructions(
             args.out / "reconstructions.png",
@@ -127,7 +137,7 @@ def parse_args(argv=None):
     )
     data.add_data_arguments(parser)
     train.add_training_arguments(parser)
-    parser.set_defaults(epochs=8, lr=2e-3)
+    parser.set_defaults(lr=2e-3)
     train.add_model_arguments(parser)
     group = parser.add_argument_group("masked autoencoder")
     group.add_argument("--mask-ratio", type=float, default=0.75, help="share of patches removed")
@@ -150,7 +160,9 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    pretrain(parse_args(argv))
+    args = parse_args(argv)
+    with distributed.processes(args.device):
+        pretrain(args)
 
 
 if __name__ == "__main__":

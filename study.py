@@ -38,9 +38,8 @@ EXAMPLE = """examples:
 
 STRATEGIES = ("head", "layernorm", "full")
 # Epochs from scratch that cost at least as much processor time as pre-training and fine-tuning.
-SCRATCH_EPOCHS = 4
+SCRATCH_EPOCHS = 6
 LABEL_SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)
-FEWEST_STEPS = 1000  # of a fine-tuning with few labels
 ROBUSTNESS_PER_CLASS = 1000
 MISTAKES_PER_CLASS = 10000
 # (data model, images a class, noise, options of pretrain.py)
@@ -169,7 +168,8 @@ def summary(lab, strategy, path, dataset):
 
 def pretraining_epochs(lab):
     """Epochs of the study's usual pre-training."""
-    return pretrain.parse_args(["--data", "", "--out", "", *lab.pretraining]).epochs
+    options = pretrain.parse_args(["--data", "", "--out", "", *lab.pretraining])
+    return options.epochs or pretrain.EPOCHS
 
 
 # Experiments: each takes the lab and gives the rows of its table, dicts with "run" and "seed".
@@ -239,11 +239,7 @@ def labels(lab):
             for name in ("head", "full", "scratch"):
                 strategy = "head" if name == "head" else "full"
                 start = "none" if name == "scratch" else pretrained(lab, "base", seed)
-                options = []
-                if share < 1:
-                    epochs = finetune.DEFAULTS[strategy]["epochs"]
-                    epochs = max(epochs, round(FEWEST_STEPS * 64 / (share * train_images)))
-                    options = ["--labels", share, "--epochs", epochs, "--validations", 3]
+                options = ["--labels", share, "--validations", 3] if share < 1 else []
                 folder = f"labels-{share:g}" if share < 1 else "base"
                 path = finetuned(lab, folder, seed, strategy, start, *options)
                 result = measured(lab, path, lab.dataset)

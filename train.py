@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import distributed
 import weights
 from augment import KINDS as AUGMENTATIONS
 from augment import augment
@@ -34,6 +35,7 @@ TRANSFORM_IMAGES = 2000  # training images that the transform's constants are ta
 SOFTENING = 0.001  # of the mean intensity: where the logarithm becomes linear, if noise does not
 BATCHNORM_IMAGES = 2048  # training images that BatchNorm's statistics are taken from
 EVALUATION_BATCH = 256
+MOST_VALIDATIONS = 50  # unless --validations says otherwise
 CHECKPOINT_SECONDS = 30.0
 
 
@@ -68,13 +70,17 @@ def add_training_arguments(parser):
     """How the loop runs; the values differ between pre-training and fine-tuning."""
     group = parser.add_argument_group("training")
     group.add_argument("--out", type=Path, required=True, help="folder of the run")
-    group.add_argument("--epochs", type=int, default=None, help="passes over the training images")
+    group.add_argument(
+        "--epochs", type=int, default=None,
+        help="passes over the training images (default: what suits many images; more for few)",
+    )  # fmt: skip
     group.add_argument("--batch-size", type=int, default=64, help="images a step")
     group.add_argument("--lr", type=float, default=None, help="largest learning rate")
     group.add_argument("--weight-decay", type=float, default=0.05, help="on matrices")
     group.add_argument(
         "--validations", type=int, default=None, metavar="N",
-        help="how often validation is looked at in all (default: once an epoch)",
+        help="how often validation is looked at in all (default: once an epoch, "
+        f"{MOST_VALIDATIONS} times at most)",
     )  # fmt: skip
     group.add_argument(
         "--augment", type=_augmentations, default=(), metavar="KIND,...",
@@ -99,6 +105,12 @@ def _augmentations(text):
         if kind not in AUGMENTATIONS:
             raise argparse.ArgumentTypeError(f"{kind!r} is not among {', '.join(AUGMENTATIONS)}")
     return kinds
+
+
+def enough_epochs(usual, fewest_steps, images, batch_size):
+    """`usual` epochs, or as many as make `fewest_steps` steps where the images are few."""
+    steps_per_epoch = max(1, images // batch_size)
+    return max(usual, math.ceil(fewest_steps / steps_per_epoch))
 
 
 def check_arguments(args):
@@ -142,7 +154,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def resolve_device(name):
     """torch.device of "auto", "cpu", "cuda" or "cuda:N"; UserError if it is not there."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = distributed.local_device() if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -182,8 +194,13 @@ def choose_precision(wanted, model, batch_loss, device):
     unmeasured, and a measured one must be clearly faster to displace the one before: forms round
     differently, and the same command should give the same weights twice.
 
+    Several processes decide by the first one's matrix products alone.
+
     Returns (`Precision`, {`Precision`: seconds}), the latter empty where nothing was measured.
     """
+    if wanted == "auto" and distributed.count() > 1:
+        is_fast = distributed.decision_of_first(lambda: bfloat16_is_fast(device))
+        wanted = "bfloat16" if is_fast else "float32"
     if wanted != "auto":
         # In bfloat16 the backward of the fused kernel is slow on CPUs.
         fused = wanted == "float32" or device.type == "cuda"
@@ -285,9 +302,14 @@ def noise_level(images):
 
 @torch.no_grad()
 def in_batches(function, rows, batch_size=EVALUATION_BATCH):
-    """`function` over rows, some at a time, the results (float32, on the CPU) put together."""
+    """`function` over rows, some at a time, the results (float32, on the CPU) put together.
+
+    Several processes share the work, and each has all of the result.
+    """
     parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    return torch.cat([function(part).float().cpu() for part in parts])
+    own = parts[distributed.rank() :: distributed.count()]
+    results = [function(part).float().cpu() for part in own]
+    return torch.cat(distributed.gathered_list(results))
 
 
 @torch.no_grad()
@@ -355,10 +377,14 @@ def learning_rate(step, steps, peak, warmup_share=0.05):
 def run_folder(out):
     """Make a run's folder and hold it: a second run into it is refused while this one lives.
 
-    The lock belongs to the process, so one that was killed leaves none behind.
+    The lock belongs to the process, so one that was killed leaves none behind. Of several processes
+    of one run the first holds it.
     """
     out = Path(out)
     make_folder(out)
+    if not distributed.is_first():
+        yield out
+        return
     with (out / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -369,6 +395,8 @@ def run_folder(out):
 
 def write_config(out, args, dataset, **more):
     """Leave `config.json`: the options, the data and the versions behind a run."""
+    if not distributed.is_first():
+        return
     options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     described = {"origin": dataset.origin, "fingerprint": dataset.fingerprint}
@@ -443,7 +471,8 @@ def fit(
     ----------
     model : module whose state is trained, checkpointed and returned.
     groups : what learns, see `parameter_groups`.
-    batch_loss : (rows (b,), share of the steps done) -> dict of scalar tensors, "loss" among them.
+    batch_loss : (rows (b,), share of the steps done) -> dict of scalar tensors, "loss" among them;
+        of several processes each computes its share of the rows.
     validate : () -> dict of numbers; must not draw from torch's global random numbers.
     rows : (n,) int, the training rows.
     args : options of `add_training_arguments`.
@@ -458,22 +487,28 @@ def fit(
     out, batch_size = args.out, min(args.batch_size, len(rows))
     if len(rows) < 2:
         raise UserError("fewer than two training images: give a larger data set")
+    if batch_size % distributed.count():
+        raise UserError(
+            f"--batch-size {batch_size} cannot be shared by {distributed.count()} processes"
+        )
     steps_per_epoch = len(rows) // batch_size
     steps = args.epochs * steps_per_epoch
-    validations = args.validations or args.epochs
+    validations = args.validations or min(args.epochs, MOST_VALIDATIONS)
 
     if checkpoint:
         precision = Precision(*checkpoint["precision"])
         how = "as in the checkpoint"
     else:
         model.train()
-        first = rows[:batch_size]
+        sample = rows[:batch_size]
         precision, seconds = choose_precision(
-            args.precision, model, lambda: batch_loss(first, 0.0)["loss"], device
+            args.precision, model, lambda: batch_loss(sample, 0.0)["loss"], device
         )
         timings = [f"{p.name}/{p.attention} {1e3 * t:.0f} ms" for p, t in seconds.items()]
         how = ", ".join(timings) or "as asked"
-    print(f"{device}: {precision.name}, {precision.attention} attention ({how})")
+    first = distributed.is_first()
+    if first:
+        print(f"{device}: {precision.name}, {precision.attention} attention ({how})")
     set_attention_form(model, precision.attention)
 
     optimizers = new_optimizers(groups, args.lr, betas)
@@ -487,9 +522,11 @@ def fit(
         torch.set_rng_state(checkpoint["rng"])
         if device.type == "cuda":
             torch.cuda.set_rng_state(checkpoint["cuda_rng"], device)
-        print(f"goes on at step {start} of {steps}")
+        if first:
+            print(f"goes on at step {start} of {steps}")
 
     begun = time.perf_counter() - elapsed
+    averaged_loss = distributed.averaging(model, batch_loss)
 
     def save_checkpoint(step):
         content = {
@@ -510,7 +547,8 @@ def fit(
 
     bar = tqdm(
         total=steps * batch_size, initial=start * batch_size, unit="img", unit_scale=True,
-        desc=Path(out).name, disable=True if args.quiet else None,  # None: unless it is a terminal
+        desc=Path(out).name,
+        disable=True if args.quiet or not first else None,  # None: unless it is a terminal
     )  # fmt: skip
     shown = {}
     saved_at, order, order_epoch = time.perf_counter(), None, None
@@ -527,7 +565,7 @@ def fit(
             model.train()
             with precision.autocast(device):
                 batch = order[position * batch_size : (position + 1) * batch_size]
-                losses = batch_loss(batch, step / steps)
+                losses = averaged_loss(batch, step / steps)
             loss = losses["loss"].item()
             _require_finite("training loss", loss, step, lr, out)
             losses["loss"].backward()
@@ -550,12 +588,13 @@ def fit(
                 measured = validate()
                 for name, value in measured.items():
                     _require_finite(f"validation {name}", value, step, lr, out)
+                means = distributed.mean([total / since for total in sums.values()])
                 seconds = time.perf_counter() - begun
                 line = {
                     "epoch": round(done / steps_per_epoch, 4),
                     "step": done,
                     "lr": lr,
-                    **{f"train_{name}": total / since for name, total in sums.items()},
+                    **{f"train_{name}": mean for name, mean in zip(sums, means, strict=True)},
                     **{f"validation_{name}": value for name, value in measured.items()},
                     "seconds": round(seconds, 2),
                 }
@@ -564,21 +603,25 @@ def fit(
                 if score and (best is None or score(measured) > best["score"]):
                     state = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
                     best = {"score": score(measured), "model": state}
-                _write_metrics(out, history)
+                if first:
+                    _write_metrics(out, history)
                 key = "macro_auc" if "macro_auc" in measured else "loss"
                 shown[f"validation {key}"] = f"{measured[key]:.5f}"
-                _report(bar, line, args.epochs, seconds * (steps - done) / done)
+                if first:
+                    _report(bar, line, args.epochs, seconds * (steps - done) / done)
             stop = interruption.signal
             due = time.perf_counter() - saved_at > CHECKPOINT_SECONDS
             if due or stop or done == steps:
                 largest = max(p.detach().abs().max().item() for p in model.parameters())
                 _require_finite("largest weight", largest, step, lr, out)
-                save_checkpoint(done)
+                if first:
+                    save_checkpoint(done)
                 saved_at = time.perf_counter()
             if stop:
                 print(f"stopped at step {done} of {steps}: go on with --resume", file=sys.stderr)
                 raise SystemExit(128 + stop)
-    _write_metrics(out, history)
+    if first:
+        _write_metrics(out, history)
     state = best["model"] if best else model.state_dict()
     return state, history, precision
 

@@ -332,6 +332,22 @@ def test_batchnorm_statistics_are_those_of_the_training_images():
     assert model[1].momentum == 0.1
 
 
+def test_few_images_are_passed_over_more_often():
+    assert train.enough_epochs(2, 1000, 72_000, 64) == 2
+    assert train.enough_epochs(2, 1000, 640, 64) == 100
+    assert train.enough_epochs(2, 1000, 10, 64) == 1000
+
+
+def test_the_steps_of_a_run_on_few_images_are_enough(packed, runs, tmp_path, monkeypatch):
+    monkeypatch.setitem(finetune.DEFAULTS["head"], "epochs", (2, 30))
+    finetune.main([
+        "--data", str(packed), "--pretrained", str(runs / "pretrain" / "vit-mae-wt.pth"),
+        "--strategy", "head", "--out", str(tmp_path / "head"), "--quiet",
+    ])  # fmt: skip
+    lines = (tmp_path / "head" / "metrics.jsonl").read_text().splitlines()
+    assert (json.loads(lines[-1])["epoch"], json.loads(lines[-1])["step"]) == (10, 30)
+
+
 def test_learning_rate_warms_up_and_ends_at_zero():
     rates = [train.learning_rate(step, 100, 1.0) for step in range(100)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
