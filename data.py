@@ -16,10 +16,20 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from files import UserError, directory_to_be, make_folder, read_json, read_npy, run, write_json
+from files import (
+    UserError,
+    directory_to_be,
+    forget_pages,
+    make_folder,
+    read_json,
+    read_npy,
+    run,
+    write_json,
+)
 
 FORMAT = 1
 CHECK_BLOCK = 4096  # images looked at together when pixels are checked
+FLUSH_EVERY = 50_000  # images written, until their memory is given back
 PARTS = ("train", "validation", "test")
 
 
@@ -69,6 +79,9 @@ class PackedWriter:
             self.labels[self.count] = label
             self.images[self.count] = image
             self.count += 1
+            if self.count % FLUSH_EVERY == 0:
+                self.images.flush()
+                forget_pages(self.images)
 
     def close(self):
         if self.count != len(self.images):
@@ -201,6 +214,7 @@ def _open_packed(folder):
     for start in range(0, n, CHECK_BLOCK):
         if not np.isfinite(images[start : start + CHECK_BLOCK]).all():
             raise UserError(f"{folder}/images.npy has NaN or infinite pixels: make it anew")
+        forget_pages(images)
     origin = str(description.get("origin", ""))
     return Dataset(images, labels, groups, tuple(class_names), fingerprint, origin)
 

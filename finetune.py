@@ -212,6 +212,7 @@ def finetune(args):
         state, history, precision = train.fit(
             trained, groups, batch_loss, validate, rows, args=args, settings=settings,
             checkpoint=checkpoint, device=device, score=lambda measured: measured["macro_auc"],
+            in_blocks=args.strategy != "head" and train.larger_than_memory(dataset.images),
         )  # fmt: skip
         trained.load_state_dict(state)
         trained.eval()

@@ -93,6 +93,7 @@ def pretrain(args):
         state, history, precision = train.fit(
             model, groups, batch_loss, validate, rows,
             args=args, settings=settings, checkpoint=checkpoint, device=device, betas=(0.9, 0.95),
+            in_blocks=train.larger_than_memory(dataset.images),
         )  # fmt: skip
         if not distributed.is_first():
             return

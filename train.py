@@ -11,6 +11,7 @@ import fcntl
 import itertools
 import json
 import math
+import os
 import platform
 import shlex
 import signal
@@ -27,7 +28,7 @@ import distributed
 import weights
 from augment import KINDS as AUGMENTATIONS
 from augment import augment
-from files import UserError, make_folder, write_json, write_text
+from files import UserError, forget_pages, make_folder, write_json, write_text
 from mae import ATTENTION_FORMS, TRANSFORM_KINDS, IntensityTransform, set_attention_form
 from optim import Muon
 
@@ -37,6 +38,8 @@ BATCHNORM_IMAGES = 2048  # training images that BatchNorm's statistics are taken
 EVALUATION_BATCH = 256
 MOST_VALIDATIONS = 50  # unless --validations says otherwise
 CHECKPOINT_SECONDS = 30.0
+READ_BLOCK, BLOCKS_TOGETHER = 256, 64  # images, where not all of them fit into memory
+FORGET_AFTER = 2**30  # bytes read, until mapped pages are given back
 
 
 class Precision(NamedTuple):
@@ -244,15 +247,60 @@ def choose_precision(wanted, model, batch_loss, device):
 
 
 def batch_reader(images, device):
-    """Function from rows (numpy) to a batch of raw images (b, 1, H, W) on the device."""
+    """Function from rows (numpy) to a batch of raw images (b, 1, H, W) on the device.
+
+    A GPU keeps the whole data set, if that leaves half of its free memory; else batches are copied
+    while it computes.
+    """
+    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+        return reader_of_stored(images, device)
+    read_bytes = 0
 
     def read(rows):
+        nonlocal read_bytes
         batch = torch.from_numpy(np.ascontiguousarray(images[rows])).unsqueeze(1)
+        read_bytes += batch.nbytes
+        if read_bytes > FORGET_AFTER:
+            forget_pages(images)
+            read_bytes = 0
         if device.type == "cuda":
             return batch.pin_memory().to(device, non_blocking=True)
         return batch
 
     return read
+
+
+def reader_of_stored(images, device):
+    """A `batch_reader` of images that are copied to the device once."""
+    stored = torch.empty(images.shape, device=device)
+    for start in range(0, len(images), READ_BLOCK):
+        part = np.array(images[start : start + READ_BLOCK])
+        stored[start : start + READ_BLOCK] = torch.from_numpy(part)
+    forget_pages(images)
+    return lambda rows: stored[torch.as_tensor(rows, device=device)].unsqueeze(1)
+
+
+def larger_than_memory(images):
+    """Whether this machine will hardly keep all `images` in its memory while it trains."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return images.nbytes > memory / 2
+
+
+def shuffled(rows, rng, in_blocks=False):
+    """Rows in random order.
+
+    `in_blocks`, neighbours are drawn together, to be read together: blocks of READ_BLOCK rows come
+    in random order, and BLOCKS_TOGETHER of them at a time are mixed.
+    """
+    if not in_blocks:
+        return rng.permutation(rows)
+    blocks = np.split(np.sort(rows), np.arange(READ_BLOCK, len(rows), READ_BLOCK))
+    order = rng.permutation(len(blocks))
+    mixed = []
+    for start in range(0, len(order), BLOCKS_TOGETHER):
+        together = [blocks[i] for i in order[start : start + BLOCKS_TOGETHER]]
+        mixed.append(rng.permutation(np.concatenate(together)))
+    return np.concatenate(mixed)
 
 
 @contextlib.contextmanager
@@ -464,6 +512,7 @@ def fit(
     device,
     betas=(0.9, 0.999),
     score=None,
+    in_blocks=False,
 ):
     """Train `model`, leaving checkpoints and `metrics.jsonl` in the run's folder.
 
@@ -479,6 +528,7 @@ def fit(
     settings : see `settings_of`.
     checkpoint : see `checkpoint_to_resume`.
     score : validation dict -> number; the weights with the largest are returned. None: the last.
+    in_blocks : see `shuffled`.
 
     Returns (state dict, history: a list of dicts, the lines of metrics.jsonl, `Precision`).
     Raises UserError if the loss is not finite; SystemExit 130 or 143 after SIGINT or SIGTERM, with
@@ -556,7 +606,8 @@ def fit(
         for step in range(start, steps):
             epoch, position = divmod(step, steps_per_epoch)
             if epoch != order_epoch:
-                order = np.random.default_rng([args.seed, epoch]).permutation(rows)
+                rng = np.random.default_rng([args.seed, epoch])
+                order = shuffled(rows, rng, in_blocks)
                 order_epoch = epoch
             lr = learning_rate(step, steps, args.lr)
             for group in itertools.chain.from_iterable(o.param_groups for o in optimizers):

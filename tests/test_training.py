@@ -332,6 +332,44 @@ def test_batchnorm_statistics_are_those_of_the_training_images():
     assert model[1].momentum == 0.1
 
 
+def test_rows_in_blocks_are_all_there_and_read_together():
+    rows = np.flatnonzero(np.random.default_rng(0).random(100_000) < 0.8)
+    order = train.shuffled(rows, np.random.default_rng(1), in_blocks=True)
+    assert np.array_equal(np.sort(order), rows)
+    assert np.array_equal(order, train.shuffled(rows, np.random.default_rng(1), in_blocks=True))
+    together = train.READ_BLOCK * train.BLOCKS_TOGETHER
+    position = np.searchsorted(rows, order)
+    first = position[:together] // train.READ_BLOCK
+    assert len(np.unique(first)) == train.BLOCKS_TOGETHER
+    # Mixed: neighbours in the order come from different blocks, and classes from all over.
+    assert (np.diff(first) == 0).mean() < 0.05
+    assert abs(position[:together].mean() - len(rows) / 2) < len(rows) / 10
+
+
+@pytest.mark.parametrize("script", [pretrain, finetune])
+def test_images_that_do_not_fit_into_memory_are_trained_on_all_the_same(
+    script, packed, runs, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train, "larger_than_memory", lambda _: True)
+    monkeypatch.setattr(train, "READ_BLOCK", 4)
+    monkeypatch.setattr(train, "BLOCKS_TOGETHER", 2)
+    monkeypatch.setattr(train, "FORGET_AFTER", 10)
+    seen = spy_on_rows(monkeypatch)
+    arguments = pretrain_command(packed, tmp_path / "run")
+    if script is finetune:
+        arguments = ["--data", packed, "--out", tmp_path / "run", "--strategy", "full", "--epochs",
+                     1, "--pretrained", runs / "pretrain" / "vit-mae-wt.pth"]  # fmt: skip
+    script.main([str(a) for a in arguments])
+    assert set(data.split(data.load(packed))["train"][-80:]) <= seen
+
+
+def test_a_data_set_kept_on_the_device_gives_the_same_batches(packed):
+    images, device = data.load(packed).images, torch.device("cpu")
+    rows = np.array([250, 3, 299, 3])
+    batch = train.reader_of_stored(images, device)(rows)
+    assert torch.equal(batch, train.batch_reader(images, device)(rows))
+
+
 def test_few_images_are_passed_over_more_often():
     assert train.enough_epochs(2, 1000, 72_000, 64) == 2
     assert train.enough_epochs(2, 1000, 640, 64) == 100
