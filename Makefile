@@ -1,6 +1,7 @@
 # make reproduce [DATA=folder]   everything from images to predictions, in runs/; goes on where it stopped
 #   PRETRAINING, FINETUNING      more options for pretrain.py and finetune.py, such as "--augment noise"
 # make study [DATA=folder]       the experiments behind the README's tables, in docs/results/; hours
+# make bench                     the table of speeds, in runs/bench
 # make test                      the tests
 # make test-heavy                the same with more kills, more fuzzed files, more images
 # make clean                     remove runs/
@@ -11,6 +12,7 @@ PER_CLASS ?= 30000
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
+PEERS := .venv-bench
 
 # Without DATA the images are simulated; a folder given with DATA is packed once into runs/cache.
 ifdef DATA
@@ -33,7 +35,7 @@ SCRATCH := $(RUNS)/scratch/vit-mae-classifier-wt.pth
 MODEL := $(RUNS)/classifier.onnx
 MAPS := $(RUNS)/reconstruction.onnx
 
-.PHONY: reproduce study test test-heavy clean FORCE
+.PHONY: reproduce study bench test test-heavy clean FORCE
 .DELETE_ON_ERROR:
 
 reproduce: $(RUNS)/evaluation/metrics.json $(RUNS)/residuals/metrics.json $(RUNS)/predictions.csv
@@ -42,6 +44,10 @@ reproduce: $(RUNS)/evaluation/metrics.json $(RUNS)/residuals/metrics.json $(RUNS
 # UNSEEN=folder tests on images of another simulator as well.
 study: $(RUNS)/dataset.json
 	$(PY) study.py $(INPUT) --out $(RUNS)/study $(if $(UNSEEN),--unseen $(UNSEEN))
+
+# In an environment of its own, with what it compares with.
+bench: $(PEERS)/ready
+	$(PEERS)/bin/python bench.py --out $(RUNS)/bench
 
 test: $(READY)
 	$(PY) -m pytest -q tests
@@ -57,6 +63,12 @@ clean:
 $(READY): requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(PEERS)/ready: requirements.txt requirements-bench.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	-$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	touch $@
 
 $(RUNS)/data/dataset.json: | $(READY)

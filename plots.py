@@ -72,6 +72,78 @@ def reconstructions(path, original, masked, reconstruction, class_names):
     _save(figure, path)
 
 
+def overview(
+    path, original, masked, reconstruction, residual, probabilities, class_names, marks=None
+):
+    """A row an image (n, H, W): what the MAE makes of it, and what the classifier says of it.
+
+    `probabilities` (n, classes); `marks` as in `residual_maps`.
+    """
+    titles = ("image", "75 % masked", "reconstruction", "substructure map", "class")
+    figure, axes = plt.subplots(
+        len(original), 5, figsize=(9, 1.75 * len(original)), squeeze=False, layout="constrained"
+    )
+    limit = np.quantile(np.abs(residual), 0.995)
+    for i, row in enumerate(axes):
+        low, high = original[i].min(), original[i].max()
+        for panel, images in zip(row, (original, masked, reconstruction), strict=False):
+            panel.imshow(images[i], vmin=low, vmax=high, cmap="magma", origin="lower")
+        row[3].imshow(residual[i], vmin=-limit, vmax=limit, cmap="RdBu_r", origin="lower")
+        if marks is not None:
+            _circles(row[3], marks[i])
+        for panel in row[:4]:
+            panel.set(xticks=[], yticks=[], facecolor="0.8")
+        row[0].set_ylabel(class_names[i])
+        best = int(np.argmax(probabilities[i]))
+        colors = ["tab:blue" if k == best else "0.7" for k in range(len(class_names))]
+        row[4].barh(class_names, probabilities[i], color=colors)
+        row[4].set(xlim=(0, 1), xticks=[0, 0.5, 1])
+        row[4].yaxis.tick_right()
+        row[4].invert_yaxis()
+    for panel, title in zip(axes[0], titles, strict=True):
+        panel.set_title(title)
+    _save(figure, path)
+
+
+def design(path):
+    """Boxes and arrows: pre-training above, classification below, the encoder in common."""
+    figure, axes = plt.subplots(figsize=(9, 3.6))
+    axes.set(xlim=(-0.5, 100.5), ylim=(0, 40))
+    axes.set_axis_off()
+
+    def box(x, y, width, text, color):
+        axes.add_patch(
+            plt.Rectangle((x, y), width, 10, facecolor=color, edgecolor="0.3", linewidth=0.8)
+        )
+        axes.text(x + width / 2, y + 5, text, ha="center", va="center", fontsize=8)
+
+    def arrow(start, end):
+        style = {"arrowstyle": "-|>", "color": "0.3", "linewidth": 1}
+        axes.annotate("", xy=end, xytext=start, arrowprops=style)
+
+    given, learned, partly = "#f3e3c3", "#cfe0f5", "#dff0d8"
+    upper, lower = 25, 3
+    box(0, upper, 15, "smooth lenses\nlog, standardised", given)
+    box(19, upper, 14, "64 patches\n75 % hidden", given)
+    box(37, upper, 18, "encoder: 4 blocks\nwidth 128, 17 tokens", learned)
+    box(59, upper, 18, "decoder: 1 block\nwidth 96, 65 tokens", learned)
+    box(81, upper, 19, "hidden patches\nmean squared error", given)
+    box(0, lower, 15, "all classes\nlog, standardised", given)
+    box(19, lower, 14, "64 patches\nall seen", given)
+    box(37, lower, 18, "the same, 65 tokens\nfixed, its norms, or all", partly)
+    box(59, lower, 18, "mean and standard\ndeviation of tokens", given)
+    box(81, lower, 19, "256 → 64 → classes\ncross-entropy", learned)
+    for y in (upper + 5, lower + 5):
+        for start, end in ((15, 19), (33, 37), (55, 59), (77, 81)):
+            arrow((start, y), (end, y))
+    arrow((46, upper), (46, lower + 10))
+    axes.text(47, (upper + lower + 10) / 2, "weights", va="center", fontsize=8)
+    axes.text(0, upper + 12, "pre-training, no labels", fontsize=9, fontweight="bold")
+    axes.text(0, lower + 12, "fine-tuning", fontsize=9, fontweight="bold")
+    axes.text(100, 0, "blue learns; green by --strategy head, layernorm, full", ha="right", fontsize=8)
+    _save(figure, path)
+
+
 def residual_maps(path, images, residuals, titles, marks=None):
     """Images (n, H, W) above their residuals, in rows of six; one colour scale for all.
 

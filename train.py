@@ -174,12 +174,12 @@ def bfloat16_is_fast(device):
     for repeat in range(6):  # in turn, so that both meet the same disturbances; the first warms up
         for dtype, before in seconds.items():
             a = torch.ones(256, 256, dtype=dtype, device=device)
-            took = _seconds_of(lambda a=a: a @ a, device)
+            took = seconds_of(lambda a=a: a @ a, device)
             seconds[dtype] = min(before, took) if repeat else math.inf
     return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
-def _seconds_of(function, device):
+def seconds_of(function, device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -227,7 +227,7 @@ def choose_precision(wanted, model, batch_loss, device):
         for repeat in range(4):  # the first warms up
             for precision in candidates:
                 torch.manual_seed(0)
-                took = _seconds_of(lambda p=precision: step(p), device)
+                took = seconds_of(lambda p=precision: step(p), device)
                 if repeat:
                     seconds[precision] = min(seconds[precision], took)
             if repeat and time.perf_counter() > deadline:

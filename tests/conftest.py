@@ -12,6 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import export
+import finetune
+import pretrain
 import simulate
 
 TINY_NETWORK = ["--patch-size", "16", "--embed-dim", "32", "--depth", "2", "--num-heads", "2"]
@@ -88,18 +91,22 @@ def runs(tmp_path_factory, folder):
     """Folder of runs on the folder data set: pretrain, head, layernorm, full, scratch, and ONNX."""
     out = tmp_path_factory.mktemp("runs")
     cache = ("--data", folder, "--cache-dir", out / "cache")
-    run_script("pretrain.py", *cache, "--out", out / "pretrain", "--epochs", 2, "--batch-size", 16,
-               *TINY_NETWORK, *TINY_DECODER)  # fmt: skip
+
+    def start(script, *arguments):  # in this process, which has torch loaded already
+        script.main([str(a) for a in (*cache, *arguments)])
+
+    start(pretrain, "--out", out / "pretrain", "--epochs", 2, "--batch-size", 16, *TINY_NETWORK,
+          *TINY_DECODER)  # fmt: skip
     pretrained = out / "pretrain" / "vit-mae-wt.pth"
     for strategy in ("head", "layernorm", "full"):
-        run_script("finetune.py", *cache, "--pretrained", pretrained, "--strategy", strategy,
-                   "--out", out / strategy, "--epochs", 2)  # fmt: skip
-    run_script("finetune.py", *cache, "--pretrained", "none", "--strategy", "full",
-               "--out", out / "scratch", "--epochs", 1, *TINY_NETWORK)  # fmt: skip
+        start(finetune, "--pretrained", pretrained, "--strategy", strategy, "--out", out / strategy,
+              "--epochs", 2)  # fmt: skip
+    start(finetune, "--pretrained", "none", "--strategy", "full", "--out", out / "scratch",
+          "--epochs", 1, *TINY_NETWORK)  # fmt: skip
     files = [out / s / "vit-mae-classifier-wt.pth" for s in ("head", "layernorm", "full")]
-    run_script("export.py", "--weights", *files, *cache, "--out", out / "classifier.onnx")
-    run_script("export.py", "--what", "reconstruction", "--weights", pretrained, *cache,
-               "--out", out / "reconstruction.onnx")  # fmt: skip
+    start(export, "--weights", *files, "--out", out / "classifier.onnx")
+    start(export, "--what", "reconstruction", "--weights", pretrained, "--out",
+          out / "reconstruction.onnx")  # fmt: skip
     return out
 
 

@@ -414,7 +414,7 @@ def test_a_precision_whose_loss_disagrees_is_not_taken(monkeypatch):
     model = Classifier(patch_size=16, embed_dim=32, depth=1, num_heads=2)
     images = torch.rand(4, 1, 64, 64)
     monkeypatch.setattr(train, "bfloat16_is_fast", lambda device: True)
-    monkeypatch.setattr(train, "_seconds_of", lambda function, device: (
+    monkeypatch.setattr(train, "seconds_of", lambda function, device: (
         function(), 1e-6 if torch.is_autocast_enabled("cpu") else 1.0)[1])  # fmt: skip
 
     def loss():

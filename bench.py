@@ -1,0 +1,545 @@
+"""How fast the project is: ratios to its peers and to what the machine could do.
+
+Both sides of a row run in turn in this process, on the same threads and images, and the medians are
+compared. Peers come from requirements-bench.txt; the row of one that is not installed stays empty.
+Leaves bench.json and bench.md in --out.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import math
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+import data
+import evaluate
+import export
+import finetune
+import simulate
+import train
+import weights
+from files import UserError, make_folder, run, write_json, write_text
+from mae import MAE, Classifier, set_attention_form
+
+EXAMPLE = """examples:
+  python bench.py --out runs/bench
+  python bench.py --out runs/bench --rows pretraining finetuning --repeats 9"""
+
+# The network of every row.
+SIZE = {"img_size": 64, "patch_size": 8, "embed_dim": 192, "depth": 6, "num_heads": 3}
+DECODER = {"decoder_embed_dim": 96, "decoder_depth": 2, "decoder_num_heads": 3}
+MASK_RATIO = 0.75
+BATCHES = (64, 256)
+HEAD_IMAGES, HEAD_EPOCHS = 1000, 20
+RENDERED = {"no_sub": 20, "cdm": 20, "axion": 5}  # images that lenstronomy renders a repeat
+WANTED_AUC = 0.99
+AUC_PER_CLASS = 10_000
+AUC_CHECKED_EVERY = 50  # steps of the peer
+AUC_PATIENCE = 1200  # seconds of the peer
+OUR_RECIPE = ("--epochs", "1", "--validations", "1")
+
+
+# Timing
+
+
+def seconds_in_turn(functions, repeats, device=None):
+    """Median seconds of each function, {name: seconds}; all run once to warm up, then in turn."""
+    seconds = {name: [] for name in functions}
+    for repeat in range(repeats + 1):
+        for name, function in functions.items():
+            took = train.seconds_of(function, device or torch.device("cpu"))
+            if repeat:
+                seconds[name].append(took)
+    return {name: float(np.median(values)) for name, values in seconds.items()}
+
+
+def matmul_peak(dtype, device):
+    """Floating-point operations a second of large matrix products, the best of many."""
+    n = 1024 if device.type == "cpu" else 8192
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    best = min(train.seconds_of(lambda: a @ b, device) for _ in range(20))
+    return 2 * n**3 / best
+
+
+def block_operations(tokens, width):
+    """Multiplications and additions of a transformer block on `tokens` tokens of one image."""
+    return 2 * (12 * tokens * width**2 + 2 * tokens**2 * width)
+
+
+def step_operations(kept):
+    """Operations of a step an image: pre-training if `kept` patches are visible, else (None) of a
+    classifier that sees all; backward counts twice as much as forward."""
+    patches, pixels = (SIZE["img_size"] // SIZE["patch_size"]) ** 2, SIZE["patch_size"] ** 2
+    visible, width = patches if kept is None else kept, SIZE["embed_dim"]
+    forward = 2 * visible * pixels * width + SIZE["depth"] * block_operations(visible + 1, width)
+    if kept is not None:
+        narrow = DECODER["decoder_embed_dim"]
+        forward += 2 * (visible + 1) * width * narrow + 2 * patches * narrow * pixels
+        forward += DECODER["decoder_depth"] * block_operations(patches + 1, narrow)
+    return 3 * forward
+
+
+# Steps: functions without arguments, a whole training step each
+
+
+def our_step(model, loss_of, precision, device):
+    """A step as `train.fit` makes it."""
+    set_attention_form(model, precision.attention)
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    optimizers = train.new_optimizers(train.parameter_groups(named, 0.05), 1e-4, (0.9, 0.95))
+
+    def step():
+        with precision.autocast(device):
+            loss = loss_of()
+        loss.backward()
+        with precision.autocast(device):
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def peer_step(model, loss_of, dtype, device, fused):
+    """A step of a model of somebody else's with AdamW, plainly written."""
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=fused or None)
+
+    def step():
+        enabled = dtype == torch.bfloat16
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled):
+            loss = loss_of()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def ours(kind, batch, precision, device):
+    """Our step on `batch` images; `kind` is "pretraining" or "finetuning"."""
+    images = torch.rand(batch, 1, SIZE["img_size"], SIZE["img_size"], device=device)
+    if kind == "pretraining":
+        model = MAE(**SIZE, **DECODER).to(device)
+        return our_step(model, lambda: model(images, MASK_RATIO)[0], precision, device)
+    model = Classifier(**SIZE, pool="stats").to(device)
+    labels = torch.arange(batch, device=device) % 3
+    loss = functools.partial(F.cross_entropy, target=labels)
+    return our_step(model, lambda: loss(model(images).float()), precision, device)
+
+
+def hugging_face(kind, batch, attention, dtype, device, fused=True):
+    """The same step of Hugging Face's ViTMAEForPreTraining or ViTForImageClassification."""
+    import transformers
+
+    encoder = {
+        "image_size": SIZE["img_size"], "patch_size": SIZE["patch_size"], "num_channels": 1,
+        "hidden_size": SIZE["embed_dim"], "num_hidden_layers": SIZE["depth"],
+        "num_attention_heads": SIZE["num_heads"], "intermediate_size": 4 * SIZE["embed_dim"],
+    }  # fmt: skip
+    images = torch.rand(batch, 1, SIZE["img_size"], SIZE["img_size"], device=device)
+    if kind == "pretraining":
+        config = transformers.ViTMAEConfig(
+            **encoder, mask_ratio=MASK_RATIO, decoder_hidden_size=DECODER["decoder_embed_dim"],
+            decoder_num_hidden_layers=DECODER["decoder_depth"],
+            decoder_num_attention_heads=DECODER["decoder_num_heads"],
+            decoder_intermediate_size=4 * DECODER["decoder_embed_dim"],
+        )  # fmt: skip
+        config._attn_implementation = attention
+        model = transformers.ViTMAEForPreTraining(config).to(device).train()
+        return peer_step(model, lambda: model(images).loss, dtype, device, fused)
+    config = transformers.ViTConfig(**encoder, num_labels=3)
+    config._attn_implementation = attention
+    model = transformers.ViTForImageClassification(config).to(device).train()
+    labels = torch.arange(batch, device=device) % 3
+    return peer_step(model, lambda: model(images, labels=labels).loss, dtype, device, fused)
+
+
+# Rows: each yields (what, against what, {"ratio", and what else there is to say})
+
+
+def row(what, against, ours_seconds=None, peer_seconds=None, **more):
+    ratio = peer_seconds / ours_seconds if ours_seconds and peer_seconds else None
+    return {"what": what, "against": against, "ratio": ratio, **more}
+
+
+def absent(what, against, package):
+    return {"what": what, "against": against, "ratio": None, "note": f"{package} is not installed"}
+
+
+def installed(package):
+    try:
+        __import__(package)
+    except ImportError:
+        return False
+    return True
+
+
+def precisions(device):
+    """What our steps may be computed in here, as `train.choose_precision` would consider it."""
+    names = ["float32", "bfloat16"] if train.bfloat16_is_fast(device) else ["float32"]
+    return [train.Precision(n, form) for n in names for form in ("fused", "plain")]
+
+
+def steps(bench, kind, title):
+    """Our fastest step against Hugging Face's at its defaults and at its best."""
+    device, kept = bench.device, None
+    if kind == "pretraining":
+        kept = int((SIZE["img_size"] // SIZE["patch_size"]) ** 2 * (1 - MASK_RATIO))
+    for batch in BATCHES:
+        functions = {p: ours(kind, batch, p, device) for p in precisions(device)}
+        forms = []
+        if installed("transformers"):
+            dtypes = {p.name: getattr(torch, p.name) for p in functions}
+            forms = list(itertools.product(("sdpa", "eager"), dtypes.values()))
+            for form in forms:
+                functions[form] = hugging_face(kind, batch, *form, device)
+            functions["default"] = hugging_face(
+                kind, batch, "sdpa", torch.float32, device, fused=False
+            )
+        seconds = seconds_in_turn(functions, bench.repeats, device)
+        fastest = min(precisions(device), key=seconds.get)
+        what = f"{title}, batch {batch}"
+        own = {
+            "images/s": batch / seconds[fastest],
+            "share of peak": batch * step_operations(kept) / seconds[fastest]
+            / bench.peak(getattr(torch, fastest.name)),
+            "note": f"{fastest.name}, {fastest.attention} attention",
+        }  # fmt: skip
+        if not forms:
+            yield absent(what, "Hugging Face", "transformers") | own
+            continue
+        best = min(forms, key=seconds.get)
+        yield row(what, "Hugging Face, defaults", seconds[fastest], seconds["default"], **own)
+        name = f"Hugging Face, best ({best[0]}, {str(best[1]).removeprefix('torch.')}, fused AdamW)"
+        yield row(what, name, seconds[fastest], seconds[best], **own)
+
+
+def pretraining(bench):
+    yield from steps(bench, "pretraining", "pre-training step")
+
+
+def finetuning(bench):
+    yield from steps(bench, "finetuning", "full fine-tuning step, all tokens")
+
+
+def inference(bench):
+    """The exported classifier against PyTorch, and its smaller versions against it."""
+    model = Classifier(**SIZE, pool="stats").eval()
+    images = {b: np.random.default_rng(0).random((b, 1, 64, 64), np.float32) for b in (1, 256)}
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Threads that wait for work at full speed would disturb whoever comes next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 4
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        path = Path(folder) / "float32.onnx"
+        export.write_onnx(export.Probabilities(model).eval(), path, {})
+        sessions = {}
+        for precision in ("float32", "int8", "float16"):
+            copy = Path(folder) / f"{precision}.onnx"
+            copy.write_bytes(path.read_bytes())
+            if precision != "float32":
+                export.reduce_precision(copy, precision, images[256], {})
+            sessions[precision] = onnxruntime.InferenceSession(copy.read_bytes(), options)
+        for batch, array in images.items():
+            tensor = torch.from_numpy(array)
+            functions = {"torch": lambda t=tensor: model(t).softmax(dim=1)}
+            for precision, session in sessions.items():
+                functions[precision] = lambda s=session, a=array: s.run(None, {"images": a})
+            seconds = seconds_in_turn(functions, max(bench.repeats, 300 // batch))
+            what = f"classifier inference, batch {batch}"
+            yield row(what, "PyTorch eager", seconds["float32"], seconds["torch"],
+                      **{"images/s": batch / seconds["float32"]})  # fmt: skip
+            for precision in ("int8", "float16"):
+                yield row(f"{what}, {precision}", "float32 ONNX", seconds[precision],
+                          seconds["float32"],
+                          **{"images/s": batch / seconds[precision]})  # fmt: skip
+
+
+def rendering(bench):
+    """An image of the simulator against lenstronomy's ImageModel, by class."""
+    reference = None
+    if installed("lenstronomy"):
+        from tests.reference import make_lenstronomy as reference
+    for class_name, peer_images in RENDERED.items():
+        what, against = f"rendering an image, {class_name}", "lenstronomy"
+        count = 500
+        source, masses, _ = simulate.sample(class_name, count, np.random.default_rng(0))
+        functions = {"ours": lambda s=source, m=masses: simulate.render(s, m, dtype=torch.float32)}
+        if reference:
+
+            def peer(source=source, masses=masses, images=peer_images):
+                for i in range(images):
+                    reference.render(source[i], masses[i], "Model_II")
+
+            functions["peer"] = peer
+        seconds = seconds_in_turn(functions, bench.repeats)
+        own = {"images/s": count / seconds["ours"]}
+        if reference:
+            each = seconds["ours"] / count
+            yield row(what, against, each, seconds["peer"] / peer_images, **own)
+        else:
+            yield absent(what, against, "lenstronomy") | own
+
+
+def head(bench):
+    """The head strategy, which encodes once, against encoding in every epoch."""
+    images = torch.rand(HEAD_IMAGES, 1, 64, 64, device=bench.device)
+    labels = torch.arange(HEAD_IMAGES, device=bench.device) % 3
+    model = Classifier(**SIZE, pool="stats").to(bench.device)
+
+    def train_head(features_of):
+        optimizers = train.new_optimizers(
+            train.parameter_groups(model.fc.named_parameters(), 0.05), 1e-3, (0.9, 0.999)
+        )
+        for _ in range(HEAD_EPOCHS):
+            for start in range(0, HEAD_IMAGES, 64):
+                loss = F.cross_entropy(
+                    model.fc(features_of(start)), labels[start : start + 64]
+                )
+                loss.backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def encoded(start, batch=64):
+        return model.features(images[start : start + batch])
+
+    def once():
+        features = torch.cat([encoded(start) for start in range(0, HEAD_IMAGES, 64)])
+        train_head(lambda start: features[start : start + 64])
+
+    seconds = seconds_in_turn(
+        {"once": once, "always": lambda: train_head(encoded)}, min(bench.repeats, 5), bench.device
+    )
+    yield row(f"head strategy, {HEAD_EPOCHS} epochs", "encoding in every epoch", seconds["once"],
+              seconds["always"])  # fmt: skip
+
+
+def packing(bench):
+    """An epoch over the packed array against one np.load an image, in a DataLoader."""
+    per_class = max(1, bench.files // 3)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "lenses"
+        simulate.write_folder(folder, simulate.simulate("Model_II", per_class, 0, progress=False))
+        paths = [path for files in data.list_classes(folder).values() for path in files]
+        start = time.perf_counter()
+        dataset = data.load(folder, progress=False)
+        packed_in = time.perf_counter() - start
+        read = train.batch_reader(dataset.images, torch.device("cpu"))
+
+        class Files(torch.utils.data.Dataset):
+            def __len__(self):
+                return len(paths)
+
+            def __getitem__(self, i):
+                image = np.load(paths[i], allow_pickle=True)
+                return torch.from_numpy(np.array(image if image.ndim == 2 else image[0], "f4"))
+
+        loader = DataLoader(Files(), batch_size=64, shuffle=True)
+
+        def packed_epoch():
+            order = np.random.default_rng(0).permutation(len(paths))
+            for first in range(0, len(paths), 64):
+                read(order[first : first + 64])
+
+        def loader_epoch():
+            for _ in loader:
+                pass
+
+        functions = {"ours": packed_epoch, "peer": loader_epoch}
+        seconds = seconds_in_turn(functions, min(bench.repeats, 3))
+    yield row(
+        f"reading {len(paths)} .npy files, second epoch", "np.load in a DataLoader",
+        seconds["ours"], seconds["peer"],
+        **{"images/s": len(paths) / seconds["ours"], "note": f"packed once in {packed_in:.0f} s"},
+    )  # fmt: skip
+
+
+def time_to_auc(bench):
+    """Training time until the macro AUC on test reaches WANTED_AUC, data made beforehand."""
+    what = f"time to macro AUC {WANTED_AUC}"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "lenses"
+        batches = simulate.simulate("Model_II", bench.auc_per_class, 0, progress=False)
+        simulate.write_packed(folder, batches, bench.auc_per_class, "Model_II", "bench")
+        dataset = data.load(folder)
+        test = data.split(dataset)["test"]
+
+        out = Path(temporary) / "run"
+        start = time.perf_counter()
+        finetune.main([
+            "--data", str(folder), "--pretrained", "none", "--strategy", "full", "--out", str(out),
+            "--quiet", *OUR_RECIPE,
+        ])  # fmt: skip
+        own_seconds = time.perf_counter() - start
+        model, _ = weights.load_classifier(out / "vit-mae-classifier-wt.pth")
+        probabilities = evaluate.predict_probabilities(model, dataset.images, test, bench.device)
+        auc = float(np.mean(evaluate.auc_by_class(probabilities, dataset.labels[test])))
+        note = f"{own_seconds:.0f} s to {auc:.4f}, whole run included"
+        if not installed("transformers"):
+            yield absent(what, "Hugging Face in a DataLoader loop", "transformers") | {"note": note}
+            return
+        reached = {batch: peer_seconds_to_auc(dataset, test, batch, bench) for batch in BATCHES}
+        batch = min(reached, key=reached.get)
+        peer = reached[batch] if math.isfinite(reached[batch]) else None
+        told = f"peer {peer:.0f} s" if peer else f"peer not in {AUC_PATIENCE} s"
+        enough = own_seconds if auc >= WANTED_AUC else None
+        yield row(what, f"Hugging Face in a DataLoader loop, batch {batch}", enough, peer,
+                  note=f"{note}; {told}")  # fmt: skip
+
+
+def peer_seconds_to_auc(dataset, test, batch, bench):
+    """Seconds that Hugging Face's ViT trains for until it is as good; looking is not counted.
+
+    It is as large as our default network and sees the same log-scaled images.
+    """
+    import transformers
+
+    device, rows = bench.device, data.split(dataset)["train"]
+    transform = train.IntensityTransform(**train.fit_transform(dataset.images, rows, "log"))
+    transform.to(device)
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        image_size=dataset.img_size, patch_size=8, num_channels=1, hidden_size=128,
+        num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, num_labels=3,
+    )  # fmt: skip
+    model = transformers.ViTForImageClassification(config).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3 if batch > 64 else 5e-4)
+
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return len(rows)
+
+        def __getitem__(self, i):
+            image = torch.from_numpy(np.array(dataset.images[rows[i]]))[None]
+            return image, int(dataset.labels[rows[i]])
+
+    def logits_of(batch_rows):
+        images = torch.from_numpy(np.array(dataset.images[batch_rows]))[:, None].to(device)
+        return model(transform(images)).logits
+
+    seconds, count = 0.0, 0
+    loader = DataLoader(Rows(), batch_size=batch, shuffle=True)
+    begun = time.perf_counter()
+    for images, labels in itertools.chain.from_iterable(itertools.repeat(loader)):
+        loss = F.cross_entropy(model(transform(images.to(device))).logits, labels.to(device))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        count += 1
+        if count % AUC_CHECKED_EVERY == 0:
+            seconds += time.perf_counter() - begun
+            model.eval()
+            probabilities = train.in_batches(logits_of, test).softmax(dim=1).numpy()
+            model.train()
+            auc = np.mean(evaluate.auc_by_class(probabilities, dataset.labels[test]))
+            if auc >= WANTED_AUC:
+                return seconds
+            if seconds > AUC_PATIENCE:
+                return math.inf
+            begun = time.perf_counter()
+
+
+ROWS = {
+    "pretraining": pretraining,
+    "finetuning": finetuning,
+    "inference": inference,
+    "rendering": rendering,
+    "head": head,
+    "packing": packing,
+    "time_to_auc": time_to_auc,
+}
+
+
+class Bench:
+    """What the rows have in common; the matmul peaks are measured once."""
+
+    def __init__(self, args):
+        self.device, self.repeats = train.resolve_device(args.device), args.repeats
+        self.files, self.auc_per_class = args.files, args.auc_per_class
+        self.peaks = {}
+
+    def peak(self, dtype):
+        if dtype not in self.peaks:
+            self.peaks[dtype] = matmul_peak(dtype, self.device)
+        return self.peaks[dtype]
+
+
+# The table
+
+
+def cpu_features():
+    """Names of the vector units that matter here, from /proc/cpuinfo; "unknown" elsewhere."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or "unknown"
+    flags = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
+    found = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
+    return ", ".join(found) or platform.machine()
+
+
+def table(rows):
+    lines = ["| what | against | ratio | images/s | share of peak | |", "|---|---|---|---|---|---|"]
+    for r in rows:
+        ratio = f"{r['ratio']:.2f}×" if r["ratio"] else ""
+        speed = f"{r['images/s']:.0f}" if "images/s" in r else ""
+        share = f"{100 * r['share of peak']:.0f} %" if "share of peak" in r else ""
+        cells = [r["what"], r["against"], ratio, speed, share, r.get("note", "")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=train.HelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="what to time")
+    parser.add_argument("--repeats", type=int, default=5, help="of every pair, at least")
+    parser.add_argument("--files", type=int, default=30_000, help="files of the row packing")
+    parser.add_argument(
+        "--auc-per-class", type=int, default=AUC_PER_CLASS, help="images of the row time_to_auc"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of weights and images")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    args = parser.parse_args(argv)
+    for name in ("repeats", "files", "auc_per_class"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    torch.manual_seed(args.seed)
+    bench, rows = Bench(args), []
+    make_folder(args.out)
+    machine = {
+        "date": time.strftime("%Y-%m-%d"), "cpu": cpu_features(), "device": str(bench.device),
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+    }  # fmt: skip
+    for name in args.rows:
+        for result in ROWS[name](bench):
+            rows.append(result)
+            print(table([result]).splitlines()[-1], flush=True)
+        peaks = {str(dtype): peak / 1e9 for dtype, peak in bench.peaks.items()}
+        machine["matmul GFLOP/s"] = peaks
+        write_json(args.out / "bench.json", {**machine, "rows": rows})
+        write_text(args.out / "bench.md", table(rows) + "\n\n" + json.dumps(machine) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,89 @@
+"""Every command of the README works, in the place and with the files that it speaks of."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+# What is added to be quick, by script.
+SHORTER = {
+    "simulate.py": ["--per-class", "20"], "pretrain.py": ["--epochs", "1"],
+    "finetune.py": ["--epochs", "1"], "evaluate.py": ["--resamples", "20"],
+    "reconstruct.py": ["--resamples", "20"],
+}  # fmt: skip
+NEEDED = ("docs", "examples", "tests", "Makefile", "requirements.txt", "requirements-bench.txt")
+# Commands that are not run here, and why; make is asked what it would do.
+ELSEWHERE = {
+    "make": "test_pipeline.py, test_study.py and continuous integration run what it runs",
+    "pip": "installs from the network",
+    "npm": "continuous integration runs it before the tests",
+    "cp": "test_examples.py puts the files there",
+    "python -m http.server": "test_examples.py serves and opens the page",
+    "python tests/reference/make_lenstronomy.py": "needs lenstronomy; its images are checked in",
+    "python bench.py": "minutes of timing; test_bench.py runs its parts",
+    "torchrun --nnodes": "needs two machines; test_distributed.py starts two processes",
+}  # fmt: skip
+
+
+def commands_of(text):
+    """The command lines in the sh blocks of a Markdown text, without comments."""
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [" ".join(shlex.split(line, comments=True)) for line in lines if line.strip()]
+
+
+COMMANDS = commands_of((ROOT / "README.md").read_text())
+RUN_HERE = [c for c in COMMANDS if not c.startswith(tuple(ELSEWHERE))]
+
+
+@pytest.fixture(scope="module")
+def place(runs, folder, packed, tmp_path_factory):
+    """A copy of the project with a data set, trained runs and cutouts, as the README has them."""
+    place = tmp_path_factory.mktemp("readme")
+    for path in ROOT.iterdir():
+        if path.suffix == ".py" or path.name in NEEDED:
+            (place / path.name).symlink_to(path)
+    (place / "runs").mkdir()
+    for path in runs.iterdir():
+        (place / "runs" / path.name).symlink_to(path)
+    (place / "runs" / "data").symlink_to(packed)
+    (place / "lenses").symlink_to(folder)
+    (place / "cutouts").symlink_to(folder / "cdm")
+    return place
+
+
+def test_there_are_commands():
+    assert len(RUN_HERE) >= 8
+
+
+@pytest.mark.parametrize("command", RUN_HERE)
+def test_command(command, place):
+    words = command.split()
+    if words[0] == "torchrun":
+        words[:1] = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    else:
+        assert words[0] == "python", "say in ELSEWHERE where this is tested"
+        words[0] = sys.executable
+    script = next(word for word in words if word.endswith(".py"))
+    # Into new folders: those of the fixture stay as they are.
+    if "--out" in words:
+        out = words.index("--out") + 1
+        words[out] = f"new-{len(words)}-{os.path.basename(words[out])}"
+    words += SHORTER.get(script, [])
+    process = subprocess.run(words, cwd=place, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stdout + process.stderr
+    if "--out" in words:
+        assert (place / words[out]).exists() or script.startswith("docs")
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
+def test_make_knows_what_to_do(command, place):
+    words = [word.replace("/path/to/dataset", "lenses") for word in command.split()]
+    process = subprocess.run(
+        ["make", "-n", *words[1:]], cwd=place, capture_output=True, text=True, timeout=100
+    )
+    assert process.returncode == 0, process.stderr
