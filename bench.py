@@ -52,15 +52,27 @@ OUR_RECIPE = ("--epochs", "1", "--validations", "1")
 # Timing
 
 
-def seconds_in_turn(functions, repeats, device=None):
-    """Median seconds of each function, {name: seconds}; all run once to warm up, then in turn."""
+def seconds_in_turn(functions, repeats, device=None, pause=0.0):
+    """Median seconds of each function, {name: seconds}; all run once to warm up, then in turn.
+
+    A `pause` in between lets threads go to sleep that wait for more work at full speed.
+    """
     seconds = {name: [] for name in functions}
     for repeat in range(repeats + 1):
         for name, function in functions.items():
+            time.sleep(pause)
             took = train.seconds_of(function, device or torch.device("cpu"))
             if repeat:
                 seconds[name].append(took)
     return {name: float(np.median(values)) for name, values in seconds.items()}
+
+
+def repeated(function, times):
+    def again():
+        for _ in range(times):
+            function()
+
+    return again
 
 
 def matmul_peak(dtype, device):
@@ -92,11 +104,14 @@ def step_operations(kept):
 # Steps: functions without arguments, a whole training step each
 
 
-def our_step(model, loss_of, precision, device):
-    """A step as `train.fit` makes it."""
+def our_step(model, loss_of, precision, device, muon):
+    """A step as `train.fit` makes it; without `muon` AdamW has the matrices too."""
     set_attention_form(model, precision.attention)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    optimizers = train.new_optimizers(train.parameter_groups(named, 0.05), 1e-4, (0.9, 0.95))
+    groups = train.parameter_groups(named, 0.05)
+    if not muon:
+        groups = [{**group, "matrix": False} for group in groups]
+    optimizers = train.new_optimizers(groups, 1e-4, (0.9, 0.95))
 
     def step():
         with precision.autocast(device):
@@ -125,16 +140,16 @@ def peer_step(model, loss_of, dtype, device, fused):
     return step
 
 
-def ours(kind, batch, precision, device):
+def ours(kind, batch, precision, device, muon=True):
     """Our step on `batch` images; `kind` is "pretraining" or "finetuning"."""
     images = torch.rand(batch, 1, SIZE["img_size"], SIZE["img_size"], device=device)
     if kind == "pretraining":
         model = MAE(**SIZE, **DECODER).to(device)
-        return our_step(model, lambda: model(images, MASK_RATIO)[0], precision, device)
+        return our_step(model, lambda: model(images, MASK_RATIO)[0], precision, device, muon)
     model = Classifier(**SIZE, pool="stats").to(device)
     labels = torch.arange(batch, device=device) % 3
     loss = functools.partial(F.cross_entropy, target=labels)
-    return our_step(model, lambda: loss(model(images).float()), precision, device)
+    return our_step(model, lambda: loss(model(images).float()), precision, device, muon)
 
 
 def hugging_face(kind, batch, attention, dtype, device, fused=True):
@@ -197,10 +212,11 @@ def steps(bench, kind, title):
         kept = int((SIZE["img_size"] // SIZE["patch_size"]) ** 2 * (1 - MASK_RATIO))
     for batch in BATCHES:
         functions = {p: ours(kind, batch, p, device) for p in precisions(device)}
+        functions |= {("AdamW", p): ours(kind, batch, p, device, muon=False) for p in functions}
         forms = []
         if installed("transformers"):
-            dtypes = {p.name: getattr(torch, p.name) for p in functions}
-            forms = list(itertools.product(("sdpa", "eager"), dtypes.values()))
+            dtypes = dict.fromkeys(getattr(torch, p.name) for p in precisions(device))
+            forms = list(itertools.product(("sdpa", "eager"), dtypes))
             for form in forms:
                 functions[form] = hugging_face(kind, batch, *form, device)
             functions["default"] = hugging_face(
@@ -209,19 +225,26 @@ def steps(bench, kind, title):
         seconds = seconds_in_turn(functions, bench.repeats, device)
         fastest = min(precisions(device), key=seconds.get)
         what = f"{title}, batch {batch}"
-        own = {
-            "images/s": batch / seconds[fastest],
-            "share of peak": batch * step_operations(kept) / seconds[fastest]
-            / bench.peak(getattr(torch, fastest.name)),
-            "note": f"{fastest.name}, {fastest.attention} attention",
-        }  # fmt: skip
+        peak = bench.peak(getattr(torch, fastest.name))
+        muon, adamw = (
+            {
+                "images/s": batch / seconds[key],
+                "share of peak": batch * step_operations(kept) / seconds[key] / peak,
+                "note": f"{fastest.name}, {optimizer}",
+            }
+            for key, optimizer in ((fastest, "Muon"), (("AdamW", fastest), "AdamW"))
+        )
         if not forms:
-            yield absent(what, "Hugging Face", "transformers") | own
+            yield absent(what, "Hugging Face", "transformers") | muon
+            yield absent(what, "Hugging Face", "transformers") | adamw
             continue
         best = min(forms, key=seconds.get)
-        yield row(what, "Hugging Face, defaults", seconds[fastest], seconds["default"], **own)
-        name = f"Hugging Face, best ({best[0]}, {str(best[1]).removeprefix('torch.')}, fused AdamW)"
-        yield row(what, name, seconds[fastest], seconds[best], **own)
+        described = f"{best[0]}, {str(best[1]).removeprefix('torch.')}, fused AdamW"
+        for against, form in (
+            ("Hugging Face, defaults", "default"), (f"Hugging Face, best ({described})", best)
+        ):  # fmt: skip
+            yield row(what, against, seconds[fastest], seconds[form], **muon)
+            yield row(what, against, seconds["AdamW", fastest], seconds[form], **adamw)
 
 
 def pretraining(bench):
@@ -238,8 +261,6 @@ def inference(bench):
     images = {b: np.random.default_rng(0).random((b, 1, 64, 64), np.float32) for b in (1, 256)}
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    # Threads that wait for work at full speed would disturb whoever comes next.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         path = Path(folder) / "float32.onnx"
@@ -252,11 +273,15 @@ def inference(bench):
                 export.reduce_precision(copy, precision, images[256], {})
             sessions[precision] = onnxruntime.InferenceSession(copy.read_bytes(), options)
         for batch, array in images.items():
-            tensor = torch.from_numpy(array)
+            tensor, calls = torch.from_numpy(array), -(-64 // batch)
             functions = {"torch": lambda t=tensor: model(t).softmax(dim=1)}
             for precision, session in sessions.items():
                 functions[precision] = lambda s=session, a=array: s.run(None, {"images": a})
-            seconds = seconds_in_turn(functions, max(bench.repeats, 300 // batch))
+            seconds = seconds_in_turn(
+                {name: repeated(f, calls) for name, f in functions.items()}, bench.repeats,
+                pause=0.1,
+            )  # fmt: skip
+            seconds = {name: value / calls for name, value in seconds.items()}
             what = f"classifier inference, batch {batch}"
             yield row(what, "PyTorch eager", seconds["float32"], seconds["torch"],
                       **{"images/s": batch / seconds["float32"]})  # fmt: skip
@@ -304,9 +329,7 @@ def head(bench):
         )
         for _ in range(HEAD_EPOCHS):
             for start in range(0, HEAD_IMAGES, 64):
-                loss = F.cross_entropy(
-                    model.fc(features_of(start)), labels[start : start + 64]
-                )
+                loss = F.cross_entropy(model.fc(features_of(start)), labels[start : start + 64])
                 loss.backward()
                 for optimizer in optimizers:
                     optimizer.step()
@@ -430,15 +453,15 @@ def peer_seconds_to_auc(dataset, test, batch, bench):
         images = torch.from_numpy(np.array(dataset.images[batch_rows]))[:, None].to(device)
         return model(transform(images)).logits
 
-    seconds, count = 0.0, 0
+    seconds = 0.0
     loader = DataLoader(Rows(), batch_size=batch, shuffle=True)
     begun = time.perf_counter()
-    for images, labels in itertools.chain.from_iterable(itertools.repeat(loader)):
+    batches = itertools.chain.from_iterable(itertools.repeat(loader))
+    for count, (images, labels) in enumerate(batches, start=1):
         loss = F.cross_entropy(model(transform(images.to(device))).logits, labels.to(device))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        count += 1
         if count % AUC_CHECKED_EVERY == 0:
             seconds += time.perf_counter() - begun
             model.eval()

@@ -140,7 +140,9 @@ def design(path):
     axes.text(47, (upper + lower + 10) / 2, "weights", va="center", fontsize=8)
     axes.text(0, upper + 12, "pre-training, no labels", fontsize=9, fontweight="bold")
     axes.text(0, lower + 12, "fine-tuning", fontsize=9, fontweight="bold")
-    axes.text(100, 0, "blue learns; green by --strategy head, layernorm, full", ha="right", fontsize=8)
+    axes.text(
+        100, 0, "blue learns; green by --strategy head, layernorm, full", ha="right", fontsize=8
+    )
     _save(figure, path)
 
 

@@ -1,0 +1,64 @@
+"""The benchmark's parts: rows are what they say, with peers and without."""
+
+import json
+import time
+
+import pytest
+import torch
+
+import bench
+from mae import MAE, Classifier, set_attention_form
+
+TINY = {
+    "SIZE": {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2},
+    "DECODER": {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
+    "BATCHES": (4,), "HEAD_IMAGES": 64, "HEAD_EPOCHS": 2, "AUC_PATIENCE": 5,
+    "OUR_RECIPE": ("--epochs", "1", "--patch-size", "16", "--embed-dim", "32", "--depth", "1"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    for name, value in TINY.items():
+        monkeypatch.setattr(bench, name, value)
+    # As on a machine without the peers.
+    monkeypatch.setattr(bench, "installed", lambda package: False)
+
+
+def test_every_row_is_there_without_peers(tiny, tmp_path):
+    bench.main(["--out", str(tmp_path), "--repeats", "1", "--files", "30", "--auc-per-class", "30",
+                "--device", "cpu"])  # fmt: skip
+    kept = json.loads((tmp_path / "bench.json").read_text())
+    whats = " ".join(row["what"] for row in kept["rows"])
+    for part in ("pre-training step", "fine-tuning step", "inference, batch 256", "int8", "no_sub",
+                 "axion", "head strategy", ".npy files", "time to macro AUC"):  # fmt: skip
+        assert part in whats
+    for row in kept["rows"]:
+        of_peer = "Hugging Face" in row["against"] or row["against"] == "lenstronomy"
+        assert (row["ratio"] is None) == of_peer, row
+    assert (tmp_path / "bench.md").read_text().count("\n| ") >= len(kept["rows"])
+
+
+def test_functions_run_in_turn_after_one_that_warms_up():
+    ran = []
+    functions = {"a": lambda: ran.append("a"), "b": lambda: (ran.append("b"), time.sleep(0.01))}
+    seconds = bench.seconds_in_turn(functions, 3)
+    assert ran == ["a", "b"] * 4
+    assert seconds["a"] < 0.01 <= seconds["b"]
+
+
+@pytest.mark.parametrize("kept", [16, None])
+def test_operations_are_those_of_the_network(kept):
+    """Against torch's own counter, which does not count the fused attention of CPUs."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    images = torch.rand(2, 1, 64, 64)
+    if kept:
+        model = MAE(**bench.SIZE, **bench.DECODER)
+    else:
+        model = Classifier(**bench.SIZE)
+    set_attention_form(model, "plain")
+    with FlopCounterMode(display=False) as counter:
+        loss = model(images, 0.75)[0] if kept else model(images).sum()
+        loss.backward()
+    assert bench.step_operations(kept) == pytest.approx(counter.get_total_flops() / 2, rel=0.03)
