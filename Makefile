@@ -1,4 +1,5 @@
 # make reproduce [DATA=folder]   everything from images to predictions, in runs/; goes on where it stopped
+#   BASELINE=1                   from random weights as well
 #   PRETRAINING, FINETUNING      more options for pretrain.py and finetune.py, such as "--augment noise"
 # make study [DATA=folder]       the experiments behind the README's tables, in docs/results/; hours
 # make bench                     the table of speeds, in runs/bench
@@ -91,7 +92,7 @@ $(LAYERNORM): $(HEAD)
 $(SCRATCH): $(RUNS)/dataset.json | $(READY)
 	$(PY) finetune.py $(INPUT) --pretrained none --strategy full --out $(@D) --resume $(FINETUNING)
 
-$(RUNS)/evaluation/metrics.json: $(STRATEGIES) $(SCRATCH)
+$(RUNS)/evaluation/metrics.json: $(STRATEGIES) $(if $(BASELINE),$(SCRATCH))
 	$(PY) evaluate.py $(INPUT) --weights $^ --out $(@D)
 
 $(RUNS)/residuals/metrics.json: $(PRETRAINED)

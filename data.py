@@ -27,6 +27,7 @@ from files import (
     write_json,
 )
 
+EXAMPLE = "example: python data.py --data lenses"
 FORMAT = 1
 CHECK_BLOCK = 4096  # images looked at together when pixels are checked
 FLUSH_EVERY = 50_000  # images written, until their memory is given back
@@ -245,10 +246,11 @@ def split(dataset, seed=0):
 
 def add_data_arguments(parser):
     """The options with which every script names its data."""
-    parser.add_argument(
+    group = parser.add_argument_group("data")
+    group.add_argument(
         "--data", type=Path, required=True, help="data set: folder of class folders, or packed"
     )
-    parser.add_argument(
+    group.add_argument(
         "--cache-dir", type=Path, default=None,
         help="where a folder's packed copy is kept (default: .packed inside the folder)",
     )  # fmt: skip
@@ -257,7 +259,7 @@ def add_data_arguments(parser):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Pack a folder of .npy images, if it has not been, and say what it holds.",
-        epilog="example: python data.py --data lenses",
+        epilog=EXAMPLE,
     )
     add_data_arguments(parser)
     parser.add_argument(
@@ -265,6 +267,7 @@ def parse_args(argv=None):
         help="description to leave; a file that says the same already is not touched",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of the split (default: 0)")
+    parser.add_argument("--device", default="auto", help="accepted like everywhere; always the CPU")
     return parser.parse_args(argv)
 
 

@@ -234,14 +234,15 @@ def published_rows(class_names):
 
 def add_test_arguments(parser):
     """What is tested on, where the results go, and how they are resampled."""
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument(
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--out", type=Path, required=True, help="folder for the results")
+    group.add_argument(
         "--split", choices=("test", "all"), default="test",
         help="the test part, or all images of data that training never saw",
     )  # fmt: skip
-    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
-    parser.add_argument("--seed", type=int, default=0, help="of all that is random here")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    group.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
+    group.add_argument("--seed", type=int, default=0, help="of all that is random here")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
 
 
 def check_test_arguments(args):

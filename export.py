@@ -316,16 +316,17 @@ def parse_args(argv=None):
         "--precision", choices=("float32", "float16", "int8"), default="float32",
         help="of the weights (classifier only)",
     )  # fmt: skip
-    parser.add_argument(
+    group = parser.add_argument_group("checks")
+    group.add_argument(
         "--allowed-fall", type=float, default=0.002, metavar="AUC",
         help="of the macro AUC on validation, in less precision",
     )  # fmt: skip
-    parser.add_argument(
+    group.add_argument(
         "--data", type=Path, default=None, help="images to check with; default: the training data"
     )
-    parser.add_argument("--cache-dir", type=Path, default=None, help="see data.py")
-    parser.add_argument("--seed", type=int, default=0, help="which images are used to check")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "auto"), help="always the CPU")
+    group.add_argument("--cache-dir", type=Path, default=None, help="see data.py")
+    group.add_argument("--seed", type=int, default=0, help="which images are used to check")
+    group.add_argument("--device", default="cpu", choices=("cpu", "auto"), help="always the CPU")
     args = parser.parse_args(argv)
     if args.what != "classifier" and args.precision != "float32":
         raise UserError(f"--precision {args.precision}: only a classifier is exported in less")

@@ -256,16 +256,18 @@ def parse_args(argv=None):
     parser.add_argument(
         "--crop", action="store_true", help="take the centre of images larger than the network's"
     )
-    parser.add_argument(
+    group = parser.add_argument_group("pictures")
+    group.add_argument(
         "--maps", type=Path, metavar="FILE.onnx",
         help="what export.py --what reconstruction left: adds the column residual, an MAE's mean "
         "squared residual, and substructure maps to the sheet",
     )  # fmt: skip
-    parser.add_argument("--sheet", type=Path, metavar="PNG", help="picture of the most confident")
-    parser.add_argument(
+    group.add_argument("--sheet", type=Path, metavar="PNG", help="picture of the most confident")
+    group.add_argument(
         "--sheet-images", type=int, default=40, help="images on the sheet (default: 40)"
     )
     parser.add_argument("--batch-size", type=int, default=256, help="images at once (default: 256)")
+    parser.add_argument("--seed", type=int, help="accepted like everywhere; nothing is random")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)"
     )

@@ -24,6 +24,7 @@ from tqdm import tqdm
 import data
 from files import UserError, directory_to_be, run
 
+EXAMPLE = "example: python simulate.py --model Model_II --per-class 1000 --out lenses"
 CLASS_NAMES = ("axion", "cdm", "no_sub")  # sorted, as folders are
 
 # Flat ΛCDM, and CODATA / IAU constants in SI units.
@@ -377,7 +378,7 @@ def write_packed(out, batches, per_class, model, origin):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description="Simulate lens images of the classes no_sub, cdm and axion.",
-        epilog="example: python simulate.py --model Model_II --per-class 1000 --out lenses",
+        epilog=EXAMPLE,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--model", choices=INSTRUMENTS, default="Model_II", help="data model")

@@ -53,10 +53,7 @@ def test_operations_are_those_of_the_network(kept):
     from torch.utils.flop_counter import FlopCounterMode
 
     images = torch.rand(2, 1, 64, 64)
-    if kept:
-        model = MAE(**bench.SIZE, **bench.DECODER)
-    else:
-        model = Classifier(**bench.SIZE)
+    model = MAE(**bench.SIZE, **bench.DECODER) if kept else Classifier(**bench.SIZE)
     set_attention_form(model, "plain")
     with FlopCounterMode(display=False) as counter:
         loss = model(images, 0.75)[0] if kept else model(images).sum()

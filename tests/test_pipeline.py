@@ -616,7 +616,7 @@ def test_make_reproduce_runs_on_a_folder_and_does_nothing_twice(folder, tmp_path
     ready = tmp_path / "ready"
     ready.touch()
     command = ["make", "reproduce", f"PY={sys.executable}", f"READY={ready}", f"DATA={folder}",
-               f"RUNS={tmp_path / 'runs'}", "PRETRAINING=--epochs 8",
+               f"RUNS={tmp_path / 'runs'}", "BASELINE=1", "PRETRAINING=--epochs 8",
                "FINETUNING=--epochs 2"]  # fmt: skip
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert first.returncode == 0, first.stdout + first.stderr
