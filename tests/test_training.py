@@ -1,5 +1,6 @@
 """The training loop: it learns, it survives, and it gives the same weights again."""
 
+import contextlib
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import termios
 import time
 
 import numpy as np
@@ -112,6 +114,29 @@ def test_interruption_leaves_a_checkpoint_and_the_usual_exit_code(kind, code, pa
     assert not (tmp_path / "run" / "vit-mae-wt.pth").exists()
     checkpoint = weights.load_checkpoint(tmp_path / "run")
     assert checkpoint["step"] > 0
+
+
+def test_a_terminal_shows_a_live_line_and_a_file_plain_lines(packed, runs, tmp_path):
+    arguments = ["--data", packed, "--strategy", "full", "--epochs", 20, "--batch-size", 16,
+                 "--pretrained", runs / "pretrain" / "vit-mae-wt.pth"]  # fmt: skip
+    terminal, seen_by_script = os.openpty()
+    termios.tcsetwinsize(terminal, (40, 150))
+    process = subprocess.Popen(
+        [sys.executable, "finetune.py", *map(str, arguments), "--out", str(tmp_path / "one")],
+        cwd=ROOT, stdout=seen_by_script, stderr=seen_by_script,
+    )  # fmt: skip
+    os.close(seen_by_script)
+    shown = b""
+    with contextlib.suppress(OSError):  # how a terminal ends
+        while part := os.read(terminal, 4096):
+            shown += part
+    os.close(terminal)
+    assert process.wait() == 0, shown.decode()
+    for part in ("img/s", "epoch=", "loss=", "validation macro_auc=", "<"):
+        assert part in shown.decode(), part
+    plain = run_script("finetune.py", *arguments, "--out", tmp_path / "two")
+    assert "epoch 20/20: train loss" in plain.stdout
+    assert "img/s" not in plain.stdout + plain.stderr
 
 
 def test_a_full_disk_is_a_clear_error_and_old_weights_stay(packed, tmp_path):
