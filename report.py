@@ -33,11 +33,6 @@ def write(folder, weights, results, class_names, best, published):
     published : rows of other work, see `evaluate.published_rows`.
     """
     configs = {name: config_beside(path) for name, path in weights.items()}
-    pretrained = {
-        Path(config["options"]["pretrained"]).parent
-        for config in configs.values()
-        if config.get("options", {}).get("pretrained", "none") != "none"
-    }
     images = next(iter(results.values()))["images"]
     parts = [
         "<h1>Lens classification: evaluation</h1>",
@@ -51,7 +46,7 @@ def write(folder, weights, results, class_names, best, published):
         "<h2>Most confident mistakes</h2>",
         picture(folder / "mistakes.png", f"Test images that {best} mistakes"),
     ]
-    for run in sorted(pretrained):
+    for run in sorted(pretrainings(configs.values())):
         parts.append(f"<h2>Pre-training: {html.escape(run.name)}</h2>")
         parts.append(described(config_beside(run / "weights")))
         parts.append(picture(run / "loss.png", "Reconstruction error"))
@@ -68,6 +63,22 @@ def write(folder, weights, results, class_names, best, published):
         f"<title>Lens classification: evaluation</title>\n<style>{STYLE}</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n",
     )
+
+
+def pretrainings(configs):
+    """Folders of the pre-trainings behind runs; where a classifier went on, behind that."""
+    found, seen, left = set(), set(), list(configs)
+    while left:
+        start = left.pop().get("options", {}).get("pretrained", "none")
+        if start == "none" or start in seen:
+            continue
+        seen.add(start)
+        config = config_beside(Path(start))
+        if "pretrained" in config.get("options", {}):
+            left.append(config)
+        else:
+            found.add(Path(start).parent)
+    return found
 
 
 def config_beside(path):

@@ -30,6 +30,7 @@ import mae
 import plots
 import predict
 import reconstruct
+import report
 import weights
 
 SCRIPTS = ("simulate", "data", "pretrain", "finetune", "evaluate", "reconstruct", "export",
@@ -115,6 +116,17 @@ def test_the_report_is_one_file_that_loads_nothing(evaluation, runs):
     for outside in ("http:", "https:", 'src="/', "<script", "<link"):
         assert outside not in page
     assert 'name="viewport"' in page
+
+
+def test_the_report_follows_a_classifier_that_went_on_to_its_pretraining(tmp_path):
+    for name, start in (("pretrain", None), ("head", "pretrain"), ("norms", "head")):
+        (tmp_path / name).mkdir()
+        options = {"pretrained": str(tmp_path / start / "w.pth")} if start else {"mask_ratio": 0.75}
+        (tmp_path / name / "config.json").write_text(json.dumps({"options": options}))
+    configs = [report.config_beside(tmp_path / name / "w.pth") for name in ("head", "norms")]
+    assert report.pretrainings(configs) == {tmp_path / "pretrain"}
+    (tmp_path / "pretrain" / "config.json").write_text(json.dumps(configs[1]))  # in a circle
+    assert report.pretrainings(configs) == set()
 
 
 def test_calibration_error_is_that_of_a_known_case():
