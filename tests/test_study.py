@@ -74,7 +74,7 @@ def test_tables_have_mean_and_deviation_over_seeds():
     assert study.table(rows).splitlines() == [
         "| run | macro AUC | accuracy % |",
         "| --- | --- | --- |",
-        "| a | 0.9900 ± 0.0100 | 91.00 ± 1.00 |",
+        "| a | 0.99000 ± 0.01000 | 91.00 ± 1.00 |",
     ]
 
 
