@@ -252,7 +252,8 @@ def test_prediction_reads_npz_and_crops_when_asked(runs, tmp_path, lens_image):
     run_script(*command, "--crop", tmp_path)
     rows = read_csv(tmp_path / "p.csv")
     assert len(rows) == 4
-    assert len({row["axion"] for row in rows}) == 1  # all are the same image
+    same = [float(row["axion"]) for row in rows]  # all are the same image
+    assert max(same) - min(same) < 1e-5
 
 
 def test_prediction_reads_fits(runs, tmp_path, lens_image):
