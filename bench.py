@@ -38,6 +38,7 @@ EXAMPLE = """examples:
 # The network of every row.
 SIZE = {"img_size": 64, "patch_size": 8, "embed_dim": 192, "depth": 6, "num_heads": 3}
 DECODER = {"decoder_embed_dim": 96, "decoder_depth": 2, "decoder_num_heads": 3}
+DEFAULT_SIZE = {"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4}  # of finetune.py
 MASK_RATIO = 0.75
 BATCHES = (64, 256)
 HEAD_IMAGES, HEAD_EPOCHS = 1000, 20
@@ -116,11 +117,7 @@ def our_step(model, loss_of, precision, device, muon):
     def step():
         with precision.autocast(device):
             loss = loss_of()
-        loss.backward()
-        with precision.autocast(device):
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+        train.update(loss, optimizers, precision, device)
 
     return step
 
@@ -152,15 +149,20 @@ def ours(kind, batch, precision, device, muon=True):
     return our_step(model, lambda: loss(model(images).float()), precision, device, muon)
 
 
+def hugging_face_options(size):
+    """What Hugging Face calls the geometry of an encoder, such as SIZE."""
+    return {
+        "image_size": size["img_size"], "patch_size": size["patch_size"], "num_channels": 1,
+        "hidden_size": size["embed_dim"], "num_hidden_layers": size["depth"],
+        "num_attention_heads": size["num_heads"], "intermediate_size": 4 * size["embed_dim"],
+    }  # fmt: skip
+
+
 def hugging_face(kind, batch, attention, dtype, device, fused=True):
     """The same step of Hugging Face's ViTMAEForPreTraining or ViTForImageClassification."""
     import transformers
 
-    encoder = {
-        "image_size": SIZE["img_size"], "patch_size": SIZE["patch_size"], "num_channels": 1,
-        "hidden_size": SIZE["embed_dim"], "num_hidden_layers": SIZE["depth"],
-        "num_attention_heads": SIZE["num_heads"], "intermediate_size": 4 * SIZE["embed_dim"],
-    }  # fmt: skip
+    encoder = hugging_face_options(SIZE)
     images = torch.rand(batch, 1, SIZE["img_size"], SIZE["img_size"], device=device)
     if kind == "pretraining":
         config = transformers.ViTMAEConfig(
@@ -210,12 +212,13 @@ def steps(bench, kind, title):
     device, kept = bench.device, None
     if kind == "pretraining":
         kept = int((SIZE["img_size"] // SIZE["patch_size"]) ** 2 * (1 - MASK_RATIO))
+    own = precisions(device)
     for batch in BATCHES:
-        functions = {p: ours(kind, batch, p, device) for p in precisions(device)}
+        functions = {p: ours(kind, batch, p, device) for p in own}
         functions |= {("AdamW", p): ours(kind, batch, p, device, muon=False) for p in functions}
         forms = []
         if installed("transformers"):
-            dtypes = dict.fromkeys(getattr(torch, p.name) for p in precisions(device))
+            dtypes = dict.fromkeys(getattr(torch, p.name) for p in own)
             forms = list(itertools.product(("sdpa", "eager"), dtypes))
             for form in forms:
                 functions[form] = hugging_face(kind, batch, *form, device)
@@ -223,7 +226,7 @@ def steps(bench, kind, title):
                 kind, batch, "sdpa", torch.float32, device, fused=False
             )
         seconds = seconds_in_turn(functions, bench.repeats, device)
-        fastest = min(precisions(device), key=seconds.get)
+        fastest = min(own, key=seconds.get)
         what = f"{title}, batch {batch}"
         peak = bench.peak(getattr(torch, fastest.name))
         muon, adamw = (
@@ -322,6 +325,7 @@ def head(bench):
     images = torch.rand(HEAD_IMAGES, 1, 64, 64, device=bench.device)
     labels = torch.arange(HEAD_IMAGES, device=bench.device) % 3
     model = Classifier(**SIZE, pool="stats").to(bench.device)
+    precision = train.Precision("float32", "fused")
 
     def train_head(features_of):
         optimizers = train.new_optimizers(
@@ -330,10 +334,7 @@ def head(bench):
         for _ in range(HEAD_EPOCHS):
             for start in range(0, HEAD_IMAGES, 64):
                 loss = F.cross_entropy(model.fc(features_of(start)), labels[start : start + 64])
-                loss.backward()
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
+                train.update(loss, optimizers, precision, bench.device)
 
     @torch.no_grad()
     def encoded(start, batch=64):
@@ -434,10 +435,8 @@ def peer_seconds_to_auc(dataset, test, batch, bench):
     transform = train.IntensityTransform(**train.fit_transform(dataset.images, rows, "log"))
     transform.to(device)
     torch.manual_seed(0)
-    config = transformers.ViTConfig(
-        image_size=dataset.img_size, patch_size=8, num_channels=1, hidden_size=128,
-        num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, num_labels=3,
-    )  # fmt: skip
+    size = {"img_size": dataset.img_size, **DEFAULT_SIZE}
+    config = transformers.ViTConfig(**hugging_face_options(size), num_labels=3)
     model = transformers.ViTForImageClassification(config).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3 if batch > 64 else 5e-4)
 

@@ -296,9 +296,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.pretrained != "none":
         args.pretrained = Path(args.pretrained)
+    defaults = usual(args)
     for name in ("lr", "patch_dropout"):
         if getattr(args, name) is None:
-            setattr(args, name, usual(args)[name])
+            setattr(args, name, defaults[name])
     train.check_arguments(args)
     for flag in ("layer_decay", "labels"):
         if not 0 < getattr(args, flag) <= 1:

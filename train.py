@@ -410,6 +410,15 @@ def new_optimizers(groups, lr, betas):
     return optimizers + ([torch.optim.AdamW(others, lr, betas, fused=True)] if others else [])
 
 
+def update(loss, optimizers, precision, device):
+    """Let the parameters take a step down the gradient of `loss`."""
+    loss.backward()
+    with precision.autocast(device):
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
 def learning_rate(step, steps, peak, warmup_share=0.05):
     """Linear warm-up over the first share of the steps, then a cosine to zero."""
     warmup = max(1, round(warmup_share * steps))
@@ -619,18 +628,14 @@ def fit(
                 losses = averaged_loss(batch, step / steps)
             loss = losses["loss"].item()
             _require_finite("training loss", loss, step, lr, out)
-            losses["loss"].backward()
-            with precision.autocast(device):
-                for optimizer in optimizers:
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
+            update(losses["loss"], optimizers, precision, device)
 
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.item()
             since += 1
             bar.update(batch_size)
             if step % 10 == 0:
-                shown |= {"epoch": f"{step / steps_per_epoch:.1f}/{args.epochs}"}
+                shown["epoch"] = f"{step / steps_per_epoch:.1f}/{args.epochs}"
                 bar.set_postfix(shown | {"loss": f"{loss:.5f}"}, refresh=False)
 
             done = step + 1
@@ -654,11 +659,10 @@ def fit(
                 if score and (best is None or score(measured) > best["score"]):
                     state = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
                     best = {"score": score(measured), "model": state}
-                if first:
-                    _write_metrics(out, history)
                 key = "macro_auc" if "macro_auc" in measured else "loss"
                 shown[f"validation {key}"] = f"{measured[key]:.5f}"
                 if first:
+                    _write_metrics(out, history)
                     _report(bar, line, args.epochs, seconds * (steps - done) / done)
             stop = interruption.signal
             due = time.perf_counter() - saved_at > CHECKPOINT_SECONDS
