@@ -8,6 +8,7 @@ differs, or in less precision has lost AUC, is not left.
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import logging
@@ -77,8 +78,9 @@ def write_onnx(model, path, metadata):
     """Export `model`, one of the above, with text metadata {key: value}, weights inside.
 
     onnxruntime is faster with attention as plain products, and with GELU as one operation, which
-    opset 20 has.
+    opset 20 has. `model` itself is left as it is.
     """
+    model = copy.deepcopy(model)
     set_attention_form(model, "plain")
     example = torch.zeros(2, 1, model.img_size, model.img_size)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)

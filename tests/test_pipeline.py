@@ -315,6 +315,12 @@ def test_exported_file_equals_pytorch_and_carries_its_identity(runs, folder):
         assert np.abs(got - expected).max() < 1e-4
 
 
+def test_exporting_leaves_the_network_as_it_was(tmp_path):
+    network = mae.Classifier(patch_size=16, embed_dim=32, depth=2, num_heads=2).eval()
+    export.write_onnx(export.Probabilities(network).eval(), tmp_path / "x.onnx", {})
+    assert {block.attn.form for block in network.blocks} == {"fused"}
+
+
 def test_a_differing_export_is_not_left(runs, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "largest_difference", lambda *_: 2e-4)
     out = tmp_path / "bad.onnx"
