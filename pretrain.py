@@ -39,6 +39,11 @@ def rows_of_classes(dataset, rows, names):
     return rows[np.isin(dataset.labels[rows], labels)]
 
 
+def epochs_of(args, images):
+    """--epochs, or where it is not given what is usual for so many training images."""
+    return args.epochs or train.enough_epochs(EPOCHS, FEWEST_STEPS, images, args.batch_size)
+
+
 def validation_noise(count, num_patches, seed):
     """The masks of validation: fixed noise (count, N), so that epochs can be compared."""
     generator = torch.Generator().manual_seed(seed)
@@ -53,8 +58,7 @@ def pretrain(args):
     rows, validation = (
         rows_of_classes(dataset, parts[part], classes) for part in ("train", "validation")
     )
-    if args.epochs is None:
-        args.epochs = train.enough_epochs(EPOCHS, FEWEST_STEPS, len(rows), args.batch_size)
+    args.epochs = epochs_of(args, len(rows))
     device = train.resolve_device(args.device)
     config = mae_config(args, dataset.img_size)
     transform_constants = train.fit_transform(dataset.images, rows, args.transform, args.augment)

@@ -167,9 +167,11 @@ def summary(lab, strategy, path, dataset):
 
 
 def pretraining_epochs(lab):
-    """Epochs of the study's usual pre-training."""
+    """Epochs of the study's usual pre-training on its own data."""
     options = pretrain.parse_args(["--data", "", "--out", "", *lab.pretraining])
-    return options.epochs or pretrain.EPOCHS
+    rows = data.split(lab.dataset, options.split_seed)["train"]
+    images = len(pretrain.rows_of_classes(lab.dataset, rows, options.classes))
+    return pretrain.epochs_of(options, images)
 
 
 # Experiments: each takes the lab and gives the rows of its table, dicts with "run" and "seed".

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import TINY_DECODER, TINY_NETWORK
 
+import pretrain
 import simulate
 import study
 import train
@@ -76,6 +77,18 @@ def test_tables_have_mean_and_deviation_over_seeds():
         "| --- | --- | --- |",
         "| a | 0.99000 ± 0.01000 | 91.00 ± 1.00 |",
     ]
+
+
+def test_pretraining_on_all_classes_takes_as_many_steps_as_on_one(packed, tmp_path, monkeypatch):
+    trained_for = []
+    monkeypatch.setattr(pretrain, "FEWEST_STEPS", 12)  # one step an epoch: 80 smooth lenses
+    monkeypatch.setattr(study, "chain", lambda lab, *_, pretraining=(), **__: (
+        trained_for.append(pretraining[pretraining.index("--epochs") + 1] if pretraining else None),
+        {"macro AUC": 1.0})[1])  # fmt: skip
+    study.main(["--data", str(packed), "--out", str(tmp_path / "s"), "--results",
+                str(tmp_path / "r"), "--seeds", "0", "--only", "pretraining_images",
+                "--precision", "float32"])  # fmt: skip
+    assert trained_for == [None, 4]  # of a usual 12, on three times as many images
 
 
 def test_strengths_belong_to_the_images(monkeypatch):
