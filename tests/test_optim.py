@@ -20,6 +20,20 @@ def test_all_directions_of_an_update_are_about_equally_long(shape):
     assert ((result * nearest).sum((1, 2)) / nearest.square().sum((1, 2)) > 0.8).all()
 
 
+@pytest.mark.parametrize("shape", [(3, 16, 64), (3, 64, 16), (1, 8, 16)])
+def test_long_matrices_come_out_as_by_the_definition(shape):
+    """However small their least singular values, for which the Gram matrix has few digits left."""
+    torch.manual_seed(0)
+    u, _, vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    singular = torch.logspace(0, -5, u.shape[-1])
+    a, b, c = optim.QUINTIC
+    expected = singular / singular.norm()
+    for _ in range(optim.ITERATIONS):
+        expected = a * expected + b * expected**3 + c * expected**5
+    result = optim.orthogonalise((u * singular) @ vh)
+    assert (result - (u * expected) @ vh).abs().max() < 1e-3
+
+
 def test_a_gradient_of_zeros_changes_nothing():
     parameter = torch.nn.Parameter(torch.ones(4, 4))
     parameter.grad = torch.zeros(4, 4)
