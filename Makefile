@@ -25,7 +25,9 @@ INPUT := --data $(RUNS)/data
 SAMPLES := $(RUNS)/samples
 SIMULATED_SAMPLES := $(RUNS)/samples/.ready
 SIMULATED := $(RUNS)/data/dataset.json
+FEWER := $(RUNS)/data-fewer/dataset.json
 endif
+FEWER_INPUT := $(if $(FEWER),--data $(RUNS)/data-fewer,$(INPUT))
 
 PRETRAINED := $(RUNS)/pretrain/vit-mae-wt.pth
 HEAD := $(RUNS)/head/vit-mae-classifier-wt.pth
@@ -42,9 +44,13 @@ MAPS := $(RUNS)/reconstruction.onnx
 reproduce: $(RUNS)/evaluation/metrics.json $(RUNS)/residuals/metrics.json $(RUNS)/predictions.csv
 	@cat $(RUNS)/evaluation/comparison.md
 
-# UNSEEN=folder tests on images of another simulator as well.
-study: $(RUNS)/dataset.json
-	$(PY) study.py $(INPUT) --out $(RUNS)/study $(if $(UNSEEN),--unseen $(UNSEEN))
+# UNSEEN=folder tests on images of another simulator as well. What is compared at equal computing
+# needs neither all images nor more than one seed.
+study: $(RUNS)/dataset.json $(FEWER)
+	$(PY) study.py $(INPUT) --out $(RUNS)/study $(if $(UNSEEN),--unseen $(UNSEEN)) \
+	  --only strategies scratch without_labels mistakes labels
+	$(PY) study.py $(FEWER_INPUT) --out $(RUNS)/study-fewer --seeds 0 \
+	  --only mask_ratio pretraining_images choices real_images instruments
 
 # In an environment of its own, with what it compares with.
 bench: $(PEERS)/ready
@@ -74,6 +80,9 @@ $(PEERS)/ready: requirements.txt requirements-bench.txt
 
 $(RUNS)/data/dataset.json: | $(READY)
 	$(PY) simulate.py --model Model_II --per-class $(PER_CLASS) --seed 0 --out $(RUNS)/data
+
+$(RUNS)/data-fewer/dataset.json: | $(READY)
+	$(PY) simulate.py --model Model_II --per-class 10000 --seed 10 --out $(RUNS)/data-fewer
 
 # Rewritten only when the data changed, so that a changed folder is trained on anew.
 $(RUNS)/dataset.json: $(SIMULATED) FORCE | $(READY)

@@ -1,6 +1,7 @@
 """The benchmark's parts: rows are what they say, with peers and without."""
 
 import json
+import math
 import time
 
 import pytest
@@ -37,6 +38,31 @@ def test_every_row_is_there_without_peers(tiny, tmp_path):
         of_peer = "Hugging Face" in row["against"] or row["against"] == "lenstronomy"
         assert (row["ratio"] is None) == of_peer, row
     assert (tmp_path / "bench.md").read_text().count("\n| ") >= len(kept["rows"])
+
+
+def test_a_peer_that_is_given_up_gives_a_lower_bound(tiny, tmp_path, monkeypatch):
+    limits = []
+    monkeypatch.setattr(bench, "installed", lambda package: True)
+    monkeypatch.setattr(bench, "WANTED_AUC", 0.0)
+    monkeypatch.setattr(bench, "BATCHES", (4, 8))
+
+    def peer(dataset, test, batch, bench, limit):
+        limits.append(limit)
+        return seconds[batch]
+
+    monkeypatch.setattr(bench, "peer_seconds_to_auc", peer)
+    for seconds in ({4: math.inf, 8: math.inf}, {4: 1e-3, 8: math.inf}):
+        bench.main(["--out", str(tmp_path), "--rows", "time_to_auc", "--auc-per-class", "30",
+                    "--device", "cpu"])  # fmt: skip
+        (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
+        if seconds[4] == math.inf:
+            assert row["ratio"] == pytest.approx(bench.AUC_PATIENCE)
+            assert "≥ 5.00×" in (tmp_path / "bench.md").read_text()
+        else:
+            assert row["ratio"] < bench.AUC_PATIENCE
+            assert "≥" not in (tmp_path / "bench.md").read_text()
+    assert limits[0] == limits[1]
+    assert limits[3] == 1e-3  # the other batch size need not be worse for long
 
 
 def test_functions_run_in_turn_after_one_that_warms_up():
