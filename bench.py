@@ -84,9 +84,11 @@ def matmul_peak(dtype, device):
     return 2 * n**3 / best
 
 
-def block_operations(tokens, width):
-    """Multiplications and additions of a transformer block on `tokens` tokens of one image."""
-    return 2 * (12 * tokens * width**2 + 2 * tokens**2 * width)
+def block_operations(tokens, width, context=0):
+    """Multiplications and additions of a transformer block on `tokens` tokens of one image, the
+    first `context` of which are only looked at."""
+    looking = tokens - context
+    return 2 * ((3 * tokens + 9 * looking) * width**2 + 2 * looking * tokens * width)
 
 
 def step_operations(kept):
@@ -97,8 +99,9 @@ def step_operations(kept):
     forward = 2 * visible * pixels * width + SIZE["depth"] * block_operations(visible + 1, width)
     if kept is not None:
         narrow = DECODER["decoder_embed_dim"]
-        forward += 2 * (visible + 1) * width * narrow + 2 * patches * narrow * pixels
-        forward += DECODER["decoder_depth"] * block_operations(patches + 1, narrow)
+        forward += 2 * (visible + 1) * width * narrow + 2 * (patches - visible) * narrow * pixels
+        forward += (DECODER["decoder_depth"] - 1) * block_operations(patches + 1, narrow)
+        forward += block_operations(patches + 1, narrow, context=visible + 1)
     return 3 * forward
 
 

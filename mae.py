@@ -62,19 +62,24 @@ def unpatchify(patches, patch_size, channels=1):
 
 
 def complementary_masks(num_patches, mask_ratio, rounds, seed=0):
-    """Sets of visible patches that together hide every patch, and equally often.
+    """Masks that together hide every patch, and equally often.
 
     Each round cuts a random order of the patches into parts as large as what `mask_ratio` leaves
     visible, and every part is visible once: at 75 % a round is four masks, and a patch is hidden
     in three of them.
 
-    Returns a list of int64 tensors (n,).
+    Returns a list of (visible, hidden), int64 tensors (n,) and (N - n,).
     """
     generator = torch.Generator().manual_seed(seed)
     keep = max(1, int(num_patches * (1 - mask_ratio)))
     parts = max(2, round(num_patches / keep))
     orders = [torch.randperm(num_patches, generator=generator) for _ in range(rounds)]
-    return [part for order in orders for part in order.tensor_split(parts)]
+    masks = []
+    for order in orders:
+        split = order.tensor_split(parts)
+        for i, visible in enumerate(split):
+            masks.append((visible, torch.cat(split[:i] + split[i + 1 :])))
+    return masks
 
 
 def random_masking(noise, keep):
@@ -83,11 +88,24 @@ def random_masking(noise, keep):
     Returns
     -------
     ids_keep : (B, keep) int64, the visible patches, in order of their noise.
-    mask : (B, N) of the dtype of `noise`, 0 = visible, 1 = removed.
+    ids_removed : (B, N - keep) int64, the others, likewise.
     """
-    ids_keep = noise.argsort(dim=1)[:, :keep]
-    mask = torch.ones_like(noise).scatter_(1, ids_keep, 0.0)
-    return ids_keep, mask
+    order = noise.argsort(dim=1)
+    return order[:, :keep], order[:, keep:]
+
+
+def take(tokens, ids):
+    """The tokens (B, N, D) that `ids` (B, n) names: (B, n, D)."""
+    return tokens.gather(1, _rows(ids, tokens))
+
+
+def put(tokens, ids, new):
+    """A copy of tokens (B, N, D) with `new` (B, n, D), or one number, where `ids` (B, n) says."""
+    return tokens.scatter(1, _rows(ids, tokens), new)
+
+
+def _rows(ids, tokens):
+    return ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
 
 
 class PatchEmbed(nn.Module):
@@ -107,7 +125,10 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. `form` picks the kernel, not the result: see ATTENTION_FORMS."""
+    """Multi-head self-attention. `form` picks the kernel, not the result: see ATTENTION_FORMS.
+
+    The first `context` tokens are looked at, and do not look themselves.
+    """
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -116,16 +137,19 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.form = "fused"
 
-    def forward(self, x):  # (B, n, D) -> (B, n, D)
+    def forward(self, x, context=0):  # (B, n, D) -> (B, n - context, D)
         b, n, d = x.shape
         qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, d // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, n, D/heads)
+        q = q[:, :, context:]
         if self.form == "fused":
             x = F.scaled_dot_product_attention(q, k, v)
         else:
-            scores = (q * (d // self.num_heads) ** -0.5) @ k.transpose(-2, -1)  # (B, heads, n, n)
+            scores = (q * (d // self.num_heads) ** -0.5) @ k.transpose(
+                -2, -1
+            )  # (B, heads, n - context, n)
             x = scores.softmax(dim=-1) @ v
-        return self.proj(x.transpose(1, 2).reshape(b, n, d))
+        return self.proj(x.transpose(1, 2).reshape(b, n - context, d))
 
 
 class Mlp(nn.Module):
@@ -139,7 +163,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block (Dosovitskiy et al. 2020, equations 2 and 3)."""
+    """Pre-norm transformer block (Dosovitskiy et al. 2020, equations 2 and 3).
+
+    What becomes of the first `context` tokens is left out, where nobody asks for it.
+    """
 
     def __init__(self, dim, num_heads, mlp_ratio):
         super().__init__()
@@ -148,8 +175,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
 
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x, context=0):  # (B, n, D) -> (B, n - context, D)
+        x = x[:, context:] + self.attn(self.norm1(x), context)
         return x + self.mlp(self.norm2(x))
 
 
@@ -207,7 +234,7 @@ class Encoder(nn.Module):
         """
         positions = self.pos_embed[:, 1:]
         if ids_keep is not None:
-            patches = patches.gather(1, ids_keep.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+            patches = take(patches, ids_keep)
             positions = positions[0][ids_keep]
         x = self.patch_embed(patches) + positions
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
@@ -259,19 +286,21 @@ class MAE(Encoder):
         nn.init.normal_(self.mask_token, std=0.02)
         self.apply(_init_weights)
 
-    def decode(self, latent, ids_keep):
-        """Predict every patch from the visible tokens: (B, 1 + n, D), (B, n) -> (B, N, p²C)."""
+    def decode(self, latent, ids_keep, ids_removed):
+        """Predict the removed patches from the visible tokens.
+
+        (B, 1 + n, D), (B, n) and (B, N - n) to (B, N - n, p²C), in the order of `ids_removed`.
+        """
         latent = self.decoder_embed(latent)
-        b, _, d = latent.shape
-
-        # Visible tokens return to their places; every other place holds the mask token.
-        tokens = self.mask_token.to(latent.dtype).expand(b, self.num_patches, d)
-        tokens = tokens.scatter(1, ids_keep.unsqueeze(-1).expand(-1, -1, d), latent[:, 1:])
-        x = torch.cat([latent[:, :1], tokens], dim=1) + self.decoder_pos_embed
-
-        for block in self.decoder_blocks:
-            x = block(x)
-        return self.decoder_pred(self.decoder_norm(x)[:, 1:])
+        positions = self.decoder_pos_embed[0, 1:]
+        # Attention does not mind the order of tokens: they stay as they come, visible ones first.
+        visible = latent[:, 1:] + positions[ids_keep]
+        removed = self.mask_token.to(latent.dtype) + positions[ids_removed]
+        x = torch.cat([latent[:, :1] + self.decoder_pos_embed[:, :1], visible, removed], dim=1)
+        for i, block in enumerate(self.decoder_blocks, start=1):
+            # Only the predictions come out of the last block.
+            x = block(x, context=latent.shape[1] if i == len(self.decoder_blocks) else 0)
+        return self.decoder_pred(self.decoder_norm(x[:, -ids_removed.shape[1] :]))
 
     def forward(self, images, mask_ratio=0.75, noise=None):
         """Mask, reconstruct and compare.
@@ -279,39 +308,38 @@ class MAE(Encoder):
         Parameters
         ----------
         images : (B, C, H, W), already in the intensity scale that the network sees.
-        mask_ratio : share of patches to remove, in [0, 1); at least one patch stays visible.
+        mask_ratio : share of patches to remove, between 0 and 1; at least one patch is removed
+            and at least one stays visible.
         noise : (B, N) or None for fresh uniform noise; the patches with the smallest stay visible.
 
         Returns
         -------
-        loss : mean squared error over the removed patches (over all if none was removed).
-        pred : (B, N, p²C) predicted patches.
-        mask : (B, N), 1 = removed, 0 = visible.
+        loss : mean squared error over the removed patches.
+        pred : (B, M, p²C) predictions of the removed patches.
+        ids_removed : (B, M), which these are.
 
-        Raises ValueError for images of another shape or a mask ratio outside [0, 1).
+        Raises ValueError for images of another shape or a mask ratio that is not between 0 and 1.
         """
         self.check_images(images)
-        if not 0 <= mask_ratio < 1:
-            raise ValueError(f"mask_ratio must be in [0, 1), got {mask_ratio}")
+        if not 0 < mask_ratio < 1:
+            raise ValueError(f"mask_ratio must be between 0 and 1, got {mask_ratio}")
         patches = patchify(images, self.patch_size)
         if noise is None:
             noise = torch.rand(patches.shape[:2], device=images.device)
-        keep = max(1, int(self.num_patches * (1 - mask_ratio)))
+        keep = int(self.num_patches * (1 - mask_ratio))
+        keep = min(max(1, keep), self.num_patches - 1)
 
-        ids_keep, mask = random_masking(noise, keep)
-        latent = self.encode(patches, ids_keep)
-        pred = self.decode(latent, ids_keep)
+        ids_keep, ids_removed = random_masking(noise, keep)
+        pred = self.decode(self.encode(patches, ids_keep), ids_keep, ids_removed)
 
-        target = patches
+        target = take(patches, ids_removed)
         if self.norm_pix_loss:
-            variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-            target = (patches - mean) / (variance + 1e-6).sqrt()
-        error = (pred.float() - target).square().mean(dim=-1)  # (B, N)
-        weight = mask if keep < self.num_patches else torch.ones_like(mask)
-        return (error * weight).sum() / weight.sum(), pred, mask
+            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+            target = (target - mean) / (variance + 1e-6).sqrt()
+        return F.mse_loss(pred.float(), target), pred, ids_removed
 
     def pixels(self, pred, patches):
-        """Predictions (B, N, p²C) as pixels: `norm_pix_loss` takes each patch's mean and spread."""
+        """Predictions of patches (B, n, p²C) as pixels: `norm_pix_loss` takes mean and spread."""
         if not self.norm_pix_loss:
             return pred.float()
         variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
@@ -322,11 +350,11 @@ class MAE(Encoder):
 
         Removed pixels of `masked` are NaN; visible pixels of `reconstruction` are the image's own.
         """
-        _, pred, mask = self(images, mask_ratio, noise)
+        _, pred, ids_removed = self(images, mask_ratio, noise)
         patches = patchify(images, self.patch_size)
-        removed = mask.unsqueeze(-1).bool()
-        masked = patches.masked_fill(removed, math.nan)
-        reconstruction = torch.where(removed, self.pixels(pred, patches), patches)
+        masked = put(patches, ids_removed, math.nan)
+        pixels = self.pixels(pred, take(patches, ids_removed))
+        reconstruction = put(patches, ids_removed, pixels)
         p, c = self.patch_size, self.in_chans
         return images, unpatchify(masked, p, c), unpatchify(reconstruction, p, c)
 
@@ -340,16 +368,18 @@ class MAE(Encoder):
         """
         self.check_images(images)
         patches = patchify(images, self.patch_size)
-        residual, squared = torch.zeros_like(patches), torch.zeros_like(patches)
+        residual = squared = torch.zeros_like(patches)
         times_hidden = patches.new_zeros(self.num_patches, 1)
-        for visible in masks:
+        for visible, hidden in masks:
+            hidden = hidden.to(patches.device)
             ids_keep = visible.to(patches.device).expand(patches.shape[0], -1)
-            pred = self.decode(self.encode(patches, ids_keep), ids_keep)
-            hidden = torch.ones_like(times_hidden).index_fill_(0, ids_keep[0], 0.0)
-            difference = (patches - self.pixels(pred, patches)) * hidden
-            residual += difference
-            squared += difference.square()
-            times_hidden += hidden
+            ids_removed = hidden.expand(patches.shape[0], -1)
+            pred = self.decode(self.encode(patches, ids_keep), ids_keep, ids_removed)
+            own = patches[:, hidden]
+            difference = own - self.pixels(pred, own)
+            residual = residual.index_add(1, hidden, difference)
+            squared = squared.index_add(1, hidden, difference.square())
+            times_hidden = times_hidden.index_add(0, hidden, torch.ones_like(difference[0, :, :1]))
         p, c = self.patch_size, self.in_chans
         return tuple(unpatchify(total / times_hidden, p, c) for total in (residual, squared))
 

@@ -159,8 +159,8 @@ def parse_args(argv=None):
     )  # fmt: skip
     args = parser.parse_args(argv)
     train.check_arguments(args)
-    if not 0 <= args.mask_ratio < 1:
-        raise UserError(f"--mask-ratio must be in [0, 1), got {args.mask_ratio}")
+    if not 0 < args.mask_ratio < 1:
+        raise UserError(f"--mask-ratio must be between 0 and 1, got {args.mask_ratio}")
     return args
 
 

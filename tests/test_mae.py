@@ -13,9 +13,11 @@ from mae import (
     IntensityTransform,
     complementary_masks,
     patchify,
+    put,
     random_masking,
     set_attention_form,
     sincos_positions,
+    take,
     unpatchify,
 )
 
@@ -45,10 +47,11 @@ def test_equals_hugging_face_for_the_same_weights_and_noise(norm_pix_loss, form)
     model.load_state_dict(part_of_reference("model/"))
     set_attention_form(model, form)
     images, noise = torch.tensor(REFERENCE["images"]), torch.tensor(REFERENCE["noise"])
-    loss, pred, mask = model(images, float(REFERENCE["mask_ratio"]), noise)
+    loss, pred, ids_removed = model(images, float(REFERENCE["mask_ratio"]), noise)
     expected = part_of_reference(f"norm_pix_loss_{norm_pix_loss}/")
     assert abs(loss.item() - expected["loss"].item()) < 1e-5
-    assert (pred - expected["pred"]).abs().max() < 1e-4
+    assert (pred - take(expected["pred"], ids_removed)).abs().max() < 1e-4
+    mask = torch.zeros_like(noise).scatter(1, ids_removed, 1.0)
     assert torch.equal(mask, expected["mask"])
 
 
@@ -71,26 +74,48 @@ def test_patch_embedding_equals_the_convolution_whose_weights_it_keeps():
 
 def test_the_patches_with_the_smallest_noise_stay():
     noise = torch.tensor([[0.9, 0.1, 0.5, 0.2]])
-    ids_keep, mask = random_masking(noise, 2)
+    ids_keep, ids_removed = random_masking(noise, 2)
     assert ids_keep.tolist() == [[1, 3]]
-    assert mask.tolist() == [[1, 0, 1, 0]]
+    assert ids_removed.tolist() == [[2, 0]]
 
 
 def test_masked_patches_alone_enter_the_loss():
     model = tiny_mae().eval()
     images, noise = torch.randn(2, 1, 16, 16), torch.rand(2, 16)
-    loss, pred, mask = model(images, 0.75, noise)
-    squared = (pred - patchify(images, 4)).square().mean(-1)
-    assert torch.allclose(loss, squared[mask.bool()].mean())
-    assert not torch.allclose(loss, squared.mean())
+    loss, pred, ids_removed = model(images, 0.75, noise)
+    assert pred.shape == (2, 12, 16)
+    assert torch.equal(ids_removed, noise.argsort(1)[:, 4:])
+    assert torch.allclose(loss, (pred - take(patchify(images, 4), ids_removed)).square().mean())
+
+
+@pytest.mark.parametrize(("ratio", "removed"), [(0.01, 1), (0.5, 8), (0.99, 15)])
+def test_something_is_removed_and_something_stays(ratio, removed):
+    _, pred, ids_removed = tiny_mae()(torch.randn(2, 1, 16, 16), ratio)
+    assert pred.shape[1] == ids_removed.shape[1] == removed
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_what_the_last_block_leaves_out_changes_nothing(depth):
+    model = tiny_mae(decoder_depth=depth).eval()
+    images, ids = torch.randn(2, 1, 16, 16), torch.rand(2, 16).argsort(1)
+    latent = model.encode(patchify(images, 4), ids[:, :4])
+    pred = model.decode(latent, ids[:, :4], ids[:, 4:])
+    # As in the reference: all tokens in their places, all the way.
+    x = model.decoder_embed(latent)
+    tokens = put(model.mask_token.expand(2, 16, 8), ids[:, :4], x[:, 1:])
+    x = torch.cat([x[:, :1], tokens], 1) + model.decoder_pos_embed
+    for block in model.decoder_blocks:
+        x = block(x)
+    everything = model.decoder_pred(model.decoder_norm(x[:, 1:]))
+    assert torch.allclose(pred, take(everything, ids[:, 4:]), atol=1e-5)
 
 
 def test_predictions_do_not_see_removed_pixels():
     model = tiny_mae().eval()
     images, noise = torch.randn(1, 1, 16, 16), torch.rand(1, 16)
-    _, pred, mask = model(images, 0.75, noise)
+    _, pred, ids_removed = model(images, 0.75, noise)
     patches = patchify(images, 4)
-    other = unpatchify(torch.where(mask[..., None].bool(), patches + 5, patches), 4)
+    other = unpatchify(put(patches, ids_removed, take(patches, ids_removed) + 5), 4)
     assert torch.equal(model(other, 0.75, noise)[1], pred)
 
 
@@ -110,7 +135,7 @@ def test_images_of_another_shape_are_refused(shape):
         tiny_mae()(torch.zeros(shape))
 
 
-@pytest.mark.parametrize("ratio", [-0.1, 1.0, float("nan")])
+@pytest.mark.parametrize("ratio", [-0.1, 0.0, 1.0, float("nan")])
 def test_impossible_mask_ratios_are_refused(ratio):
     with pytest.raises(ValueError, match="mask_ratio"):
         tiny_mae()(torch.zeros(1, 1, 16, 16), ratio)
@@ -159,10 +184,12 @@ def test_mae_imports_torch_and_the_standard_library_alone():
 def test_complementary_masks_hide_every_patch_equally_often():
     masks = complementary_masks(64, 0.75, rounds=2)
     assert len(masks) == 8
-    assert all(len(mask) == 16 for mask in masks)
-    times_visible = torch.cat(masks).bincount(minlength=64)
-    assert times_visible.tolist() == [2] * 64
-    one, other = (complementary_masks(64, 0.9, rounds=1, seed=seed)[0] for seed in (0, 1))
+    for visible, hidden in masks:
+        assert len(visible) == 16
+        assert sorted(visible.tolist() + hidden.tolist()) == list(range(64))
+    times_hidden = torch.cat([hidden for _, hidden in masks]).bincount(minlength=64)
+    assert times_hidden.tolist() == [6] * 64
+    one, other = (complementary_masks(64, 0.9, rounds=1, seed=seed)[0][0] for seed in (0, 1))
     assert one.tolist() != other.tolist()
     assert len(complementary_masks(4, 0.1, 1)) == 2  # something must be hidden, and predicted
 
