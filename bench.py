@@ -46,7 +46,7 @@ RENDERED = {"no_sub": 20, "cdm": 20, "axion": 5}  # images that lenstronomy rend
 WANTED_AUC = 0.99
 AUC_PER_CLASS = 10_000
 AUC_CHECKED_EVERY = 50  # steps of the peer
-AUC_PATIENCE = 10  # times our seconds, until the peer is given up
+AUC_PATIENCE = 5  # times our seconds, until the peer is given up
 OUR_RECIPE = ("--epochs", "1", "--validations", "1")
 
 
