@@ -475,7 +475,7 @@ def table(rows):
         if key not in figures:
             return ""
         mean, deviation, seeds = figures[key]
-        digits = 2 if "%" in key else 5
+        digits = 2 if key.endswith("%") else 5
         text = f"{mean:.{digits}f}" if digits == 2 or mean > 0.01 else f"{mean:.2e}"
         spread = f"{deviation:.{digits}f}" if digits == 2 or mean > 0.01 else f"{deviation:.0e}"
         return f"{text} ± {spread}" if seeds > 1 else text

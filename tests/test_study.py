@@ -70,10 +70,10 @@ def test_runs_that_are_there_are_not_repeated(tiny_study, tmp_path, monkeypatch)
 
 
 def test_tables_have_mean_and_deviation_over_seeds():
-    rows = [{"run": "a", "seed": s, "macro AUC": v, "accuracy %": 90.0 + s, "kind": "x"}
+    rows = [{"run": "a", "seed": s, "PSF 20 %: AUC": v, "accuracy %": 90.0 + s, "kind": "x"}
             for s, v in ((0, 0.98), (1, 0.99), (2, 1.0))]  # fmt: skip
     assert study.table(rows).splitlines() == [
-        "| run | macro AUC | accuracy % |",
+        "| run | PSF 20 %: AUC | accuracy % |",
         "| --- | --- | --- |",
         "| a | 0.99000 ± 0.01000 | 91.00 ± 1.00 |",
     ]
