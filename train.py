@@ -320,6 +320,7 @@ def fit_transform(images, rows, kind, augmentations=()):
     """
     chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), TRANSFORM_IMAGES)).astype(int)]
     pixels = torch.from_numpy(np.asarray(images[chosen], dtype=np.float64))
+    forget_pages(images)  # rows from everywhere: many more pages than their own may be mapped
     with same_random_numbers():
         pixels = augment(pixels.unsqueeze(1), augmentations).squeeze(1)
     offset = np.quantile(pixels, 0.001)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import termios
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -471,3 +472,22 @@ def test_auc_and_intervals_are_right_for_a_known_case():
     assert 0.03 < high - low < 0.09
     perfect = np.eye(3)[np.repeat([0, 1, 2], 5)]
     assert evaluate.measures(perfect, np.repeat([0, 1, 2], 5)).tolist() == [1.0] * 5
+
+
+def test_looking_at_images_from_everywhere_leaves_no_pages_behind(tmp_path):
+    """Mapped pages of a file count as the process's memory until they are given back."""
+
+    def resident():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("RssFile")).split()[1]) * 1024
+
+    images = np.lib.format.open_memmap(
+        tmp_path / "images.npy", "w+", dtype=np.float32, shape=(4000, 64, 64)
+    )
+    images[:] = np.random.default_rng(0).random((4000, 1, 1))
+    images.flush()
+    del images
+    mapped = files.read_npy(tmp_path / "images.npy")
+    before = resident()
+    train.fit_transform(mapped, np.arange(4000), "log")
+    assert resident() - before < 16e6  # of 66 MB
