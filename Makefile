@@ -18,6 +18,7 @@ PEERS := .venv-bench
 # Without DATA the images are simulated; a folder given with DATA is packed once into runs/cache.
 ifdef DATA
 INPUT := --data $(DATA) --cache-dir $(RUNS)/cache
+FEWER_INPUT := $(INPUT)
 SAMPLES := $(if $(wildcard $(DATA)/dataset.json),$(DATA)/images.npy,\
   $$(for c in "$(DATA)"/*/; do find "$$c" -name '*.npy' | sort | head -n 5; done))
 else
@@ -26,8 +27,8 @@ SAMPLES := $(RUNS)/samples
 SIMULATED_SAMPLES := $(RUNS)/samples/.ready
 SIMULATED := $(RUNS)/data/dataset.json
 FEWER := $(RUNS)/data-fewer/dataset.json
+FEWER_INPUT := --data $(RUNS)/data-fewer
 endif
-FEWER_INPUT := $(if $(FEWER),--data $(RUNS)/data-fewer,$(INPUT))
 
 PRETRAINED := $(RUNS)/pretrain/vit-mae-wt.pth
 HEAD := $(RUNS)/head/vit-mae-classifier-wt.pth

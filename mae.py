@@ -61,6 +61,12 @@ def unpatchify(patches, patch_size, channels=1):
     return images.permute(0, 5, 1, 3, 2, 4).reshape(b, channels, side * p, side * p)
 
 
+def mean_and_spread(patches):
+    """What `norm_pix_loss` takes from patches (B, n, p²C): mean and standard deviation (B, n, 1)."""
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return mean, (variance + 1e-6).sqrt()
+
+
 def complementary_masks(num_patches, mask_ratio, rounds, seed=0):
     """Masks that together hide every patch, and equally often.
 
@@ -145,9 +151,8 @@ class Attention(nn.Module):
         if self.form == "fused":
             x = F.scaled_dot_product_attention(q, k, v)
         else:
-            scores = (q * (d // self.num_heads) ** -0.5) @ k.transpose(
-                -2, -1
-            )  # (B, heads, n - context, n)
+            # (B, heads, n - context, n)
+            scores = (q * (d // self.num_heads) ** -0.5) @ k.transpose(-2, -1)
             x = scores.softmax(dim=-1) @ v
         return self.proj(x.transpose(1, 2).reshape(b, n - context, d))
 
@@ -334,16 +339,16 @@ class MAE(Encoder):
 
         target = take(patches, ids_removed)
         if self.norm_pix_loss:
-            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-            target = (target - mean) / (variance + 1e-6).sqrt()
+            mean, spread = mean_and_spread(target)
+            target = (target - mean) / spread
         return F.mse_loss(pred.float(), target), pred, ids_removed
 
     def pixels(self, pred, patches):
         """Predictions of patches (B, n, p²C) as pixels: `norm_pix_loss` takes mean and spread."""
         if not self.norm_pix_loss:
             return pred.float()
-        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-        return pred.float() * (variance + 1e-6).sqrt() + mean
+        mean, spread = mean_and_spread(patches)
+        return pred.float() * spread + mean
 
     def reconstruct(self, images, mask_ratio=0.75, noise=None):
         """What there is to look at: (images, masked, reconstruction), each (B, C, H, W).
@@ -379,7 +384,7 @@ class MAE(Encoder):
             difference = own - self.pixels(pred, own)
             residual = residual.index_add(1, hidden, difference)
             squared = squared.index_add(1, hidden, difference.square())
-            times_hidden = times_hidden.index_add(0, hidden, torch.ones_like(difference[0, :, :1]))
+            times_hidden = times_hidden.index_add(0, hidden, patches.new_ones(len(hidden), 1))
         p, c = self.patch_size, self.in_chans
         return tuple(unpatchify(total / times_hidden, p, c) for total in (residual, squared))
 
