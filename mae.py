@@ -62,7 +62,7 @@ def unpatchify(patches, patch_size, channels=1):
 
 
 def mean_and_spread(patches):
-    """What `norm_pix_loss` takes from patches (B, n, p²C): mean and standard deviation (B, n, 1)."""
+    """Mean and standard deviation, each (B, n, 1), of patches (B, n, p²C): for `norm_pix_loss`."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return mean, (variance + 1e-6).sqrt()
 
