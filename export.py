@@ -30,7 +30,7 @@ import weights
 from evaluate import auc_by_class, labels_for
 from files import UserError, directory_to_be, file_to_be, run, sha256_of, write_json
 from foreign import to_hugging_face
-from mae import complementary_masks, set_attention_form
+from mae import Block, complementary_masks, set_attention_form
 from predict import open_session
 
 EXAMPLE = """examples:
@@ -74,14 +74,35 @@ class Residuals(nn.Module):
         return residual, squared.mean(dim=(1, 2, 3))
 
 
+class FlatLinear(nn.Module):
+    """A linear layer on tokens (B, n, D) as one matrix, which ONNX multiplies as a Gemm."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        return self.linear(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
+
+
+def flatten_linears(module):
+    """Put a `FlatLinear` around every linear layer of transformer blocks inside `module`."""
+    for block in (m for m in module.modules() if isinstance(m, Block)):
+        for part in (block.attn, block.mlp):
+            for name, layer in list(part.named_children()):
+                setattr(part, name, FlatLinear(layer))
+
+
 def write_onnx(model, path, metadata):
     """Export `model`, one of the above, with text metadata {key: value}, weights inside.
 
-    onnxruntime is faster with attention as plain products, and with GELU as one operation, which
-    opset 20 has. `model` itself is left as it is.
+    onnxruntime is faster with attention as plain products, with GELU as one operation, which opset
+    20 has, and in int8 with a Gemm, bias included, where PyTorch has products of stacks. `model`
+    itself is left as it is.
     """
     model = copy.deepcopy(model)
     set_attention_form(model, "plain")
+    flatten_linears(model)
     example = torch.zeros(2, 1, model.img_size, model.img_size)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -116,8 +137,8 @@ def reduce_precision(path, precision, images, metadata):
     """Rewrite the float32 file at `path` in "float16" or "int8"; input and output stay float32.
 
     In float16 weights and activations are, but for the intensity transform, whose range is wider.
-    In int8 the matrix products with weights are quantised, ranges being taken from `images`
-    (n, 1, H, W), and everything between them stays float32.
+    In int8 the linear layers of blocks and head multiply 8-bit weights and activations, whose
+    ranges are taken from `images` (n, 1, H, W); what comes out of them, and all else, is float32.
     """
     if precision == "float16":
         proto = convert_float_to_float16(
@@ -131,8 +152,8 @@ def reduce_precision(path, precision, images, metadata):
             logging.disable(logging.WARNING)  # about steps that change nothing here
             quantize_static(
                 path, quantised, CalibrationImages(images), quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=["MatMul", "Gemm"], per_channel=True,
-                extra_options={"MatMulConstBOnly": True},
+                op_types_to_quantize=["Gemm"], per_channel=True,
+                extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm"]},
             )  # fmt: skip
             proto = onnx.load(quantised)
         finally:

@@ -42,12 +42,10 @@ SCRATCH_EPOCHS = 6
 LABEL_SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 ROBUSTNESS_PER_CLASS = 1000
 MISTAKES_PER_CLASS = 10000
-# (data model, images a class, noise, options of pretrain.py)
-OTHER_MODELS = (
-    ("Model_I", 6000, True, ("--patch-size", 10, "--epochs", 20)),
-    ("Model_III", 10000, False, ("--epochs", 20)),
-)
-OTHER_MODELS_FINETUNING = ("--epochs", 5)
+# (data model, images a class, noise, patch size)
+OTHER_MODELS = (("Model_I", 6000, True, 10), ("Model_III", 10000, False, 8))
+# Of pre-training, fine-tuning, and training from scratch, which costs as much as both.
+OTHER_EPOCHS = (20, 5, 9)
 STRENGTH_BINS = 8
 RING_WIDTH = 0.3  # arcsec around the Einstein ring
 FRESH_SEED = 1000  # of images simulated for testing; training data has other seeds
@@ -360,14 +358,21 @@ def as_dataset(images, per_class):
 
 
 def instruments(lab):
-    """The other two data models, by the same commands; fewer images, more epochs."""
+    """The other two data models, by the same commands; fewer images, more epochs.
+
+    "scratch" is from random weights, for as much compute as pre-training and `full` together.
+    """
     rows, seed = [], lab.seeds[0]
-    for model, per_class, noise, options in OTHER_MODELS:
+    pretraining, finetuning, longer = (("--epochs", epochs) for epochs in OTHER_EPOCHS)
+    for model, per_class, noise, patch_size in OTHER_MODELS:
         images = lab.out / f"data-{model}-{per_class}"
         if not images.exists():
             simulate.main(["--model", model, "--per-class", str(per_class), "--out", str(images),
                            *(["--noise"] if noise else [])])  # fmt: skip
-        row = chain(lab, model, seed, ("head", "full"), options, OTHER_MODELS_FINETUNING, images)
+        size = ("--patch-size", patch_size)
+        row = chain(lab, model, seed, ("head", "full"), pretraining + size, finetuning, images)
+        path = finetuned(lab, model, seed, "full", "none", *longer, *size, images=images)
+        row |= summary(lab, "scratch", path, data.load(images))
         kind = f"{model}, {per_class} a class, {'noisy' if noise else 'noise-free'}"
         rows.append({"run": kind, "seed": seed, **row})
     return rows

@@ -39,7 +39,8 @@ EVALUATION_BATCH = 256
 MOST_VALIDATIONS = 50  # unless --validations says otherwise
 CHECKPOINT_SECONDS = 30.0
 READ_BLOCK, BLOCKS_TOGETHER = 256, 64  # images, where not all of them fit into memory
-FORGET_AFTER = 2**30  # bytes read, until mapped pages are given back
+MAPPED_BYTES = 2**21  # that a kernel may map where it is asked for a few
+FORGET_AFTER = 2**30  # bytes that may be mapped, until they are given back
 
 
 class Precision(NamedTuple):
@@ -254,15 +255,15 @@ def batch_reader(images, device):
     """
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         return reader_of_stored(images, device)
-    read_bytes = 0
+    mapped = 0
 
     def read(rows):
-        nonlocal read_bytes
+        nonlocal mapped
         batch = torch.from_numpy(np.ascontiguousarray(images[rows])).unsqueeze(1)
-        read_bytes += batch.nbytes
-        if read_bytes > FORGET_AFTER:
+        mapped += batch.nbytes + MAPPED_BYTES * len(rows)
+        if mapped > FORGET_AFTER:
             forget_pages(images)
-            read_bytes = 0
+            mapped = 0
         if device.type == "cuda":
             return batch.pin_memory().to(device, non_blocking=True)
         return batch

@@ -198,6 +198,22 @@ def test_less_precision_gives_a_smaller_file_that_agrees(precision, runs, folder
     assert whole.shape == reduced.shape
 
 
+def test_int8_multiplies_in_eight_bits_and_hands_on_floats(runs, folder, tmp_path):
+    out = tmp_path / "int8.onnx"
+    shutil.copy(runs / "classifier.onnx", out)
+    images = np.array(data.load(folder, runs / "cache").images[:16, None])
+    export.reduce_precision(out, "int8", images, {})
+    proto = onnx.load(out)
+    made_by = {name: node for node in proto.graph.node for name in node.output}
+    gemms = [node for node in proto.graph.node if node.op_type == "Gemm"]
+    depth = json.loads((runs / "full" / "config.json").read_text())["model"]["depth"]
+    assert len(gemms) == 4 * depth + 2  # of attention, MLP and head
+    for node in gemms:
+        assert made_by[node.input[0]].op_type == made_by[node.input[1]].op_type == "DequantizeLinear"
+    quantised = {n.input[0] for n in proto.graph.node if n.op_type == "QuantizeLinear"}
+    assert not any(node.output[0] in quantised for node in gemms)
+
+
 def test_an_export_that_loses_auc_is_not_left(runs, folder, tmp_path, monkeypatch):
     values = iter((0.99, 0.98))
     monkeypatch.setattr(export, "macro_auc", lambda *_: next(values))

@@ -389,6 +389,18 @@ def test_images_that_do_not_fit_into_memory_are_trained_on_all_the_same(
     assert set(data.split(data.load(packed))["train"][-80:]) <= seen
 
 
+def test_rows_from_everywhere_do_not_keep_a_whole_file_mapped(monkeypatch):
+    # Where a kernel maps 2 MB for each row, 64 rows a batch are a gigabyte after eight batches.
+    images, batches, given_back = np.zeros((2000, 2, 2), np.float32), 0, []
+    monkeypatch.setattr(train, "forget_pages", lambda _: given_back.append(batches))
+    read = train.batch_reader(images, torch.device("cpu"))
+    for start in range(0, len(images), 64):
+        batches += 1
+        read(np.arange(start, min(start + 64, len(images))))
+    assert given_back[0] <= 8
+    assert np.diff(given_back).max() <= 8
+
+
 def test_a_data_set_kept_on_the_device_gives_the_same_batches(packed):
     images, device = data.load(packed).images, torch.device("cpu")
     rows = np.array([250, 3, 299, 3])
