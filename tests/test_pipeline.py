@@ -209,7 +209,9 @@ def test_int8_multiplies_in_eight_bits_and_hands_on_floats(runs, folder, tmp_pat
     depth = json.loads((runs / "full" / "config.json").read_text())["model"]["depth"]
     assert len(gemms) == 4 * depth + 2  # of attention, MLP and head
     for node in gemms:
-        assert made_by[node.input[0]].op_type == made_by[node.input[1]].op_type == "DequantizeLinear"
+        assert (
+            made_by[node.input[0]].op_type == made_by[node.input[1]].op_type == "DequantizeLinear"
+        )
     quantised = {n.input[0] for n in proto.graph.node if n.op_type == "QuantizeLinear"}
     assert not any(node.output[0] in quantised for node in gemms)
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -399,6 +400,18 @@ def test_rows_from_everywhere_do_not_keep_a_whole_file_mapped(monkeypatch):
         read(np.arange(start, min(start + 64, len(images))))
     assert given_back[0] <= 8
     assert np.diff(given_back).max() <= 8
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts page faults of Linux")
+def test_memory_of_freed_tensors_is_used_again():
+    train.resolve_device("cpu")
+    size, before = 100 * 2**20, 0
+    for repeat in range(30):
+        if repeat == 10:  # until then more may be asked for
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(size, dtype=torch.uint8)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert faults < 10 * size / resource.getpagesize()  # twice that if all is new to the kernel
 
 
 def test_a_data_set_kept_on_the_device_gives_the_same_batches(packed):
