@@ -278,7 +278,7 @@ def batch_reader(images, device):
         nonlocal mapped
         batch = torch.from_numpy(np.ascontiguousarray(images[rows])).unsqueeze(1)
         mapped += batch.nbytes + MAPPED_BYTES * len(rows)
-        if mapped > FORGET_AFTER:
+        if min(mapped, images.nbytes) > FORGET_AFTER:
             forget_pages(images)
             mapped = 0
         if device.type == "cuda":
