@@ -337,10 +337,13 @@ def fit_transform(images, rows, kind, augmentations=()):
     pixels. `augmentations` are those that training will use.
     """
     chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), TRANSFORM_IMAGES)).astype(int)]
-    pixels = torch.from_numpy(np.asarray(images[chosen], dtype=np.float64))
-    forget_pages(images)  # rows from everywhere: many more pages than their own may be mapped
+    # Rows from everywhere, many more pages than their own may be mapped: some at a time.
+    read = batch_reader(images, torch.device("cpu"))
+    parts = np.array_split(chosen, -(-len(chosen) // EVALUATION_BATCH))
+    pixels = torch.cat([read(part) for part in parts]).double()
+    forget_pages(images)
     with same_random_numbers():
-        pixels = augment(pixels.unsqueeze(1), augmentations).squeeze(1)
+        pixels = augment(pixels, augmentations).squeeze(1)
     offset = np.quantile(pixels, 0.001)
     above = (pixels - offset).clamp_min(0).mean().item()
     softening = max(SOFTENING * above, noise_level(pixels), np.finfo(np.float32).tiny)
