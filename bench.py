@@ -188,14 +188,12 @@ def hugging_face(kind, batch, attention, dtype, fused, device):
     return peer_step(model, lambda: model(images, labels=labels).loss, dtype, device, fused)
 
 
-_peers = {}  # of a worker process: the steps that it has made
+peer_made_once = functools.cache(hugging_face)
 
 
 def peer_in_worker(*arguments):
     """Make a step of `hugging_face(*arguments)`, in the process that this is called in."""
-    if arguments not in _peers:
-        _peers[arguments] = hugging_face(*arguments)
-    train.seconds_of(_peers[arguments], arguments[-1])  # waits until it is done
+    train.seconds_of(peer_made_once(*arguments), arguments[-1])  # waits until it is done
 
 
 # Rows: each yields (what, against what, {"ratio", and what else there is to say})

@@ -177,8 +177,7 @@ def keep_freed_memory():
     """Let the C library keep the memory of freed tensors for the next ones.
 
     As it comes, glibc gives large pieces back to the kernel, which clears every page of them anew,
-    step after step: between a twentieth and a third of a step's time. Nothing happens where there
-    is no mallopt.
+    step after step: up to a third of a step's time. Nothing happens where there is no mallopt.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
@@ -338,9 +337,7 @@ def fit_transform(images, rows, kind, augmentations=()):
     """
     chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), TRANSFORM_IMAGES)).astype(int)]
     # Rows from everywhere, many more pages than their own may be mapped: some at a time.
-    read = batch_reader(images, torch.device("cpu"))
-    parts = np.array_split(chosen, -(-len(chosen) // EVALUATION_BATCH))
-    pixels = torch.cat([read(part) for part in parts]).double()
+    pixels = in_batches(batch_reader(images, torch.device("cpu")), chosen).double()
     forget_pages(images)
     with same_random_numbers():
         pixels = augment(pixels, augmentations).squeeze(1)
