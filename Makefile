@@ -51,7 +51,8 @@ study: $(RUNS)/dataset.json $(FEWER)
 	$(PY) study.py $(INPUT) --out $(RUNS)/study $(if $(UNSEEN),--unseen $(UNSEEN)) \
 	  --only strategies scratch without_labels mistakes labels
 	$(PY) study.py $(FEWER_INPUT) --out $(RUNS)/study-fewer --seeds 0 \
-	  --only mask_ratio pretraining_images choices real_images instruments
+	  --only mask_ratio pretraining_images choices real_images
+	$(PY) study.py $(FEWER_INPUT) --out $(RUNS)/study-fewer --only instruments
 
 # In an environment of its own, with what it compares with.
 bench: $(PEERS)/ready

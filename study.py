@@ -362,7 +362,7 @@ def instruments(lab):
 
     "scratch" is from random weights, for as much compute as pre-training and `full` together.
     """
-    rows, seed = [], lab.seeds[0]
+    rows = []
     pretraining, finetuning, longer = (("--epochs", epochs) for epochs in OTHER_EPOCHS)
     for model, per_class, noise, patch_size in OTHER_MODELS:
         images = lab.out / f"data-{model}-{per_class}"
@@ -370,11 +370,12 @@ def instruments(lab):
             simulate.main(["--model", model, "--per-class", str(per_class), "--out", str(images),
                            *(["--noise"] if noise else [])])  # fmt: skip
         size = ("--patch-size", patch_size)
-        row = chain(lab, model, seed, ("head", "full"), pretraining + size, finetuning, images)
-        path = finetuned(lab, model, seed, "full", "none", *longer, *size, images=images)
-        row |= summary(lab, "scratch", path, data.load(images))
         kind = f"{model}, {per_class} a class, {'noisy' if noise else 'noise-free'}"
-        rows.append({"run": kind, "seed": seed, **row})
+        for seed in lab.seeds:
+            row = chain(lab, model, seed, ("head", "full"), pretraining + size, finetuning, images)
+            path = finetuned(lab, model, seed, "full", "none", *longer, *size, images=images)
+            row |= summary(lab, "scratch", path, data.load(images))
+            rows.append({"run": kind, "seed": seed, **row})
     return rows
 
 

@@ -17,6 +17,8 @@ import finetune
 import pretrain
 import simulate
 
+# Seconds after which a process hangs for sure, however slow the machine and whatever runs beside.
+HUNG = 900
 TINY_NETWORK = ["--patch-size", "16", "--embed-dim", "32", "--depth", "2", "--num-heads", "2"]
 TINY_DECODER = ["--decoder-embed-dim", "16", "--decoder-num-heads", "2"]
 
@@ -41,7 +43,7 @@ def run_code(code, *arguments, check=True, without=()):
 
 def run_python(*arguments, check, before=()):
     command = [*before, sys.executable, *map(str, arguments)]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HUNG)
     if check:
         assert process.returncode == 0, process.stdout + process.stderr
     return process

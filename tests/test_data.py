@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_user_error, run_script
+from conftest import HUNG, ROOT, assert_user_error, run_script
 
 import data
 from files import UserError
@@ -61,7 +61,7 @@ def test_two_processes_packing_at_once_give_one_good_cache(tmp_path):
     command = [sys.executable, ROOT / "data.py", "--data", root]
     both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for process in both:
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=HUNG)
         assert process.returncode == 0, error
     assert [f.name for f in (root / ".packed").iterdir() if f.suffix == ".tmp"] == []
     assert len(data.load(root).labels) == 600

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY_DECODER, TINY_NETWORK, run_script
+from conftest import HUNG, ROOT, TINY_DECODER, TINY_NETWORK, run_script
 
 import distributed
 
@@ -47,7 +47,7 @@ def test_two_processes_train_as_one_does(script, packed, runs, tmp_path):
 
     run_script(script, *arguments(tmp_path / "one"))
     process = torchrun(script, arguments(tmp_path / "two"))
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=HUNG)
     assert process.returncode == 0, output
     assert output.count("weights in") == 1
     one, two = lines_of(tmp_path / "one"), lines_of(tmp_path / "two")
@@ -87,7 +87,7 @@ def test_a_killed_process_ends_the_run(packed, tmp_path):
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.05)
         os.kill(workers_of(process)[1], signal.SIGKILL)
-        output, _ = process.communicate(timeout=100)
+        output, _ = process.communicate(timeout=HUNG)
     finally:
         process.kill()
     assert process.returncode != 0, output
@@ -97,7 +97,7 @@ def test_a_killed_process_ends_the_run(packed, tmp_path):
 
 def test_a_batch_that_cannot_be_shared_is_named(packed, tmp_path):
     arguments = [*pretraining(packed, tmp_path / "run", 1), "--batch-size", 7]
-    output, _ = torchrun("pretrain.py", arguments).communicate(timeout=100)
+    output, _ = torchrun("pretrain.py", arguments).communicate(timeout=HUNG)
     assert "error: --batch-size 7 cannot be shared by 2 processes" in output
 
 

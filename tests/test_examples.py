@@ -11,7 +11,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import HUNG, ROOT, run_script
 
 import data
 import weights
@@ -95,7 +95,7 @@ def test_web_page_classifies_in_the_browser(site, tmp_path):
         address = f"http://localhost:{server.server_port}/web/?files=0.npy,1.npy,2.npy"
         page = subprocess.check_output(
             [CHROMIUM, *CHROMIUM_OPTIONS, f"--user-data-dir={tmp_path}", address],
-            text=True, stderr=subprocess.DEVNULL, timeout=120,
+            text=True, stderr=subprocess.DEVNULL, timeout=HUNG,
         )  # fmt: skip
         server.shutdown()
     assert "Ready." in page, page

@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import (
+    HUNG,
     ROOT,
     TINY_NETWORK,
     assert_user_error,
@@ -655,7 +656,7 @@ def test_make_reproduce_runs_on_a_folder_and_does_nothing_twice(folder, tmp_path
     command = ["make", "reproduce", f"PY={sys.executable}", f"READY={ready}", f"DATA={folder}",
                f"RUNS={tmp_path / 'runs'}", "BASELINE=1", "PRETRAINING=--epochs 8",
                "FINETUNING=--epochs 2"]  # fmt: skip
-    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HUNG)
     assert first.returncode == 0, first.stdout + first.stderr
     out = tmp_path / "runs"
     for run in ("head", "layernorm", "full", "scratch"):
@@ -664,7 +665,7 @@ def test_make_reproduce_runs_on_a_folder_and_does_nothing_twice(folder, tmp_path
     assert len(read_csv(out / "predictions.csv")) == 15
     assert "| macro AUC |" in first.stdout
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
-    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HUNG)
     assert second.returncode == 0, second.stderr
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()} == before
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import HUNG, ROOT
 
 # What is added to be quick, by script.
 SHORTER = {
@@ -86,7 +86,7 @@ def test_command(command, place, monkeypatch):
     words += SHORTER.get(script, [])
     if launcher == "torchrun":
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        subprocess.run([*launch, *words], cwd=place, check=True, timeout=300)
+        subprocess.run([*launch, *words], cwd=place, check=True, timeout=HUNG)
     else:
         assert launcher == "python", "say in ELSEWHERE where this is tested"
         # As python would, but in this process, which has torch loaded already.
@@ -103,6 +103,6 @@ def test_command(command, place, monkeypatch):
 def test_make_knows_what_to_do(command, place):
     words = [word.replace("/path/to/dataset", "lenses") for word in command.split()]
     process = subprocess.run(
-        ["make", "-n", *words[1:]], cwd=place, capture_output=True, text=True, timeout=100
+        ["make", "-n", *words[1:]], cwd=place, capture_output=True, text=True, timeout=HUNG
     )
     assert process.returncode == 0, process.stderr

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_DECODER, TINY_NETWORK, assert_user_error, run_script
+from conftest import HUNG, ROOT, TINY_DECODER, TINY_NETWORK, assert_user_error, run_script
 
 import data
 import evaluate
@@ -109,7 +109,7 @@ def test_interruption_leaves_a_checkpoint_and_the_usual_exit_code(kind, code, pa
     process = start("pretrain", pretrain_command(packed, tmp_path / "run", "--epochs", "100"))
     wait_for(tmp_path / "run" / "checkpoint.pth", process)
     process.send_signal(kind)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=HUNG)
     assert process.returncode == code, output
     assert "--resume" in output
     assert "Traceback" not in output
@@ -149,7 +149,7 @@ def test_a_full_disk_is_a_clear_error_and_old_weights_stay(packed, tmp_path):
     arguments = map(str, pretrain_command(packed, out))
     process = subprocess.run(
         [sys.executable, "-c", limit + DRIVER.format("pretrain"), *arguments],
-        cwd=ROOT, capture_output=True, text=True, timeout=100,
+        cwd=ROOT, capture_output=True, text=True, timeout=HUNG,
     )  # fmt: skip
     assert_user_error(process, "checkpoint")
     assert (out / "vit-mae-wt.pth").read_bytes() == before
