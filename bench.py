@@ -317,7 +317,7 @@ def inference(bench):
 
 
 def probabilities_of(session, images):
-    """Probabilities of all `images` by an exported classifier, as many at once as predict.py does."""
+    """Probabilities of all `images` by an exported classifier, as many at once as in predict.py."""
     parts = range(0, len(images), predict.BATCH_SIZE)
     return [session.run(None, {"images": images[i : i + predict.BATCH_SIZE]}) for i in parts]
 

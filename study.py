@@ -172,6 +172,11 @@ def pretraining_epochs(lab):
     return pretrain.epochs_of(options, images)
 
 
+def on_all_classes(lab):
+    """Options of a pre-training on all classes that takes as many steps as the usual one."""
+    return ["--classes", "all", "--epochs", max(1, round(pretraining_epochs(lab) / 3))]
+
+
 # Experiments: each takes the lab and gives the rows of its table, dicts with "run" and "seed".
 
 
@@ -230,17 +235,24 @@ def without_labels(lab):
 def labels(lab):
     """Part of the training labels: how many does pre-training save?
 
+    "All classes": pre-trained on the images of all classes, none of whose labels are looked at.
     All runs validate on the whole validation part, three times, whatever labels they train on.
     """
     rows = []
     train_images = len(data.split(lab.dataset)["train"])
     for seed in lab.seeds:
+        smooth = pretrained(lab, "base", seed)
+        everything = pretrained(lab, "all-classes", seed, *on_all_classes(lab))
+        starts = {
+            "head": ("base", "head", smooth),
+            "full": ("base", "full", smooth),
+            "full, all classes": ("all-classes", "full", everything),
+            "scratch": ("base", "full", "none"),
+        }
         for share in LABEL_SHARES:
-            for name in ("head", "full", "scratch"):
-                strategy = "head" if name == "head" else "full"
-                start = "none" if name == "scratch" else pretrained(lab, "base", seed)
-                options = ["--labels", share, "--validations", 3] if share < 1 else []
-                folder = f"labels-{share:g}" if share < 1 else "base"
+            options = ["--labels", share, "--validations", 3] if share < 1 else []
+            for name, (images, strategy, start) in starts.items():
+                folder = f"{images}-labels-{share:g}" if share < 1 else images
                 path = finetuned(lab, folder, seed, strategy, start, *options)
                 result = measured(lab, path, lab.dataset)
                 count = round(share * train_images)
@@ -265,8 +277,7 @@ def pretraining_images(lab):
     rows = []
     for seed in lab.seeds:
         rows.append({"run": "no_sub", "seed": seed, **chain(lab, "base", seed)})
-        everything = ["--classes", "all", "--epochs", max(1, round(pretraining_epochs(lab) / 3))]
-        row = chain(lab, "all-classes", seed, pretraining=everything)
+        row = chain(lab, "all-classes", seed, pretraining=on_all_classes(lab))
         rows.append({"run": "all classes", "seed": seed, **row})
     return rows
 
