@@ -307,13 +307,13 @@ def inference(bench):
             )  # fmt: skip
             seconds = {name: value / calls for name, value in seconds.items()}
             what = f"classifier inference, batch {batch}"
-            together = {"note": f"ours {min(batch, predict.BATCH_SIZE)} at once"}
+            note = f"ours {min(batch, predict.BATCH_SIZE)} at once"
             yield row(what, "PyTorch eager", seconds["float32"], seconds["torch"],
-                      **{"images/s": batch / seconds["float32"]}, **together)  # fmt: skip
+                      note=note, **{"images/s": batch / seconds["float32"]})  # fmt: skip
             for precision in ("int8", "float16"):
                 yield row(f"{what}, {precision}", "float32 ONNX", seconds[precision],
                           seconds["float32"],
-                          **{"images/s": batch / seconds[precision]}, **together)  # fmt: skip
+                          note=note, **{"images/s": batch / seconds[precision]})  # fmt: skip
 
 
 def probabilities_of(session, images):
