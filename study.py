@@ -1,9 +1,9 @@
 """Experiments that explain the figures: what pre-training buys, what decides it, where it fails.
 
 Every experiment trains with the project's own scripts, one run a folder in --out; runs that are
-there already are not repeated, and one that was stopped goes on. The results are kept in --results:
-<experiment>.json (every run), <experiment>.png and tables.md. Choices are never made here: each
-run is looked at on the test split once, with the weights that validation chose.
+there already are not repeated, and one that was stopped goes on. The results are kept in --results
+(see results.py). Choices are never made here: each run is looked at on the test split once, with
+the weights that validation chose.
 """
 
 import argparse
@@ -23,13 +23,13 @@ import augment
 import data
 import evaluate
 import finetune
-import plots
 import pretrain
 import reconstruct
+import results
 import simulate
 import train
 import weights
-from files import UserError, make_folder, read_json, run, sha256_of, write_json, write_text
+from files import UserError, make_folder, read_json, run, sha256_of, write_json
 from mae import POOLINGS
 
 EXAMPLE = """examples:
@@ -457,82 +457,6 @@ EXPERIMENTS = {
     "instruments": instruments,
     "mistakes": mistakes,
 }
-FIGURES = ("AUC", "%", "error")  # keys of a row with one of these in them are measured
-# Experiments with a quantity to draw against: (key of a row, its label or None where every kind has
-# its own, logarithmic, figure drawn).
-AXES = {
-    "labels": ("labels", "training labels", True, "macro AUC"),
-    "mistakes": ("strength", None, False, "AUC"),
-}
-
-
-# Tables and pictures
-
-
-def by_run(rows):
-    """{run: {figure: (mean, standard deviation, seeds)}}, in the order of the rows."""
-    runs = {}
-    for row in rows:
-        for key, value in row.items():
-            if any(part in key for part in FIGURES):
-                runs.setdefault(row["run"], {}).setdefault(key, []).append(value)
-    return {
-        name: {
-            key: (float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, len(v))
-            for key, v in figures.items()
-        }
-        for name, figures in runs.items()
-    }
-
-
-def table(rows):
-    """Markdown: a line a run, mean ± standard deviation over the seeds."""
-
-    def cell(key, figures):
-        if key not in figures:
-            return ""
-        mean, deviation, seeds = figures[key]
-        digits = 2 if key.endswith("%") else 5
-        text = f"{mean:.{digits}f}" if digits == 2 or mean > 0.01 else f"{mean:.2e}"
-        spread = f"{deviation:.{digits}f}" if digits == 2 or mean > 0.01 else f"{deviation:.0e}"
-        return f"{text} ± {spread}" if seeds > 1 else text
-
-    runs = by_run(rows)
-    keys = list(dict.fromkeys(key for figures in runs.values() for key in figures))
-    lines = [["run", *keys], ["---"] * (1 + len(keys))]
-    lines += [[name, *(cell(key, figures) for key in keys)] for name, figures in runs.items()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def draw(path, name, rows):
-    """The picture of an experiment, from its rows."""
-    if name not in AXES:
-        plots.dots(path, {
-            run_name: {k: v[:2] for k, v in figures.items() if "AUC" in k}
-            for run_name, figures in by_run(rows).items()
-        })  # fmt: skip
-        return
-    key, label, logarithmic, figure = AXES[name]
-    series = {}
-    for run_name, figures in by_run(rows).items():
-        row = next(row for row in rows if row["run"] == run_name)
-        series.setdefault(row["kind"], []).append((row[key], *figures[figure][:2]))
-    plots.series(path, series, label, figure, logarithmic)
-
-
-def write_results(folder, name, rows, command):
-    """Keep an experiment: its JSON and PNG, and the tables of all experiments kept so far."""
-    first_line = EXPERIMENTS[name].__doc__.splitlines()[0]
-    write_json(folder / f"{name}.json", {"what": first_line, **command, "rows": rows})
-    draw(folder / f"{name}.png", name, rows)
-    text = ["# Results of study.py", ""]
-    for other in EXPERIMENTS:
-        if (folder / f"{other}.json").exists():
-            kept = read_json(folder / f"{other}.json")
-            text += [f"## {other}", "", kept["what"], "", table(kept["rows"]), ""]
-            text += [f"`{kept['command']}`, commit {kept['commit']}, {kept['precision']}", ""]
-            text += [f"![{other}]({other}.png)", ""]
-    write_text(folder / "tables.md", "\n".join(text))
 
 
 def commit():
@@ -594,14 +518,13 @@ def main(argv=None):
     )  # fmt: skip
     seeds = " ".join(map(str, args.seeds))
     for name in args.only:
-        print(f"== {name}: {EXPERIMENTS[name].__doc__.splitlines()[0]}", flush=True)
+        what = EXPERIMENTS[name].__doc__.splitlines()[0]
+        print(f"== {name}: {what}", flush=True)
         rows = EXPERIMENTS[name](lab)
         command = f"python study.py --data {args.data.name} --only {name} --seeds {seeds}"
-        write_results(
-            args.results, name, rows,
-            {"command": command, "commit": commit(), "precision": precision},
-        )  # fmt: skip
-        print(table(rows), flush=True)
+        made = {"command": command, "commit": commit(), "precision": precision}
+        results.write(args.results, name, what, [made], rows)
+        print(results.table(rows), flush=True)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ import report
 import weights
 
 SCRIPTS = ("simulate", "data", "pretrain", "finetune", "evaluate", "reconstruct", "export",
-           "predict", "study")  # fmt: skip
+           "predict", "study", "results")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -516,6 +516,7 @@ def mistakes(runs, folder, tmp_path):
                                                          pretrained), "64 pixels"),
         "rounds": ("reconstruct.py", (*cache, *out, "--weights", pretrained, "--rounds", 0),
                    "--rounds"),
+        "no results": ("results.py", (runs, *out), runs),
         "seeds": ("study.py", (*cache, *out, "--seeds", -1), "--seeds"),
         "nothing to export": ("export.py", ("--weights", file, *out), file),
         "no data to check with": (

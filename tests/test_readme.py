@@ -27,6 +27,7 @@ ELSEWHERE = {
     "python -m http.server": "test_examples.py serves and opens the page",
     "python tests/reference/make_lenstronomy.py": "needs lenstronomy; its images are checked in",
     "python study.py": "hours; test_study.py runs every experiment",
+    "python results.py": "test_study.py puts results together",
     "python bench.py": "minutes of timing; test_bench.py runs its parts",
     "torchrun --nnodes": "needs two machines; test_distributed.py starts two processes",
 }  # fmt: skip
@@ -72,7 +73,7 @@ def place(runs, folder, packed, tmp_path_factory):
 def test_every_script_is_among_the_commands():
     scripts = {path.name for path in ROOT.glob("*.py") if "EXAMPLE = " in path.read_text()}
     assert scripts == {word for c in COMMANDS for word in c.split() if word in scripts}
-    assert len(scripts) == 10
+    assert len(scripts) == 11
 
 
 @pytest.mark.parametrize("command", RUN_HERE)

@@ -8,9 +8,11 @@ import torch
 from conftest import TINY_DECODER, TINY_NETWORK
 
 import pretrain
+import results
 import simulate
 import study
 import train
+from files import UserError
 
 TINY = {
     "SCRATCH_EPOCHS": 2, "LABEL_SHARES": (0.2, 1.0), "ROBUSTNESS_PER_CLASS": 8,
@@ -37,15 +39,15 @@ def tiny_study(packed, tmp_path, monkeypatch):
 
 
 def test_every_experiment_leaves_its_rows_its_picture_and_its_table(tiny_study, packed):
-    results = tiny_study("--seeds", 0, "--unseen", packed)
-    tables = (results / "tables.md").read_text()
+    kept_in = tiny_study("--seeds", 0, "--unseen", packed)
+    tables = (kept_in / "tables.md").read_text()
     for name in study.EXPERIMENTS:
-        kept = json.loads((results / f"{name}.json").read_text())
-        assert kept["rows"], name
-        assert (results / f"{name}.png").stat().st_size > 5000
+        content = json.loads((kept_in / f"{name}.json").read_text())
+        assert content["rows"], name
+        assert (kept_in / f"{name}.png").stat().st_size > 5000
         assert f"## {name}" in tables
-        assert f"--only {name} --seeds 0" in kept["command"]
-        for row in kept["rows"]:
+        assert f"--only {name} --seeds 0" in content["made"][0]["command"]
+        for row in content["rows"]:
             for key, value in row.items():
                 if "AUC" in key:
                     assert 0 <= value <= 1, (name, key)
@@ -55,13 +57,13 @@ def test_every_experiment_leaves_its_rows_its_picture_and_its_table(tiny_study, 
 
 
 def test_runs_that_are_there_are_not_repeated(tiny_study, tmp_path, monkeypatch):
-    results = tiny_study("--seeds", 0, 1, "--only", "without_labels")
-    first = json.loads((results / "without_labels.json").read_text())["rows"]
+    kept_in = tiny_study("--seeds", 0, 1, "--only", "without_labels")
+    first = json.loads((kept_in / "without_labels.json").read_text())["rows"]
     assert len(first) == 2
     with monkeypatch.context() as patch:
         patch.setattr(train, "fit", None)  # training again would fail
         tiny_study("--seeds", 0, 1, "--only", "without_labels")
-    assert json.loads((results / "without_labels.json").read_text())["rows"] == first
+    assert json.loads((kept_in / "without_labels.json").read_text())["rows"] == first
     weights = tmp_path / "runs" / "base" / "seed0" / "pretrain" / "vit-mae-wt.pth"
     before = weights.read_bytes()
     tiny_study("--seeds", 0, "--only", "without_labels", "--pretraining",
@@ -72,11 +74,76 @@ def test_runs_that_are_there_are_not_repeated(tiny_study, tmp_path, monkeypatch)
 def test_tables_have_mean_and_deviation_over_seeds():
     rows = [{"run": "a", "seed": s, "PSF 20 %: AUC": v, "accuracy %": 90.0 + s, "kind": "x"}
             for s, v in ((0, 0.98), (1, 0.99), (2, 1.0))]  # fmt: skip
-    assert study.table(rows).splitlines() == [
+    assert results.table(rows).splitlines() == [
         "| run | PSF 20 %: AUC | accuracy % |",
         "| --- | --- | --- |",
         "| a | 0.99000 ± 0.01000 | 91.00 ± 1.00 |",
     ]
+
+
+def kept(folder, name, *rows, commit="abc"):
+    """Keep `rows` as study.py does."""
+    made = {"command": f"python study.py --only {name}", "commit": commit, "precision": "float32"}
+    results.write(folder, name, "What it compares.", [made], list(rows))
+    return folder
+
+
+def row(seed, auc, run="a"):
+    return {"run": run, "seed": seed, "kind": run, "labels": 10 * (1 + seed), "macro AUC": auc}
+
+
+def test_every_experiment_has_its_place_in_the_tables():
+    assert list(results.EXPERIMENTS) == list(study.EXPERIMENTS)
+
+
+def test_seeds_that_ran_apart_are_put_together(tmp_path):
+    """Mean and deviation are those of all, and every command that made a part is named."""
+    kept(tmp_path / "2", "scratch", row(2, 0.9, "b"), row(2, 0.8), commit="second")
+    kept(tmp_path / "1", "scratch", row(1, 0.6), row(1, 0.5, "b"), commit="first")
+    kept(tmp_path / "1", "labels", row(0, 0.6), row(1, 0.7))
+    out = tmp_path / "all"
+    results.main([str(tmp_path / "2"), str(tmp_path / "1"), "--out", str(out)])
+    whole = results.read(out / "scratch.json")
+    assert [m["commit"] for m in whole["made"]] == ["second", "first"]
+    assert [(r["run"], r["seed"]) for r in whole["rows"]] == [
+        ("b", 1), ("a", 1), ("b", 2), ("a", 2)
+    ]  # fmt: skip
+    tables = (out / "tables.md").read_text()
+    assert "| a | 0.70000 ± 0.14142 |" in tables
+    assert "commit second" in tables
+    assert "commit first" in tables
+    assert len(results.read(out / "labels.json")["rows"]) == 2
+    assert (out / "labels.png").stat().st_size > 5000
+
+
+def test_a_seed_counts_once(tmp_path):
+    for name in ("one", "other"):
+        kept(tmp_path / name, "scratch", row(0, 0.9))
+    with pytest.raises(UserError, match=r"one.*other.*seed 0 of 'a'"):
+        results.join([tmp_path / "one", tmp_path / "other"], tmp_path / "all")
+    assert not (tmp_path / "all").exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content.pop("made"),
+        lambda content: content["made"][0].pop("commit"),
+        lambda content: content.update(rows={}),
+        lambda content: content["rows"].append("x"),
+        lambda content: content["rows"][0].pop("seed"),
+        lambda content: content["rows"][0].pop("kind"),
+        lambda content: content["rows"][0].update({"labels": "many"}),
+        lambda content: content["rows"][0].update({"macro AUC": "high"}),
+    ],
+)
+def test_results_from_elsewhere_are_looked_at_first(tmp_path, damage):
+    path = kept(tmp_path / "part", "labels", row(0, 0.9), row(1, 0.8)) / "labels.json"
+    content = json.loads(path.read_text())
+    damage(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"labels\.json"):
+        results.join([tmp_path / "part"], tmp_path / "all")
 
 
 def test_pretraining_on_all_classes_takes_as_many_steps_as_on_one(packed, tmp_path, monkeypatch):

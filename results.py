@@ -1,0 +1,186 @@
+"""What is kept of a study: each experiment's rows as JSON, its picture, and tables.md of them all.
+
+study.py writes them. The seeds of a study are independent, so they may run apart, side by side or
+on other machines; this script puts their results together.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+import plots
+from files import UserError, read_json, run, write_json, write_text
+
+EXAMPLE = "example: python results.py runs/study/results-0 runs/study/results-1"
+
+# Experiments in the order of tables.md, and what the picture draws against what: (key of a row, its
+# label or None where every kind has its own, logarithmic, figure drawn); None: a dot a run.
+EXPERIMENTS = {
+    "strategies": None,
+    "scratch": None,
+    "without_labels": None,
+    "labels": ("labels", "training labels", True, "macro AUC"),
+    "mask_ratio": None,
+    "pretraining_images": None,
+    "choices": None,
+    "real_images": None,
+    "instruments": None,
+    "mistakes": ("strength", None, False, "AUC"),
+}
+FIGURES = ("AUC", "%", "error")  # keys of a row with one of these in them are measured
+HOW = ("command", "commit", "precision")  # how rows were made
+
+
+def by_run(rows):
+    """{run: {figure: (mean, standard deviation, seeds)}}, in the order of the rows."""
+    runs = {}
+    for row in rows:
+        for key, value in row.items():
+            if _is_figure(key):
+                runs.setdefault(row["run"], {}).setdefault(key, []).append(value)
+    return {
+        name: {
+            key: (float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, len(v))
+            for key, v in figures.items()
+        }
+        for name, figures in runs.items()
+    }
+
+
+def _is_figure(key):
+    return any(part in key for part in FIGURES)
+
+
+def table(rows):
+    """Markdown: a line a run, mean ± standard deviation over the seeds."""
+
+    def cell(key, figures):
+        if key not in figures:
+            return ""
+        mean, deviation, seeds = figures[key]
+        digits = 2 if key.endswith("%") else 5
+        text = f"{mean:.{digits}f}" if digits == 2 or mean > 0.01 else f"{mean:.2e}"
+        spread = f"{deviation:.{digits}f}" if digits == 2 or mean > 0.01 else f"{deviation:.0e}"
+        return f"{text} ± {spread}" if seeds > 1 else text
+
+    runs = by_run(rows)
+    keys = list(dict.fromkeys(key for figures in runs.values() for key in figures))
+    lines = [["run", *keys], ["---"] * (1 + len(keys))]
+    lines += [[name, *(cell(key, figures) for key in keys)] for name, figures in runs.items()]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def draw(path, name, rows):
+    """The picture of an experiment, from its rows."""
+    if EXPERIMENTS[name] is None:
+        plots.dots(path, {
+            run_name: {k: v[:2] for k, v in figures.items() if "AUC" in k}
+            for run_name, figures in by_run(rows).items()
+        })  # fmt: skip
+        return
+    key, label, logarithmic, figure = EXPERIMENTS[name]
+    series = {}
+    for run_name, figures in by_run(rows).items():
+        row = next(row for row in rows if row["run"] == run_name)
+        series.setdefault(row["kind"], []).append((row[key], *figures[figure][:2]))
+    plots.series(path, series, label, figure, logarithmic)
+
+
+def write(folder, name, what, made, rows):
+    """Keep an experiment: its JSON and PNG, and the tables of all experiments kept so far.
+
+    `what` says what it compares; `made` is a list of dicts with the keys of HOW, one for each
+    command that made some of the rows.
+    """
+    write_json(folder / f"{name}.json", {"what": what, "made": made, "rows": rows})
+    draw(folder / f"{name}.png", name, rows)
+    text = ["# Results of study.py", ""]
+    for other in EXPERIMENTS:
+        if (folder / f"{other}.json").exists():
+            kept = read(folder / f"{other}.json")
+            text += [f"## {other}", "", kept["what"], "", table(kept["rows"]), ""]
+            text += [f"- `{m['command']}`, commit {m['commit']}, {m['precision']}"
+                     for m in kept["made"]]  # fmt: skip
+            text += ["", f"![{other}]({other}.png)", ""]
+    write_text(folder / "tables.md", "\n".join(text))
+
+
+def read(path):
+    """What `write` has kept of an experiment; UserError if it is something else."""
+    kept = read_json(path)
+    what, made, rows = (kept.get(key) for key in ("what", "made", "rows"))
+    if not (
+        isinstance(what, str)
+        and isinstance(made, list)
+        and all(isinstance(m, dict) and set(HOW) <= m.keys() for m in made)
+        and isinstance(rows, list)
+        and all(_is_row(row, EXPERIMENTS[path.stem]) for row in rows)
+    ):
+        raise UserError(f"{path}: not what study.py keeps of an experiment; make it anew")
+    return kept
+
+
+def _is_row(row, drawn):
+    """Whether `row` has what the table and the picture need, numbers where they must be."""
+    if not isinstance(row, dict):
+        return False
+    numbers = {"seed", *(key for key in row if _is_figure(key))}
+    texts = {"run"}
+    if drawn:
+        numbers |= {drawn[0], drawn[3]}
+        texts |= {"kind"}
+    return all(isinstance(row.get(key), int | float) for key in numbers) and all(
+        isinstance(row.get(key), str) for key in texts
+    )
+
+
+def join(folders, out):
+    """Put the results in `folders` together, of other seeds or other runs each; returns the names.
+
+    Raises UserError if two of them hold the same run and seed, or if there is nothing to join.
+    """
+    names = [n for n in EXPERIMENTS if any((f / f"{n}.json").exists() for f in folders)]
+    if not names:
+        raise UserError(f"no results of study.py in {', '.join(map(str, folders))}")
+    for name in names:
+        made, rows, source = [], [], {}
+        for path in (f / f"{name}.json" for f in folders):
+            if not path.exists():
+                continue
+            kept = read(path)
+            made += kept["made"]
+            for row in kept["rows"]:
+                before = source.setdefault((row["run"], row["seed"]), path)
+                if before != path:
+                    raise UserError(
+                        f"{before} and {path} both have seed {row['seed']} of {row['run']!r}: "
+                        "leave one out"
+                    )
+                rows.append(row)
+        runs = {run_name: i for i, run_name in enumerate(by_run(rows))}
+        rows.sort(key=lambda row: (row["seed"], runs[row["run"]]))
+        write(out, name, kept["what"], made, rows)
+    return names
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folders", type=Path, nargs="+", help="what study.py had as --results")
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs/results"),
+        help="where the whole is kept (default: %(default)s)",
+    )  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    names = join(args.folders, args.out)
+    print(f"{', '.join(names)} in {args.out}")
+
+
+if __name__ == "__main__":
+    run(main)
