@@ -7,6 +7,7 @@ the weights that validation chose.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import shlex
@@ -113,15 +114,32 @@ def finetuned(lab, name, seed, strategy, start, *options, images=None):
     )  # fmt: skip
 
 
-def measured(lab, path, dataset, whole=False):
-    """AUC of each class, macro AUC and accuracy (%) of a classifier on the test split.
+def looked_at_once(look):
+    """Keep what `look(lab, path, dataset, whole)` gives, a dict, beside the weights `path`.
 
-    `whole` takes all images of the data set.
+    A run that is there already is not measured again. `whole` takes all images of the data set in
+    place of its test split.
     """
+
+    @functools.wraps(look)
+    def kept(lab, path, dataset, whole=False):
+        part = "all" if whole else "test"
+        file = path.parent / f"{look.__name__}-{part}-{dataset.fingerprint}.json"
+        if dataset.fingerprint and file.exists():
+            return read_json(file)
+        result = look(lab, path, dataset, whole)
+        if dataset.fingerprint:
+            write_json(file, result)
+        return result
+
+    return kept
+
+
+@looked_at_once
+def measured(lab, path, dataset, whole):
+    """AUC of each class, macro AUC and accuracy (%) of a classifier."""
     model, content = weights.load_classifier(path)
-    rows = np.arange(len(dataset.labels))
-    if not whole:
-        rows = data.split(dataset, content["run"]["split_seed"])["test"]
+    rows = rows_to_test_on(dataset, content, whole)
     labels = evaluate.labels_for(content["class_names"], dataset, path)[rows]
     probabilities = evaluate.predict_probabilities(model, dataset.images, rows, lab.device)
     *aucs, macro, accuracy = evaluate.measures(probabilities, labels).tolist()
@@ -129,18 +147,24 @@ def measured(lab, path, dataset, whole=False):
     return {**by_class, "macro AUC": macro, "accuracy %": 100 * accuracy}
 
 
-def residual_auc(lab, path, dataset, whole=False):
+@looked_at_once
+def residual_auc(lab, path, dataset, whole):
     """AUC of an MAE's residual, which knows no labels: all substructure, and each kind of it."""
     content, residuals, _ = reconstruct.residual_reader(
         path, dataset, lab.device, mask_ratio=0.75, rounds=2, seed=0
     )
-    rows = np.arange(len(dataset.labels))
-    if not whole:
-        rows = data.split(dataset, content["run"]["split_seed"])["test"]
+    rows = rows_to_test_on(dataset, content, whole)
     labels, smooth = dataset.labels[rows], dataset.class_names.index("no_sub")
     scores = reconstruct.scores_of(residuals, rows)
     aucs = reconstruct.auc_by_kind(scores, labels != smooth, labels, dataset.class_names)
     return {f"residual AUC {name}": float(auc) for name, auc in aucs.items()}
+
+
+def rows_to_test_on(dataset, content, whole):
+    """All rows of a data set, or those that the training behind the weights left for testing."""
+    if whole:
+        return np.arange(len(dataset.labels))
+    return data.split(dataset, content["run"]["split_seed"])["test"]
 
 
 def chain(lab, name, seed, strategies=STRATEGIES, pretraining=(), finetuning=(), images=None):

@@ -7,7 +7,9 @@ import pytest
 import torch
 from conftest import TINY_DECODER, TINY_NETWORK
 
+import evaluate
 import pretrain
+import reconstruct
 import results
 import simulate
 import study
@@ -56,14 +58,18 @@ def test_every_experiment_leaves_its_rows_its_picture_and_its_table(tiny_study, 
             assert row["run"] in tables
 
 
-def test_runs_that_are_there_are_not_repeated(tiny_study, tmp_path, monkeypatch):
-    kept_in = tiny_study("--seeds", 0, 1, "--only", "without_labels")
-    first = json.loads((kept_in / "without_labels.json").read_text())["rows"]
-    assert len(first) == 2
+def test_runs_that_are_there_are_not_repeated(tiny_study, packed, tmp_path, monkeypatch):
+    both = ("--only", "without_labels", "strategies", "--unseen", packed)
+    kept_in = tiny_study("--seeds", 0, 1, *both)
+    files = [kept_in / f"{name}.json" for name in both[1:3]]
+    first = [results.read(file)["rows"] for file in files]
+    assert [len(rows) for rows in first] == [4, 12]
     with monkeypatch.context() as patch:
-        patch.setattr(train, "fit", None)  # training again would fail
-        tiny_study("--seeds", 0, 1, "--only", "without_labels")
-    assert json.loads((kept_in / "without_labels.json").read_text())["rows"] == first
+        patch.setattr(train, "fit", None)  # training again would fail, and so would looking again
+        patch.setattr(evaluate, "predict_probabilities", None)
+        patch.setattr(reconstruct, "residual_reader", None)
+        tiny_study("--seeds", 0, 1, *both)
+    assert [results.read(file)["rows"] for file in files] == first
     weights = tmp_path / "runs" / "base" / "seed0" / "pretrain" / "vit-mae-wt.pth"
     before = weights.read_bytes()
     tiny_study("--seeds", 0, "--only", "without_labels", "--pretraining",
