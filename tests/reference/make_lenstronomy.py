@@ -7,7 +7,7 @@ magnitudes, point spread function and, through astropy, the distances.
 
     pip install lenstronomy==1.14.2 astropy
     python tests/reference/make_lenstronomy.py
-    python tests/reference/make_lenstronomy.py --per-class 1000 --seed 77 --out lenstronomy-test
+    python tests/reference/make_lenstronomy.py --per-class 1000 --seed 78 --out lenstronomy-test
 """
 
 import argparse
