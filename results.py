@@ -158,8 +158,8 @@ def join(folders, out):
                         "leave one out"
                     )
                 rows.append(row)
-        runs = {run_name: i for i, run_name in enumerate(by_run(rows))}
-        rows.sort(key=lambda row: (row["seed"], runs[row["run"]]))
+        runs = list(dict.fromkeys(row["run"] for row in rows))
+        rows.sort(key=lambda row: (row["seed"], runs.index(row["run"])))
         write(out, name, kept["what"], made, rows)
     return names
 
