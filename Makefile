@@ -2,7 +2,7 @@
 #   BASELINE=1                   from random weights as well
 #   PRETRAINING, FINETUNING      more options for pretrain.py and finetune.py, such as "--augment noise"
 # make study [DATA=folder]       the experiments behind the README's tables, in docs/results/; hours
-#   SEEDS="0 1 2"                of which seeds; with -j3 all at once
+#   SEEDS="0 1 2"                of which seeds; with -j its parts run side by side
 # make bench                     the table of speeds, in runs/bench
 # make test                      the tests
 # make test-heavy                the same with more kills, more fuzzed files, more images
@@ -46,21 +46,24 @@ MAPS := $(RUNS)/reconstruction.onnx
 reproduce: $(RUNS)/evaluation/metrics.json $(RUNS)/residuals/metrics.json $(RUNS)/predictions.csv
 	@cat $(RUNS)/evaluation/comparison.md
 
-# UNSEEN=folder tests on images of another simulator as well. Seeds share nothing, so -j lets them
-# run side by side. What is compared at equal computing needs neither all images nor more than one
-# seed.
+# UNSEEN=folder tests on images of another simulator as well. The parts share nothing, so -j lets
+# them run side by side. What is compared at equal computing does not need all images, and of the
+# choices one seed is enough.
 SEEDS ?= 0 1 2
+STUDY_PARTS := $(SEEDS:%=all-%) $(SEEDS:%=fewer-%)
 
-study: $(SEEDS:%=study-seed-%)
-	$(PY) results.py --out docs/results $(SEEDS:%=$(RUNS)/study/results-%)
+study: $(STUDY_PARTS:%=study-%)
+	$(PY) results.py --out docs/results $(STUDY_PARTS:%=$(RUNS)/study/results-%)
 
-study-seed-%: $(RUNS)/dataset.json $(FEWER)
-	$(PY) study.py $(INPUT) --out $(RUNS)/study/all-$* --results $(RUNS)/study/results-$* \
+study-all-%: $(RUNS)/dataset.json
+	$(PY) study.py $(INPUT) --out $(RUNS)/study/all-$* --results $(RUNS)/study/results-all-$* \
 	  --seeds $* $(if $(UNSEEN),--unseen $(UNSEEN)) \
 	  --only strategies scratch without_labels mistakes labels
-	$(PY) study.py $(FEWER_INPUT) --out $(RUNS)/study/fewer-$* --results $(RUNS)/study/results-$* \
-	  --seeds $* --only instruments \
-	  $(if $(filter $*,$(firstword $(SEEDS))),mask_ratio pretraining_images choices real_images)
+
+study-fewer-%: $(RUNS)/dataset.json $(FEWER)
+	$(PY) study.py $(FEWER_INPUT) --out $(RUNS)/study/fewer-$* --results $(RUNS)/study/results-fewer-$* \
+	  --seeds $* --only instruments mask_ratio \
+	  $(if $(filter $*,$(firstword $(SEEDS))),pretraining_images choices real_images)
 
 # In an environment of its own, with what it compares with.
 bench: $(PEERS)/ready
