@@ -42,7 +42,7 @@ def local_device():
 
 @contextlib.contextmanager
 def processes(device_name):
-    """In this block the processes that torchrun started belong together.
+    """In this block the processes that torchrun started belong together, and leave it together.
 
     A process that dies takes the others along: they end with a UserError.
     """
@@ -55,6 +55,8 @@ def processes(device_name):
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=SILENCE)
     try:
         yield
+        # None leaves before the first has written: if one fails as it leaves, torchrun ends all.
+        wait()
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise UserError(

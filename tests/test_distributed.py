@@ -95,6 +95,28 @@ def test_a_killed_process_ends_the_run(packed, tmp_path):
     assert not (out / "vit-mae-wt.pth").exists()
 
 
+LATE_FIRST = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import distributed
+written = Path(__file__).with_name("written")
+with distributed.processes("cpu"):
+    if distributed.is_first():
+        time.sleep(2)
+        written.touch()
+assert written.exists(), "left before the first had written"
+"""
+
+
+def test_no_process_leaves_before_the_first_has_written(tmp_path):
+    script = tmp_path / "late_first.py"
+    script.write_text(LATE_FIRST)
+    process = torchrun(script, [ROOT])
+    output, _ = process.communicate(timeout=HUNG)
+    assert process.returncode == 0, output
+
+
 def test_a_batch_that_cannot_be_shared_is_named(packed, tmp_path):
     arguments = [*pretraining(packed, tmp_path / "run", 1), "--batch-size", 7]
     output, _ = torchrun("pretrain.py", arguments).communicate(timeout=HUNG)
