@@ -9,6 +9,9 @@ an elliptical Sérsic source (z = 1). The classes differ in what else bends it:
 
 The lens is fixed, so a `no_sub` image has two free parameters: the source's position. Angles are
 in arcsec; x runs along columns and y along rows, both zero at the image's centre.
+
+The published images come from mwt5345/DeepLenseSim with lenstronomy 1.9.2. Whatever that pair does
+to an image is repeated here, oddities included, and is marked "quirk" with its source.
 """
 
 import argparse
@@ -27,17 +30,24 @@ from files import UserError, directory_to_be, run
 EXAMPLE = "example: python simulate.py --model Model_II --per-class 1000 --out lenses"
 CLASS_NAMES = ("axion", "cdm", "no_sub")  # sorted, as folders are
 
-# Flat ΛCDM, and CODATA / IAU constants in SI units.
+# Flat ΛCDM, and CODATA / IAU constants in SI units (G·M☉ as astropy has it).
 HUBBLE_KM_S_MPC, OMEGA_MATTER = 70.0, 0.3
 Z_LENS, Z_SOURCE = 0.5, 1.0
-G, C, SOLAR_MASS, MEGAPARSEC = 6.6743e-11, 299_792_458.0, 1.98841e30, 3.0856775814913673e22
-ARCSEC_PER_RADIAN = 180 * 3600 / math.pi
+G, C, SOLAR_MASS, MEGAPARSEC = 6.6743e-11, 299_792_458.0, 1.98840987e30, 3.0856775814913673e22
+ARCSEC_PER_RADIAN = 206265  # quirk: as rounded in DeepLenseSim's mass_to_radius
+
+# Quirk of Model_II and Model_III: DeepLenseSim hands SimAPI deflections that are meant for a source
+# at z = 1, and says that they are meant for one at 2.5 (z_source_convention). lenstronomy rescales
+# them to z = 1 in the cosmology that pyHalo hands over (WMAP9), and so makes them a third smaller.
+Z_SOURCE_CONVENTION, OMEGA_MATTER_OF_PYHALO = 2.5, 0.2814
 
 LENS_MASS = 1e12  # M☉
 LENS_ELLIPTICITY = (0.1, 0.0)
 SHEAR = (0.05, 0.0)
 SOURCE_RADIUS, SERSIC_INDEX, SOURCE_ELLIPTICITY = 0.25, 1.0, (-0.1, 0.1)
 SOURCE_RANGE = 0.35  # arcsec, half the side of the square that source centres fill
+SMALLEST_RADIUS = 0.001  # arcsec; quirk: lenstronomy's LightModel flattens a profile inside it
+PSF_TRUNCATION = 4  # σ; quirk: lenstronomy 1.9.2 cuts here whatever truncation it is given
 
 CDM_SUBHALOS, CDM_MASS_RANGE, CDM_RADIUS_RANGE = 25, (1e6, 1e10), (0.25, 2.0)
 VORTEX_MASS, VORTEX_POINTS = 3e10, 100
@@ -54,30 +64,38 @@ class Instrument(NamedTuple):
     pixels: int
     pixel_scale: float  # arcsec
     psf_fwhm: float  # arcsec
-    psf_truncation: float  # σ
-    exposures: int
-    exposure_time: float | None  # s; None: 10^U(3, 3.5)
     amplitude: float | None = None
     magnitude: float | None = None
-    zero_point: float | None = None
-    background_rms: float | None = None  # counts/s; None: from sky and read noise
-    sky_magnitude: float | None = None  # per arcsec²; None: dark
+    zero_point: float | None = None  # magnitude of one electron per second
+    exposures: int = 1
+    exposure_time: float | None = None  # s; None: 10^U(3, 3.5), and images are counts
+    sky_magnitude: float | None = None  # per arcsec²
     read_noise: float = 0.0  # e-
-    gain: float = 1.0  # e- per count
+    background_rms: float = 0.0  # per second, in images of counts
+    rescaled: bool = True  # whether deflections are multiplied by `deflection_factor()`
     copies: int = 1  # how often the published images add the noise-free model to itself
+
+    @property
+    def counts(self):
+        """Whether images are whole numbers of photons, with noise always."""
+        return self.exposure_time is None
 
 
 INSTRUMENTS = {
-    "Model_I": Instrument(150, 0.05, 0.087, 3, 1, None, amplitude=20.0, background_rms=1e-2),
-    # Euclid VIS.
-    "Model_II": Instrument(
-        64, 0.101, 0.16, 5, 4, 566.0, magnitude=20.0, zero_point=25.72,
-        sky_magnitude=22.3, read_noise=4.2, gain=3.1, copies=2,
+    # Brightness, noise and ray-tracing are DeepLenseSim's own (`simple_sim`).
+    "Model_I": Instrument(
+        150, 0.05, 0.087, amplitude=20.0, background_rms=1e-2, rescaled=False
     ),
-    # HST WFC3 F160W.
+    # Euclid VIS as lenstronomy 1.9.2 has it. Quirk: its zero point, 24.0, is 1.7 magnitudes
+    # brighter than that of later versions, so images are 4.9 times fainter than theirs.
+    "Model_II": Instrument(
+        64, 0.101, 0.16, magnitude=20.0, zero_point=24.0,
+        exposures=4, exposure_time=565.0, sky_magnitude=22.35, read_noise=4.2, copies=2,
+    ),
+    # HST WFC3 F160W as lenstronomy 1.9.2 has it.
     "Model_III": Instrument(
-        64, 0.08, 0.08, 5, 1, 5400.0, magnitude=20.0, zero_point=25.96,
-        read_noise=4.0, gain=2.5, copies=2,
+        64, 0.08, 0.08, magnitude=20.0, zero_point=25.96,
+        exposures=1, exposure_time=5400.0, sky_magnitude=22.3, read_noise=4.0, copies=2,
     ),
 }  # fmt: skip
 
@@ -91,24 +109,37 @@ def instrument_of(model):
     return INSTRUMENTS[model]
 
 
-def luminosity_distance(z):
-    """Luminosity distance to redshift z in Mpc, by Gauss-Legendre quadrature of 1/E(z)."""
+def comoving_distance(z, omega_matter=OMEGA_MATTER):
+    """Comoving distance to redshift z in Mpc, flat ΛCDM, by Gauss-Legendre quadrature of 1/E(z)."""
     nodes, weights = np.polynomial.legendre.leggauss(32)
     grid = 0.5 * z * (nodes + 1)
-    inverse_e = 1 / np.sqrt(OMEGA_MATTER * (1 + grid) ** 3 + 1 - OMEGA_MATTER)
-    comoving = C / 1000 / HUBBLE_KM_S_MPC * 0.5 * z * float(weights @ inverse_e)
-    return (1 + z) * comoving
+    inverse_e = 1 / np.sqrt(omega_matter * (1 + grid) ** 3 + 1 - omega_matter)
+    return C / 1000 / HUBBLE_KM_S_MPC * 0.5 * z * float(weights @ inverse_e)
 
 
 def einstein_radius(mass):
-    """Einstein radius in arcsec of a point mass in M☉ (a number or an array).
+    """Nominal Einstein radius in arcsec of a point mass in M☉ (a number or an array).
 
-    The published generator puts luminosity distances where angular-diameter distances belong; the
-    data has that, so it stands here too.
+    Quirk: DeepLenseSim's mass_to_radius puts luminosity distances where angular-diameter distances
+    belong, and their difference for the distance from lens to source.
     """
-    d_lens, d_source = luminosity_distance(Z_LENS), luminosity_distance(Z_SOURCE)
+    d_lens, d_source = ((1 + z) * comoving_distance(z) for z in (Z_LENS, Z_SOURCE))
     distance = (d_source - d_lens) / (d_lens * d_source) / MEGAPARSEC
     return np.sqrt(4 * G * SOLAR_MASS / C**2 * distance * mass) * ARCSEC_PER_RADIAN
+
+
+def deflection_factor():
+    """What Model_II and Model_III multiply every deflection by, 0.6343; see Z_SOURCE_CONVENTION.
+
+    The ratio of D_ls/D_s for a source at Z_SOURCE and at Z_SOURCE_CONVENTION, angular-diameter
+    distances; the Hubble constant cancels.
+    """
+
+    def efficiency(z):  # D_ls/D_s, which in a flat universe is a ratio of comoving distances
+        lens, source = (comoving_distance(d, OMEGA_MATTER_OF_PYHALO) for d in (Z_LENS, z))
+        return (source - lens) / source
+
+    return efficiency(Z_SOURCE) / efficiency(Z_SOURCE_CONVENTION)
 
 
 def axis_ratio_and_angle(e1, e2):
@@ -144,13 +175,13 @@ def main_lens_deflection(x, y):
     return alpha_x + gamma1 * x + gamma2 * y, alpha_y + gamma2 * x - gamma1 * y
 
 
-def subtract_point_masses(beta_x, beta_y, point_masses, axis):
-    """Take the deflection of point masses (B, P, 3) off the positions β (B, H, W), in place.
+def subtract_point_masses(beta_x, beta_y, point_masses, axis, factor=1.0):
+    """Take `factor` × the deflection of point masses (B, P, 3) off β (B, H, W), in place.
 
     A point mass at p deflects by θ²·(x - p)/|x - p|². On the pixel of its own centre the direction
     is undefined: a tiny softening makes the deflection zero there instead of dividing by zero.
     """
-    squared_radius = point_masses[..., 0].square()[..., None]  # (B, P, 1)
+    squared_radius = factor * point_masses[..., 0].square()[..., None]  # (B, P, 1)
     dx = axis - point_masses[..., 1, None]  # (B, P, W)
     dy = axis - point_masses[..., 2, None]  # (B, P, H)
     dx_squared, dy_squared = dx.square(), dy.square() + 1e-12
@@ -175,14 +206,18 @@ def sersic_constants(instrument):
 
 
 def psf_matrix(instrument):
-    """Banded matrix (pixels, pixels) that convolves one axis with the PSF; zero outside."""
+    """Banded matrix (pixels, pixels) that convolves one axis with the PSF.
+
+    The edge pixel continues outside, as in scipy.ndimage.gaussian_filter (mode "nearest").
+    """
     sigma = instrument.psf_fwhm / (2 * math.sqrt(2 * math.log(2))) / instrument.pixel_scale
-    radius = int(instrument.psf_truncation * sigma + 0.5)
+    radius = int(PSF_TRUNCATION * sigma + 0.5)
     kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float64) / sigma) ** 2)
     kernel /= kernel.sum()
     matrix = torch.zeros(instrument.pixels, instrument.pixels, dtype=torch.float64)
+    rows = torch.arange(instrument.pixels)
     for offset, weight in zip(range(-radius, radius + 1), kernel.tolist(), strict=True):
-        matrix.diagonal(offset).fill_(weight)
+        matrix[rows, (rows + offset).clamp(0, instrument.pixels - 1)] += weight
     return matrix
 
 
@@ -192,8 +227,9 @@ def render(source, point_masses, model="Model_II", dtype=torch.float64):
     Parameters
     ----------
     source : (B, 2) centres of the source, arcsec.
-    point_masses : (B, P, 3) Einstein radius, x, y in arcsec. P may be 0, and rows of zero Einstein
-        radius change nothing.
+    point_masses : (B, P, 3) nominal Einstein radius (see `einstein_radius`), x, y in arcsec. P may
+        be 0, and rows of zero Einstein radius change nothing. What the data model does to all
+        deflections happens in here.
     model : key of INSTRUMENTS, or an `Instrument`.
     dtype : precision of the computation and of the result, which is where `source` is.
 
@@ -211,7 +247,8 @@ def render(source, point_masses, model="Model_II", dtype=torch.float64):
     axis = pixel_axis(instrument).to(device)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     alpha_x, alpha_y = main_lens_deflection(x, y)
-    smooth_x, smooth_y = (x - alpha_x).to(dtype), (y - alpha_y).to(dtype)
+    factor = deflection_factor() if instrument.rescaled else 1.0
+    smooth_x, smooth_y = (x - factor * alpha_x).to(dtype), (y - factor * alpha_y).to(dtype)
     amplitude, b_n = sersic_constants(instrument)
     q, angle = axis_ratio_and_angle(*SOURCE_ELLIPTICITY)
     blur = psf_matrix(instrument).to(device, dtype)
@@ -222,9 +259,10 @@ def render(source, point_masses, model="Model_II", dtype=torch.float64):
         part = slice(start, start + CHUNK)
         beta_x = smooth_x - source[part, 0, None, None]  # (chunk, H, W)
         beta_y = smooth_y - source[part, 1, None, None]
-        subtract_point_masses(beta_x, beta_y, point_masses[part], axis)
+        subtract_point_masses(beta_x, beta_y, point_masses[part], axis, factor)
         major, minor = rotate(beta_x, beta_y, angle)
-        radius = (major.square().mul_(q) + minor.square().mul_(1 / q)).sqrt_().div_(SOURCE_RADIUS)
+        radius = (major.square().mul_(q) + minor.square().mul_(1 / q)).sqrt_()
+        radius.clamp_min_(SMALLEST_RADIUS).div_(SOURCE_RADIUS)
         if SERSIC_INDEX != 1:
             radius = radius ** (1 / SERSIC_INDEX)
         brightness = radius.sub_(1).mul_(-b_n).exp_().mul_(amplitude)
@@ -259,31 +297,50 @@ def sample(class_name, count, rng):
 
 
 def observe(images, model, noise, rng):
-    """What the benchmark's files hold: the model added to itself, or (noise) one noisy exposure.
+    """What the files hold, of noise-free `images` (B, H, W) float32, which are changed in place.
 
-    The published Model_II generator adds the noise-free image where noise was meant; `noise` adds
-    what was meant: Gaussian background (sky and read-out) and Gaussian shot noise, both in counts
-    per second. `images` (B, H, W) float32, changed in place.
+    Model_I: integer counts with DeepLenseSim's noise, whatever `noise` says. Model_II and
+    Model_III: the noise-free model twice or, with `noise`, one observation in electrons per second
+    with the Gaussian noise of lenstronomy's SimAPI.
     """
     instrument = instrument_of(model)
+    if instrument.counts:
+        return count_photons(images, instrument, rng)
     if not noise:
+        # Quirk: DeepLenseSim's simple_sim_2 adds the model where it meant to add the noise.
         return images.mul_(instrument.copies)
-    exposure_time = instrument.exposure_time
-    if exposure_time is None:
-        exposure_time = 10 ** rng.uniform(3, 3.5, (len(images), 1, 1))
-    total_time = instrument.exposures * exposure_time  # s
-    background = instrument.background_rms
-    if background is None:
-        sky = 0.0
-        if instrument.sky_magnitude is not None:
-            sky = 10 ** (-0.4 * (instrument.sky_magnitude - instrument.zero_point))
-        electrons = total_time * sky * instrument.pixel_scale**2
-        electrons += instrument.exposures * instrument.read_noise**2
-        background = math.sqrt(electrons) / total_time / instrument.gain
     pixels = images.numpy()
-    shot_variance = np.maximum(pixels, 0) / (instrument.gain * total_time)
+    background, shot_variance = noise_of(instrument, pixels)
     sigma = np.sqrt(background**2 + shot_variance).astype(np.float32)
     pixels += sigma * rng.standard_normal(pixels.shape, dtype=np.float32)
+    return images
+
+
+def noise_of(instrument, flux):
+    """Noise of SimAPI: rms of the background, and variance of the photon noise of `flux`.
+
+    Electrons per second and pixel. The camera's gain plays no part, as lenstronomy counts electrons
+    unless it is told otherwise (`data_count_unit`).
+    """
+    total_time = instrument.exposures * instrument.exposure_time  # s
+    sky = 10 ** (-0.4 * (instrument.sky_magnitude - instrument.zero_point))
+    electrons = total_time * sky * instrument.pixel_scale**2
+    electrons += instrument.exposures * instrument.read_noise**2
+    return math.sqrt(electrons) / total_time, np.maximum(flux, 0) / total_time
+
+
+def count_photons(images, instrument, rng):
+    """Counts of Model_I, whole numbers: Poisson(max(0, T·(m + s·√(|m|/T) + rms·s′))), in place.
+
+    m is the image, s and s′ are standard normal a pixel and T = 10^U(3, 3.5) s an image. Quirks of
+    DeepLenseSim's `simple_sim`: photon noise enters twice, first as a normal number and then in the
+    Poisson draw, and as negative values are cut, half of the dark pixels are exactly 0.
+    """
+    time = 10 ** rng.uniform(3, 3.5, (len(images), 1, 1))
+    pixels = images.numpy()
+    expected = pixels + np.sqrt(np.abs(pixels) / time) * rng.standard_normal(pixels.shape)
+    expected += instrument.background_rms * rng.standard_normal(pixels.shape)
+    pixels[:] = rng.poisson((time * expected).clip(min=0))
     return images
 
 
@@ -306,7 +363,7 @@ def draw(class_name, per_class, seed):
 
 def origin_of(model, per_class, seed, noise):
     """What a packed data set says of where its images came from; `point_masses_of` reads it."""
-    kind = "noise" if noise else "noise-free"
+    kind = "noise" if noise or INSTRUMENTS[model].counts else "noise-free"
     return f"simulate.py {model}, {per_class} a class, seed {seed}, {kind}"
 
 
@@ -348,15 +405,18 @@ def simulate(model, per_class, seed, noise=False, device="cpu", progress=True):
                 bar.update(len(images))
 
 
-def write_folder(out, batches):
-    """Write the public folder layout: one .npy an image, axion as object array [image, mass]."""
+def write_folder(out, batches, whole=False):
+    """Write the public folder layout: one .npy an image, axion as object array [image, mass].
+
+    Images are float64, and int64 where they are counts (`whole`).
+    """
     counts = dict.fromkeys(CLASS_NAMES, 0)
     with directory_to_be(out) as folder:
         for class_name in CLASS_NAMES:
             (folder / class_name).mkdir()
         for class_name, images, axion_mass in batches:
             for i, image in enumerate(images):
-                content = image.astype(np.float64)
+                content = image.astype(np.int64 if whole else np.float64)
                 if axion_mass is not None:
                     content = np.array([content, axion_mass[i]], dtype=object)
                 name = f"{class_name}_sim_{counts[class_name]}.npy"
@@ -389,7 +449,11 @@ def parse_args(argv=None):
         "--layout", choices=("packed", "folder"), default="packed",
         help="one memory-mapped array, or the public layout of one .npy an image",
     )  # fmt: skip
-    parser.add_argument("--noise", action="store_true", help="add sky, read-out and shot noise")
+    parser.add_argument(
+        "--noise", action="store_true",
+        help="Model_II and Model_III: an observation with sky, read-out and photon noise in place "
+        "of the noise-free files that are published (Model_I has its noise always)",
+    )  # fmt: skip
     parser.add_argument("--device", default="auto", help="accepted like everywhere; always the CPU")
     return parser.parse_args(argv)
 
@@ -402,7 +466,7 @@ def main(argv=None):
         raise UserError(f"--seed must not be negative, got {args.seed}")
     batches = simulate(args.model, args.per_class, args.seed, args.noise)
     if args.layout == "folder":
-        write_folder(args.out, batches)
+        write_folder(args.out, batches, INSTRUMENTS[args.model].counts)
     else:
         origin = origin_of(args.model, args.per_class, args.seed, args.noise)
         write_packed(args.out, batches, args.per_class, args.model, origin)
