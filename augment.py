@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-KINDS = ("noise", "shift", "rotate")
+KINDS = ("halfturn", "noise", "shift", "rotate")
 BACKGROUND_RANGE = (-4.0, -2.0)  # log10 of the background's rms over the image's peak
 PEAK_ELECTRONS_RANGE = (3.0, 5.0)  # log10 of the electrons in the brightest pixel
 LARGEST_SHIFT = 1.5  # pixels
@@ -17,6 +17,9 @@ def augment(images, kinds):
     Draws from torch's global random numbers. The sizes are relative to the image, so the unit of
     the data changes nothing. Noise comes last, as it does in a camera.
     """
+    if "halfturn" in kinds:
+        turned = (torch.rand(len(images), 1, 1, 1) < 0.5).to(images.device)
+        images = torch.where(turned, images.flip(2, 3), images)
     if "shift" in kinds or "rotate" in kinds:
         b = len(images)
         angle = torch.rand(b) * 2 * math.pi if "rotate" in kinds else torch.zeros(b)

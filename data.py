@@ -1,10 +1,10 @@
 """From a folder of `.npy` images to one memory-mapped array, and its split; numpy alone.
 
 Public layout:  <root>/<class>/*.npy, one square image a file; the classes are the folders.
-Packed layout:  images.npy (N, H, H) float32, labels.npy (N,), groups.npy (N,), dataset.json.
+Packed layout:  images.npy (N, H, H) float32, labels.npy (N,), hashes.npy (N,), dataset.json.
 
 A folder is packed once, into a cache whose name is a fingerprint of the folder's file names, sizes
-and modification times, so a changed folder is packed anew.
+and modification times, so a changed folder is packed again.
 """
 
 import argparse
@@ -28,10 +28,11 @@ from files import (
 )
 
 EXAMPLE = "example: python data.py --data lenses"
-FORMAT = 1
+FORMAT = 2
 CHECK_BLOCK = 4096  # images looked at together when pixels are checked
 FLUSH_EVERY = 50_000  # images written, until their memory is given back
 PARTS = ("train", "validation", "test")
+SPLIT = "content-80-10-10"  # kept with the weights: which rule they were trained under
 
 
 class Dataset(NamedTuple):
@@ -39,7 +40,7 @@ class Dataset(NamedTuple):
 
     images : (N, H, H) float32, mapped into memory, raw pixels.
     labels : (N,) int64, index into class_names.
-    groups : (N,) int64, the first row with the same content; copies share a group.
+    hashes : (N,) uint64, of the images' content; copies have the same.
     class_names : names of the classes, sorted as the folders are.
     fingerprint : identity of images and labels.
     origin : where the images came from, in words.
@@ -47,7 +48,7 @@ class Dataset(NamedTuple):
 
     images: np.ndarray
     labels: np.ndarray
-    groups: np.ndarray
+    hashes: np.ndarray
     class_names: tuple
     fingerprint: str
     origin: str
@@ -66,8 +67,7 @@ class PackedWriter:
             self.folder / "images.npy", mode="w+", dtype=np.float32, shape=shape
         )
         self.labels = np.empty(shape[0], dtype=np.int64)
-        self.groups = np.empty(shape[0], dtype=np.int64)
-        self.first_row = {}  # content hash -> row
+        self.hashes = np.empty(shape[0], dtype=np.uint64)
         self.fingerprint = hashlib.sha256()
         self.count = 0
 
@@ -76,7 +76,7 @@ class PackedWriter:
         for image in np.ascontiguousarray(images, dtype=np.float32):
             digest = hashlib.blake2b(image, digest_size=16).digest()
             self.fingerprint.update(digest + label.to_bytes(4, "little"))
-            self.groups[self.count] = self.first_row.setdefault(digest, self.count)
+            self.hashes[self.count] = int.from_bytes(digest[:8], "little")
             self.labels[self.count] = label
             self.images[self.count] = image
             self.count += 1
@@ -89,7 +89,7 @@ class PackedWriter:
             raise ValueError(f"{self.count} images written where {len(self.images)} were announced")
         self.images.flush()
         np.save(self.folder / "labels.npy", self.labels)
-        np.save(self.folder / "groups.npy", self.groups)
+        np.save(self.folder / "hashes.npy", self.hashes)
         # Last, and what a reader looks for: the layout is complete when it is there.
         description = {
             "format": FORMAT,
@@ -200,48 +200,45 @@ def _open_packed(folder):
         and isinstance(fingerprint, str)
     )
     if not valid:
-        raise UserError(f"{folder}/dataset.json is not of this version: make the data set anew")
-    images, labels, groups = (
-        read_npy(folder / f"{name}.npy") for name in ("images", "labels", "groups")
+        raise UserError(f"{folder}/dataset.json is not of this version: make the data set again")
+    images, labels, hashes = (
+        read_npy(folder / f"{name}.npy") for name in ("images", "labels", "hashes")
     )
     n = len(images)
     if images.ndim != 3 or images.shape[1] != images.shape[2] or images.dtype != np.float32:
         raise UserError(f"{folder}/images.npy: expected (N, H, H) float32, got {images.shape}")
-    for name, array, limit in (("labels", labels, len(class_names)), ("groups", groups, n)):
-        if array.shape != (n,) or array.dtype != np.int64:
-            raise UserError(f"{folder}/{name}.npy does not match images.npy: make it anew")
-        if n and not 0 <= array.min() <= array.max() < limit:
-            raise UserError(f"{folder}/{name}.npy has values out of range: make it anew")
+    for name, array, dtype in (("labels", labels, np.int64), ("hashes", hashes, np.uint64)):
+        if array.shape != (n,) or array.dtype != dtype:
+            raise UserError(f"{folder}/{name}.npy does not match images.npy: make the set again")
+    if n and not 0 <= labels.min() <= labels.max() < len(class_names):
+        raise UserError(f"{folder}/labels.npy has values out of range: make the set again")
     for start in range(0, n, CHECK_BLOCK):
         if not np.isfinite(images[start : start + CHECK_BLOCK]).all():
-            raise UserError(f"{folder}/images.npy has NaN or infinite pixels: make it anew")
+            raise UserError(f"{folder}/images.npy has NaN or infinite pixels: make the set again")
         forget_pages(images)
     origin = str(description.get("origin", ""))
-    return Dataset(images, labels, groups, tuple(class_names), fingerprint, origin)
+    return Dataset(images, labels, hashes, tuple(class_names), fingerprint, origin)
 
 
-def split(dataset, seed=0):
-    """Rows of the three parts, 80/10/10 within every class: {"train": (n,), ...}, each sorted.
+def split(dataset):
+    """Rows of the three parts, about 80/10/10 % of every class: {"train": (n,), ...}, each sorted.
 
-    Images of the same content go to the same part, so that no copy of a test image is trained on.
-    Raises UserError if a class is too small to be in every part.
+    An image's content alone decides its part, so a test image stays one whatever else is in the
+    data set, in whatever order or layout, and copies are never on both sides.
+    Raises UserError if a part has no image of some class.
     """
-    rng = np.random.default_rng(seed)
-    part_of_group = np.full(len(dataset.labels), -1)
-    is_first = dataset.groups == np.arange(len(dataset.groups))
+    share = dataset.hashes / 2.0**64  # uniform in [0, 1)
+    part_of_row = np.digitize(share, (0.8, 0.9))
+    parts = {part: np.flatnonzero(part_of_row == i) for i, part in enumerate(PARTS)}
     for label, class_name in enumerate(dataset.class_names):
-        groups = rng.permutation(np.flatnonzero(is_first & (dataset.labels == label)))
-        if len(groups) < 3:
-            raise UserError(
-                f"class {class_name} has {len(groups)} different images: at least 3 are needed to "
-                "train, validate and test"
-            )
-        tenth = max(1, round(len(groups) / 10))
-        part_of_group[groups] = 0
-        part_of_group[groups[:tenth]] = 2
-        part_of_group[groups[tenth : 2 * tenth]] = 1
-    part_of_row = part_of_group[dataset.groups]
-    return {part: np.flatnonzero(part_of_row == i) for i, part in enumerate(PARTS)}
+        of_class = dataset.labels == label
+        for part, rows in parts.items():
+            if not of_class[rows].any():
+                raise UserError(
+                    f"none of the {of_class.sum()} images of class {class_name} fell into the "
+                    f"{part} part (80 % train, 10 % validation, 10 % test): give more images"
+                )
+    return parts
 
 
 def add_data_arguments(parser):
@@ -266,7 +263,6 @@ def parse_args(argv=None):
         "--out", type=Path, metavar="JSON",
         help="description to leave; a file that says the same already is not touched",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="seed of the split (default: 0)")
     parser.add_argument("--device", default="auto", help="accepted like everywhere; always the CPU")
     return parser.parse_args(argv)
 
@@ -274,7 +270,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     dataset = load(args.data, args.cache_dir)
-    parts = split(dataset, args.seed)
+    parts = split(dataset)
     counts = {
         class_name: {part: int((dataset.labels[rows] == k).sum()) for part, rows in parts.items()}
         for k, class_name in enumerate(dataset.class_names)

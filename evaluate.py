@@ -190,7 +190,7 @@ def most_confident_mistakes(probabilities, labels, rows):
 
 
 def rows_to_evaluate(args, dataset, content):
-    """The test rows under the split that the weights were trained with, or all rows.
+    """The rows of the test part, or all rows.
 
     UserError if "all" is asked of the very data that the weights were trained on.
     """
@@ -199,10 +199,9 @@ def rows_to_evaluate(args, dataset, content):
         if trained_on == dataset.fingerprint:
             raise UserError("--split all: the weights were trained on this data; use --split test")
         return np.arange(len(dataset.labels))
-    seed = content["run"].get("split_seed")
-    if not isinstance(seed, int) or seed < 0:
-        raise UserError("the weights do not say how the data was split: train anew")
-    return data.split(dataset, seed)["test"]
+    if content["run"].get("split") != data.SPLIT:
+        raise UserError("the weights were trained under another split of the data: train again")
+    return data.split(dataset)["test"]
 
 
 def comparison(results, class_names):

@@ -205,15 +205,14 @@ def latency(path, images):
 
 
 def load_images(args, content, img_size):
-    """The data to check with, and its split as the weights were trained with; UserError."""
+    """The data to check with, and its split; UserError."""
     where = args.data or content["run"].get("data")
     if not where or not Path(where).is_dir():
         raise UserError(f"the training data ({where}) is not here: name images with --data")
     dataset = data.load(where, args.cache_dir)
     if dataset.img_size != img_size:
         raise UserError(f"{where} has images of {dataset.img_size} pixels, not {img_size}")
-    seed = content["run"].get("split_seed", 0)
-    return dataset, data.split(dataset, seed if isinstance(seed, int) and seed >= 0 else 0)
+    return dataset, data.split(dataset)
 
 
 def some_images(dataset, rows, count, seed):

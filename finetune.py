@@ -125,7 +125,7 @@ def finetune(args):
         dataset = data.load(args.data, args.cache_dir)
     if len(dataset.class_names) < 2:
         raise UserError(f"{args.data} has one class only: a classifier needs at least two")
-    parts = data.split(dataset, args.split_seed)
+    parts = data.split(dataset)
     rows = parts["train"]
     if args.labels < 1:
         rows = share_of_each_class(dataset.labels, rows, args.labels, args.seed)

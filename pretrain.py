@@ -53,7 +53,7 @@ def validation_noise(count, num_patches, seed):
 def pretrain(args):
     with distributed.first_goes_first():
         dataset = data.load(args.data, args.cache_dir)
-    parts = data.split(dataset, args.split_seed)
+    parts = data.split(dataset)
     classes = dataset.class_names if args.classes == ["all"] else args.classes
     rows, validation = (
         rows_of_classes(dataset, parts[part], classes) for part in ("train", "validation")

@@ -163,7 +163,7 @@ def rows_to_test_on(dataset, content, whole):
     """All rows of a data set, or those that the training behind the weights left for testing."""
     if whole:
         return np.arange(len(dataset.labels))
-    return data.split(dataset, content["run"]["split_seed"])["test"]
+    return data.split(dataset)["test"]
 
 
 def chain(lab, name, seed, strategies=STRATEGIES, pretraining=(), finetuning=(), images=None):
@@ -190,7 +190,7 @@ def summary(lab, strategy, path, dataset):
 def pretraining_epochs(lab):
     """Epochs of the study's usual pre-training on its own data."""
     options = pretrain.parse_args(["--data", "", "--out", "", *lab.pretraining])
-    rows = data.split(lab.dataset, options.split_seed)["train"]
+    rows = data.split(lab.dataset)["train"]
     images = len(pretrain.rows_of_classes(lab.dataset, rows, options.classes))
     return pretrain.epochs_of(options, images)
 

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import data
 import distributed
 import weights
 from augment import KINDS as AUGMENTATIONS
@@ -34,6 +35,7 @@ from mae import ATTENTION_FORMS, TRANSFORM_KINDS, IntensityTransform, set_attent
 from optim import Muon
 
 TRANSFORM_IMAGES = 2000  # training images that the transform's constants are taken from
+OUTLYING_PIXELS = 0.001  # of an image, at either end, that its figures are taken without
 SOFTENING = 0.001  # of the mean intensity: where the logarithm becomes linear, if noise does not
 BATCHNORM_IMAGES = 2048  # training images that BatchNorm's statistics are taken from
 EVALUATION_BATCH = 256
@@ -93,7 +95,6 @@ def add_training_arguments(parser):
         help=f"change training images at random: any of {','.join(AUGMENTATIONS)}",
     )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, help="of weights, order, masks and dropout")
-    group.add_argument("--split-seed", type=int, default=0, help="of the 80/10/10 split")
     group.add_argument(
         "--precision", choices=("auto", "float32", "bfloat16"), default="auto",
         help="number format of training; auto measures which is fastest here",
@@ -126,7 +127,7 @@ def check_arguments(args):
         value = getattr(args, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    for name in ("seed", "split_seed", "weight_decay", "depth", "decoder_depth"):
+    for name in ("seed", "weight_decay", "depth", "decoder_depth"):
         value = getattr(args, name, None)
         if value is not None and not value >= 0:
             raise UserError(f"--{name.replace('_', '-')} must not be negative, got {value}")
@@ -331,24 +332,31 @@ def same_random_numbers():
 def fit_transform(images, rows, kind, augmentations=()):
     """Constants of `IntensityTransform` from training images (rows of `images`), as a dict.
 
-    They follow the unit of the data: the offset is the 0.1 % quantile, the softening a fixed share
-    of the mean above it or the noise if that is larger, and mean and std those of the transformed
-    pixels. `augmentations` are those that training will use.
+    They follow the unit of the data: the offset is the 0.1 % quantile of an image, the softening a
+    fixed share of the mean above it or the noise if that is larger, and mean and std those of the
+    transformed pixels. Each figure is taken image by image, without the image's 0.1 % faintest and
+    brightest pixels, and the median over images counts: hot pixels and a few bad images change
+    nothing. `augmentations` are those that training will use.
     """
     chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), TRANSFORM_IMAGES)).astype(int)]
-    # Rows from everywhere, many more pages than their own may be mapped: some at a time.
+    # Scattered rows map many pages; read a few rows at a time.
     pixels = in_batches(batch_reader(images, torch.device("cpu")), chosen).double()
     forget_pages(images)
     with same_random_numbers():
-        pixels = augment(pixels, augmentations).squeeze(1)
-    offset = np.quantile(pixels, 0.001)
-    above = (pixels - offset).clamp_min(0).mean().item()
-    softening = max(SOFTENING * above, noise_level(pixels), np.finfo(np.float32).tiny)
-    if kind in ("sqrt", "linear"):
-        softening = max(above, np.finfo(np.float32).tiny)
-    z = IntensityTransform(kind, offset, softening).double()(pixels)
-    constants = {"offset": float(offset), "softening": float(softening)}
-    return {"kind": kind, **constants, "mean": z.mean().item(), "std": z.std().item() or 1.0}
+        pixels = augment(pixels, augmentations).flatten(1).numpy()
+    lowest, highest = np.quantile(pixels, [OUTLYING_PIXELS, 1 - OUTLYING_PIXELS], axis=1)
+    clipped = pixels.clip(lowest[:, None], highest[:, None])
+    smallest = np.finfo(np.float32).tiny
+    offset = np.median(lowest)
+    above = np.median((clipped - offset).clip(0).mean(axis=1))
+    noise = noise_level(pixels.reshape(-1, *images.shape[1:]))
+    softening = above if kind in ("sqrt", "linear") else max(SOFTENING * above, noise)
+    softening = max(softening, smallest)
+    z = IntensityTransform(kind, offset, softening).double()(torch.from_numpy(clipped)).numpy()
+    mean = np.median(z.mean(axis=1))
+    std = np.median(((z - mean) ** 2).mean(axis=1)) ** 0.5
+    constants = {"offset": offset, "softening": softening, "mean": mean, "std": std or 1.0}
+    return {"kind": kind, **{name: float(value) for name, value in constants.items()}}
 
 
 def noise_level(images):
@@ -360,11 +368,11 @@ def noise_level(images):
     inner = images[:, 1:-1, 1:-1]
     vertical = images[:, :-2, 1:-1] + images[:, 2:, 1:-1]
     horizontal = images[:, 1:-1, :-2] + images[:, 1:-1, 2:]
-    difference = (inner - (vertical + horizontal) / 4).abs().flatten(1)
+    difference = np.abs(inner - (vertical + horizontal) / 4).reshape(len(images), -1)
     if difference.shape[1] == 0:
         return 0.0
-    quantile = torch.from_numpy(np.quantile(difference, 0.1, axis=1))
-    return (quantile.median() / (0.12566 * math.sqrt(1.25))).item()
+    quantile = np.median(np.quantile(difference, 0.1, axis=1))
+    return float(quantile / (0.12566 * math.sqrt(1.25)))
 
 
 @torch.no_grad()
@@ -488,7 +496,7 @@ def settings_of(args, dataset, **more):
     """What decides a run's weights: a checkpoint goes on only under the same."""
     free = {"out", "resume", "quiet", "device", "data", "cache_dir", "pretrained"}
     settings = {k: v for k, v in vars(args).items() if k not in free}
-    return {**settings, "data_fingerprint": dataset.fingerprint, **more}
+    return {**settings, "data_fingerprint": dataset.fingerprint, "split": data.SPLIT, **more}
 
 
 def checkpoint_to_resume(args, settings):

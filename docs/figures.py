@@ -36,7 +36,7 @@ def looked_at(args):
     check_size(args.classifier, classifier, dataset)
     if content["class_names"] != list(dataset.class_names):
         raise UserError(f"{args.classifier} is of other classes than {args.data}")
-    test = data.split(dataset, content["run"].get("split_seed", 0))["test"]
+    test = data.split(dataset)["test"]
     rows = np.array([test[dataset.labels[test] == k][0] for k in range(len(dataset.class_names))])
 
     mae.eval().to(device)

@@ -304,8 +304,21 @@ def test_transform_constants_come_from_the_training_rows_alone(packed):
     others = np.setdiff1d(np.arange(len(images)), rows)
     images[others] = 1e6
     assert train.fit_transform(images, rows, "log") == before
-    images[rows[0]] = 1e6
+    images[rows] *= 2
     assert train.fit_transform(images, rows, "log") != before
+
+
+@pytest.mark.parametrize("kind", ["log", "linear"])
+def test_transform_constants_withstand_hot_pixels_and_bad_images(kind, packed):
+    dataset = data.load(packed)
+    rows = data.split(dataset)["train"]
+    images = np.array(dataset.images)
+    before = train.fit_transform(images, rows, kind)
+    images[rows[::50], :6] = -99.0  # a sentinel border
+    images[rows[100], 3, 3] = 1e9
+    images[rows, 5, 5] = 1e4  # a hot pixel of the camera
+    after = train.fit_transform(images, rows, kind)
+    assert after == pytest.approx(before, rel=0.05, abs=0.01 * before["softening"])
 
 
 @pytest.mark.parametrize("strategy", finetune.STRATEGIES)

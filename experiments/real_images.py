@@ -1,0 +1,192 @@
+"""Compare the simulator, and classifiers, with real images of the benchmark.
+
+A file of images is an .npz with `images` (N, H, W), each divided by its own maximum, and where they
+are known `labels` (N,), `selection` (N,) ("random" or how somebody chose the image) and
+`step_at_peak` (N,), the step of intensity at the peak; or one image as .npy.
+
+    fit       Fit the smooth lens (the source's two coordinates and a scale) to `no_sub` images.
+    pictures  Write a simulated data set as pictures show it: divided by the maximum, in 8 bits.
+    classify  Ask a classifier that was trained on such pictures about real ones.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.optimize import least_squares
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data
+import simulate
+import train
+import weights
+from evaluate import predict_probabilities
+from files import UserError, directory_to_be, file_to_be, read_npy, run
+
+EXAMPLE = """examples:
+  python experiments/real_images.py fit --images real/testVI_pictures.npz
+  python experiments/real_images.py fit --images real/model3_no_sub.npy --model Model_III
+  python experiments/real_images.py pictures --data runs/data --out runs/pictures
+  python experiments/real_images.py classify --images real/testVI_pictures.npz \\
+      --weights runs/pictures-full/vit-mae-classifier-wt.pth --out predictions.csv"""
+
+LEVELS = 256  # of an 8-bit picture
+EXACT_STEP = 0.005  # largest step at the peak of pictures that were decoded exactly
+START_GRID = 15  # source positions a side that a fit starts from
+
+
+def load_images(path):
+    """Images (N, H, W) float64 of a file, and its other columns as a dict; UserError."""
+    if path.suffix == ".npz":
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                columns = {name: archive[name] for name in archive.files}
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path}: {error}") from None
+        if "images" not in columns:
+            raise UserError(f"{path}: expected an array `images` (N, H, W)")
+        images = columns.pop("images")
+    else:
+        images, columns = read_npy(path)[None], {}
+    if images.ndim != 3 or images.shape[1] != images.shape[2]:
+        raise UserError(f"{path}: expected images (N, H, H), got {images.shape}")
+    for name, column in columns.items():
+        if len(column) != len(images):
+            raise UserError(f"{path}: {name} has another length than images")
+    return images.astype(np.float64), columns
+
+
+def fit_smooth_lens(image, model="Model_II"):
+    """The smooth lens nearest to an image (H, H) in any unit.
+
+    Returns (source (2,) in arcsec, residual (H, H) as a share of the image's maximum). The scale is
+    solved for, so a fit has two free parameters.
+    """
+    target = image / image.max()
+
+    def fitted(sources):  # (n, 2) -> (n, H, H)
+        masses = np.zeros((len(sources), 0, 3))
+        images = simulate.render(np.asarray(sources), masses, model).numpy()
+        products = (images * target).sum((1, 2)) / (images**2).sum((1, 2))
+        return images * products[:, None, None]
+
+    axis = np.linspace(-1, 1, START_GRID) * simulate.SOURCE_RANGE
+    grid = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
+    start = grid[((fitted(grid) - target) ** 2).sum((1, 2)).argmin()]
+    result = least_squares(
+        lambda source: (fitted(source[None])[0] - target).ravel(),
+        start, x_scale=0.01, diff_step=1e-4, xtol=1e-12, ftol=1e-12,
+    )  # fmt: skip
+    return result.x, target - fitted(result.x[None])[0]
+
+
+def as_pictures(images):
+    """Images (..., H, W) as an 8-bit colour map shows them, decoded again; maximum 1.
+
+    matplotlib takes the colour floor(256 x) of x in [0, 1], and the middle of its step is what can
+    be known of x: (k + ½)/256, but 0 for the first colour and 1 for the last.
+    """
+    peak = images.max(axis=(-2, -1), keepdims=True)
+    k = np.minimum(np.floor(images / peak * LEVELS), LEVELS - 1)
+    return np.where(k == 0, 0.0, np.where(k == LEVELS - 1, 1.0, (k + 0.5) / LEVELS))
+
+
+def is_exact(images, columns):
+    """(N,) bool: decoded exactly, so every pixel is the middle of an 8-bit step."""
+    step = columns.get("step_at_peak", np.full(len(images), 1 / LEVELS))
+    few = np.array([len(np.unique(image)) <= LEVELS for image in images])
+    return few & (step < EXACT_STEP)
+
+
+def fit(args):
+    images, columns = load_images(args.images)
+    rows = range(len(images))
+    if "labels" in columns:
+        rows = np.flatnonzero(columns["labels"] == "no_sub")
+    worst = 0.0
+    for row in rows:
+        source, residual = fit_smooth_lens(images[row], args.model)
+        rms, largest = np.sqrt(np.mean(residual**2)), np.abs(residual).max()
+        worst = max(worst, rms)
+        print(f"{row}: source ({source[0]:+.5f}, {source[1]:+.5f})″, rms {rms:.2g} of the peak, "
+              f"largest difference {largest:.2g}")  # fmt: skip
+    print(f"{len(rows)} images, largest rms {worst:.2g} of the peak")
+
+
+def write_pictures(args):
+    dataset = data.load(args.data)
+    with directory_to_be(args.out) as folder:
+        writer = data.PackedWriter(
+            folder, dataset.images.shape, dataset.class_names, f"8-bit pictures of {dataset.origin}"
+        )
+        for start in range(0, len(dataset.images), data.CHECK_BLOCK):
+            part = slice(start, start + data.CHECK_BLOCK)
+            for image, label in zip(
+                as_pictures(dataset.images[part]), dataset.labels[part].tolist(), strict=True
+            ):
+                writer.append(image[None], label)
+        writer.close()
+    print(f"{len(dataset.images)} pictures in {args.out}")
+
+
+def classify(args):
+    images, columns = load_images(args.images)
+    model, content = weights.load_classifier(args.weights)
+    class_names = content["class_names"]
+    device = train.resolve_device(args.device)
+    probabilities = predict_probabilities(
+        model, images.astype(np.float32), np.arange(len(images)), device
+    )
+    predicted = np.array(class_names)[probabilities.argmax(1)]
+    with file_to_be(args.out) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
+        writer = csv.writer(f)
+        known = [name for name in ("labels", "selection", "source") if name in columns]
+        writer.writerow(["image", "exact", *known, *class_names, "prediction"])
+        exact = is_exact(images, columns)
+        for i, row in enumerate(probabilities):
+            extra = [columns[name][i] for name in known]
+            writer.writerow([i, int(exact[i]), *extra, *(f"{p:.6f}" for p in row), predicted[i]])
+    print(f"{len(images)} images in {args.out}")
+    if "labels" not in columns:
+        return
+    right = predicted == columns["labels"]
+    selection = columns.get("selection", np.full(len(images), "random"))
+    for kind in np.unique(selection):
+        for name, chosen in (("exactly decoded", exact), ("others", ~exact)):
+            chosen = chosen & (selection == kind)
+            if chosen.any():
+                print(f"{kind}, {name}: {right[chosen].sum()} of {chosen.sum()} right")
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("fit", help="fit the smooth lens to no_sub images")
+    command.add_argument("--images", type=Path, required=True, metavar="NPZ|NPY")
+    command.add_argument("--model", choices=simulate.INSTRUMENTS, default="Model_II")
+    command.set_defaults(function=fit)
+    command = commands.add_parser("pictures", help="a data set as 8-bit pictures")
+    command.add_argument("--data", type=Path, required=True, help="data set to convert")
+    command.add_argument("--out", type=Path, required=True, help="folder to create")
+    command.set_defaults(function=write_pictures)
+    command = commands.add_parser("classify", help="ask a classifier about real images")
+    command.add_argument("--images", type=Path, required=True, metavar="NPZ")
+    command.add_argument("--weights", type=Path, required=True, metavar="PTH")
+    command.add_argument("--out", type=Path, required=True, metavar="CSV")
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    command.set_defaults(function=classify)
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    args.function(args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,90 @@
+"""The simulator against real images of the benchmark, which are not ours to redistribute.
+
+They lie in a folder beside the checkout or in REAL_IMAGES; without them these tests are skipped.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, assert_user_error, run_script
+
+import simulate
+from experiments import real_images
+
+FOLDER = Path(os.environ.get("REAL_IMAGES", ROOT.parent / "shared" / "real"))
+PICTURES, MODEL_III = FOLDER / "testVI_pictures.npz", FOLDER / "model3_no_sub.npy"
+needs_real_images = pytest.mark.skipif(not PICTURES.exists(), reason=f"no real images in {FOLDER}")
+
+
+def without_factor(model):
+    """The data model as it was taken to be before real images were at hand."""
+    return simulate.INSTRUMENTS[model]._replace(rescaled=False)
+
+
+@needs_real_images
+def test_a_real_model_iii_image_is_rendered():
+    (image,), _ = real_images.load_images(MODEL_III)
+    source, residual = real_images.fit_smooth_lens(image, "Model_III")
+    assert source == pytest.approx([-0.06170, 0.08447], abs=1e-5)
+    assert np.abs(residual).max() <= 1e-8
+    _, residual = real_images.fit_smooth_lens(image, without_factor("Model_III"))
+    assert np.abs(residual).max() > 0.1
+
+
+@needs_real_images
+def test_every_real_smooth_lens_of_the_benchmark_is_rendered():
+    images, columns = real_images.load_images(PICTURES)
+    smooth = images[columns["labels"] == "no_sub"]
+    assert len(smooth) == 41
+    for image in smooth:
+        _, residual = real_images.fit_smooth_lens(image)
+        assert np.sqrt(np.mean(residual**2)) <= 0.001
+    for image in smooth[::10]:
+        _, residual = real_images.fit_smooth_lens(image, without_factor("Model_II"))
+        assert np.sqrt(np.mean(residual**2)) > 0.05
+
+
+@needs_real_images
+def test_no_real_lens_with_point_masses_fits_the_smooth_lens():
+    images, columns = real_images.load_images(PICTURES)
+    chosen = (columns["labels"] == "cdm") & real_images.is_exact(images, columns)
+    for image in images[chosen][:10]:
+        _, residual = real_images.fit_smooth_lens(image)
+        assert np.abs(residual).max() > 0.01
+
+
+@needs_real_images
+def test_exactly_decoded_pictures_hold_the_middles_of_8_bit_steps():
+    images, columns = real_images.load_images(PICTURES)
+    exact = real_images.is_exact(images, columns)
+    assert exact.sum() == 78
+    again = real_images.as_pictures(images[exact])
+    assert np.abs(again - images[exact]).max() < 1e-6
+
+
+def test_a_fit_finds_the_source_of_a_simulated_lens():
+    true = np.array([[0.213, -0.307]])
+    image = simulate.render(true, np.zeros((1, 0, 3)))[0].numpy()
+    source, residual = real_images.fit_smooth_lens(1000 * image)
+    assert source == pytest.approx(true[0], abs=1e-6)
+    assert np.abs(residual).max() < 1e-6
+
+
+def test_pictures_have_256_levels_and_keep_the_order(lens_image):
+    picture = real_images.as_pictures(lens_image.astype(np.float64))
+    assert len(np.unique(picture)) <= 256
+    assert picture.min() == 0
+    assert picture.max() == 1
+    assert np.abs(picture - lens_image / lens_image.max()).max() <= 1 / 256
+
+
+def test_files_that_hold_no_images_are_named(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, pictures=np.zeros((2, 8, 8)))
+    process = run_script("experiments/real_images.py", "fit", "--images", path, check=False)
+    assert_user_error(process, path, "images")
+    path.write_bytes(b"no archive")
+    process = run_script("experiments/real_images.py", "fit", "--images", path, check=False)
+    assert_user_error(process, path)
