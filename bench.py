@@ -324,28 +324,65 @@ def probabilities_of(session, images):
 
 def rendering(bench):
     """An image of the simulator against lenstronomy's ImageModel, by class."""
-    reference = None
-    if installed("lenstronomy"):
-        from tests.reference import make_lenstronomy as reference
+    peer = lenstronomy_renderer() if installed("lenstronomy") else None
     for class_name, peer_images in RENDERED.items():
         what, against = f"rendering an image, {class_name}", "lenstronomy"
         count = 500
         source, masses, _ = simulate.sample(class_name, count, np.random.default_rng(0))
         functions = {"ours": lambda s=source, m=masses: simulate.render(s, m, dtype=torch.float32)}
-        if reference:
+        if peer:
 
-            def peer(source=source, masses=masses, images=peer_images):
+            def peer_renders(source=source, masses=masses, images=peer_images):
                 for i in range(images):
-                    reference.render(source[i], masses[i], "Model_II")
+                    peer(source[i], masses[i])
 
-            functions["peer"] = peer
+            functions["peer"] = peer_renders
         seconds = seconds_in_turn(functions, bench.repeats)
         own = {"images/s": count / seconds["ours"]}
-        if reference:
+        if peer:
             each = seconds["ours"] / count
             yield row(what, against, each, seconds["peer"] / peer_images, **own)
         else:
             yield absent(what, against, "lenstronomy") | own
+
+
+def lenstronomy_renderer():
+    """Function (source (2,), point masses (P, 3)) -> a Model_II image by today's lenstronomy.
+
+    For its speed alone: what the images must be is checked against lenstronomy 1.9.2, which does
+    not install beside today's numpy (see tests/reference/make_lenstronomy.py).
+    """
+    from lenstronomy.Data.imaging_data import ImageData
+    from lenstronomy.Data.psf import PSF
+    from lenstronomy.ImSim.image_model import ImageModel
+    from lenstronomy.LensModel.lens_model import LensModel
+    from lenstronomy.LightModel.light_model import LightModel
+
+    camera = simulate.INSTRUMENTS["Model_II"]
+    pixels, scale, factor = camera.pixels, camera.pixel_scale, simulate.deflection_factor()
+    corner = -(pixels - 1) / 2 * scale
+    frame = ImageData(
+        np.zeros((pixels, pixels)), ra_at_xy_0=corner, dec_at_xy_0=corner,
+        transform_pix2angle=np.eye(2) * scale,
+    )  # fmt: skip
+    psf = PSF("GAUSSIAN", fwhm=camera.psf_fwhm, pixel_size=scale)
+    e1, e2 = simulate.LENS_ELLIPTICITY
+    galaxy = {"theta_E": factor * simulate.einstein_radius(simulate.LENS_MASS), "e1": e1, "e2": e2}
+    shear = {"gamma1": factor * simulate.SHEAR[0], "gamma2": factor * simulate.SHEAR[1]}
+    e1, e2 = simulate.SOURCE_ELLIPTICITY
+    light = {"amp": 1.0, "R_sersic": simulate.SOURCE_RADIUS, "n_sersic": 1.0, "e1": e1, "e2": e2}
+
+    def render(source, point_masses):
+        masses = [
+            {"theta_E": factor**0.5 * theta, "center_x": x, "center_y": y}
+            for theta, x, y in point_masses.tolist()
+        ]
+        lens = LensModel(["SIE", "SHEAR"] + ["POINT_MASS"] * len(masses))
+        model = ImageModel(frame, psf, lens, LightModel(["SERSIC_ELLIPSE"]))
+        place = {"center_x": source[0], "center_y": source[1]}
+        return model.image([galaxy, shear, *masses], [{**light, **place}])
+
+    return render
 
 
 def head(bench):

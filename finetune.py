@@ -153,15 +153,15 @@ def finetune(args):
     if args.strategy == "head":
         # The encoder is frozen: its output is computed once, not every epoch.
         trained = model.fc
-        used = np.concatenate([rows, parts["validation"]])
         model.eval()
-        features = torch.zeros(len(dataset.labels), model.fc[0].in_features, device=device)
-        features[used] = train.in_batches(lambda b: model.features(read(b)), used).to(device)
+        features = encoded(model, read, rows, parts["validation"], len(dataset.labels), args.augment)
 
         def logits_of(batch, **_):
-            return model.fc(features[batch])
+            return model.fc(features[0][batch])
 
-        training_logits = logits_of
+        def training_logits(batch, **_):
+            turned = torch.randint(len(features), (len(batch),), device=device)
+            return model.fc(features[turned, torch.as_tensor(batch, device=device)])
     else:
         trained = model
 
@@ -231,6 +231,22 @@ def finetune(args):
         )
         weights.remove_checkpoints(args.out)
     print(f"weights in {args.out / 'vit-mae-classifier-wt.pth'}")
+
+
+def encoded(model, read, rows, validation, count, augmentations):
+    """Pooled encoder outputs (1 or 2, count, d) of rows, the second set after half a turn.
+
+    Other rows, and validation rows after half a turn, are zero.
+    """
+    used = np.concatenate([rows, validation])
+    sets = 2 if "halfturn" in augmentations else 1
+    width = model.fc[0].in_features
+    features = torch.zeros(sets, count, width, device=model.temperature.device)
+    features[0, used] = train.in_batches(lambda b: model.features(read(b)), used).to(features)
+    if sets == 2:
+        turned = train.in_batches(lambda b: model.features(read(b).flip(2, 3)), rows)
+        features[1, rows] = turned.to(features)
+    return features
 
 
 def fit_temperature(logits, target):
@@ -306,8 +322,11 @@ def parse_args(argv=None):
             raise UserError(f"--{flag.replace('_', '-')} must be in (0, 1]")
     if not 0 <= args.patch_dropout < 1:
         raise UserError(f"--patch-dropout must be in [0, 1), got {args.patch_dropout}")
-    if args.augment and args.strategy == "head":
-        raise UserError("--augment: the head learns from stored features; use another --strategy")
+    if args.strategy == "head" and set(args.augment) - {"halfturn"}:
+        raise UserError(
+            "--augment: the head learns from stored features, of images as they are and after a "
+            "halfturn; use another --strategy"
+        )
     if args.strategy != "full" and args.pretrained == "none":
         raise UserError("--pretrained none has nothing to keep fixed: use --strategy full")
     return args

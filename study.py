@@ -43,8 +43,8 @@ SCRATCH_EPOCHS = 6
 LABEL_SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 ROBUSTNESS_PER_CLASS = 1000
 MISTAKES_PER_CLASS = 10000
-# (data model, images a class, noise, patch size)
-OTHER_MODELS = (("Model_I", 6000, True, 10), ("Model_III", 10000, False, 8))
+# (data model, images a class, patch size)
+OTHER_MODELS = (("Model_I", 6000, 10), ("Model_III", 10000, 8))
 # Of pre-training, fine-tuning, and training from scratch, which costs as much as both.
 OTHER_EPOCHS = (20, 5, 9)
 STRENGTH_BINS = 8
@@ -387,8 +387,8 @@ def disturbed_images():
 def as_dataset(images, per_class):
     """A `data.Dataset` of freshly simulated images, sorted by class."""
     labels = np.repeat(np.arange(len(simulate.CLASS_NAMES)), per_class)
-    rows = np.arange(len(images))
-    return data.Dataset(images, labels, rows, simulate.CLASS_NAMES, "", "freshly simulated")
+    hashes = np.zeros(len(images), np.uint64)  # never split
+    return data.Dataset(images, labels, hashes, simulate.CLASS_NAMES, "", "freshly simulated")
 
 
 def instruments(lab):
@@ -398,13 +398,12 @@ def instruments(lab):
     """
     rows = []
     pretraining, finetuning, longer = (("--epochs", epochs) for epochs in OTHER_EPOCHS)
-    for model, per_class, noise, patch_size in OTHER_MODELS:
+    for model, per_class, patch_size in OTHER_MODELS:
         images = lab.out / f"data-{model}-{per_class}"
         if not images.exists():
-            simulate.main(["--model", model, "--per-class", str(per_class), "--out", str(images),
-                           *(["--noise"] if noise else [])])  # fmt: skip
+            simulate.main(["--model", model, "--per-class", str(per_class), "--out", str(images)])
         size = ("--patch-size", patch_size)
-        kind = f"{model}, {per_class} a class, {'noisy' if noise else 'noise-free'}"
+        kind = f"{model}, {per_class} a class"
         for seed in lab.seeds:
             row = chain(lab, model, seed, ("head", "full"), pretraining + size, finetuning, images)
             path = finetuned(lab, model, seed, "full", "none", *longer, *size, images=images)
@@ -460,7 +459,7 @@ def substructure_strengths():
     axion_mass = np.concatenate([mass for _, _, mass in draws["axion"]])
     radius, x, y = np.concatenate([masses for _, masses, _ in draws["cdm"]]).transpose(2, 0, 1)
     mass = (radius / simulate.einstein_radius(1.0)) ** 2
-    ring = simulate.einstein_radius(simulate.LENS_MASS)
+    ring = simulate.einstein_radius(simulate.LENS_MASS) * simulate.deflection_factor()
     near = np.abs(np.hypot(x, y) - ring) < RING_WIDTH
     return {
         "axion": ("log10 m / eV", np.log10(axion_mass)),

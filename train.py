@@ -91,8 +91,9 @@ def add_training_arguments(parser):
         f"{MOST_VALIDATIONS} times at most)",
     )  # fmt: skip
     group.add_argument(
-        "--augment", type=_augmentations, default=(), metavar="KIND,...",
-        help=f"change training images at random: any of {','.join(AUGMENTATIONS)}",
+        "--augment", type=_augmentations, default="halfturn", metavar="KIND,...",
+        help=f"change training images at random: none, or any of {','.join(AUGMENTATIONS)}; the "
+        "lens, the shear and the source look the same after half a turn",
     )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, help="of weights, order, masks and dropout")
     group.add_argument(
@@ -107,7 +108,7 @@ def add_training_arguments(parser):
 
 
 def _augmentations(text):
-    kinds = tuple(kind for kind in text.split(",") if kind)
+    kinds = () if text == "none" else tuple(kind for kind in text.split(",") if kind)
     for kind in kinds:
         if kind not in AUGMENTATIONS:
             raise argparse.ArgumentTypeError(f"{kind!r} is not among {', '.join(AUGMENTATIONS)}")

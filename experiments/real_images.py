@@ -5,7 +5,8 @@ are known `labels` (N,), `selection` (N,) ("random" or how somebody chose the im
 `step_at_peak` (N,), the step of intensity at the peak; or one image as .npy.
 
     fit       Fit the smooth lens (the source's two coordinates and a scale) to `no_sub` images.
-    pictures  Write a simulated data set as pictures show it: divided by the maximum, in 8 bits.
+    pictures  Write a simulated data set as pictures show it: divided by the maximum, in 8 bits; with
+              --any a third of them as smoothed and a third as logarithmic displays show it.
     classify  Ask a classifier that was trained on such pictures about real ones.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.ndimage import gaussian_filter
 from scipy.optimize import least_squares
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -36,6 +38,10 @@ EXAMPLE = """examples:
 LEVELS = 256  # of an 8-bit picture
 EXACT_STEP = 0.005  # largest step at the peak of pictures that were decoded exactly
 START_GRID = 15  # source positions a side that a fit starts from
+# Pictures that cannot be decoded exactly: log10 of the noise of those solved from smoothed displays,
+# and of the softening s of those that show log(1 + x/s), both over the image's maximum.
+SMOOTHED_NOISE_RANGE, LOGARITHM_RANGE = (-3.5, -2.7), (-2.5, 0.0)
+SPREAD, SPREAD_GAIN = 2.0, 5.0  # pixels; so that errors around the light are of half the size
 
 
 def load_images(path):
@@ -94,6 +100,22 @@ def as_pictures(images):
     return np.where(k == 0, 0.0, np.where(k == LEVELS - 1, 1.0, (k + 0.5) / LEVELS))
 
 
+def as_any_pictures(images, rng):
+    """Images (n, H, W) as pictures of a random kind each: 8-bit, smoothed or logarithmic."""
+    kinds = rng.integers(3, size=(len(images), 1, 1))
+    x = images / images.max(axis=(1, 2), keepdims=True)
+    pictures = as_pictures(x)
+    # What solving for the pixels under a smooth display leaves: errors where there is light, and
+    # less of them around it.
+    errors = rng.standard_normal(x.shape) * (pictures > 0)
+    errors += SPREAD_GAIN * gaussian_filter(errors, (0, SPREAD, SPREAD))
+    noise = 10 ** rng.uniform(*SMOOTHED_NOISE_RANGE, kinds.shape)
+    smoothed = (pictures + noise * errors).clip(0, 1)
+    s = 10 ** rng.uniform(*LOGARITHM_RANGE, kinds.shape)
+    logarithmic = s * np.expm1(as_pictures(np.log1p(x / s)) * np.log1p(1 / s))
+    return np.where(kinds == 0, pictures, np.where(kinds == 1, smoothed, logarithmic))
+
+
 def is_exact(images, columns):
     """(N,) bool: decoded exactly, so every pixel is the middle of an 8-bit step."""
     step = columns.get("step_at_peak", np.full(len(images), 1 / LEVELS))
@@ -117,17 +139,17 @@ def fit(args):
 
 
 def write_pictures(args):
-    dataset = data.load(args.data)
+    dataset, rng = data.load(args.data), np.random.default_rng(args.seed)
     with directory_to_be(args.out) as folder:
         writer = data.PackedWriter(
             folder, dataset.images.shape, dataset.class_names, f"8-bit pictures of {dataset.origin}"
         )
         for start in range(0, len(dataset.images), data.CHECK_BLOCK):
-            part = slice(start, start + data.CHECK_BLOCK)
-            for image, label in zip(
-                as_pictures(dataset.images[part]), dataset.labels[part].tolist(), strict=True
-            ):
-                writer.append(image[None], label)
+            images = np.asarray(dataset.images[start : start + data.CHECK_BLOCK], np.float64)
+            labels = dataset.labels[start : start + data.CHECK_BLOCK].tolist()
+            pictures = as_any_pictures(images, rng) if args.any else as_pictures(images)
+            for picture, label in zip(pictures, labels, strict=True):
+                writer.append(picture[None], label)
         writer.close()
     print(f"{len(dataset.images)} pictures in {args.out}")
 
@@ -173,6 +195,8 @@ def parse_args(argv=None):
     command = commands.add_parser("pictures", help="a data set as 8-bit pictures")
     command.add_argument("--data", type=Path, required=True, help="data set to convert")
     command.add_argument("--out", type=Path, required=True, help="folder to create")
+    command.add_argument("--any", action="store_true", help="pictures of any kind, not 8-bit alone")
+    command.add_argument("--seed", type=int, default=0, help="of the kinds and their noise")
     command.set_defaults(function=write_pictures)
     command = commands.add_parser("classify", help="ask a classifier about real images")
     command.add_argument("--images", type=Path, required=True, metavar="NPZ")

@@ -43,6 +43,20 @@ def test_a_turned_lens_is_the_lens_rendered_in_turned_axes():
     assert torch.allclose(turned, other, atol=1e-3 * float(one.max()))
 
 
+def test_half_a_turn_of_a_lens_is_a_lens_and_half_of_the_images_are_turned():
+    source, masses, _ = simulate.sample("cdm", 1, np.random.default_rng(0))
+    mirrored = masses * [1, -1, -1]
+    both = np.concatenate([masses, mirrored])
+    one, other = simulate.render(np.concatenate([source, -source]), both)
+    assert torch.allclose(one.flip(0, 1), other, atol=1e-12 * float(one.max()))
+    torch.manual_seed(0)
+    images = augment.augment(one[None, None].repeat(200, 1, 1, 1), ("halfturn",))
+    turned = (images[:, 0] == one.flip(0, 1)).all(2).all(1)
+    kept = (images[:, 0] == one).all(2).all(1)
+    assert (turned ^ kept).all()
+    assert 70 < turned.sum() < 130
+
+
 def test_noise_has_the_strength_of_its_range_in_any_unit(images):
     torch.manual_seed(0)
     dark = torch.zeros(200, 1, 64, 64)
@@ -76,7 +90,7 @@ def test_training_with_augmentation_is_asked_for_by_name(packed, runs, tmp_path)
     pretrained = ("--pretrained", runs / "pretrain" / "vit-mae-wt.pth")
     refused = run_script("pretrain.py", *common, "--augment", "noise,blur", check=False)
     assert refused.returncode == 2
-    assert "'blur' is not among noise, shift, rotate" in refused.stderr
+    assert "'blur' is not among halfturn, noise, shift, rotate" in refused.stderr
     refused = run_script("finetune.py", *common, *pretrained, "--strategy", "head", "--augment",
                          "noise", check=False)  # fmt: skip
     assert_user_error(refused, "--augment")

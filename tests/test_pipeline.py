@@ -100,7 +100,7 @@ def test_evaluation_is_of_the_test_part_alone(evaluation, runs, folder):
     for name in ("roc.png", "confusion_matrix.png", "reliability.png", "mistakes.png"):
         assert (out / name).stat().st_size > 5000
     assert (out / "comparison.md").read_text().strip() in printed
-    assert "published, head | 0.92 | 0.92 | 0.99" in printed
+    assert "iampratyusht/Deeplense-task, head | 0.92 | 0.92 | 0.99" in printed
 
 
 def test_the_report_is_one_file_that_loads_nothing(evaluation, runs):
@@ -644,7 +644,7 @@ def test_other_classes_and_sizes_work_throughout(tmp_path):
                "--resamples", 20)  # fmt: skip
     result = json.loads((tmp_path / "e" / "metrics.json").read_text())["results"]["run"]
     assert result["macro"]["value"] > 0.95
-    assert "published" not in (tmp_path / "e" / "comparison.md").read_text()
+    assert "iampratyusht" not in (tmp_path / "e" / "comparison.md").read_text()
     run_script("export.py", "--weights", path, "--out", tmp_path / "two.onnx")
     run_script("predict.py", "--model", tmp_path / "two.onnx", "--out", tmp_path / "p.csv",
                root / "faint" / "1.npy")  # fmt: skip

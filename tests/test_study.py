@@ -19,7 +19,7 @@ from files import UserError
 TINY = {
     "SCRATCH_EPOCHS": 2, "LABEL_SHARES": (0.2, 1.0), "ROBUSTNESS_PER_CLASS": 8,
     "MISTAKES_PER_CLASS": 40, "STRENGTH_BINS": 2, "OTHER_EPOCHS": (1, 1, 1),
-    "OTHER_MODELS": (("Model_III", 20, True, 8),),
+    "OTHER_MODELS": (("Model_III", 100, 8),),
 }  # fmt: skip
 
 
