@@ -137,7 +137,7 @@ def list_classes(root):
 
 
 def _folder_fingerprint(class_files):
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"format {FORMAT}\n".encode())
     for class_name, paths in class_files.items():
         for path in paths:
             status = path.stat()

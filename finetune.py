@@ -28,18 +28,18 @@ EXAMPLE = """examples:
       --pretrained runs/pretrain/vit-mae-wt.pth
   python finetune.py --data lenses --strategy full --out runs/scratch --pretrained none"""
 
-# Largest learning rate and patch dropout by strategy, and (epochs, steps at the least where images
-# are few); chosen on validation. A classifier that is gone on from has a head that is right
-# already: large steps would spoil it.
+# Largest learning rate, images a step and patch dropout by strategy, and (epochs, steps at the
+# least where images are few); chosen on validation. Continuing from a classifier: its head is
+# already trained, so use small steps.
 DEFAULTS = {
-    "head": {"lr": 2e-3, "epochs": (50, 1000), "patch_dropout": 0.0},
-    "layernorm": {"lr": 1e-2, "epochs": (2, 1000), "patch_dropout": 0.5},
-    "full": {"lr": 2e-3, "epochs": (4, 1000), "patch_dropout": 0.5},
+    "head": {"lr": 8e-3, "batch_size": 1024, "epochs": (100, 1000), "patch_dropout": 0.0},
+    "layernorm": {"lr": 1e-2, "batch_size": 64, "epochs": (2, 1000), "patch_dropout": 0.5},
+    "full": {"lr": 2e-3, "batch_size": 64, "epochs": (4, 1000), "patch_dropout": 0.5},
 }
-GOING_ON = {
-    "head": {"lr": 2e-4, "epochs": (20, 300), "patch_dropout": 0.0},
-    "layernorm": {"lr": 3e-4, "epochs": (1, 300), "patch_dropout": 0.0},
-    "full": {"lr": 2e-4, "epochs": (1, 300), "patch_dropout": 0.0},
+CONTINUING = {
+    "head": {"lr": 8e-4, "batch_size": 1024, "epochs": (20, 300), "patch_dropout": 0.0},
+    "layernorm": {"lr": 3e-4, "batch_size": 64, "epochs": (1, 300), "patch_dropout": 0.0},
+    "full": {"lr": 2e-4, "batch_size": 64, "epochs": (1, 300), "patch_dropout": 0.0},
 }
 OTHER_SIZE = ": pre-train on images of this size"
 ALL_PATCHES_FROM = 0.5  # of the steps: from then on no patch is left out
@@ -47,8 +47,8 @@ ALL_PATCHES_FROM = 0.5  # of the steps: from then on no patch is left out
 
 def usual(args):
     """What is used where an option is not given, by strategy and kind of --pretrained."""
-    going_on = args.pretrained != "none" and weights.holds_classifier(args.pretrained)
-    return (GOING_ON if going_on else DEFAULTS)[args.strategy]
+    continuing = args.pretrained != "none" and weights.holds_classifier(args.pretrained)
+    return (CONTINUING if continuing else DEFAULTS)[args.strategy]
 
 
 def build_classifier(args, dataset, train_rows):
@@ -288,9 +288,11 @@ def parse_args(argv=None):
     )  # fmt: skip
     parser.add_argument(
         "--strategy", choices=STRATEGIES, required=True,
-        help="what learns; it decides the defaults of --lr, --epochs and --patch-dropout",
+        help="what learns; it decides the defaults of --lr, --batch-size, --epochs and "
+        "--patch-dropout",
     )  # fmt: skip
     train.add_training_arguments(parser)
+    parser.set_defaults(batch_size=None)
     group = parser.add_argument_group("classifier")
     group.add_argument(
         "--pool", choices=POOLINGS, default="stats",
@@ -313,7 +315,7 @@ def parse_args(argv=None):
     if args.pretrained != "none":
         args.pretrained = Path(args.pretrained)
     defaults = usual(args)
-    for name in ("lr", "patch_dropout"):
+    for name in ("lr", "batch_size", "patch_dropout"):
         if getattr(args, name) is None:
             setattr(args, name, defaults[name])
     train.check_arguments(args)

@@ -20,7 +20,7 @@ from torch import nn
 LAYER_NORM_EPS = 1e-6
 ATTENTION_FORMS = ("fused", "plain")
 TRANSFORM_KINDS = ("log", "asinh", "sqrt", "linear")
-POOLINGS = ("mean", "cls", "both", "stats")
+POOLINGS = {"mean": 1, "cls": 1, "both": 2, "stats": 4}  # and widths, in those of the encoder
 
 
 def sincos_positions(dim, grid_size):
@@ -422,9 +422,9 @@ class Classifier(Encoder):
 
     The head is Linear(d, 64) -> BatchNorm1d(64) -> ReLU -> Dropout(0.4) -> Linear(64, classes).
     `transform` is a dict of the arguments of `IntensityTransform`. `pool` says what the head sees:
-    "mean" of the patch tokens, the "cls" token, "both" side by side, or "stats": the mean and the
-    standard deviation of the patch tokens, since substructure dents few patches of many. Logits
-    are divided by `temperature`, 1 until it is fitted to make probabilities calibrated (Guo et al.
+    "mean" of the patch tokens, the "cls" token, "both" side by side, or "stats": mean, standard
+    deviation, minimum and maximum of the patch tokens, since substructure dents few patches of
+    many. Logits are divided by `temperature`, 1 until it is fitted to make probabilities calibrated (Guo et al.
     2017, arXiv:1706.04599, section 4.2).
     """
 
@@ -443,12 +443,12 @@ class Classifier(Encoder):
     ):
         super().__init__(img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio)
         if pool not in POOLINGS:
-            raise ValueError(f"pool must be one of {POOLINGS}, got {pool!r}")
+            raise ValueError(f"pool must be one of {tuple(POOLINGS)}, got {pool!r}")
         self.pool = pool
         self.transform = IntensityTransform(**(transform or {}))
         self.register_buffer("temperature", torch.ones(()))
         self.fc = nn.Sequential(
-            nn.Linear(embed_dim * (2 if pool in ("both", "stats") else 1), 64),
+            nn.Linear(embed_dim * POOLINGS[pool], 64),
             nn.BatchNorm1d(64),
             nn.ReLU(),
             nn.Dropout(0.4),
@@ -457,7 +457,7 @@ class Classifier(Encoder):
         self.apply(_init_weights)
 
     def features(self, images, ids_keep=None):
-        """Pooled encoder output of raw images: (B, C, H, W) -> (B, D), or (B, 2D), see `pool`.
+        """Pooled encoder output of raw images: (B, C, H, W) -> (B, D), (B, 2D) or (B, 4D), see `pool`.
 
         `ids_keep` (B, n) restricts the encoder to some of the patches.
         """
@@ -466,8 +466,10 @@ class Classifier(Encoder):
         if self.pool == "cls":
             return tokens[:, 0]
         if self.pool == "stats":
-            variance, mean = torch.var_mean(tokens[:, 1:].float(), dim=1, correction=0)
-            return torch.cat([mean, (variance + 1e-6).sqrt()], dim=1)
+            patches = tokens[:, 1:].float()
+            variance, mean = torch.var_mean(patches, dim=1, correction=0)
+            spread = (variance + 1e-6).sqrt()
+            return torch.cat([mean, spread, patches.amin(dim=1), patches.amax(dim=1)], dim=1)
         mean = tokens[:, 1:].mean(dim=1)
         return mean if self.pool == "mean" else torch.cat([tokens[:, 0], mean], dim=1)
 

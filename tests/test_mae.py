@@ -211,11 +211,13 @@ def test_the_residual_of_a_patch_does_not_depend_on_what_stands_in_it():
     assert elsewhere.max() > 1e-6  # the other patches are predicted from it
 
 
-def test_stats_pooling_is_mean_and_spread_of_the_patch_tokens():
+def test_stats_pooling_is_mean_spread_and_extremes_of_the_patch_tokens():
     model = Classifier(embed_dim=32, depth=1, num_heads=2, pool="stats").eval()
     images = torch.rand(3, 1, 64, 64)
     tokens = model.encode(patchify(model.transform(images), 8))[:, 1:]
     features = model.features(images)
-    assert features.shape == (3, 64)
+    assert features.shape == (3, 128)
     assert torch.allclose(features[:, :32], tokens.mean(1), atol=1e-5)
-    assert torch.allclose(features[:, 32:], tokens.std(1, correction=0), atol=1e-3)
+    assert torch.allclose(features[:, 32:64], tokens.std(1, correction=0), atol=1e-3)
+    assert torch.allclose(features[:, 64:96], tokens.amin(1), atol=1e-5)
+    assert torch.allclose(features[:, 96:], tokens.amax(1), atol=1e-5)

@@ -1,6 +1,6 @@
 """The simulator against real images of the benchmark, which are not ours to redistribute.
 
-They lie in a folder beside the checkout or in REAL_IMAGES; without them these tests are skipped.
+REAL_IMAGES names the folder where they lie; without it these tests are skipped.
 """
 
 import os
@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_user_error, run_script
 
+import data
 import simulate
 from experiments import real_images
+from files import UserError
 
-FOLDER = Path(os.environ.get("REAL_IMAGES", ROOT.parent / "shared" / "real"))
-PICTURES, MODEL_III = FOLDER / "testVI_pictures.npz", FOLDER / "model3_no_sub.npy"
-needs_real_images = pytest.mark.skipif(not PICTURES.exists(), reason=f"no real images in {FOLDER}")
+FOLDER = os.environ.get("REAL_IMAGES")
+PICTURES, MODEL_III = (Path(FOLDER or "", f) for f in ("testVI_pictures.npz", "model3_no_sub.npy"))
+needs_real_images = pytest.mark.skipif(not FOLDER, reason="REAL_IMAGES names no folder")
 
 
 def without_factor(model):
@@ -83,8 +84,32 @@ def test_pictures_have_256_levels_and_keep_the_order(lens_image):
 def test_files_that_hold_no_images_are_named(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, pictures=np.zeros((2, 8, 8)))
-    process = run_script("experiments/real_images.py", "fit", "--images", path, check=False)
-    assert_user_error(process, path, "images")
+    with pytest.raises(UserError, match="x.npz.*images"):
+        real_images.main(["fit", "--images", str(path)])
     path.write_bytes(b"no archive")
-    process = run_script("experiments/real_images.py", "fit", "--images", path, check=False)
-    assert_user_error(process, path)
+    with pytest.raises(UserError, match="x.npz"):
+        real_images.main(["fit", "--images", str(path)])
+
+
+def test_a_data_set_of_pictures_is_written_and_real_ones_are_asked_about(
+    packed, runs, tmp_path, capsys
+):
+    out = tmp_path / "pictures"
+    real_images.main(["pictures", "--data", str(packed), "--out", str(out), "--any"])
+    pictures = data.load(out)
+    assert pictures.class_names == data.load(packed).class_names
+    assert pictures.images.max() == 1
+    assert pictures.images.min() == 0
+    exact = real_images.is_exact(np.array(pictures.images), {})
+    assert 50 < exact.sum() < 280  # 8-bit and logarithmic ones have few values
+    file = tmp_path / "real.npz"
+    labels = np.array(pictures.class_names)[pictures.labels[::30]]
+    np.savez(file, images=pictures.images[::30], labels=labels)
+    weights = runs / "full" / "vit-mae-classifier-wt.pth"
+    answers = tmp_path / "answers.csv"
+    real_images.main(["classify", "--images", str(file), "--weights", str(weights),
+                      "--out", str(answers)])  # fmt: skip
+    lines = answers.read_text().splitlines()
+    assert lines[0] == "image,exact,labels,axion,cdm,no_sub,prediction"
+    assert len(lines) == 11
+    assert "right" in capsys.readouterr().out
