@@ -3,6 +3,7 @@
 #   PRETRAINING, FINETUNING      more options for pretrain.py and finetune.py, such as "--augment noise"
 # make study [DATA=folder]       the experiments behind the README's tables, in docs/results/; hours
 #   SEEDS="0 1 2"                of which seeds; with -j its parts run side by side
+# make real REAL=file.npz        a classifier for 8-bit pictures, and what it says of real images
 # make bench                     the table of speeds, in runs/bench
 # make test                      the tests
 # make test-heavy                the same with more kills, more fuzzed files, more images
@@ -40,7 +41,7 @@ SCRATCH := $(RUNS)/scratch/vit-mae-classifier-wt.pth
 MODEL := $(RUNS)/classifier.onnx
 MAPS := $(RUNS)/reconstruction.onnx
 
-.PHONY: reproduce study bench test test-heavy clean FORCE
+.PHONY: reproduce study real bench test test-heavy clean FORCE
 .DELETE_ON_ERROR:
 
 reproduce: $(RUNS)/evaluation/metrics.json $(RUNS)/residuals/metrics.json $(RUNS)/predictions.csv
@@ -64,6 +65,21 @@ study-fewer-%: $(RUNS)/dataset.json $(FEWER)
 	$(PY) study.py $(FEWER_INPUT) --out $(RUNS)/study/fewer-$* --results $(RUNS)/study/results-fewer-$* \
 	  --seeds $* --only instruments mask_ratio \
 	  $(if $(filter $*,$(firstword $(SEEDS))),pretraining_images choices real_images)
+
+# From simulated images as pictures show them to predictions for real ones (README, "Real images").
+PICTURES := $(RUNS)/pictures
+real: $(PICTURES)-full/vit-mae-classifier-wt.pth
+	@test -n "$(REAL)" || { echo "error: name a file of real images, make real REAL=file.npz"; exit 2; }
+	$(PY) experiments/real_images.py classify --images "$(REAL)" --weights $< --out $(RUNS)/real.csv
+
+$(PICTURES)/dataset.json: | $(RUNS)/data/dataset.json
+	$(PY) experiments/real_images.py pictures --any --data $(RUNS)/data --out $(PICTURES)
+
+$(PICTURES)-pretrain/vit-mae-wt.pth: $(PICTURES)/dataset.json
+	$(PY) pretrain.py --data $(PICTURES) --out $(@D) --resume
+
+$(PICTURES)-full/vit-mae-classifier-wt.pth: $(PICTURES)-pretrain/vit-mae-wt.pth
+	$(PY) finetune.py --data $(PICTURES) --pretrained $< --strategy full --out $(@D) --resume
 
 # In an environment of its own, with what it compares with.
 bench: $(PEERS)/ready

@@ -28,18 +28,21 @@ EXAMPLE = """examples:
       --pretrained runs/pretrain/vit-mae-wt.pth
   python finetune.py --data lenses --strategy full --out runs/scratch --pretrained none"""
 
-# Largest learning rate, images a step and patch dropout by strategy, and (epochs, steps at the
-# least where images are few); chosen on validation. Continuing from a classifier: its head is
-# already trained, so use small steps.
+# Defaults by strategy, chosen on validation; of epochs also how many steps there are at the least
+# where images are few.
 DEFAULTS = {
-    "head": {"lr": 8e-3, "batch_size": 1024, "epochs": (100, 1000), "patch_dropout": 0.0},
-    "layernorm": {"lr": 1e-2, "batch_size": 64, "epochs": (2, 1000), "patch_dropout": 0.5},
-    "full": {"lr": 2e-3, "batch_size": 64, "epochs": (4, 1000), "patch_dropout": 0.5},
-}
+    "head": {"lr": 8e-3, "batch_size": 1024, "epochs": 100, "fewest_steps": 1000,
+             "augment": (), "patch_dropout": 0.0},
+    "layernorm": {"lr": 1e-2, "batch_size": 64, "epochs": 2, "fewest_steps": 1000,
+                  "augment": ("halfturn",), "patch_dropout": 0.5},
+    "full": {"lr": 2e-3, "batch_size": 64, "epochs": 4, "fewest_steps": 1000,
+             "augment": ("halfturn",), "patch_dropout": 0.5},
+}  # fmt: skip
+# What differs when continuing from a classifier: its head is already trained, so use small steps.
 CONTINUING = {
-    "head": {"lr": 8e-4, "batch_size": 1024, "epochs": (20, 300), "patch_dropout": 0.0},
-    "layernorm": {"lr": 3e-4, "batch_size": 64, "epochs": (1, 300), "patch_dropout": 0.0},
-    "full": {"lr": 2e-4, "batch_size": 64, "epochs": (1, 300), "patch_dropout": 0.0},
+    "head": {"lr": 8e-4, "epochs": 20, "fewest_steps": 300},
+    "layernorm": {"lr": 3e-4, "epochs": 1, "fewest_steps": 300, "patch_dropout": 0.0},
+    "full": {"lr": 2e-4, "epochs": 1, "fewest_steps": 300, "patch_dropout": 0.0},
 }
 OTHER_SIZE = ": pre-train on images of this size"
 ALL_PATCHES_FROM = 0.5  # of the steps: from then on no patch is left out
@@ -48,7 +51,7 @@ ALL_PATCHES_FROM = 0.5  # of the steps: from then on no patch is left out
 def usual(args):
     """What is used where an option is not given, by strategy and kind of --pretrained."""
     continuing = args.pretrained != "none" and weights.holds_classifier(args.pretrained)
-    return (CONTINUING if continuing else DEFAULTS)[args.strategy]
+    return DEFAULTS[args.strategy] | (CONTINUING[args.strategy] if continuing else {})
 
 
 def build_classifier(args, dataset, train_rows):
@@ -130,7 +133,10 @@ def finetune(args):
     if args.labels < 1:
         rows = share_of_each_class(dataset.labels, rows, args.labels, args.seed)
     if args.epochs is None:
-        args.epochs = train.enough_epochs(*usual(args)["epochs"], len(rows), args.batch_size)
+        defaults = usual(args)
+        args.epochs = train.enough_epochs(
+            defaults["epochs"], defaults["fewest_steps"], len(rows), args.batch_size
+        )
     device = train.resolve_device(args.device)
     torch.manual_seed(args.seed)
     model, config = build_classifier(args, dataset, rows)
@@ -154,14 +160,14 @@ def finetune(args):
         # The encoder is frozen: its output is computed once, not every epoch.
         trained = model.fc
         model.eval()
-        features = encoded(model, read, rows, parts["validation"], len(dataset.labels), args.augment)
+        used = np.concatenate([rows, parts["validation"]])
+        features = torch.zeros(len(dataset.labels), model.fc[0].in_features, device=device)
+        features[used] = train.in_batches(lambda b: model.features(read(b)), used).to(device)
 
         def logits_of(batch, **_):
-            return model.fc(features[0][batch])
+            return model.fc(features[batch])
 
-        def training_logits(batch, **_):
-            turned = torch.randint(len(features), (len(batch),), device=device)
-            return model.fc(features[turned, torch.as_tensor(batch, device=device)])
+        training_logits = logits_of
     else:
         trained = model
 
@@ -233,22 +239,6 @@ def finetune(args):
     print(f"weights in {args.out / 'vit-mae-classifier-wt.pth'}")
 
 
-def encoded(model, read, rows, validation, count, augmentations):
-    """Pooled encoder outputs (1 or 2, count, d) of rows, the second set after half a turn.
-
-    Other rows, and validation rows after half a turn, are zero.
-    """
-    used = np.concatenate([rows, validation])
-    sets = 2 if "halfturn" in augmentations else 1
-    width = model.fc[0].in_features
-    features = torch.zeros(sets, count, width, device=model.temperature.device)
-    features[0, used] = train.in_batches(lambda b: model.features(read(b)), used).to(features)
-    if sets == 2:
-        turned = train.in_batches(lambda b: model.features(read(b).flip(2, 3)), rows)
-        features[1, rows] = turned.to(features)
-    return features
-
-
 def fit_temperature(logits, target):
     """The number that logits (n, K) must be divided by for the least cross-entropy; 0.1 to 10.
 
@@ -288,11 +278,11 @@ def parse_args(argv=None):
     )  # fmt: skip
     parser.add_argument(
         "--strategy", choices=STRATEGIES, required=True,
-        help="what learns; it decides the defaults of --lr, --batch-size, --epochs and "
-        "--patch-dropout",
+        help="what learns; it decides the defaults of --lr, --batch-size, --epochs, --augment "
+        "and --patch-dropout",
     )  # fmt: skip
     train.add_training_arguments(parser)
-    parser.set_defaults(batch_size=None)
+    parser.set_defaults(batch_size=None, augment=None)
     group = parser.add_argument_group("classifier")
     group.add_argument(
         "--pool", choices=POOLINGS, default="stats",
@@ -315,7 +305,7 @@ def parse_args(argv=None):
     if args.pretrained != "none":
         args.pretrained = Path(args.pretrained)
     defaults = usual(args)
-    for name in ("lr", "batch_size", "patch_dropout"):
+    for name in ("lr", "batch_size", "augment", "patch_dropout"):
         if getattr(args, name) is None:
             setattr(args, name, defaults[name])
     train.check_arguments(args)
@@ -324,11 +314,8 @@ def parse_args(argv=None):
             raise UserError(f"--{flag.replace('_', '-')} must be in (0, 1]")
     if not 0 <= args.patch_dropout < 1:
         raise UserError(f"--patch-dropout must be in [0, 1), got {args.patch_dropout}")
-    if args.strategy == "head" and set(args.augment) - {"halfturn"}:
-        raise UserError(
-            "--augment: the head learns from stored features, of images as they are and after a "
-            "halfturn; use another --strategy"
-        )
+    if args.augment and args.strategy == "head":
+        raise UserError("--augment: the head learns from stored features; use another --strategy")
     if args.strategy != "full" and args.pretrained == "none":
         raise UserError("--pretrained none has nothing to keep fixed: use --strategy full")
     return args
