@@ -36,7 +36,7 @@ from optim import Muon
 
 TRANSFORM_IMAGES = 2000  # training images that the transform's constants are taken from
 OUTLYING_PIXELS = 0.001  # of an image, at either end, that its figures are taken without
-SOFTENING = 0.001  # of the mean intensity: where the logarithm becomes linear, if noise does not
+SOFTENING = 0.01  # of the mean intensity: where the logarithm becomes linear, if noise does not
 BATCHNORM_IMAGES = 2048  # training images that BatchNorm's statistics are taken from
 EVALUATION_BATCH = 256
 MOST_VALIDATIONS = 50  # unless --validations says otherwise
@@ -256,7 +256,8 @@ def choose_precision(wanted, model, batch_loss, device):
     reference = losses[candidates[0]]
     chosen = candidates[0]
     for precision in candidates[1:]:
-        agrees = abs(losses[precision] - reference) <= 0.02 * abs(reference)
+        # Losses start at about one; rounding may be a large part of a trained network's small one.
+        agrees = abs(losses[precision] - reference) <= 0.02 * max(abs(reference), 1.0)
         if agrees and seconds[precision] < 0.85 * seconds[chosen]:
             chosen = precision
     return chosen, seconds

@@ -503,6 +503,20 @@ def test_a_precision_whose_loss_disagrees_is_not_taken(monkeypatch):
     assert chosen.name == "float32"
 
 
+def test_rounding_in_the_small_loss_of_a_trained_network_is_no_disagreement(monkeypatch):
+    model = Classifier(patch_size=16, embed_dim=32, depth=1, num_heads=2)
+    monkeypatch.setattr(train, "bfloat16_is_fast", lambda device: True)
+    monkeypatch.setattr(train, "seconds_of", lambda function, device: (
+        function(), 1e-6 if torch.is_autocast_enabled("cpu") else 1.0)[1])  # fmt: skip
+
+    def loss():
+        rounded = 1.05 if torch.is_autocast_enabled("cpu") else 1.0
+        return 0.02 * rounded + 0 * model(torch.rand(4, 1, 64, 64)).sum()
+
+    chosen, _ = train.choose_precision("auto", model, loss, torch.device("cpu"))
+    assert chosen.name == "bfloat16"
+
+
 def test_the_share_of_labels_is_the_same_of_every_class():
     labels = np.repeat([0, 1, 2], [100, 50, 10])
     rows = finetune.share_of_each_class(labels, np.arange(160), 0.1, seed=0)
