@@ -35,13 +35,14 @@ DEFAULTS = {
              "augment": (), "patch_dropout": 0.0},
     "layernorm": {"lr": 1e-2, "batch_size": 64, "epochs": 2, "fewest_steps": 1000,
                   "augment": ("halfturn",), "patch_dropout": 0.5},
-    "full": {"lr": 2e-3, "batch_size": 64, "epochs": 4, "fewest_steps": 1000,
+    "full": {"lr": 3e-3, "batch_size": 128, "epochs": 6, "fewest_steps": 1000,
              "augment": ("halfturn",), "patch_dropout": 0.5},
 }  # fmt: skip
 # What differs when continuing from a classifier: its head is already trained, so use small steps.
 CONTINUING = {
     "head": {"lr": 8e-4, "epochs": 20, "fewest_steps": 300},
-    "layernorm": {"lr": 3e-4, "epochs": 1, "fewest_steps": 300, "patch_dropout": 0.0},
+    "layernorm": {"lr": 3e-4, "batch_size": 128, "epochs": 1, "fewest_steps": 300,
+                  "patch_dropout": 0.0},
     "full": {"lr": 2e-4, "epochs": 1, "fewest_steps": 300, "patch_dropout": 0.0},
 }
 OTHER_SIZE = ": pre-train on images of this size"

@@ -39,7 +39,7 @@ EXAMPLE = """examples:
 
 STRATEGIES = ("head", "layernorm", "full")
 # Epochs from scratch that cost at least as much processor time as pre-training and fine-tuning.
-SCRATCH_EPOCHS = 6
+SCRATCH_EPOCHS = 8
 LABEL_SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 ROBUSTNESS_PER_CLASS = 1000
 MISTAKES_PER_CLASS = 10000
