@@ -18,7 +18,7 @@ import distributed
 import plots
 import train
 import weights
-from augment import augment
+from augment import SYMMETRIES, augment
 from evaluate import accuracy, auc_by_class, check_size
 from files import UserError, run, sha256_of
 from mae import POOLINGS, Classifier, random_masking
@@ -193,10 +193,11 @@ def finetune(args):
         return {"loss": F.cross_entropy(logits, target), "accuracy": correct}
 
     def validate():
+        disturbances = [kind for kind in args.augment if kind not in SYMMETRIES]
         with train.same_random_numbers():
 
             def augmented(batch):
-                return logits_of(batch, augmentations=args.augment)
+                return logits_of(batch, augmentations=disturbances)
 
             train.reestimate_batchnorm(trained, augmented, rows)
             logits = train.in_batches(augmented, parts["validation"])

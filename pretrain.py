@@ -14,7 +14,7 @@ import distributed
 import plots
 import train
 import weights
-from augment import augment
+from augment import SYMMETRIES, augment
 from files import UserError, run
 from mae import MAE
 
@@ -78,9 +78,11 @@ def pretrain(args):
         return {"loss": loss}
 
     def validate():
+        disturbances = [kind for kind in args.augment if kind not in SYMMETRIES]
+
         def loss_of(batch):
             fixed = noise[[place[row] for row in batch]].to(device)
-            images = transform(augment(read(batch), args.augment))
+            images = transform(augment(read(batch), disturbances))
             loss, _, _ = model(images, args.mask_ratio, fixed)
             return loss.expand(len(batch))  # every image has as many removed patches
 
