@@ -243,7 +243,7 @@ def test_pretraining_learns_and_sees_one_class_of_training_and_validation(
     assert not seen & set(parts["test"].tolist())
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["validation_loss"] for line in lines]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 @pytest.mark.parametrize("strategy", finetune.STRATEGIES)
@@ -317,10 +317,12 @@ def test_transform_constants_withstand_hot_pixels_and_bad_images(kind, packed):
     rows = data.split(dataset)["train"]
     images = np.array(dataset.images)
     before = train.fit_transform(images, rows, kind)
+    assert before.pop("kind") == kind
     images[rows[::50], :6] = -99.0  # a sentinel border
     images[rows[100], 3, 3] = 1e9
     images[rows, 5, 5] = 1e4  # a hot pixel of the camera
     after = train.fit_transform(images, rows, kind)
+    assert after.pop("kind") == kind
     assert after == pytest.approx(before, rel=0.05, abs=0.01 * before["softening"])
 
 
@@ -403,7 +405,8 @@ def test_images_that_do_not_fit_into_memory_are_trained_on_all_the_same(
         arguments = ["--data", packed, "--out", tmp_path / "run", "--strategy", "full", "--epochs",
                      1, "--pretrained", runs / "pretrain" / "vit-mae-wt.pth"]  # fmt: skip
     script.main([str(a) for a in arguments])
-    assert set(data.split(data.load(packed))["train"][-80:]) <= seen
+    rows = data.split(data.load(packed))["train"]
+    assert set(rows[rows >= 200]) <= seen  # no_sub, which pre-training takes
 
 
 def batches_that_give_back(images, monkeypatch):
@@ -455,13 +458,14 @@ def test_few_images_are_passed_over_more_often():
 
 
 def test_the_steps_of_a_run_on_few_images_are_enough(packed, runs, tmp_path, monkeypatch):
-    monkeypatch.setitem(finetune.DEFAULTS["head"], "epochs", (2, 30))
+    monkeypatch.setitem(finetune.DEFAULTS["head"], "epochs", 2)
+    monkeypatch.setitem(finetune.DEFAULTS["head"], "fewest_steps", 30)
     finetune.main([
         "--data", str(packed), "--pretrained", str(runs / "pretrain" / "vit-mae-wt.pth"),
         "--strategy", "head", "--out", str(tmp_path / "head"), "--quiet",
     ])  # fmt: skip
     lines = (tmp_path / "head" / "metrics.jsonl").read_text().splitlines()
-    assert (json.loads(lines[-1])["epoch"], json.loads(lines[-1])["step"]) == (10, 30)
+    assert (json.loads(lines[-1])["epoch"], json.loads(lines[-1])["step"]) == (30, 30)
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():
@@ -488,33 +492,24 @@ def test_choosing_the_precision_leaves_weights_and_random_numbers(packed):
     assert math.isfinite(seconds[chosen])
 
 
-def test_a_precision_whose_loss_disagrees_is_not_taken(monkeypatch):
+@pytest.mark.parametrize(
+    ("level", "in_bfloat16", "chosen"),
+    [(1.0, 2.0, "float32"), (1.0, 1.001, "bfloat16"), (0.02, 1.05, "bfloat16")],
+)  # the last: rounding is a large part of the small loss of a trained network
+def test_a_faster_precision_is_taken_if_its_loss_agrees(level, in_bfloat16, chosen, monkeypatch):
     model = Classifier(patch_size=16, embed_dim=32, depth=1, num_heads=2)
     images = torch.rand(4, 1, 64, 64)
+    took = []
     monkeypatch.setattr(train, "bfloat16_is_fast", lambda device: True)
-    monkeypatch.setattr(train, "seconds_of", lambda function, device: (
-        function(), 1e-6 if torch.is_autocast_enabled("cpu") else 1.0)[1])  # fmt: skip
+    monkeypatch.setattr(train, "seconds_of", lambda function, device: (function(), took[-1])[1])
 
     def loss():
-        wrong = 2.0 if torch.is_autocast_enabled("cpu") else 1.0
-        return wrong * (1 + model(images).square().mean())
+        fast = torch.is_autocast_enabled("cpu")
+        took.append(1e-6 if fast else 1.0)
+        return level * (in_bfloat16 if fast else 1.0) + 0 * model(images).sum()
 
-    chosen, _ = train.choose_precision("auto", model, loss, torch.device("cpu"))
-    assert chosen.name == "float32"
-
-
-def test_rounding_in_the_small_loss_of_a_trained_network_is_no_disagreement(monkeypatch):
-    model = Classifier(patch_size=16, embed_dim=32, depth=1, num_heads=2)
-    monkeypatch.setattr(train, "bfloat16_is_fast", lambda device: True)
-    monkeypatch.setattr(train, "seconds_of", lambda function, device: (
-        function(), 1e-6 if torch.is_autocast_enabled("cpu") else 1.0)[1])  # fmt: skip
-
-    def loss():
-        rounded = 1.05 if torch.is_autocast_enabled("cpu") else 1.0
-        return 0.02 * rounded + 0 * model(torch.rand(4, 1, 64, 64)).sum()
-
-    chosen, _ = train.choose_precision("auto", model, loss, torch.device("cpu"))
-    assert chosen.name == "bfloat16"
+    precision, _ = train.choose_precision("auto", model, loss, torch.device("cpu"))
+    assert precision.name == chosen
 
 
 def test_the_share_of_labels_is_the_same_of_every_class():
