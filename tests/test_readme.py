@@ -26,6 +26,7 @@ ELSEWHERE = {
     "cp": "test_examples.py puts the files there",
     "python -m http.server": "test_examples.py serves and opens the page",
     "python tests/reference/make_lenstronomy.py": "needs lenstronomy; its images are checked in",
+    "python experiments/real_images.py": "needs real images; see test_real_images.py",
     "python study.py": "hours; test_study.py runs every experiment",
     "python results.py": "test_study.py puts results together",
     "python bench.py": "minutes of timing; test_bench.py runs its parts",
