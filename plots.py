@@ -131,8 +131,8 @@ def design(path):
     box(0, lower, 15, "all classes\nlog, standardised", given)
     box(19, lower, 14, "64 patches\nall seen", given)
     box(37, lower, 18, "the same, 65 tokens\nfixed, its norms, or all", partly)
-    box(59, lower, 18, "mean and standard\ndeviation of tokens", given)
-    box(81, lower, 19, "256 → 64 → classes\ncross-entropy", learned)
+    box(59, lower, 18, "mean, deviation and\nextremes of tokens", given)
+    box(81, lower, 19, "512 → 64 → classes\ncross-entropy", learned)
     for y in (upper + 5, lower + 5):
         for start, end in ((15, 19), (33, 37), (55, 59), (77, 81)):
             arrow((start, y), (end, y))
