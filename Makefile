@@ -1,6 +1,6 @@
 # make reproduce [DATA=folder]   everything from images to predictions, in runs/; goes on where it stopped
 #   BASELINE=1                   from random weights as well
-#   PRETRAINING, FINETUNING      more options for pretrain.py and finetune.py, such as "--augment noise"
+#   PRETRAINING, FINETUNING      more options for pretrain.py and finetune.py, such as "--seed 1"
 # make study [DATA=folder]       the experiments behind the README's tables, in docs/results/; hours
 #   SEEDS="0 1 2"                of which seeds; with -j its parts run side by side
 # make real REAL=file.npz        a classifier for 8-bit pictures, and what it says of real images
@@ -68,8 +68,10 @@ study-fewer-%: $(RUNS)/dataset.json $(FEWER)
 
 # From simulated images as pictures show them to predictions for real ones (README, "Real images").
 PICTURES := $(RUNS)/pictures
+ifeq ($(filter real,$(MAKECMDGOALS)),real)
+$(if $(wildcard $(REAL)),,$(error name a file of real images: make real REAL=file.npz))
+endif
 real: $(PICTURES)-full/vit-mae-classifier-wt.pth
-	@test -n "$(REAL)" || { echo "error: name a file of real images, make real REAL=file.npz"; exit 2; }
 	$(PY) experiments/real_images.py classify --images "$(REAL)" --weights $< --out $(RUNS)/real.csv
 
 $(PICTURES)/dataset.json: | $(RUNS)/data/dataset.json

@@ -223,8 +223,9 @@ def _open_packed(folder):
 def split(dataset):
     """Rows of the three parts, about 80/10/10 % of every class: {"train": (n,), ...}, each sorted.
 
-    An image's content alone decides its part, so a test image stays one whatever else is in the
-    data set, in whatever order or layout, and copies are never on both sides.
+    The content of an image, its float32 pixels, alone decides its part. So a test image stays one
+    whatever else is in the data set, in whatever order or layout, and copies are never on both
+    sides. The same image in other units is another image.
     Raises UserError if a part has no image of some class.
     """
     share = dataset.hashes / 2.0**64  # uniform in [0, 1)
@@ -239,6 +240,12 @@ def split(dataset):
                     f"{part} part (80 % train, 10 % validation, 10 % test): give more images"
                 )
     return parts
+
+
+def check_split(run):
+    """UserError unless the training that weights say they come from (`run`) used this split."""
+    if run.get("split") != SPLIT:
+        raise UserError("the weights were trained under another split of the data: train again")
 
 
 def add_data_arguments(parser):

@@ -26,7 +26,7 @@ CALIBRATION_BINS = 15
 SHOWN_MISTAKES = 12
 
 # (work, AUC by class, macro AUC, accuracy) that others report of Test VI.A; None: not given. Names
-# with a slash are repositories on GitHub, whose figures are of their own validation images.
+# with a slash are repositories on GitHub, whose figures are of their own held-out images.
 PUBLISHED = (
     ("iampratyusht/Deeplense-task, head", {"axion": 0.92, "cdm": 0.92, "no_sub": 0.99}, None, None),
     ("the same, LayerNorm", {"axion": 0.94, "cdm": 0.90, "no_sub": 0.99}, None, None),
@@ -204,8 +204,7 @@ def rows_to_evaluate(args, dataset, content):
         if trained_on == dataset.fingerprint:
             raise UserError("--split all: the weights were trained on this data; use --split test")
         return np.arange(len(dataset.labels))
-    if content["run"].get("split") != data.SPLIT:
-        raise UserError("the weights were trained under another split of the data: train again")
+    data.check_split(content["run"])
     return data.split(dataset)["test"]
 
 

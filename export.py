@@ -212,6 +212,7 @@ def load_images(args, content, img_size):
     dataset = data.load(where, args.cache_dir)
     if dataset.img_size != img_size:
         raise UserError(f"{where} has images of {dataset.img_size} pixels, not {img_size}")
+    data.check_split(content["run"])
     return dataset, data.split(dataset)
 
 

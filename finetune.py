@@ -69,6 +69,7 @@ def build_classifier(args, dataset, train_rows):
         return train.new_network(Classifier, config), config
     if weights.holds_classifier(args.pretrained):
         model, content = weights.load_classifier(args.pretrained)
+        data.check_split(content["run"])
         check_size(args.pretrained, model, dataset, OTHER_SIZE)
         if content["class_names"] != list(dataset.class_names) or model.pool != args.pool:
             raise UserError(
@@ -78,7 +79,9 @@ def build_classifier(args, dataset, train_rows):
         model.temperature.fill_(1.0)
         return model, content["config"]
     mae, transform, content = weights.load_mae(args.pretrained, args.num_heads)
-    if transform is None:  # a checkpoint from elsewhere
+    if transform is not None:
+        data.check_split(content["run"])
+    else:  # a checkpoint from elsewhere
         content["config"]["transform"] = train.fit_transform(
             dataset.images, train_rows, args.transform, args.augment
         )

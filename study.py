@@ -163,6 +163,7 @@ def rows_to_test_on(dataset, content, whole):
     """All rows of a data set, or those that the training behind the weights left for testing."""
     if whole:
         return np.arange(len(dataset.labels))
+    data.check_split(content["run"])
     return data.split(dataset)["test"]
 
 
@@ -345,7 +346,7 @@ def real_images(lab):
     rows, seed = [], lab.seeds[0]
     for name, folder, kinds in (
         ("clean images", "base", ""),
-        ("--augment noise", "augment-noise", "noise"),
+        ("--augment halfturn,noise", "augment-noise", "halfturn,noise"),
         (f"--augment {everything}", "augment-all", everything),
     ):
         options = ["--augment", kinds] if kinds else []

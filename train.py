@@ -92,8 +92,9 @@ def add_training_arguments(parser):
     )  # fmt: skip
     group.add_argument(
         "--augment", type=_augmentations, default="halfturn", metavar="KIND,...",
-        help=f"change training images at random: none, or any of {','.join(AUGMENTATIONS)}; the "
-        "lens, the shear and the source look the same after half a turn",
+        help=f"change training images at random, in place of the default: none, or any of "
+        f"{','.join(AUGMENTATIONS)} (the lens, the shear and the source are symmetric under half "
+        "a turn)",
     )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, help="of weights, order, masks and dropout")
     group.add_argument(
@@ -256,8 +257,8 @@ def choose_precision(wanted, model, batch_loss, device):
     reference = losses[candidates[0]]
     chosen = candidates[0]
     for precision in candidates[1:]:
-        # Losses start at about one; rounding may be a large part of a trained network's small one.
-        agrees = abs(losses[precision] - reference) <= 0.02 * max(abs(reference), 1.0)
+        # The second term: rounding may be a large part of a trained network's small loss.
+        agrees = abs(losses[precision] - reference) <= 0.02 * abs(reference) + 0.002
         if agrees and seconds[precision] < 0.85 * seconds[chosen]:
             chosen = precision
     return chosen, seconds

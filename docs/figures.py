@@ -36,6 +36,7 @@ def looked_at(args):
     check_size(args.classifier, classifier, dataset)
     if content["class_names"] != list(dataset.class_names):
         raise UserError(f"{args.classifier} is of other classes than {args.data}")
+    data.check_split(content["run"])
     test = data.split(dataset)["test"]
     rows = np.array([test[dataset.labels[test] == k][0] for k in range(len(dataset.class_names))])
 

@@ -1,8 +1,8 @@
 """Compare the simulator, and classifiers, with real images of the benchmark.
 
-A file of images is an .npz with `images` (N, H, W), each divided by its own maximum, and where they
-are known `labels` (N,), `selection` (N,) ("random" or how somebody chose the image) and
-`step_at_peak` (N,), the step of intensity at the peak; or one image as .npy.
+A file of images is an .npz with `images` (N, H, W) in linear intensity and, where they are known,
+`labels` (N,), class names, and `selection` (N,), "random" or how somebody chose the image; or one
+image as .npy. Every image is divided by its own maximum.
 
     fit       Fit the smooth lens (the source's two coordinates and a scale) to `no_sub` images.
     pictures  Write a simulated data set as pictures show it: divided by the maximum, in 8 bits; with
@@ -35,8 +35,8 @@ EXAMPLE = """examples:
   python experiments/real_images.py classify --images real/testVI_pictures.npz \\
       --weights runs/pictures-full/vit-mae-classifier-wt.pth --out predictions.csv"""
 
+COLUMNS = ("labels", "selection", "source")  # of a file, beside its images
 LEVELS = 256  # of an 8-bit picture
-EXACT_STEP = 0.005  # largest step at the peak of pictures that were decoded exactly
 START_GRID = 15  # source positions a side that a fit starts from
 # Pictures that cannot be decoded exactly: log10 of the noise of those solved from smoothed displays,
 # and of the softening s of those that show log(1 + x/s), both over the image's maximum.
@@ -45,24 +45,28 @@ SPREAD, SPREAD_GAIN = 2.0, 5.0  # pixels; so that errors around the light are of
 
 
 def load_images(path):
-    """Images (N, H, W) float64 of a file, and its other columns as a dict; UserError."""
+    """Images (N, H, H) float64 of maximum 1, and a dict of the columns that are known; UserError."""
+    columns = {}
     if path.suffix == ".npz":
         try:
             with np.load(path, allow_pickle=False) as archive:
-                columns = {name: archive[name] for name in archive.files}
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path}: {error}") from None
-        if "images" not in columns:
-            raise UserError(f"{path}: expected an array `images` (N, H, W)")
-        images = columns.pop("images")
+                images = archive["images"]
+                columns = {name: archive[name] for name in COLUMNS if name in archive.files}
+        except Exception as error:  # numpy and zipfile raise many kinds
+            raise UserError(f"{path}: no .npz file with `images` (N, H, H): {error}") from None
     else:
-        images, columns = read_npy(path)[None], {}
-    if images.ndim != 3 or images.shape[1] != images.shape[2]:
-        raise UserError(f"{path}: expected images (N, H, H), got {images.shape}")
+        images = read_npy(path)[None]
+    if images.ndim != 3 or images.shape[1] != images.shape[2] or not len(images):
+        raise UserError(f"{path}: expected images (N, H, H), got shape {images.shape}")
+    if images.dtype.kind not in "fiu" or not np.isfinite(images).all():
+        raise UserError(f"{path}: images must be finite numbers")
+    peaks = images.max(axis=(1, 2), keepdims=True)
+    if not (peaks > 0).all():
+        raise UserError(f"{path}: image {int((peaks <= 0).argmax())} has no positive pixel")
     for name, column in columns.items():
-        if len(column) != len(images):
-            raise UserError(f"{path}: {name} has another length than images")
-    return images.astype(np.float64), columns
+        if column.shape != (len(images),) or column.dtype.kind != "U":
+            raise UserError(f"{path}: {name} must be {len(images)} texts")
+    return images / peaks.astype(np.float64), columns
 
 
 def fit_smooth_lens(image, model="Model_II"):
@@ -96,14 +100,14 @@ def as_pictures(images):
     be known of x: (k + ½)/256, but 0 for the first colour and 1 for the last.
     """
     peak = images.max(axis=(-2, -1), keepdims=True)
-    k = np.minimum(np.floor(images / peak * LEVELS), LEVELS - 1)
+    k = np.floor(images / peak * LEVELS).clip(0, LEVELS - 1)
     return np.where(k == 0, 0.0, np.where(k == LEVELS - 1, 1.0, (k + 0.5) / LEVELS))
 
 
 def as_any_pictures(images, rng):
     """Images (n, H, W) as pictures of a random kind each: 8-bit, smoothed or logarithmic."""
     kinds = rng.integers(3, size=(len(images), 1, 1))
-    x = images / images.max(axis=(1, 2), keepdims=True)
+    x = (images / images.max(axis=(1, 2), keepdims=True)).clip(0)
     pictures = as_pictures(x)
     # What solving for the pixels under a smooth display leaves: errors where there is light, and
     # less of them around it.
@@ -116,11 +120,9 @@ def as_any_pictures(images, rng):
     return np.where(kinds == 0, pictures, np.where(kinds == 1, smoothed, logarithmic))
 
 
-def is_exact(images, columns):
-    """(N,) bool: decoded exactly, so every pixel is the middle of an 8-bit step."""
-    step = columns.get("step_at_peak", np.full(len(images), 1 / LEVELS))
-    few = np.array([len(np.unique(image)) <= LEVELS for image in images])
-    return few & (step < EXACT_STEP)
+def is_exact(images):
+    """(N,) bool: decoded exactly, so that every pixel is the middle of an 8-bit step."""
+    return np.abs(as_pictures(images) - images).max(axis=(1, 2)) < 1e-6
 
 
 def fit(args):
@@ -128,6 +130,11 @@ def fit(args):
     rows = range(len(images))
     if "labels" in columns:
         rows = np.flatnonzero(columns["labels"] == "no_sub")
+    pixels = simulate.INSTRUMENTS[args.model].pixels
+    if images.shape[1] != pixels:
+        raise UserError(f"{args.images}: {args.model} has images of {pixels} pixels; see --model")
+    if not len(rows):
+        raise UserError(f"{args.images}: no image is labelled no_sub")
     worst = 0.0
     for row in rows:
         source, residual = fit_smooth_lens(images[row], args.model)
@@ -139,13 +146,18 @@ def fit(args):
 
 
 def write_pictures(args):
+    if args.seed < 0:
+        raise UserError(f"--seed must not be negative, got {args.seed}")
     dataset, rng = data.load(args.data), np.random.default_rng(args.seed)
+    kind = f"pictures of any kind, seed {args.seed}," if args.any else "8-bit pictures"
     with directory_to_be(args.out) as folder:
         writer = data.PackedWriter(
-            folder, dataset.images.shape, dataset.class_names, f"8-bit pictures of {dataset.origin}"
+            folder, dataset.images.shape, dataset.class_names, f"{kind} of {dataset.origin}"
         )
         for start in range(0, len(dataset.images), data.CHECK_BLOCK):
             images = np.asarray(dataset.images[start : start + data.CHECK_BLOCK], np.float64)
+            if not (images.max(axis=(1, 2)) > 0).all():
+                raise UserError(f"{args.data}: an image has no positive pixel")
             labels = dataset.labels[start : start + data.CHECK_BLOCK].tolist()
             pictures = as_any_pictures(images, rng) if args.any else as_pictures(images)
             for picture, label in zip(pictures, labels, strict=True):
@@ -158,6 +170,11 @@ def classify(args):
     images, columns = load_images(args.images)
     model, content = weights.load_classifier(args.weights)
     class_names = content["class_names"]
+    if images.shape[1] != model.img_size:
+        raise UserError(f"{args.images}: {args.weights} takes images of {model.img_size} pixels")
+    for name in np.unique(columns.get("labels", [])):
+        if name not in class_names:
+            raise UserError(f"{args.images}: {args.weights} does not know the label {name}")
     device = train.resolve_device(args.device)
     probabilities = predict_probabilities(
         model, images.astype(np.float32), np.arange(len(images)), device
@@ -165,11 +182,10 @@ def classify(args):
     predicted = np.array(class_names)[probabilities.argmax(1)]
     with file_to_be(args.out) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f)
-        known = [name for name in ("labels", "selection", "source") if name in columns]
-        writer.writerow(["image", "exact", *known, *class_names, "prediction"])
-        exact = is_exact(images, columns)
+        writer.writerow(["image", "exact", *columns, *class_names, "prediction"])
+        exact = is_exact(images)
         for i, row in enumerate(probabilities):
-            extra = [columns[name][i] for name in known]
+            extra = [column[i] for column in columns.values()]
             writer.writerow([i, int(exact[i]), *extra, *(f"{p:.6f}" for p in row), predicted[i]])
     print(f"{len(images)} images in {args.out}")
     if "labels" not in columns:

@@ -26,6 +26,7 @@ ELSEWHERE = {
     "cp": "test_examples.py puts the files there",
     "python -m http.server": "test_examples.py serves and opens the page",
     "python tests/reference/make_lenstronomy.py": "needs lenstronomy; its images are checked in",
+    "python evaluate.py --data lenstronomy-test": "needs lenstronomy's images",
     "python experiments/real_images.py": "needs real images; see test_real_images.py",
     "python study.py": "hours; test_study.py runs every experiment",
     "python results.py": "test_study.py puts results together",
@@ -67,6 +68,8 @@ def place(runs, folder, packed, tmp_path_factory):
         (place / "runs" / path.name).symlink_to(path)
     (place / "runs" / "data").symlink_to(packed)
     (place / "lenses").symlink_to(folder)
+    (place / "real").mkdir()
+    (place / "real" / "testVI_pictures.npz").touch()
     (place / "cutouts").symlink_to(folder / "cdm")
     return place
 
