@@ -81,7 +81,8 @@ $(PICTURES)-pretrain/vit-mae-wt.pth: $(PICTURES)/dataset.json
 	$(PY) pretrain.py --data $(PICTURES) --out $(@D) --resume
 
 $(PICTURES)-full/vit-mae-classifier-wt.pth: $(PICTURES)-pretrain/vit-mae-wt.pth
-	$(PY) finetune.py --data $(PICTURES) --pretrained $< --strategy full --out $(@D) --resume
+	$(PY) finetune.py --data $(PICTURES) --pretrained $< --strategy full --epochs 12 \
+	  --out $(@D) --resume
 
 # In an environment of its own, with what it compares with.
 bench: $(PEERS)/ready
