@@ -113,8 +113,8 @@ def test_an_image_stays_in_its_part_whatever_else_is_there(tmp_path):
         assert not contents(before, part) & others
 
 
-def test_both_layouts_are_split_alike(packed, folder):
-    one, two = data.load(packed), data.load(folder)
+def test_both_layouts_are_split_alike(packed, folder, tmp_path):
+    one, two = data.load(packed), data.load(folder, tmp_path / "cache")
     for part in data.PARTS:
         assert contents(one, part) == contents(two, part)
 
