@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 KINDS = ("halfturn", "noise", "shift", "rotate")
-SYMMETRIES = ("halfturn",)  # change an image into another of the same kind: not for validation
+SYMMETRIES = ("halfturn",)  # give another image of the same class; validation does without
 BACKGROUND_RANGE = (-4.0, -2.0)  # log10 of the background's rms over the image's peak
 PEAK_ELECTRONS_RANGE = (3.0, 5.0)  # log10 of the electrons in the brightest pixel
 LARGEST_SHIFT = 1.5  # pixels

@@ -28,8 +28,8 @@ EXAMPLE = """examples:
       --pretrained runs/pretrain/vit-mae-wt.pth
   python finetune.py --data lenses --strategy full --out runs/scratch --pretrained none"""
 
-# Defaults by strategy, chosen on validation; of epochs also how many steps there are at the least
-# where images are few.
+# Defaults by strategy, chosen on validation. A small data set gets more epochs, until it has made
+# `fewest_steps`.
 DEFAULTS = {
     "head": {"lr": 8e-3, "batch_size": 1024, "epochs": 100, "fewest_steps": 1000,
              "augment": (), "patch_dropout": 0.0},

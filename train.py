@@ -92,7 +92,7 @@ def add_training_arguments(parser):
     )  # fmt: skip
     group.add_argument(
         "--augment", type=_augmentations, default="halfturn", metavar="KIND,...",
-        help=f"change training images at random, in place of the default: none, or any of "
+        help="change training images at random, in place of the default: none, or any of "
         f"{','.join(AUGMENTATIONS)} (the lens, the shear and the source are symmetric under half "
         "a turn)",
     )  # fmt: skip

@@ -5,9 +5,10 @@ A file of images is an .npz with `images` (N, H, W) in linear intensity and, whe
 image as .npy. Every image is divided by its own maximum.
 
     fit       Fit the smooth lens (the source's two coordinates and a scale) to `no_sub` images.
-    pictures  Write a simulated data set as pictures show it: divided by the maximum, in 8 bits; with
-              --any a third of them as smoothed and a third as logarithmic displays show it.
-    classify  Ask a classifier that was trained on such pictures about real ones.
+    pictures  Write simulated images as pictures show them: divided by the maximum, in 8 bits; with
+              --any a third as smoothed displays show them, and a third as logarithmic ones.
+    classify  Ask a classifier about real images. It must have been trained on such pictures: any
+              other expects another unit, and its answers mean nothing.
 """
 
 import argparse
@@ -41,7 +42,7 @@ START_GRID = 15  # source positions a side that a fit starts from
 # Pictures that cannot be decoded exactly: log10 of the noise of those solved from smoothed displays,
 # and of the softening s of those that show log(1 + x/s), both over the image's maximum.
 SMOOTHED_NOISE_RANGE, LOGARITHM_RANGE = (-3.5, -2.7), (-2.5, 0.0)
-SPREAD, SPREAD_GAIN = 2.0, 5.0  # pixels; so that errors around the light are of half the size
+SPREAD, SPREAD_GAIN = 2.0, 5.0  # pixels, factor: errors reach beyond the light, at half the size
 
 
 def load_images(path):
