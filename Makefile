@@ -1,9 +1,9 @@
-# make reproduce [DATA=folder]   everything from images to predictions, in runs/; goes on where it stopped
-#   BASELINE=1                   from random weights as well
+# make reproduce [DATA=folder]   everything from images to predictions, in runs/; resumes
+#   BASELINE=1                   also from random weights
 #   PRETRAINING, FINETUNING      more options for pretrain.py and finetune.py, such as "--seed 1"
-# make study [DATA=folder]       the experiments behind the README's tables, in docs/results/; hours
-#   SEEDS="0 1 2"                of which seeds; with -j its parts run side by side
-# make real REAL=file.npz        a classifier for 8-bit pictures, and what it says of real images
+# make study [DATA=folder]       the experiments behind the tables in docs/results/; takes hours
+#   SEEDS="0 1 2"                with -j its parts run side by side
+# make real REAL=file.npz        a classifier for 8-bit pictures, and its answers on real images
 # make bench                     the table of speeds, in runs/bench
 # make test                      the tests
 # make test-heavy                the same with more kills, more fuzzed files, more images
@@ -47,26 +47,25 @@ MAPS := $(RUNS)/reconstruction.onnx
 reproduce: $(RUNS)/evaluation/metrics.json $(RUNS)/residuals/metrics.json $(RUNS)/predictions.csv
 	@cat $(RUNS)/evaluation/comparison.md
 
-# UNSEEN=folder tests on images of another simulator as well. The parts share nothing, so -j lets
-# them run side by side. What is compared at equal computing does not need all images, and of the
-# choices one seed is enough.
+# UNSEEN=folder also tests on images of another simulator. The parts are independent, so -j runs them
+# side by side. Comparisons at equal compute use fewer images, and the choices one seed.
 SEEDS ?= 0 1 2
 STUDY_PARTS := $(SEEDS:%=all-%) $(SEEDS:%=fewer-%)
 
 study: $(STUDY_PARTS:%=study-%)
-	$(PY) results.py --out docs/results $(STUDY_PARTS:%=$(RUNS)/study/results-%)
+	$(PY) experiments/results.py --out docs/results $(STUDY_PARTS:%=$(RUNS)/study/results-%)
 
 study-all-%: $(RUNS)/dataset.json
-	$(PY) study.py $(INPUT) --out $(RUNS)/study/all-$* --results $(RUNS)/study/results-all-$* \
+	$(PY) experiments/study.py $(INPUT) --out $(RUNS)/study/all-$* --results $(RUNS)/study/results-all-$* \
 	  --seeds $* $(if $(UNSEEN),--unseen $(UNSEEN)) \
 	  --only strategies scratch without_labels mistakes labels
 
 study-fewer-%: $(RUNS)/dataset.json $(FEWER)
-	$(PY) study.py $(FEWER_INPUT) --out $(RUNS)/study/fewer-$* --results $(RUNS)/study/results-fewer-$* \
+	$(PY) experiments/study.py $(FEWER_INPUT) --out $(RUNS)/study/fewer-$* --results $(RUNS)/study/results-fewer-$* \
 	  --seeds $* --only instruments mask_ratio \
 	  $(if $(filter $*,$(firstword $(SEEDS))),pretraining_images choices real_images)
 
-# From simulated images as pictures show them to predictions for real ones (README, "Real images").
+# From simulated images, as pictures show them, to predictions for real ones.
 PICTURES := $(RUNS)/pictures
 ifeq ($(filter real,$(MAKECMDGOALS)),real)
 $(if $(wildcard $(REAL)),,$(error name a file of real images: make real REAL=file.npz))
@@ -84,9 +83,9 @@ $(PICTURES)-full/vit-mae-classifier-wt.pth: $(PICTURES)-pretrain/vit-mae-wt.pth
 	$(PY) finetune.py --data $(PICTURES) --pretrained $< --strategy full --epochs 12 \
 	  --out $(@D) --resume
 
-# In an environment of its own, with what it compares with.
+# In an environment of its own, with the peers.
 bench: $(PEERS)/ready
-	$(PEERS)/bin/python bench.py --out $(RUNS)/bench
+	$(PEERS)/bin/python experiments/bench.py --out $(RUNS)/bench
 
 test: $(READY)
 	$(PY) -m pytest -q tests
@@ -104,10 +103,10 @@ $(READY): requirements.txt
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(PEERS)/ready: requirements.txt requirements-bench.txt
+$(PEERS)/ready: requirements.txt experiments/requirements-bench.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	-$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	-$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r experiments/requirements-bench.txt
 	touch $@
 
 $(RUNS)/data/dataset.json: | $(READY)
@@ -116,9 +115,9 @@ $(RUNS)/data/dataset.json: | $(READY)
 $(RUNS)/data-fewer/dataset.json: | $(READY)
 	$(PY) simulate.py --model Model_II --per-class 10000 --seed 10 --out $(RUNS)/data-fewer
 
-# Rewritten only when the data changed, so that a changed folder is trained on anew.
+# Rewritten only when the data changed, so a changed folder is trained on again.
 $(RUNS)/dataset.json: $(SIMULATED) FORCE | $(READY)
-	$(PY) data.py $(INPUT) --out $@
+	$(PY) pack.py $(INPUT) --out $@
 
 $(PRETRAINED): $(RUNS)/dataset.json | $(READY)
 	$(PY) pretrain.py $(INPUT) --out $(@D) --resume $(PRETRAINING)
@@ -126,7 +125,7 @@ $(PRETRAINED): $(RUNS)/dataset.json | $(READY)
 $(HEAD) $(FULL): $(RUNS)/%/vit-mae-classifier-wt.pth: $(PRETRAINED)
 	$(PY) finetune.py $(INPUT) --pretrained $(PRETRAINED) --strategy $* --out $(@D) --resume $(FINETUNING)
 
-# The LayerNorms go on from a head that is right already.
+# The LayerNorms continue from the trained head.
 $(LAYERNORM): $(HEAD)
 	$(PY) finetune.py $(INPUT) --pretrained $(HEAD) --strategy layernorm --out $(@D) --resume $(FINETUNING)
 

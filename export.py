@@ -1,9 +1,9 @@
 """Export to one ONNX file, raw images in, with everything needed in it.
 
 A classifier gives calibrated probabilities; `--what reconstruction` exports an MAE, which gives
-residual maps and scores. The intensity transform is in the graph, names and origin are in the
-metadata. The file is compared with PyTorch on real images before it takes its name; one that
-differs, or in less precision has lost AUC, is not left.
+residual maps and scores. The intensity transform is in the graph; class names and origin are in the
+metadata. The file is compared with PyTorch on images of the data before it takes its name. A file
+that differs, or that loses AUC in lower precision, is not written.
 """
 
 import argparse
@@ -24,26 +24,24 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 from torch import nn
 
-import data
-import train
-import weights
-from evaluate import auc_by_class, labels_for
-from files import UserError, directory_to_be, file_to_be, run, sha256_of, write_json
-from foreign import to_hugging_face
+from lib import data, options, weights
+from lib.convert import to_hugging_face
+from lib.files import UserError, atomic_directory, atomic_write, run, write_json
+from lib.metrics import auc_by_class
+from lib.onnxfile import open_session
 from mae import Block, complementary_masks, set_attention_form
-from predict import open_session
 
 EXAMPLE = """examples:
   python export.py --weights runs/full/vit-mae-classifier-wt.pth --out lens.onnx
   python export.py --weights runs/full/vit-mae-classifier-wt.pth --precision int8 --out small.onnx
   python export.py --what reconstruction --weights runs/pretrain/vit-mae-wt.pth --out maps.onnx"""
-OPSET, IR_VERSION = 20, 10  # what onnxruntime 1.18 of May 2024 reads already
+OPSET, IR_VERSION = 20, 10  # onnxruntime reads them since 1.18 of May 2024
 LICENCE = "MIT"
 TOLERANCE = 1e-4  # on probabilities in float32, and on residuals relative to the largest
 CHECKED_BATCHES = (1, 7, 256)
 ROUNDS = 2  # of complementary masks in a residual
 WIDE_OPERATIONS = ["Sub", "Div", "Log", "Clip", "Max", "Sqrt", "Asinh"]  # kept in float32
-AUC_IMAGES = 3000  # validation images that less precision is judged by
+AUC_IMAGES = 3000  # validation images on which lower precision is judged
 
 
 class Probabilities(nn.Module):
@@ -96,9 +94,9 @@ def flatten_linears(module):
 def write_onnx(model, path, metadata):
     """Export `model`, one of the above, with text metadata {key: value}, weights inside.
 
-    onnxruntime is faster with attention as plain products, with GELU as one operation, which opset
-    20 has, and in int8 with a Gemm, bias included, where PyTorch has products of stacks. `model`
-    itself is left as it is.
+    onnxruntime is faster with attention as plain products, with GELU as one operation (opset 20),
+    and in int8 with a Gemm, bias included, where PyTorch has products of stacks. `model` itself is
+    not changed.
     """
     model = copy.deepcopy(model)
     set_attention_form(model, "plain")
@@ -106,7 +104,7 @@ def write_onnx(model, path, metadata):
     example = torch.zeros(2, 1, model.img_size, model.img_size)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # about its own internals, nothing that a user can mend
+        warnings.simplefilter("ignore")  # about torch's own internals
         program = torch.onnx.export(
             model, (example,), dynamo=True, opset_version=OPSET, verbose=False,
             input_names=["images"], output_names=list(model.outputs),
@@ -123,7 +121,7 @@ def save_proto(proto, path, metadata):
 
 
 class CalibrationImages(CalibrationDataReader):
-    """Hands images (n, 1, H, W) to the quantiser, some at a time."""
+    """Hands images (n, 1, H, W) to the quantiser in batches."""
 
     def __init__(self, images, batch=32):
         parts = [images[start : start + batch] for start in range(0, len(images), batch)]
@@ -136,20 +134,20 @@ class CalibrationImages(CalibrationDataReader):
 def reduce_precision(path, precision, images, metadata):
     """Rewrite the float32 file at `path` in "float16" or "int8"; input and output stay float32.
 
-    In float16 weights and activations are, but for the intensity transform, whose range is wider.
-    In int8 the linear layers of blocks and head multiply 8-bit weights and activations, whose
-    ranges are taken from `images` (n, 1, H, W); what comes out of them, and all else, is float32.
+    float16: weights and activations, except in the intensity transform, whose range is wider.
+    int8: the linear layers of blocks and head multiply 8-bit weights and activations, whose ranges
+    come from `images` (n, 1, H, W); their outputs and everything else are float32.
     """
     if precision == "float16":
         proto = convert_float_to_float16(
             onnx.load(path), keep_io_types=True, op_block_list=WIDE_OPERATIONS
         )
         OnnxModel(proto).topological_sort()
-        del proto.graph.value_info[:]  # types of before
+        del proto.graph.value_info[:]  # the old types
     else:
         quantised = path.with_name(f"{path.name}.int8")
         try:
-            logging.disable(logging.WARNING)  # about steps that change nothing here
+            logging.disable(logging.WARNING)  # hints that do not apply here
             quantize_static(
                 path, quantised, CalibrationImages(images), quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=["Gemm"], per_channel=True,
@@ -175,8 +173,8 @@ def run_session(path, images, batch=256):
 def largest_difference(model, path, images):
     """Largest difference between onnxruntime and PyTorch on `images` (256, 1, H, W).
 
-    Of outputs beyond one it is relative to the largest of them. The images are fed in batches of 1,
-    7 and 256; each must agree.
+    Where outputs exceed one, it is relative to the largest of them. The images are fed in batches
+    of 1, 7 and 256.
     """
     with torch.no_grad():
         expected = model(torch.from_numpy(images))
@@ -205,7 +203,7 @@ def latency(path, images):
 
 
 def load_images(args, content, img_size):
-    """The data to check with, and its split; UserError."""
+    """The data to check with, and its split; UserError if it is missing or does not fit."""
     where = args.data or content["run"].get("data")
     if not where or not Path(where).is_dir():
         raise UserError(f"the training data ({where}) is not here: name images with --data")
@@ -222,28 +220,30 @@ def some_images(dataset, rows, count, seed):
     return dataset.images[np.resize(rows, count)][:, None]
 
 
-def best_on_validation(loaded):
-    """Of {path: (model, content)} the path with the best validation macro AUC, then lowest loss."""
+def best_on_validation(opened):
+    """Index of the weights with the best validation macro AUC, then the lowest loss."""
 
-    def rank(path):
-        best = loaded[path][1]["run"].get("best")
+    def rank(i):
+        best = opened[i].content["run"].get("best")
         if not isinstance(best, dict):
-            raise UserError(f"{path} does not say how it did on validation: train anew")
+            raise UserError(f"{opened[i].path} has no validation figures: train again")
         return best.get("validation_macro_auc", 0.0), -best.get("validation_loss", np.inf)
 
-    return max(loaded, key=rank)
+    return max(range(len(opened)), key=rank)
 
 
 def load_model(args):
-    """(model to export, content of its weights file, the file) that the options ask for."""
+    """(model to export, opened `Weights` that it comes from) that the options ask for."""
+    opened = [weights.read(path) for path in args.weights]
     if args.what == "reconstruction":
-        mae, transform, content = weights.load_mae(args.weights[0])
-        model = Residuals(mae, transform, content["run"].get("mask_ratio", 0.75))
-        return model.eval(), content, args.weights[0]
-    loaded = {path: weights.load_classifier(path) for path in args.weights}
-    path = best_on_validation(loaded) if len(loaded) > 1 else args.weights[0]
-    classifier, content = loaded[path]
-    return Probabilities(classifier).eval(), content, path
+        mae, transform = weights.mae_of(opened[0])
+        if transform is None:
+            raise UserError(f"{opened[0].path}: its configuration has no usable transform")
+        mask_ratio = opened[0].content["run"].get("mask_ratio", 0.75)
+        return Residuals(mae, transform, mask_ratio).eval(), opened[0]
+    classifiers = [weights.classifier_of(file) for file in opened]
+    best = best_on_validation(opened) if len(opened) > 1 else 0
+    return Probabilities(classifiers[best]).eval(), opened[best]
 
 
 def export_to_hugging_face(args):
@@ -251,7 +251,7 @@ def export_to_hugging_face(args):
     mae, _, content = weights.load_mae(args.weights[0])
     config = {k: v for k, v in content["config"].items() if k != "transform"}
     state, described = to_hugging_face(mae.state_dict(), config)
-    with directory_to_be(args.out) as folder:
+    with atomic_directory(args.out) as folder:
         torch.save(state, folder / "pytorch_model.bin")
         write_json(folder / "config.json", described)
         write_json(folder / "transform.json", content["config"]["transform"])
@@ -262,7 +262,8 @@ def export(args):
     if args.what == "huggingface":
         export_to_hugging_face(args)
         return
-    model, content, path = load_model(args)
+    model, opened = load_model(args)
+    content = opened.content
     dataset, parts = load_images(args, content, model.img_size)
     images = some_images(dataset, parts["validation"], max(CHECKED_BATCHES), args.seed)
     metadata = {
@@ -272,11 +273,11 @@ def export(args):
         "img_size": str(model.img_size),
         "transform": json.dumps(content["config"]["transform"]),
         "precision": args.precision,
-        "weights_sha256": sha256_of(path),
+        "weights_sha256": opened.sha256,
         "data_fingerprint": str(content["run"].get("data_fingerprint")),
         "run": json.dumps(content["run"]),
     }
-    with file_to_be(args.out) as temporary:
+    with atomic_write(args.out) as temporary:
         write_onnx(model, temporary, metadata)
         difference = largest_difference(model, temporary, images)
         if not difference <= TOLERANCE:
@@ -302,7 +303,7 @@ def export(args):
                     f"{args.out} not written: its macro AUC falls by {before - after:.4f}, more "
                     f"than --allowed-fall {args.allowed_fall}"
                 )
-    print(f"{path} -> {args.out}")
+    print(f"{opened.path} -> {args.out}")
 
 
 def described(precision, path, images):
@@ -313,18 +314,19 @@ def described(precision, path, images):
 
 def macro_auc(path, dataset, rows, content):
     """Macro AUC of an exported classifier on rows of a data set."""
-    labels = labels_for(content["class_names"], dataset, path)[rows]
+    order = data.class_order(content["class_names"], dataset, path)
+    labels = order[dataset.labels[rows]]
     (probabilities,) = run_session(path, dataset.images[rows][:, None])
     return float(np.mean(auc_by_class(probabilities, labels)))
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=train.HelpFormatter
+        description=__doc__, epilog=EXAMPLE, formatter_class=options.HelpFormatter
     )
     parser.add_argument(
         "--weights", type=Path, nargs="+", required=True, metavar="PTH",
-        help="classifier (of several, the best on validation is exported) or MAE",
+        help="classifier (of several, the one that is best on validation) or MAE",
     )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FILE.onnx", help="file (or folder) to write"
@@ -342,17 +344,18 @@ def parse_args(argv=None):
     group = parser.add_argument_group("checks")
     group.add_argument(
         "--allowed-fall", type=float, default=0.002, metavar="AUC",
-        help="of the macro AUC on validation, in less precision",
+        help="largest accepted loss of macro AUC on validation in lower precision",
     )  # fmt: skip
     group.add_argument(
         "--data", type=Path, default=None, help="images to check with; default: the training data"
     )
-    group.add_argument("--cache-dir", type=Path, default=None, help="see data.py")
+    group.add_argument(
+        "--cache-dir", type=Path, default=None, help="where a folder's packed copy is kept"
+    )
     group.add_argument("--seed", type=int, default=0, help="which images are used to check")
-    group.add_argument("--device", default="cpu", choices=("cpu", "auto"), help="always the CPU")
     args = parser.parse_args(argv)
     if args.what != "classifier" and args.precision != "float32":
-        raise UserError(f"--precision {args.precision}: only a classifier is exported in less")
+        raise UserError(f"--precision {args.precision}: only a classifier is exported in it")
     if args.what != "classifier" and len(args.weights) > 1:
         raise UserError(f"--what {args.what} takes one file of weights")
     return args

@@ -20,7 +20,7 @@ from torch import nn
 LAYER_NORM_EPS = 1e-6
 ATTENTION_FORMS = ("fused", "plain")
 TRANSFORM_KINDS = ("log", "asinh", "sqrt", "linear")
-POOLINGS = {"mean": 1, "cls": 1, "both": 2, "stats": 4}  # and widths, in those of the encoder
+POOLINGS = {"mean": 1, "cls": 1, "both": 2, "stats": 4}  # and their widths, in encoder widths
 
 
 def sincos_positions(dim, grid_size):
@@ -133,7 +133,7 @@ class PatchEmbed(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention. `form` picks the kernel, not the result: see ATTENTION_FORMS.
 
-    The first `context` tokens are looked at, and do not look themselves.
+    The first `context` tokens serve as keys and values only; they issue no queries.
     """
 
     def __init__(self, dim, num_heads):
@@ -170,7 +170,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block (Dosovitskiy et al. 2020, equations 2 and 3).
 
-    What becomes of the first `context` tokens is left out, where nobody asks for it.
+    The outputs of the first `context` tokens are left out, where they are not needed.
     """
 
     def __init__(self, dim, num_heads, mlp_ratio):
@@ -211,7 +211,7 @@ def _check_geometry(img_size, patch_size, embed_dim, num_heads):
 
 
 class Encoder(nn.Module):
-    """Vision Transformer encoder that can look at any subset of an image's patches."""
+    """Vision Transformer encoder that takes any subset of an image's patches."""
 
     def __init__(self, img_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio):
         super().__init__()
@@ -298,12 +298,12 @@ class MAE(Encoder):
         """
         latent = self.decoder_embed(latent)
         positions = self.decoder_pos_embed[0, 1:]
-        # Attention does not mind the order of tokens: they stay as they come, visible ones first.
+        # Attention ignores the order of tokens, so the visible ones stay in front.
         visible = latent[:, 1:] + positions[ids_keep]
         removed = self.mask_token.to(latent.dtype) + positions[ids_removed]
         x = torch.cat([latent[:, :1] + self.decoder_pos_embed[:, :1], visible, removed], dim=1)
         for i, block in enumerate(self.decoder_blocks, start=1):
-            # Only the predictions come out of the last block.
+            # The last block computes the predictions alone.
             x = block(x, context=latent.shape[1] if i == len(self.decoder_blocks) else 0)
         return self.decoder_pred(self.decoder_norm(x[:, -ids_removed.shape[1] :]))
 
@@ -351,7 +351,7 @@ class MAE(Encoder):
         return pred.float() * spread + mean
 
     def reconstruct(self, images, mask_ratio=0.75, noise=None):
-        """What there is to look at: (images, masked, reconstruction), each (B, C, H, W).
+        """Pictures of a reconstruction: (images, masked, reconstruction), each (B, C, H, W).
 
         Removed pixels of `masked` are NaN; visible pixels of `reconstruction` are the image's own.
         """
@@ -393,8 +393,8 @@ class IntensityTransform(nn.Module):
     """Raw pixels to what the network sees: z = (f((x - offset) / softening) - mean) / std.
 
     f is log(1 + max(x, 0)), asinh(x), sqrt(max(x, 0)) or x. The four constants come from training
-    images (see `train.fit_transform`) and are buffers, so they travel with the weights and into an
-    exported graph: data in other units gives the same z.
+    images and are buffers, so they are part of the weights and of an exported graph: data in other
+    units gives the same z.
     """
 
     def __init__(self, kind="log", offset=0.0, softening=1.0, mean=0.0, std=1.0):
@@ -424,8 +424,8 @@ class Classifier(Encoder):
     `transform` is a dict of the arguments of `IntensityTransform`. `pool` says what the head sees:
     "mean" of the patch tokens, the "cls" token, "both" side by side, or "stats": mean, standard
     deviation, minimum and maximum of the patch tokens, since substructure dents few patches of
-    many. Logits are divided by `temperature`, 1 until it is fitted to make probabilities calibrated (Guo et al.
-    2017, arXiv:1706.04599, section 4.2).
+    many. Logits are divided by `temperature`, which is 1 until it is fitted to calibrate the
+    probabilities (Guo et al. 2017, arXiv:1706.04599, section 4.2).
     """
 
     def __init__(
@@ -457,7 +457,7 @@ class Classifier(Encoder):
         self.apply(_init_weights)
 
     def features(self, images, ids_keep=None):
-        """Pooled encoder output of raw images: (B, C, H, W) -> (B, D), (B, 2D) or (B, 4D), see `pool`.
+        """Pooled encoder output of raw images, (B, C, H, W) -> (B, D · POOLINGS[pool]).
 
         `ids_keep` (B, n) restricts the encoder to some of the patches.
         """

@@ -1,4 +1,4 @@
-"""Classify images with an exported model; needs onnxruntime and numpy only.
+"""Classify images with an exported model; needs the folder lib, onnxruntime and numpy only.
 
 Reads .npy, .npz and (with astropy) FITS files, single images or stacks (N, H, W). Writes a CSV
 with a row an image: file, the probability of each class, prediction. Files that cannot be read are
@@ -9,14 +9,14 @@ import argparse
 import contextlib
 import csv
 import heapq
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 
-from files import UserError, file_to_be, forget_pages, read_fits, read_npy, read_npz, run
+from lib.files import UserError, atomic_write, run
+from lib.onnxfile import open_classifier, open_maps
+from lib.readers import forget_pages, read_fits, read_npy, read_npz
 
 EXAMPLE = """examples:
   python predict.py --model runs/classifier.onnx --out predictions.csv cutouts/
@@ -24,76 +24,11 @@ EXAMPLE = """examples:
       --sheet sheet.png --maps runs/reconstruction.onnx"""
 FITS_SUFFIXES = (".fits", ".fit", ".fits.gz")
 SUFFIXES = (".npy", ".npz", *FITS_SUFFIXES)
-BATCH_SIZE = 32  # so few that what is between two layers stays in a CPU's cache
-
-
-def open_session(path, device="auto"):
-    """onnxruntime session and image size of a file that `export.py` left.
-
-    Raises UserError if it is missing, no ONNX file, or takes something else than raw images.
-    """
-    if not path.is_file():
-        raise UserError(f"no model at {path}: export one with export.py")
-    providers = ["CPUExecutionProvider"]
-    if device != "cpu" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        providers.insert(0, "CUDAExecutionProvider")
-    elif device == "cuda":
-        raise UserError("--device cuda: this onnxruntime has no CUDA; use cpu")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    with _named_model_errors(path):
-        # From bytes: weights in other files cannot be reached from there.
-        session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=providers)
-        (model_input,) = session.get_inputs()
-        _, channels, height, width = model_input.shape
-        if model_input.type != "tensor(float)" or channels != 1 or height != width:
-            raise ValueError("another input than raw images (batch, 1, H, H)")
-        if not isinstance(height, int):
-            raise ValueError("no fixed image size")
-    return session, height
-
-
-def open_model(path, device="auto"):
-    """Returns (onnxruntime session, class names, image size) of an exported classifier.
-
-    Raises UserError as `open_session` does, and for a file that is no classifier.
-    """
-    session, img_size = open_session(path, device)
-    with _named_model_errors(path):
-        class_names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
-        (model_output,) = session.get_outputs()
-        if not all(isinstance(name, str) for name in class_names):
-            raise ValueError("metadata of another kind")
-        if model_output.shape[1] != len(class_names):
-            raise ValueError("another number of outputs than class names")
-    return session, class_names, img_size
-
-
-def open_maps(path, img_size, device="auto"):
-    """Function from images (b, 1, H, H) to (residual maps (b, 1, H, H), scores (b,)).
-
-    Raises UserError for a file that is not what `export.py --what reconstruction` leaves.
-    """
-    session, map_size = open_session(path, device)
-    if [output.name for output in session.get_outputs()] != ["residual", "score"]:
-        raise UserError(f"--maps {path}: export it with --what reconstruction")
-    if map_size != img_size:
-        raise UserError(f"--maps {path} is for images of {map_size} pixels, not {img_size}")
-    return lambda images: session.run(None, {session.get_inputs()[0].name: images})
-
-
-@contextlib.contextmanager
-def _named_model_errors(path):
-    """Turn what a broken or hostile model provokes into a UserError that names the file."""
-    try:
-        yield
-    except Exception as error:  # onnxruntime raises many kinds
-        reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
-        raise UserError(f"{path} is no model of export.py: {reason}") from None
+BATCH_SIZE = 32  # small enough that a layer's outputs stay in a CPU's cache
 
 
 def find_files(paths):
-    """Files as they are and, recursively, the images of folders; UserError for a path not there."""
+    """The given files, and the image files in folders at any depth; UserError for a missing path."""
     for path in paths:
         if path.is_dir():
             found = (f for f in path.rglob("*") if f.name.lower().endswith(SUFFIXES))
@@ -105,9 +40,9 @@ def find_files(paths):
 
 
 def read_images(path, img_size, crop=False):
-    """Images of one file: [(name, (n, H, H) of its own number format)].
+    """Images of one file: [(name, (n, H, H) in the file's number format)].
 
-    `crop` takes the centre of larger ones. UserError if they do not fit.
+    `crop` takes the centre of larger images. UserError if the images do not fit.
     """
     lower = path.name.lower()
     if lower.endswith(FITS_SUFFIXES):
@@ -143,7 +78,7 @@ def fitting(name, images, img_size, crop):
 
 
 def batches_of(files, img_size, batch_size, errors, crop=False):
-    """Yield (names, images (b, 1, H, W) float32); what cannot be read is appended to `errors`."""
+    """Yield (names, images (b, 1, H, W) float32); append what cannot be read to `errors`."""
     names, images = [], []
     for path in files:
         try:
@@ -170,7 +105,7 @@ def batches_of(files, img_size, batch_size, errors, crop=False):
 
 
 def progress(batches):
-    """Show a bar if tqdm happens to be installed; prediction itself does not need it."""
+    """Show a bar if tqdm is installed; prediction works without it."""
     with contextlib.suppress(ImportError):
         from tqdm import tqdm
 
@@ -179,13 +114,13 @@ def progress(batches):
 
 
 def write_csv(path, rows):
-    """Write rows as they come; the file takes its name when all are there."""
-    with file_to_be(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    """Write the rows of an iterator; the file takes its name when all are written."""
+    with atomic_write(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
 
 
 def predict(args):
-    session, class_names, img_size = open_model(args.model, args.device)
+    session, class_names, img_size = open_classifier(args.model, args.device)
     maps_of = open_maps(args.maps, img_size, args.device) if args.maps else None
     draw_sheet = sheet_drawer() if args.sheet else None
     files = list(find_files(args.paths))
@@ -222,7 +157,7 @@ def predict(args):
 
     errors_path = args.out.with_name(args.out.name + ".errors.csv")
     if not errors:
-        errors_path.unlink(missing_ok=True)  # of an earlier call
+        errors_path.unlink(missing_ok=True)  # an earlier call's
         return 0
     write_csv(errors_path, [("file", "error"), *errors])
     print(f"{len(errors)} could not be read, see {errors_path}; the first: {errors[0][1]}",
@@ -231,7 +166,7 @@ def predict(args):
 
 
 def keep_largest(heap, entry, count):
-    """Put `entry`, which begins with what it is ordered by, into a heap of the `count` largest."""
+    """Add `entry`, a tuple that begins with its sort key, to a heap of the `count` largest."""
     if len(heap) < count:
         heapq.heappush(heap, entry)
     else:
@@ -239,11 +174,11 @@ def keep_largest(heap, entry, count):
 
 
 def sheet_drawer():
-    """`plots.contact_sheet`; only who asks for a sheet needs matplotlib."""
+    """`plots.contact_sheet`; imported here because only --sheet needs matplotlib."""
     try:
-        import plots
+        from lib import plots
     except ImportError:
-        raise UserError("--sheet needs matplotlib and plots.py: pip install matplotlib") from None
+        raise UserError("--sheet needs matplotlib: pip install matplotlib") from None
     return plots.contact_sheet
 
 
@@ -255,15 +190,17 @@ def parse_args(argv=None):
     parser.add_argument("--model", type=Path, required=True, metavar="FILE.onnx")
     parser.add_argument("--out", type=Path, required=True, metavar="CSV")
     parser.add_argument(
-        "--crop", action="store_true", help="take the centre of images larger than the network's"
+        "--crop", action="store_true", help="use the centre of images larger than the network's"
     )
     group = parser.add_argument_group("pictures")
     group.add_argument(
         "--maps", type=Path, metavar="FILE.onnx",
-        help="what export.py --what reconstruction left: adds the column residual, an MAE's mean "
-        "squared residual, and substructure maps to the sheet",
+        help="file of export.py --what reconstruction: adds the column residual, an MAE's mean "
+        "squared residual, and puts substructure maps on the sheet",
     )  # fmt: skip
-    group.add_argument("--sheet", type=Path, metavar="PNG", help="picture of the most confident")
+    group.add_argument(
+        "--sheet", type=Path, metavar="PNG", help="picture of the most confident predictions"
+    )
     group.add_argument(
         "--sheet-images", type=int, default=40, help="images on the sheet (default: 40)"
     )
@@ -271,7 +208,6 @@ def parse_args(argv=None):
         "--batch-size", type=int, default=BATCH_SIZE,
         help=f"images at once (default: {BATCH_SIZE}; more may be faster on a GPU)",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, help="accepted like everywhere; nothing is random")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)"
     )

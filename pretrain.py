@@ -9,17 +9,80 @@ import argparse
 import numpy as np
 import torch
 
-import data
-import distributed
-import plots
-import train
-import weights
-from augment import SYMMETRIES, augment
-from files import UserError, run
-from mae import MAE
+from lib import data, distributed, optim, options, plots
+from lib.augment import augment, disturbances
+from lib.device import resolve_device
+from lib.files import run
+from lib.loader import (
+    batch_reader,
+    fit_transform,
+    fixed_random_numbers,
+    in_batches,
+    larger_than_memory,
+)
+from lib.loop import fit
+from lib.run import open_run
+from mae import MAE, IntensityTransform
 
 EXAMPLE = "example: python pretrain.py --data lenses --out runs/pretrain"
 EPOCHS, FEWEST_STEPS = 8, 1500
+
+
+def pretrain(args):
+    with distributed.main_process_first():
+        dataset = data.load(args.data, args.cache_dir)
+    parts = data.split(dataset)
+    rows, validation = (
+        rows_to_learn_from(dataset, parts[part], args.classes) for part in ("train", "validation")
+    )
+    args.epochs = epochs_for(args, len(rows))
+    device = resolve_device(args.device)
+    config = mae_config(args, dataset.img_size)
+    constants = fit_transform(dataset.images, rows, args.transform, args.augment)
+
+    torch.manual_seed(args.seed)
+    model = options.new_network(MAE, config).to(device)
+    transform = IntensityTransform(**constants).to(device)
+    read = batch_reader(dataset.images, device)
+    noise = validation_noise(len(validation), model.num_patches, seed=0)
+    place = {row: i for i, row in enumerate(validation)}
+
+    def batch_loss(batch, _):
+        part = distributed.local_slice(len(batch))
+        images = augment(read(batch[part]), args.augment, len(batch), part)
+        noise = torch.rand(len(batch), model.num_patches, device=device)[part]
+        loss, _, _ = model(transform(images), args.mask_ratio, noise)
+        return {"loss": loss}
+
+    def validate():
+        def loss_of(batch):
+            fixed = noise[[place[row] for row in batch]].to(device)
+            images = transform(augment(read(batch), disturbances(args.augment)))
+            loss, _, _ = model(images, args.mask_ratio, fixed)
+            return loss.expand(len(batch))  # every image has the same number of hidden patches
+
+        with fixed_random_numbers():
+            return {"loss": in_batches(loss_of, validation).mean().item()}
+
+    learning = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = optim.parameter_groups(learning, args.weight_decay)
+    with open_run(args, dataset, config, constants) as run:
+        state, history, precision = fit(
+            model, groups, batch_loss, validate, rows, run, device, betas=(0.9, 0.95),
+            in_blocks=larger_than_memory(dataset.images),
+        )  # fmt: skip
+        if not distributed.is_main():
+            return
+        run.save_weights(
+            "vit-mae-wt.pth", state, {**config, "transform": constants}, dataset.class_names,
+            precision=precision.name, last=history[-1],
+        )  # fmt: skip
+        plots.loss_curves(args.out / "loss.png", history, "reconstruction error (masked patches)")
+        plots.reconstructions(
+            args.out / "reconstructions.png",
+            *held_out_reconstructions(model, transform, read, dataset, parts["validation"], args),
+            dataset.class_names,
+        )
 
 
 def mae_config(args, img_size):
@@ -29,19 +92,14 @@ def mae_config(args, img_size):
     return {"img_size": img_size, "in_chans": 1, **{n: getattr(args, n) for n in names}}
 
 
-def rows_of_classes(dataset, rows, names):
-    """Those of `rows` whose class is among `names`; UserError for a class that is not there."""
-    for name in names:
-        if name not in dataset.class_names:
-            found = ", ".join(dataset.class_names)
-            raise UserError(f"--classes {name}: no such class folder in the data (found: {found})")
-    labels = [dataset.class_names.index(name) for name in names]
-    return rows[np.isin(dataset.labels[rows], labels)]
+def rows_to_learn_from(dataset, rows, classes):
+    """Those of `rows` whose class is among `classes`, or all of them for ["all"]."""
+    return rows if classes == ["all"] else data.rows_of_classes(dataset, rows, classes)
 
 
-def epochs_of(args, images):
-    """--epochs, or where it is not given what is usual for so many training images."""
-    return args.epochs or train.enough_epochs(EPOCHS, FEWEST_STEPS, images, args.batch_size)
+def epochs_for(args, images):
+    """--epochs or, by default, what suits this number of training images."""
+    return args.epochs or optim.enough_epochs(EPOCHS, FEWEST_STEPS, images, args.batch_size)
 
 
 def validation_noise(count, num_patches, seed):
@@ -50,82 +108,12 @@ def validation_noise(count, num_patches, seed):
     return torch.rand(count, num_patches, generator=generator)
 
 
-def pretrain(args):
-    with distributed.first_goes_first():
-        dataset = data.load(args.data, args.cache_dir)
-    parts = data.split(dataset)
-    classes = dataset.class_names if args.classes == ["all"] else args.classes
-    rows, validation = (
-        rows_of_classes(dataset, parts[part], classes) for part in ("train", "validation")
-    )
-    args.epochs = epochs_of(args, len(rows))
-    device = train.resolve_device(args.device)
-    config = mae_config(args, dataset.img_size)
-    transform_constants = train.fit_transform(dataset.images, rows, args.transform, args.augment)
-
-    torch.manual_seed(args.seed)
-    model = train.new_network(MAE, config).to(device)
-    transform = train.IntensityTransform(**transform_constants).to(device)
-    read = train.batch_reader(dataset.images, device)
-    noise = validation_noise(len(validation), model.num_patches, seed=0)
-    place = {row: i for i, row in enumerate(validation)}
-
-    def batch_loss(batch, _):
-        images = augment(read(batch), args.augment)
-        noise = torch.rand(len(batch), model.num_patches, device=device)
-        own = distributed.share(len(batch))
-        loss, _, _ = model(transform(images[own]), args.mask_ratio, noise[own])
-        return {"loss": loss}
-
-    def validate():
-        disturbances = [kind for kind in args.augment if kind not in SYMMETRIES]
-
-        def loss_of(batch):
-            fixed = noise[[place[row] for row in batch]].to(device)
-            images = transform(augment(read(batch), disturbances))
-            loss, _, _ = model(images, args.mask_ratio, fixed)
-            return loss.expand(len(batch))  # every image has as many removed patches
-
-        with train.same_random_numbers():
-            return {"loss": train.in_batches(loss_of, validation).mean().item()}
-
-    groups = train.parameter_groups(
-        [(n, p) for n, p in model.named_parameters() if p.requires_grad], args.weight_decay
-    )
-    with train.run_folder(args.out):
-        settings = train.settings_of(args, dataset)
-        checkpoint = train.checkpoint_to_resume(args, settings)
-        train.write_config(args.out, args, dataset, model=config, transform=transform_constants)
-        state, history, precision = train.fit(
-            model, groups, batch_loss, validate, rows,
-            args=args, settings=settings, checkpoint=checkpoint, device=device, betas=(0.9, 0.95),
-            in_blocks=train.larger_than_memory(dataset.images),
-        )  # fmt: skip
-        if not distributed.is_first():
-            return
-        plots.loss_curves(args.out / "loss.png", history, "reconstruction error (masked patches)")
-        plots.reconstructions(
-            args.out / "reconstructions.png",
-            *held_out_reconstructions(model, transform, read, dataset, parts["validation"], args),
-            dataset.class_names,
-        )
-        weights.save(
-            args.out / "vit-mae-wt.pth",
-            state,
-            {**config, "transform": transform_constants},
-            dataset.class_names,
-            {**settings, "precision": precision.name, "last": history[-1], "data": str(args.data)},
-        )
-        weights.remove_checkpoints(args.out)
-    print(f"weights in {args.out / 'vit-mae-wt.pth'}")
-
-
 @torch.no_grad()
 def held_out_reconstructions(model, transform, read, dataset, rows, args):
     """Two validation images of every class, masked and reconstructed.
 
-    Returns (original, masked, reconstruction), each (classes, 2, H, W), in the network's scale;
-    removed pixels of `masked` are NaN and visible ones of `reconstruction` are the original.
+    Returns (original, masked, reconstruction), each (classes, 2, H, W), in the network's scale.
+    Hidden pixels of `masked` are NaN; visible pixels of `reconstruction` are the original's.
     """
     model.eval()
     chosen = np.concatenate(
@@ -140,14 +128,14 @@ def held_out_reconstructions(model, transform, read, dataset, rows, args):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=train.HelpFormatter
+        description=__doc__, epilog=EXAMPLE, formatter_class=options.HelpFormatter
     )
-    data.add_data_arguments(parser)
-    train.add_training_arguments(parser)
+    options.add_data_arguments(parser)
+    options.add_training_arguments(parser)
     parser.set_defaults(lr=2e-3)
-    train.add_model_arguments(parser)
+    options.add_model_arguments(parser)
     group = parser.add_argument_group("masked autoencoder")
-    group.add_argument("--mask-ratio", type=float, default=0.75, help="share of patches removed")
+    group.add_argument("--mask-ratio", type=float, default=0.75, help="fraction of patches to hide")
     group.add_argument("--decoder-embed-dim", type=int, default=96, help="width of the decoder")
     group.add_argument("--decoder-depth", type=int, default=1, help="blocks of the decoder")
     group.add_argument("--decoder-num-heads", type=int, default=4, help="its attention heads")
@@ -157,18 +145,16 @@ def parse_args(argv=None):
     )
     group.add_argument(
         "--classes", nargs="+", default=["no_sub"], metavar="CLASS",
-        help="classes to learn from, without their labels; all for every one",
+        help="classes to learn from, without their labels; all for every class",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    train.check_arguments(args)
-    if not 0 < args.mask_ratio < 1:
-        raise UserError(f"--mask-ratio must be between 0 and 1, got {args.mask_ratio}")
+    options.check_numbers(args)
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    with distributed.processes(args.device):
+    with distributed.process_group(args.device):
         pretrain(args)
 
 

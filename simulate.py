@@ -1,408 +1,19 @@
-"""Simulate strong gravitational lenses: the three classes of the DeepLense benchmark.
+"""Simulate lens images of the classes no_sub, cdm and axion, as the DeepLense benchmark has them.
 
-A galaxy (singular isothermal ellipsoid, 10¹² M☉, z = 0.5) and an external shear bend the light of
-an elliptical Sérsic source (z = 1). The classes differ in what else bends it:
-
-    no_sub  nothing
-    cdm     25 point masses between 10⁶ and 10¹⁰ M☉ around the ring
-    axion   a vortex: 3·10¹⁰ M☉ spread evenly along a short line through the centre
-
-The lens is fixed, so a `no_sub` image has two free parameters: the source's position. Angles are
-in arcsec; x runs along columns and y along rows, both zero at the image's centre.
-
-The published images come from mwt5345/DeepLenseSim with lenstronomy 1.9.2. Whatever that pair does
-to an image is repeated here, oddities included, and is marked "quirk" with its source.
+Model_I has a camera of its own with photon noise, Model_II is seen by Euclid and Model_III by the
+Hubble Space Telescope. The physics is in lib/lenses.py.
 """
 
 import argparse
-import math
-import re
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
-import data
-from files import UserError, directory_to_be, run
+from lib import lenses, options
+from lib.data import PackedWriter
+from lib.files import atomic_directory, run
 
 EXAMPLE = "example: python simulate.py --model Model_II --per-class 1000 --out lenses"
-CLASS_NAMES = ("axion", "cdm", "no_sub")  # sorted, as folders are
-
-# Flat ΛCDM, and CODATA / IAU constants in SI units (G·M☉ as astropy has it).
-HUBBLE_KM_S_MPC, OMEGA_MATTER = 70.0, 0.3
-Z_LENS, Z_SOURCE = 0.5, 1.0
-G, C, SOLAR_MASS, MEGAPARSEC = 6.6743e-11, 299_792_458.0, 1.98840987e30, 3.0856775814913673e22
-ARCSEC_PER_RADIAN = 206265  # quirk: as rounded in DeepLenseSim's mass_to_radius
-
-# Quirk of Model_II and Model_III: DeepLenseSim hands SimAPI deflections that are meant for a source
-# at z = 1, and says that they are meant for one at 2.5 (z_source_convention). lenstronomy rescales
-# them to z = 1 in the cosmology that pyHalo hands over (WMAP9), and so makes them a third smaller.
-Z_SOURCE_CONVENTION, OMEGA_MATTER_OF_PYHALO = 2.5, 0.2814
-
-LENS_MASS = 1e12  # M☉
-LENS_ELLIPTICITY = (0.1, 0.0)
-SHEAR = (0.05, 0.0)
-SOURCE_RADIUS, SERSIC_INDEX, SOURCE_ELLIPTICITY = 0.25, 1.0, (-0.1, 0.1)
-SOURCE_RANGE = 0.35  # arcsec, half the side of the square that source centres fill
-SMALLEST_RADIUS = 0.001  # arcsec; quirk: lenstronomy's LightModel flattens a profile inside it
-PSF_TRUNCATION = 4  # σ; quirk: lenstronomy 1.9.2 cuts here whatever truncation it is given
-
-CDM_SUBHALOS, CDM_MASS_RANGE, CDM_RADIUS_RANGE = 25, (1e6, 1e10), (0.25, 2.0)
-VORTEX_MASS, VORTEX_POINTS = 3e10, 100
-AXION_LOG_MASS_RANGE = (-24.0, -22.0)  # log10 of eV
-VORTEX_LENGTH, VORTEX_REFERENCE_MASS = 0.06, 1e-22  # arcsec (de Broglie wavelength) at eV
-
-BATCH = 1000  # images drawn together
-CHUNK = 32  # images rendered at once: few enough that the temporaries stay in the CPU's cache
-
-
-class Instrument(NamedTuple):
-    """What a data model sees with; the source has an `amplitude` (per arcsec²) or a `magnitude`."""
-
-    pixels: int
-    pixel_scale: float  # arcsec
-    psf_fwhm: float  # arcsec
-    amplitude: float | None = None
-    magnitude: float | None = None
-    zero_point: float | None = None  # magnitude of one electron per second
-    exposures: int = 1
-    exposure_time: float | None = None  # s; None: 10^U(3, 3.5), and images are counts
-    sky_magnitude: float | None = None  # per arcsec²
-    read_noise: float = 0.0  # e-
-    background_rms: float = 0.0  # per second, in images of counts
-    rescaled: bool = True  # whether deflections are multiplied by `deflection_factor()`
-    copies: int = 1  # how often the published images add the noise-free model to itself
-
-    @property
-    def counts(self):
-        """Whether images are whole numbers of photons, with noise always."""
-        return self.exposure_time is None
-
-
-INSTRUMENTS = {
-    # Brightness, noise and ray-tracing are DeepLenseSim's own (`simple_sim`).
-    "Model_I": Instrument(
-        150, 0.05, 0.087, amplitude=20.0, background_rms=1e-2, rescaled=False
-    ),
-    # Euclid VIS as lenstronomy 1.9.2 has it. Quirk: its zero point, 24.0, is 1.7 magnitudes
-    # brighter than that of later versions, so images are 4.9 times fainter than theirs.
-    "Model_II": Instrument(
-        64, 0.101, 0.16, magnitude=20.0, zero_point=24.0,
-        exposures=4, exposure_time=565.0, sky_magnitude=22.35, read_noise=4.2, copies=2,
-    ),
-    # HST WFC3 F160W as lenstronomy 1.9.2 has it.
-    "Model_III": Instrument(
-        64, 0.08, 0.08, magnitude=20.0, zero_point=25.96,
-        exposures=1, exposure_time=5400.0, sky_magnitude=22.3, read_noise=4.0, copies=2,
-    ),
-}  # fmt: skip
-
-
-def instrument_of(model):
-    """The `Instrument` of a data model's name, or the one that is given; else ValueError."""
-    if isinstance(model, Instrument):
-        return model
-    if model not in INSTRUMENTS:
-        raise ValueError(f"model must be one of {tuple(INSTRUMENTS)}, got {model!r}")
-    return INSTRUMENTS[model]
-
-
-def comoving_distance(z, omega_matter=OMEGA_MATTER):
-    """Comoving distance to redshift z in Mpc, flat ΛCDM, by Gauss-Legendre quadrature of 1/E(z)."""
-    nodes, weights = np.polynomial.legendre.leggauss(32)
-    grid = 0.5 * z * (nodes + 1)
-    inverse_e = 1 / np.sqrt(omega_matter * (1 + grid) ** 3 + 1 - omega_matter)
-    return C / 1000 / HUBBLE_KM_S_MPC * 0.5 * z * float(weights @ inverse_e)
-
-
-def einstein_radius(mass):
-    """Nominal Einstein radius in arcsec of a point mass in M☉ (a number or an array).
-
-    Quirk: DeepLenseSim's mass_to_radius puts luminosity distances where angular-diameter distances
-    belong, and their difference for the distance from lens to source.
-    """
-    d_lens, d_source = ((1 + z) * comoving_distance(z) for z in (Z_LENS, Z_SOURCE))
-    distance = (d_source - d_lens) / (d_lens * d_source) / MEGAPARSEC
-    return np.sqrt(4 * G * SOLAR_MASS / C**2 * distance * mass) * ARCSEC_PER_RADIAN
-
-
-def deflection_factor():
-    """What Model_II and Model_III multiply every deflection by, 0.6343; see Z_SOURCE_CONVENTION.
-
-    The ratio of D_ls/D_s for a source at Z_SOURCE and at Z_SOURCE_CONVENTION, angular-diameter
-    distances; the Hubble constant cancels.
-    """
-
-    def efficiency(z):  # D_ls/D_s, which in a flat universe is a ratio of comoving distances
-        lens, source = (comoving_distance(d, OMEGA_MATTER_OF_PYHALO) for d in (Z_LENS, z))
-        return (source - lens) / source
-
-    return efficiency(Z_SOURCE) / efficiency(Z_SOURCE_CONVENTION)
-
-
-def axis_ratio_and_angle(e1, e2):
-    """Axis ratio and position angle (radian) of an ellipticity (e1, e2)."""
-    c = math.hypot(e1, e2)
-    return (1 - c) / (1 + c), math.atan2(e2, e1) / 2
-
-
-def rotate(x, y, angle):
-    """Coordinates (x, y) in axes turned by `angle`."""
-    cos, sin = math.cos(angle), math.sin(angle)
-    return cos * x + sin * y, -sin * x + cos * y
-
-
-def pixel_axis(instrument):
-    """Pixel centres along one axis, arcsec, float64 (pixels,)."""
-    half = (instrument.pixels - 1) / 2
-    return (torch.arange(instrument.pixels, dtype=torch.float64) - half) * instrument.pixel_scale
-
-
-def main_lens_deflection(x, y):
-    """Deflection (α_x, α_y) in arcsec of the ellipsoid (Kormann et al. 1994) and the shear."""
-    q, angle = axis_ratio_and_angle(*LENS_ELLIPTICITY)
-    theta_e = float(einstein_radius(LENS_MASS))
-    b = theta_e / math.sqrt((1 + q**2) / (2 * q)) * math.sqrt((1 + q**2) / 2)
-    f = math.sqrt(1 - q**2)
-    x_rot, y_rot = rotate(x, y, angle)
-    psi = torch.sqrt(q**2 * x_rot**2 + y_rot**2).clamp_min(1e-12)
-    alpha_x = b / f * torch.atan(f * x_rot / psi)
-    alpha_y = b / f * torch.atanh(f * y_rot / psi)
-    alpha_x, alpha_y = rotate(alpha_x, alpha_y, -angle)
-    gamma1, gamma2 = SHEAR
-    return alpha_x + gamma1 * x + gamma2 * y, alpha_y + gamma2 * x - gamma1 * y
-
-
-def subtract_point_masses(beta_x, beta_y, point_masses, axis, factor=1.0):
-    """Take `factor` × the deflection of point masses (B, P, 3) off β (B, H, W), in place.
-
-    A point mass at p deflects by θ²·(x - p)/|x - p|². On the pixel of its own centre the direction
-    is undefined: a tiny softening makes the deflection zero there instead of dividing by zero.
-    """
-    squared_radius = factor * point_masses[..., 0].square()[..., None]  # (B, P, 1)
-    dx = axis - point_masses[..., 1, None]  # (B, P, W)
-    dy = axis - point_masses[..., 2, None]  # (B, P, H)
-    dx_squared, dy_squared = dx.square(), dy.square() + 1e-12
-    strength_x, strength_y = squared_radius * dx, squared_radius * dy
-    distance = torch.empty_like(beta_x)
-    for p in range(point_masses.shape[1]):
-        torch.add(dy_squared[:, p, :, None], dx_squared[:, p, None, :], out=distance)
-        beta_x.addcdiv_(strength_x[:, p, None, :], distance, value=-1)
-        beta_y.addcdiv_(strength_y[:, p, :, None], distance, value=-1)
-
-
-def sersic_constants(instrument):
-    """Counts/s/pixel at the source's effective radius, and b_n (Graham & Driver 2005, eq. 6)."""
-    n = SERSIC_INDEX
-    b_n = 1.9992 * n - 0.3271
-    amplitude = instrument.amplitude
-    if amplitude is None:
-        flux = 10 ** (-0.4 * (instrument.magnitude - instrument.zero_point))
-        profile = 2 * math.pi * n * math.exp(b_n) * b_n ** (-2 * n) * math.gamma(2 * n)
-        amplitude = flux / (SOURCE_RADIUS**2 * profile)
-    return amplitude * instrument.pixel_scale**2, b_n
-
-
-def psf_matrix(instrument):
-    """Banded matrix (pixels, pixels) that convolves one axis with the PSF.
-
-    The edge pixel continues outside, as in scipy.ndimage.gaussian_filter (mode "nearest").
-    """
-    sigma = instrument.psf_fwhm / (2 * math.sqrt(2 * math.log(2))) / instrument.pixel_scale
-    radius = int(PSF_TRUNCATION * sigma + 0.5)
-    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float64) / sigma) ** 2)
-    kernel /= kernel.sum()
-    matrix = torch.zeros(instrument.pixels, instrument.pixels, dtype=torch.float64)
-    rows = torch.arange(instrument.pixels)
-    for offset, weight in zip(range(-radius, radius + 1), kernel.tolist(), strict=True):
-        matrix[rows, (rows + offset).clamp(0, instrument.pixels - 1)] += weight
-    return matrix
-
-
-def render(source, point_masses, model="Model_II", dtype=torch.float64):
-    """Noise-free images of one exposure.
-
-    Parameters
-    ----------
-    source : (B, 2) centres of the source, arcsec.
-    point_masses : (B, P, 3) nominal Einstein radius (see `einstein_radius`), x, y in arcsec. P may
-        be 0, and rows of zero Einstein radius change nothing. What the data model does to all
-        deflections happens in here.
-    model : key of INSTRUMENTS, or an `Instrument`.
-    dtype : precision of the computation and of the result, which is where `source` is.
-
-    Returns (B, H, W), counts per second and pixel.
-    Raises ValueError for an unknown model or arguments of another shape.
-    """
-    instrument = instrument_of(model)
-    source, point_masses = torch.as_tensor(source), torch.as_tensor(point_masses)
-    device, b = source.device, source.shape[0]
-    if source.shape != (b, 2) or point_masses.dim() != 3 or point_masses.shape[::2] != (b, 3):
-        raise ValueError(
-            "expected source (B, 2) and point_masses (B, P, 3), "
-            f"got {tuple(source.shape)} and {tuple(point_masses.shape)}"
-        )
-    axis = pixel_axis(instrument).to(device)
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    alpha_x, alpha_y = main_lens_deflection(x, y)
-    factor = deflection_factor() if instrument.rescaled else 1.0
-    smooth_x, smooth_y = (x - factor * alpha_x).to(dtype), (y - factor * alpha_y).to(dtype)
-    amplitude, b_n = sersic_constants(instrument)
-    q, angle = axis_ratio_and_angle(*SOURCE_ELLIPTICITY)
-    blur = psf_matrix(instrument).to(device, dtype)
-    axis, source, point_masses = (t.to(device, dtype) for t in (axis, source, point_masses))
-
-    images = torch.empty(b, instrument.pixels, instrument.pixels, dtype=dtype, device=device)
-    for start in range(0, b, CHUNK):
-        part = slice(start, start + CHUNK)
-        beta_x = smooth_x - source[part, 0, None, None]  # (chunk, H, W)
-        beta_y = smooth_y - source[part, 1, None, None]
-        subtract_point_masses(beta_x, beta_y, point_masses[part], axis, factor)
-        major, minor = rotate(beta_x, beta_y, angle)
-        radius = (major.square().mul_(q) + minor.square().mul_(1 / q)).sqrt_()
-        radius.clamp_min_(SMALLEST_RADIUS).div_(SOURCE_RADIUS)
-        if SERSIC_INDEX != 1:
-            radius = radius ** (1 / SERSIC_INDEX)
-        brightness = radius.sub_(1).mul_(-b_n).exp_().mul_(amplitude)
-        torch.matmul(blur @ brightness, blur.T, out=images[part])
-    return images
-
-
-def sample(class_name, count, rng):
-    """Draw the parameters of `count` images of a class.
-
-    Returns (source (count, 2), point_masses (count, P, 3), axion_mass (count,) in eV or None).
-    """
-    source = rng.uniform(-SOURCE_RANGE, SOURCE_RANGE, (count, 2))
-    if class_name == "no_sub":
-        return source, np.zeros((count, 0, 3)), None
-    if class_name == "cdm":
-        shape = (count, CDM_SUBHALOS)
-        low, high = (mass**0.1 for mass in CDM_MASS_RANGE)
-        mass = rng.uniform(low, high, shape) ** 10
-        radius, angle = rng.uniform(*CDM_RADIUS_RANGE, shape), rng.uniform(0, 2 * np.pi, shape)
-        x, y = radius * np.cos(angle), radius * np.sin(angle)
-        return source, np.stack([einstein_radius(mass), x, y], axis=-1), None
-    if class_name == "axion":
-        axion_mass = 10 ** rng.uniform(*AXION_LOG_MASS_RANGE, count)
-        half_length = VORTEX_LENGTH * VORTEX_REFERENCE_MASS / (2 * axion_mass)
-        angle = rng.uniform(0, 2 * np.pi, count)
-        along = half_length[:, None] * np.linspace(-1, 1, VORTEX_POINTS)  # (count, P)
-        x, y = along * np.cos(angle)[:, None], along * np.sin(angle)[:, None]
-        radius = np.full_like(x, einstein_radius(VORTEX_MASS / VORTEX_POINTS))
-        return source, np.stack([radius, x, y], axis=-1), axion_mass
-    raise ValueError(f"class must be one of {CLASS_NAMES}, got {class_name!r}")
-
-
-def observe(images, model, noise, rng):
-    """What the files hold, of noise-free `images` (B, H, W) float32, which are changed in place.
-
-    Model_I: integer counts with DeepLenseSim's noise, whatever `noise` says. Model_II and
-    Model_III: the noise-free model twice or, with `noise`, one observation in electrons per second
-    with the Gaussian noise of lenstronomy's SimAPI.
-    """
-    instrument = instrument_of(model)
-    if instrument.counts:
-        return count_photons(images, instrument, rng)
-    if not noise:
-        # Quirk: DeepLenseSim's simple_sim_2 adds the model where it meant to add the noise.
-        return images.mul_(instrument.copies)
-    pixels = images.numpy()
-    background, shot_variance = noise_of(instrument, pixels)
-    sigma = np.sqrt(background**2 + shot_variance).astype(np.float32)
-    pixels += sigma * rng.standard_normal(pixels.shape, dtype=np.float32)
-    return images
-
-
-def noise_of(instrument, flux):
-    """Noise of SimAPI: rms of the background, and variance of the photon noise of `flux`.
-
-    Electrons per second and pixel. The camera's gain plays no part, as lenstronomy counts electrons
-    unless it is told otherwise (`data_count_unit`).
-    """
-    total_time = instrument.exposures * instrument.exposure_time  # s
-    sky = 10 ** (-0.4 * (instrument.sky_magnitude - instrument.zero_point))
-    electrons = total_time * sky * instrument.pixel_scale**2
-    electrons += instrument.exposures * instrument.read_noise**2
-    return math.sqrt(electrons) / total_time, np.maximum(flux, 0) / total_time
-
-
-def count_photons(images, instrument, rng):
-    """Counts of Model_I, whole numbers: Poisson(max(0, T·(m + s·√(|m|/T) + rms·s′))), in place.
-
-    m is the image, s and s′ are standard normal a pixel and T = 10^U(3, 3.5) s an image. Quirks of
-    DeepLenseSim's `simple_sim`: photon noise enters twice, first as a normal number and then in the
-    Poisson draw, and as negative values are cut, half of the dark pixels are exactly 0.
-    """
-    time = 10 ** rng.uniform(3, 3.5, (len(images), 1, 1))
-    pixels = images.numpy()
-    expected = pixels + np.sqrt(np.abs(pixels) / time) * rng.standard_normal(pixels.shape)
-    expected += instrument.background_rms * rng.standard_normal(pixels.shape)
-    pixels[:] = rng.poisson((time * expected).clip(min=0))
-    return images
-
-
-def batch_rng(seed, label, start):
-    """The random numbers of the images of a class from place `start` on."""
-    return np.random.default_rng([seed, label, start])
-
-
-def draw(class_name, per_class, seed):
-    """Yield (rng, parameters as `sample` gives them) of a class, BATCH images at a time.
-
-    The same arguments give the same images; class and batch have random streams of their own, and
-    the noise comes from the same stream after the parameters.
-    """
-    label = CLASS_NAMES.index(class_name)
-    for start in range(0, per_class, BATCH):
-        rng = batch_rng(seed, label, start)
-        yield rng, sample(class_name, min(BATCH, per_class - start), rng)
-
-
-def origin_of(model, per_class, seed, noise):
-    """What a packed data set says of where its images came from; `point_masses_of` reads it."""
-    kind = "noise" if noise or INSTRUMENTS[model].counts else "noise-free"
-    return f"simulate.py {model}, {per_class} a class, seed {seed}, {kind}"
-
-
-def point_masses_of(origin, rows):
-    """True point masses behind rows of a data set: a list of (P, 3), Einstein radius, x, y, arcsec.
-
-    They are drawn once more from the seed that `origin` names. Returns (list, `Instrument`), or
-    None for a data set that was not simulated here.
-    """
-    match = re.fullmatch(r"simulate\.py (\w+), (\d+) a class, seed (\d+), noise(-free)?", origin)
-    if not match or match[1] not in INSTRUMENTS:
-        return None
-    per_class, seed = int(match[2]), int(match[3])
-    batches, masses = {}, []
-    for row in rows:
-        label, place = divmod(int(row), per_class)
-        start = place - place % BATCH
-        if (label, start) not in batches:
-            rng = batch_rng(seed, label, start)
-            count = min(BATCH, per_class - start)
-            batches[label, start] = sample(CLASS_NAMES[label], count, rng)[1]
-        masses.append(batches[label, start][place - start])
-    return masses, INSTRUMENTS[match[1]]
-
-
-def simulate(model, per_class, seed, noise=False, device="cpu", progress=True):
-    """Yield (class name, images (b, H, W) float32, axion mass (b,) or None) in batches."""
-    with tqdm(
-        total=len(CLASS_NAMES) * per_class, unit="img", disable=None if progress else True
-    ) as bar:
-        for class_name in CLASS_NAMES:
-            bar.set_description(f"simulate {class_name}")
-            for rng, (source, point_masses, axion_mass) in draw(class_name, per_class, seed):
-                source, point_masses = (
-                    torch.as_tensor(a).to(device) for a in (source, point_masses)
-                )
-                images = render(source, point_masses, model, torch.float32).cpu()
-                yield class_name, observe(images, model, noise, rng).numpy(), axion_mass
-                bar.update(len(images))
 
 
 def write_folder(out, batches, whole=False):
@@ -410,9 +21,9 @@ def write_folder(out, batches, whole=False):
 
     Images are float64, and int64 where they are counts (`whole`).
     """
-    counts = dict.fromkeys(CLASS_NAMES, 0)
-    with directory_to_be(out) as folder:
-        for class_name in CLASS_NAMES:
+    counts = dict.fromkeys(lenses.CLASS_NAMES, 0)
+    with atomic_directory(out) as folder:
+        for class_name in lenses.CLASS_NAMES:
             (folder / class_name).mkdir()
         for class_name, images, axion_mass in batches:
             for i, image in enumerate(images):
@@ -425,23 +36,21 @@ def write_folder(out, batches, whole=False):
 
 
 def write_packed(out, batches, per_class, model, origin):
-    """Write the packed layout that `data.load` maps into memory."""
-    pixels = INSTRUMENTS[model].pixels
-    with directory_to_be(out) as folder:
-        shape = (len(CLASS_NAMES) * per_class, pixels, pixels)
-        writer = data.PackedWriter(folder, shape, CLASS_NAMES, origin)
+    """Write the packed layout that training maps into memory."""
+    pixels = lenses.INSTRUMENTS[model].pixels
+    with atomic_directory(out) as folder:
+        shape = (len(lenses.CLASS_NAMES) * per_class, pixels, pixels)
+        writer = PackedWriter(folder, shape, lenses.CLASS_NAMES, origin)
         for class_name, images, _ in batches:
-            writer.append(images, CLASS_NAMES.index(class_name))
+            writer.append(images, lenses.CLASS_NAMES.index(class_name))
         writer.close()
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description="Simulate lens images of the classes no_sub, cdm and axion.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=__doc__, epilog=EXAMPLE, formatter_class=options.HelpFormatter
     )
-    parser.add_argument("--model", choices=INSTRUMENTS, default="Model_II", help="data model")
+    parser.add_argument("--model", choices=lenses.INSTRUMENTS, default="Model_II", help="data model")
     parser.add_argument("--per-class", type=int, default=10000, help="images of each class")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images")
     parser.add_argument("--out", type=Path, required=True, help="folder to create")
@@ -454,23 +63,20 @@ def parse_args(argv=None):
         help="Model_II and Model_III: an observation with sky, read-out and photon noise in place "
         "of the noise-free files that are published (Model_I has its noise always)",
     )  # fmt: skip
-    parser.add_argument("--device", default="auto", help="accepted like everywhere; always the CPU")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    options.check_numbers(args)
+    return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.per_class < 1:
-        raise UserError(f"--per-class must be at least 1, got {args.per_class}")
-    if args.seed < 0:
-        raise UserError(f"--seed must not be negative, got {args.seed}")
-    batches = simulate(args.model, args.per_class, args.seed, args.noise)
+    batches = lenses.simulate(args.model, args.per_class, args.seed, args.noise)
     if args.layout == "folder":
-        write_folder(args.out, batches, INSTRUMENTS[args.model].counts)
+        write_folder(args.out, batches, lenses.INSTRUMENTS[args.model].counts)
     else:
-        origin = origin_of(args.model, args.per_class, args.seed, args.noise)
+        origin = lenses.origin_of(args.model, args.per_class, args.seed, args.noise)
         write_packed(args.out, batches, args.per_class, args.model, origin)
-    print(f"{len(CLASS_NAMES) * args.per_class} images of {args.model} in {args.out}")
+    print(f"{len(lenses.CLASS_NAMES) * args.per_class} images of {args.model} in {args.out}")
 
 
 if __name__ == "__main__":

@@ -22,12 +22,11 @@ from scipy.ndimage import gaussian_filter
 from scipy.optimize import least_squares
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import data
-import simulate
-import train
-import weights
 from evaluate import predict_probabilities
-from files import UserError, directory_to_be, file_to_be, read_npy, run
+from lib import data, lenses, options, weights
+from lib.device import resolve_device
+from lib.files import UserError, atomic_directory, atomic_write, run
+from lib.readers import read_npy
 
 EXAMPLE = """examples:
   python experiments/real_images.py fit --images real/testVI_pictures.npz
@@ -80,11 +79,11 @@ def fit_smooth_lens(image, model="Model_II"):
 
     def fitted(sources):  # (n, 2) -> (n, H, H)
         masses = np.zeros((len(sources), 0, 3))
-        images = simulate.render(np.asarray(sources), masses, model).numpy()
+        images = lenses.render(np.asarray(sources), masses, model).numpy()
         products = (images * target).sum((1, 2)) / (images**2).sum((1, 2))
         return images * products[:, None, None]
 
-    axis = np.linspace(-1, 1, START_GRID) * simulate.SOURCE_RANGE
+    axis = np.linspace(-1, 1, START_GRID) * lenses.SOURCE_RANGE
     grid = np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
     start = grid[((fitted(grid) - target) ** 2).sum((1, 2)).argmin()]
     result = least_squares(
@@ -131,7 +130,7 @@ def fit(args):
     rows = range(len(images))
     if "labels" in columns:
         rows = np.flatnonzero(columns["labels"] == "no_sub")
-    pixels = simulate.INSTRUMENTS[args.model].pixels
+    pixels = lenses.INSTRUMENTS[args.model].pixels
     if images.shape[1] != pixels:
         raise UserError(f"{args.images}: {args.model} has images of {pixels} pixels; see --model")
     if not len(rows):
@@ -147,11 +146,9 @@ def fit(args):
 
 
 def write_pictures(args):
-    if args.seed < 0:
-        raise UserError(f"--seed must not be negative, got {args.seed}")
     dataset, rng = data.load(args.data), np.random.default_rng(args.seed)
     kind = f"pictures of any kind, seed {args.seed}," if args.any else "8-bit pictures"
-    with directory_to_be(args.out) as folder:
+    with atomic_directory(args.out) as folder:
         writer = data.PackedWriter(
             folder, dataset.images.shape, dataset.class_names, f"{kind} of {dataset.origin}"
         )
@@ -176,12 +173,12 @@ def classify(args):
     for name in np.unique(columns.get("labels", [])):
         if name not in class_names:
             raise UserError(f"{args.images}: {args.weights} does not know the label {name}")
-    device = train.resolve_device(args.device)
+    device = resolve_device(args.device)
     probabilities = predict_probabilities(
         model, images.astype(np.float32), np.arange(len(images)), device
     )
     predicted = np.array(class_names)[probabilities.argmax(1)]
-    with file_to_be(args.out) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
+    with atomic_write(args.out) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f)
         writer.writerow(["image", "exact", *columns, *class_names, "prediction"])
         exact = is_exact(images)
@@ -207,7 +204,7 @@ def parse_args(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("fit", help="fit the smooth lens to no_sub images")
     command.add_argument("--images", type=Path, required=True, metavar="NPZ|NPY")
-    command.add_argument("--model", choices=simulate.INSTRUMENTS, default="Model_II")
+    command.add_argument("--model", choices=lenses.INSTRUMENTS, default="Model_II")
     command.set_defaults(function=fit)
     command = commands.add_parser("pictures", help="a data set as 8-bit pictures")
     command.add_argument("--data", type=Path, required=True, help="data set to convert")
@@ -219,9 +216,11 @@ def parse_args(argv=None):
     command.add_argument("--images", type=Path, required=True, metavar="NPZ")
     command.add_argument("--weights", type=Path, required=True, metavar="PTH")
     command.add_argument("--out", type=Path, required=True, metavar="CSV")
-    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    options.add_device_argument(command)
     command.set_defaults(function=classify)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    options.check_numbers(args)
+    return args
 
 
 def main(argv=None):

@@ -1,10 +1,14 @@
-"""What the tests share: the scripts on the path, small data sets, and a way to run a script."""
+"""What the tests share: the scripts on the path, small data sets, and ways to run a script."""
 
+import contextlib
+import importlib
+import io
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,6 +20,7 @@ import export
 import finetune
 import pretrain
 import simulate
+from lib import files, lenses
 
 # Seconds after which a process hangs for sure, however slow the machine and whatever runs beside.
 HUNG = 900
@@ -23,9 +28,24 @@ TINY_NETWORK = ["--patch-size", "16", "--embed-dim", "32", "--depth", "2", "--nu
 TINY_DECODER = ["--decoder-embed-dim", "16", "--decoder-num-heads", "2"]
 
 
-def run_script(name, *arguments, check=True, before=()):
-    """Run a script as a user would; returns the finished process with its text."""
-    return run_python(ROOT / name, *arguments, check=check, before=before)
+def run_script(name, *arguments, check=True):
+    """Run a script's `main` as `files.run` does, in this process, which has torch loaded already.
+
+    `name` is a path from the root, such as "experiments/study.py". Returns what `run_python` does.
+    """
+    module = importlib.import_module(name.removesuffix(".py").replace("/", "."))
+    argv = [str(a) for a in arguments]
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(ROOT),
+        mock.patch.object(sys, "argv", [name, *argv]), pytest.raises(SystemExit) as ended,
+    ):  # fmt: skip
+        files.run(lambda: module.main(argv))
+    process = subprocess.CompletedProcess([name, *argv], ended.value.code or 0)
+    process.stdout, process.stderr = out.getvalue(), err.getvalue()
+    if check:
+        assert process.returncode == 0, process.stdout + process.stderr
+    return process
 
 
 def run_code(code, *arguments, check=True, without=()):
@@ -41,7 +61,8 @@ def run_code(code, *arguments, check=True, without=()):
     return run_python("-c", refusing + code, *arguments, check=check)
 
 
-def run_python(*arguments, check, before=()):
+def run_python(*arguments, check=True, before=()):
+    """Run a new interpreter in the root; returns the finished process with its text."""
     command = [*before, sys.executable, *map(str, arguments)]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HUNG)
     if check:
@@ -73,9 +94,9 @@ def assert_user_error(process, *named):
 def packed(tmp_path_factory):
     """Packed data set of 100 Model_II images a class."""
     out = tmp_path_factory.mktemp("data") / "packed"
-    batches = simulate.simulate("Model_II", 100, seed=3, progress=False)
+    batches = lenses.simulate("Model_II", 100, seed=3, progress=False)
     simulate.write_packed(
-        out, batches, 100, "Model_II", simulate.origin_of("Model_II", 100, 3, False)
+        out, batches, 100, "Model_II", lenses.origin_of("Model_II", 100, 3, False)
     )
     return out
 
@@ -84,7 +105,7 @@ def packed(tmp_path_factory):
 def folder(tmp_path_factory):
     """The same images in the public folder layout."""
     out = tmp_path_factory.mktemp("data") / "folder"
-    simulate.write_folder(out, simulate.simulate("Model_II", 100, seed=3, progress=False))
+    simulate.write_folder(out, lenses.simulate("Model_II", 100, seed=3, progress=False))
     return out
 
 
@@ -94,7 +115,7 @@ def runs(tmp_path_factory, folder):
     out = tmp_path_factory.mktemp("runs")
     cache = ("--data", folder, "--cache-dir", out / "cache")
 
-    def start(script, *arguments):  # in this process, which has torch loaded already
+    def start(script, *arguments):
         script.main([str(a) for a in (*cache, *arguments)])
 
     start(pretrain, "--out", out / "pretrain", "--epochs", 2, "--batch-size", 16, *TINY_NETWORK,
@@ -115,5 +136,5 @@ def runs(tmp_path_factory, folder):
 @pytest.fixture
 def lens_image():
     """One raw Model_II image (64, 64)."""
-    images = next(simulate.simulate("Model_II", 1, seed=9, progress=False))[1]
+    images = next(lenses.simulate("Model_II", 1, seed=9, progress=False))[1]
     return np.array(images[0])

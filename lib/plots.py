@@ -8,13 +8,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.collections import PatchCollection
 
-from files import file_to_be
+from lib.files import atomic_write
 
 plt.rcParams.update({"figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9})
 
 
 def _save(figure, path):
-    with file_to_be(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, bbox_inches="tight")
     plt.close(figure)
 

@@ -1,24 +1,18 @@
-"""Reading files that others made and writing files that survive a crash; numpy alone.
+"""Read image files that others made: `.npy`, `.npz` and FITS; numpy alone, astropy for FITS.
 
-Nothing here executes what a file asks for: `read_npy` checks a header before it allocates, and an
-object array goes through `_unpickle`, which understands numpy's own arrays and numbers and builds
-them itself.
+Nothing here executes what a file asks for. `read_npy` checks a header before it allocates memory,
+and an object array goes through `_unpickle`, which knows numpy's own arrays and numbers only and
+builds them itself.
 """
 
 import ast
 import contextlib
-import glob
 import gzip
-import hashlib
-import json
 import math
 import mmap
 import os
 import pickle
 import pickletools
-import platform
-import shutil
-import sys
 import warnings
 import zipfile
 from io import BytesIO
@@ -26,163 +20,22 @@ from pathlib import Path
 
 import numpy as np
 
+from lib.files import UserError
+
 MAX_PICKLE_BYTES = 64 * 2**20  # an axion file is one image and a number
 MAX_PICKLE_OPCODES = 10_000
 MAX_NPZ_BYTES = 2**30
 MAX_FITS_BYTES = 256 * 2**20
-MAX_JSON_BYTES = 16 * 2**20
 MAP_ABOVE_BYTES = 8 * 2**20  # larger arrays are mapped into memory, not read
 MAX_DIMENSIONS = 8
-
-
-class UserError(Exception):
-    """A mistake that the user can mend: its text names the file or flag and the remedy."""
-
-
-def run(main):
-    """Run a script's `main` and exit: 0, or one line on stderr and 2 for a user's mistake."""
-    try:
-        code = main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except OSError as error:  # full disk, missing permission
-        if error.filename is None and error.errno is None:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
-    sys.exit(code)
-
-
-# Writing
-
-
-def _temporary_name(path):
-    """Name to write under; leftovers of processes of this host that were killed are removed."""
-    prefix = f".{path.stem}.{platform.node()}-"
-    for leftover in path.parent.glob(f"{glob.escape(prefix)}*.tmp{glob.escape(path.suffix)}"):
-        process = leftover.name.removeprefix(prefix).split(".")[0]
-        if process.isdigit() and not _is_alive(int(process)):
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
-    return path.with_name(f"{prefix}{os.getpid()}.tmp{path.suffix}")
-
-
-def _is_alive(process):
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass
-    return True
-
-
-def _flush_to_disk(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def file_to_be(path):
-    """Yield a temporary name beside `path`; when the block ends well, flush it and rename it.
-
-    After a crash `path` is the old file or the new one, never a part. Raises UserError if the
-    folder cannot be made or written.
-    """
-    path = Path(path)
-    make_folder(path.parent)
-    temporary = _temporary_name(path)
-    try:
-        yield temporary
-        _flush_to_disk(temporary)
-        os.replace(temporary, path)
-        _flush_to_disk(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def directory_to_be(path):
-    """Yield a temporary folder beside `path` that takes its name when the block ends well.
-
-    Raises UserError if `path` is already there with something in it.
-    """
-    path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} exists already: remove it or choose another folder")
-    make_folder(path.parent)
-    temporary = _temporary_name(path)
-    shutil.rmtree(temporary, ignore_errors=True)
-    make_folder(temporary)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def make_folder(path):
-    """Create a folder and its parents; UserError if that fails or it cannot be written."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create folder {path}: {error.strerror}") from None
-    if not os.access(path, os.W_OK):
-        raise UserError(f"cannot write into folder {path}: change its rights or choose another")
-
-
-def write_text(path, text):
-    with file_to_be(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path, value):
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-# Reading
-
-
-def read_json(path):
-    """The dict in a JSON file; UserError if it is missing, too large, broken or no dict."""
-    path = Path(path)
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise UserError(f"{path}: larger than a description should be; is it the right file?")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise UserError(f"{path}: not valid JSON; make it anew") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object; make it anew")
-    return value
-
-
-def sha256_of(path):
-    """SHA-256 of a file's content, in hexadecimal; UserError if it cannot be read."""
-    try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 def read_npy(path):
     """Read a `.npy` file of numbers, or of numpy's object kind [image, number, ...].
 
-    Returns the array, as it is stored (mapped into memory if large); of an object array, the image
-    in it. Raises UserError, naming the file, for anything else; no code in the file is executed.
+    Returns the array as it is stored, mapped into memory if it is large. Of an object array it
+    returns the image. Raises UserError, naming the file, for anything else; no code in the file is
+    executed.
     """
     path = Path(path)
     with _named_errors(path, ".npy image"), path.open("rb") as file:
@@ -200,7 +53,7 @@ def read_npz(path):
             raise ValueError("there is no array in it")
         arrays = []
         for info in members:
-            # No more than was announced, whatever the compressed stream holds.
+            # Read only as much as was announced, whatever the compressed stream holds.
             with archive.open(info) as member:
                 content = member.read(info.file_size)
             array = _read_array(BytesIO(content), len(content), None)
@@ -230,7 +83,7 @@ def read_fits(path):
 
 @contextlib.contextmanager
 def _named_errors(path, kind):
-    """Turn whatever arbitrary bytes provoke in a parser into a UserError that names the file."""
+    """Turn any error that a parser raises on arbitrary bytes into a UserError naming the file."""
     try:
         yield
     except UserError:
@@ -243,9 +96,9 @@ def _named_errors(path, kind):
 
 
 def forget_pages(array):
-    """Give the memory of an array that `read_npy` mapped back; reading it again is still possible.
+    """Return the memory of an array that `read_npy` mapped; the array can still be read.
 
-    Without it the pages of a file larger than memory pile up in the process as they are read.
+    Without this the pages of a file stay in the process after they were read.
     """
     mapped = getattr(array, "_mmap", None)
     if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
@@ -326,7 +179,7 @@ _PICKLE_OPCODES = frozenset(
 
 
 class _Array:
-    """Stands for numpy's array while its pickle is read; `value` is an array, or a list."""
+    """Stands for a numpy array while a pickle is read; `value` is an array or a list."""
 
     __slots__ = ("value",)
 
@@ -352,7 +205,7 @@ class _Array:
 
 
 class _DType:
-    """Stands for numpy's dtype while its pickle is read."""
+    """Stands for a numpy dtype while a pickle is read."""
 
     __slots__ = ("byte_order", "code")
 
@@ -375,7 +228,7 @@ def _scalar(dtype, content):
 
 
 class _Callable:
-    """What a global in the pickle becomes: one of our own functions and nothing to change on it."""
+    """Stands for a global of a pickle: calls one function of ours and cannot be changed."""
 
     __slots__ = ("_function",)
 
@@ -413,10 +266,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _unpickle(content):
-    """Read numpy's pickle of an object array with our own stand-ins; returns an `_Array`.
+    """Read the pickle of a numpy object array with our own stand-ins; returns an `_Array`.
 
-    The opcodes are looked through first, without executing any: only those that numpy writes, not
-    too many, and no memo index that would make the unpickler allocate gigabytes.
+    The opcodes are checked first, without executing any: only those that numpy writes, not too
+    many, and no memo index that would make the unpickler allocate gigabytes.
     """
     for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
         if opcode.name not in _PICKLE_OPCODES or count > MAX_PICKLE_OPCODES:

@@ -4,7 +4,7 @@ import base64
 import html
 from pathlib import Path
 
-from files import read_json, write_text
+from lib.files import read_json, write_text
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
@@ -26,10 +26,10 @@ def write(folder, weights, results, class_names, best, published):
 
     Parameters
     ----------
-    weights : {run: path of its weights}; config.json and pictures are looked for beside them.
+    weights : {run: path of its weights}; config.json and pictures lie beside them.
     results : {run: {figure: {"value", "low", "high"}, "images", "calibration_error"}}, the figures
         being the class names (AUC), "macro" and "accuracy".
-    best : the run to set off.
+    best : the run to highlight.
     published : rows of other work, see `evaluate.published_rows`.
     """
     configs = {name: config_beside(path) for name, path in weights.items()}
@@ -66,7 +66,7 @@ def write(folder, weights, results, class_names, best, published):
 
 
 def pretrainings(configs):
-    """Folders of the pre-trainings behind runs; where a classifier went on, behind that."""
+    """Folders of the pre-trainings behind runs; and behind the classifiers they continued."""
     found, seen, left = set(), set(), list(configs)
     while left:
         start = left.pop().get("options", {}).get("pretrained", "none")

@@ -1,10 +1,10 @@
-"""MAE weights under the names of facebookresearch/mae and of Hugging Face, to ours and back."""
+"""Translate MAE weights between our names, those of facebookresearch/mae, and Hugging Face's."""
 
 import re
 
 import torch
 
-from files import UserError
+from lib.files import UserError
 
 # Hugging Face's name (of any generation of transformers) -> ours, which is facebookresearch's.
 PARTS = {
@@ -46,7 +46,7 @@ BLOCK_TO_HUGGING_FACE = {
 
 
 def our_name(name):
-    """Our name of a tensor of Hugging Face's; `attn.q`, `.k` and `.v` are still apart."""
+    """Our name of a tensor of Hugging Face's; `attn.q`, `.k` and `.v` are still separate."""
     for pattern, ours in PARTS.items():
         name, found = re.subn(f"^{pattern}", ours, name)
         if found:
@@ -77,7 +77,7 @@ def from_foreign(state, num_heads):
         hidden = renamed["blocks.0.mlp.fc1.weight"].shape[0]
         decoder_dim = renamed["decoder_embed.weight"].shape[0]
     except (KeyError, ValueError, AttributeError) as error:
-        raise UserError(f"no masked autoencoder: {error} is missing") from None
+        raise UserError(f"not a masked autoencoder: {error} is missing") from None
     config = {
         "img_size": patch_size * round(patches**0.5), "patch_size": patch_size,
         "in_chans": in_chans, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads,

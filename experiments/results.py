@@ -1,35 +1,24 @@
-"""What is kept of a study: each experiment's rows as JSON, its picture, and tables.md of them all.
+"""Results of a study: each experiment's rows as JSON, its picture, and tables.md of them all.
 
 study.py writes them. The seeds of a study are independent, so they may run apart, side by side or
-on other machines; this script puts their results together.
+on several machines; this script joins their results.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 
-import plots
-from files import UserError, read_json, run, write_json, write_text
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from lib import plots
+from lib.files import UserError, read_json, run, write_json, write_text
 
-EXAMPLE = "example: python results.py runs/study/results-0 runs/study/results-1"
+EXAMPLE = "example: python experiments/results.py runs/study/results-0 runs/study/results-1"
 
-# Experiments in the order of tables.md, and what the picture draws against what: (key of a row, its
-# label or None where every kind has its own, logarithmic, figure drawn); None: a dot a run.
-EXPERIMENTS = {
-    "strategies": None,
-    "scratch": None,
-    "without_labels": None,
-    "labels": ("labels", "training labels", True, "macro AUC"),
-    "mask_ratio": None,
-    "pretraining_images": None,
-    "choices": None,
-    "real_images": None,
-    "instruments": None,
-    "mistakes": ("strength", None, False, "AUC"),
-}
 FIGURES = ("AUC", "%", "error")  # keys of a row with one of these in them are measured
 HOW = ("command", "commit", "precision")  # how rows were made
+DRAWN = {"x", "label", "logarithmic", "y"}  # see `draw`
 
 
 def by_run(rows):
@@ -71,53 +60,62 @@ def table(rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def draw(path, name, rows):
-    """The picture of an experiment, from its rows."""
-    if EXPERIMENTS[name] is None:
+def draw(path, rows, drawn):
+    """The picture of an experiment: a dot a run or, as `drawn` says, a figure against a quantity.
+
+    `drawn` is None or {"x": key of a row, "label": its label or None where every kind has its own,
+    "logarithmic": bool, "y": the figure}.
+    """
+    if drawn is None:
         plots.dots(path, {
             run_name: {k: v[:2] for k, v in figures.items() if "AUC" in k}
             for run_name, figures in by_run(rows).items()
         })  # fmt: skip
         return
-    key, label, logarithmic, figure = EXPERIMENTS[name]
     series = {}
     for run_name, figures in by_run(rows).items():
         row = next(row for row in rows if row["run"] == run_name)
-        series.setdefault(row["kind"], []).append((row[key], *figures[figure][:2]))
-    plots.series(path, series, label, figure, logarithmic)
+        series.setdefault(row["kind"], []).append((row[drawn["x"]], *figures[drawn["y"]][:2]))
+    plots.series(path, series, drawn["label"], drawn["y"], drawn["logarithmic"])
 
 
-def write(folder, name, what, made, rows):
-    """Keep an experiment: its JSON and PNG, and the tables of all experiments kept so far.
+def write(folder, name, what, made, rows, drawn=None):
+    """Keep an experiment: its JSON and PNG, and the tables of all experiments in `folder`.
 
-    `what` says what it compares; `made` is a list of dicts with the keys of HOW, one for each
-    command that made some of the rows.
+    `what` says what it compares. `made` is a list of dicts with the keys of HOW, one for each
+    command that made some of the rows. For `drawn` see `draw`.
     """
-    write_json(folder / f"{name}.json", {"what": what, "made": made, "rows": rows})
-    draw(folder / f"{name}.png", name, rows)
+    content = {"what": what, "made": made, "drawn": drawn, "rows": rows}
+    write_json(folder / f"{name}.json", content)
+    draw(folder / f"{name}.png", rows, drawn)
     text = ["# Results of study.py", ""]
-    for other in EXPERIMENTS:
-        if (folder / f"{other}.json").exists():
-            kept = read(folder / f"{other}.json")
-            text += [f"## {other}", "", kept["what"], "", table(kept["rows"]), ""]
-            text += [f"- `{m['command']}`, commit {m['commit']}, {m['precision']}"
-                     for m in kept["made"]]  # fmt: skip
-            text += ["", f"![{other}]({other}.png)", ""]
+    for other in names_in([folder]):
+        kept = read(folder / f"{other}.json")
+        text += [f"## {other}", "", kept["what"], "", table(kept["rows"]), ""]
+        text += [f"- `{m['command']}`, commit {m['commit']}, {m['precision']}"
+                 for m in kept["made"]]  # fmt: skip
+        text += ["", f"![{other}]({other}.png)", ""]
     write_text(folder / "tables.md", "\n".join(text))
+
+
+def names_in(folders):
+    """Names of the experiments whose results lie in any of the folders."""
+    return sorted({path.stem for folder in folders for path in folder.glob("*.json")})
 
 
 def read(path):
     """What `write` has kept of an experiment; UserError if it is something else."""
     kept = read_json(path)
-    what, made, rows = (kept.get(key) for key in ("what", "made", "rows"))
+    what, made, rows, drawn = (kept.get(key) for key in ("what", "made", "rows", "drawn"))
     if not (
         isinstance(what, str)
         and isinstance(made, list)
         and all(isinstance(m, dict) and set(HOW) <= m.keys() for m in made)
+        and (drawn is None or (isinstance(drawn, dict) and DRAWN <= drawn.keys()))
         and isinstance(rows, list)
-        and all(_is_row(row, EXPERIMENTS[path.stem]) for row in rows)
+        and all(_is_row(row, drawn) for row in rows)
     ):
-        raise UserError(f"{path}: not what study.py keeps of an experiment; make it anew")
+        raise UserError(f"{path}: not a result of study.py; run the experiment again")
     return kept
 
 
@@ -128,7 +126,7 @@ def _is_row(row, drawn):
     numbers = {"seed", *(key for key in row if _is_figure(key))}
     texts = {"run"}
     if drawn:
-        numbers |= {drawn[0], drawn[3]}
+        numbers |= {drawn["x"], drawn["y"]}
         texts |= {"kind"}
     return all(isinstance(row.get(key), int | float) for key in numbers) and all(
         isinstance(row.get(key), str) for key in texts
@@ -136,11 +134,11 @@ def _is_row(row, drawn):
 
 
 def join(folders, out):
-    """Put the results in `folders` together, of other seeds or other runs each; returns the names.
+    """Join the results in `folders`, of other seeds or other runs each; returns their names.
 
-    Raises UserError if two of them hold the same run and seed, or if there is nothing to join.
+    Raises UserError if two folders hold the same run and seed, or if none holds any.
     """
-    names = [n for n in EXPERIMENTS if any((f / f"{n}.json").exists() for f in folders)]
+    names = names_in(folders)
     if not names:
         raise UserError(f"no results of study.py in {', '.join(map(str, folders))}")
     for name in names:
@@ -160,7 +158,7 @@ def join(folders, out):
                 rows.append(row)
         runs = list(dict.fromkeys(row["run"] for row in rows))
         rows.sort(key=lambda row: (row["seed"], runs.index(row["run"])))
-        write(out, name, kept["what"], made, rows)
+        write(out, name, kept["what"], made, rows, kept.get("drawn"))
     return names
 
 
@@ -168,10 +166,10 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folders", type=Path, nargs="+", help="what study.py had as --results")
+    parser.add_argument("folders", type=Path, nargs="+", help="folders that study.py had as --results")
     parser.add_argument(
         "--out", type=Path, default=Path("docs/results"),
-        help="where the whole is kept (default: %(default)s)",
+        help="folder of the joined results (default: %(default)s)",
     )  # fmt: skip
     return parser.parse_args(argv)
 

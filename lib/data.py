@@ -1,13 +1,12 @@
-"""From a folder of `.npy` images to one memory-mapped array, and its split; numpy alone.
+"""From a folder of `.npy` images to one memory-mapped array, its split and its rows; numpy alone.
 
-Public layout:  <root>/<class>/*.npy, one square image a file; the classes are the folders.
+Folder layout:  <root>/<class>/*.npy, one square image a file; the folders name the classes.
 Packed layout:  images.npy (N, H, H) float32, labels.npy (N,), hashes.npy (N,), dataset.json.
 
 A folder is packed once, into a cache whose name is a fingerprint of the folder's file names, sizes
 and modification times, so a changed folder is packed again.
 """
 
-import argparse
 import hashlib
 import shutil
 from pathlib import Path
@@ -16,23 +15,14 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from files import (
-    UserError,
-    directory_to_be,
-    forget_pages,
-    make_folder,
-    read_json,
-    read_npy,
-    run,
-    write_json,
-)
+from lib.files import UserError, atomic_directory, make_folder, read_json, write_json
+from lib.readers import forget_pages, read_npy
 
-EXAMPLE = "example: python data.py --data lenses"
 FORMAT = 2
-CHECK_BLOCK = 4096  # images looked at together when pixels are checked
-FLUSH_EVERY = 50_000  # images written, until their memory is given back
+CHECK_BLOCK = 4096  # images whose pixels are checked together
+FLUSH_EVERY = 50_000  # written images, after which their memory is returned
 PARTS = ("train", "validation", "test")
-SPLIT = "content-80-10-10"  # kept with the weights: which rule they were trained under
+SPLIT = "content-80-10-10"  # the rule of `split`; weights carry the rule they were trained under
 
 
 class Dataset(NamedTuple):
@@ -56,6 +46,9 @@ class Dataset(NamedTuple):
     @property
     def img_size(self):
         return self.images.shape[1]
+
+
+# Packing
 
 
 class PackedWriter:
@@ -86,11 +79,11 @@ class PackedWriter:
 
     def close(self):
         if self.count != len(self.images):
-            raise ValueError(f"{self.count} images written where {len(self.images)} were announced")
+            raise ValueError(f"{self.count} images written, {len(self.images)} announced")
         self.images.flush()
         np.save(self.folder / "labels.npy", self.labels)
         np.save(self.folder / "hashes.npy", self.hashes)
-        # Last, and what a reader looks for: the layout is complete when it is there.
+        # Written last: readers take the layout as complete once this file exists.
         description = {
             "format": FORMAT,
             "class_names": self.class_names,
@@ -100,32 +93,8 @@ class PackedWriter:
         write_json(self.folder / "dataset.json", description)
 
 
-def load(path, cache_dir=None, progress=True):
-    """Open a data set in either layout; a folder is packed first if it has not been yet.
-
-    Parameters
-    ----------
-    path : folder in the public or the packed layout.
-    cache_dir : where packed folders are kept; by default `<path>/.packed`.
-
-    Returns a `Dataset`. Raises UserError, naming the path and the remedy, for a missing or empty
-    folder, a file that is no image, mixed sizes, NaN or infinite pixels.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise UserError(f"no data set at {path}: give a folder of class folders, or a packed one")
-    if (path / "dataset.json").exists():
-        return _open_packed(path)
-    class_files = list_classes(path)
-    cache_dir = Path(cache_dir) if cache_dir else path / ".packed"
-    packed = cache_dir / _folder_fingerprint(class_files)[:32]
-    if not (packed / "dataset.json").exists():
-        _pack(class_files, packed, origin=f"folder {path.name}", progress=progress)
-    return _open_packed(packed)
-
-
 def list_classes(root):
-    """{class name: sorted list of .npy paths} of the public layout; UserError if one is empty."""
+    """{class name: sorted list of .npy paths} of the folder layout; UserError if one is empty."""
     folders = [f for f in sorted(Path(root).iterdir()) if f.is_dir() and f.name[0] != "."]
     if not folders:
         raise UserError(f"{root} has no class folders: expected {root}/<class>/*.npy")
@@ -136,18 +105,8 @@ def list_classes(root):
     return class_files
 
 
-def _folder_fingerprint(class_files):
-    digest = hashlib.sha256(f"format {FORMAT}\n".encode())
-    for class_name, paths in class_files.items():
-        for path in paths:
-            status = path.stat()
-            line = f"{class_name}/{path.name}\0{status.st_size}\0{status.st_mtime_ns}\n"
-            digest.update(line.encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
-
-
 def read_image(path):
-    """One raw image of a file in the public layout, (H, H) float32; UserError if it is not one."""
+    """One raw image of the folder layout, (H, H) float32; UserError if the file holds none."""
     image = read_npy(path)
     if image.ndim == 3 and 1 in (image.shape[0], image.shape[2]):  # a channel axis
         image = image.squeeze(0 if image.shape[0] == 1 else 2)
@@ -168,7 +127,7 @@ def _pack(class_files, packed, origin, progress):
     except UserError as error:
         raise UserError(f"{error}; --cache-dir keeps the packed copy elsewhere") from None
     try:
-        with directory_to_be(packed) as folder:
+        with atomic_directory(packed) as folder:
             writer = PackedWriter(folder, (len(paths), *first.shape), class_files, origin)
             for path, label in tqdm(
                 paths, desc="pack", unit="img", disable=None if progress else True
@@ -189,6 +148,43 @@ def _pack(class_files, packed, origin, progress):
             shutil.rmtree(stale, ignore_errors=True)
 
 
+def _folder_fingerprint(class_files):
+    digest = hashlib.sha256(f"format {FORMAT}\n".encode())
+    for class_name, paths in class_files.items():
+        for path in paths:
+            status = path.stat()
+            line = f"{class_name}/{path.name}\0{status.st_size}\0{status.st_mtime_ns}\n"
+            digest.update(line.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+# Opening
+
+
+def load(path, cache_dir=None, progress=True):
+    """Open a data set in either layout; a folder that is not packed yet is packed first.
+
+    Parameters
+    ----------
+    path : folder in the folder layout or the packed layout.
+    cache_dir : where packed copies of folders are kept; by default `<path>/.packed`.
+
+    Returns a `Dataset`. Raises UserError, naming the path and the remedy, for a missing or empty
+    folder, a file that holds no image, images of several sizes, NaN or infinite pixels.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"no data set at {path}: give a folder of class folders, or a packed one")
+    if (path / "dataset.json").exists():
+        return _open_packed(path)
+    class_files = list_classes(path)
+    cache_dir = Path(cache_dir) if cache_dir else path / ".packed"
+    packed = cache_dir / _folder_fingerprint(class_files)[:32]
+    if not (packed / "dataset.json").exists():
+        _pack(class_files, packed, origin=f"folder {path.name}", progress=progress)
+    return _open_packed(packed)
+
+
 def _open_packed(folder):
     description = read_json(folder / "dataset.json")
     class_names = description.get("class_names")
@@ -200,7 +196,7 @@ def _open_packed(folder):
         and isinstance(fingerprint, str)
     )
     if not valid:
-        raise UserError(f"{folder}/dataset.json is not of this version: make the data set again")
+        raise UserError(f"{folder}/dataset.json is of another version: rebuild the data set")
     images, labels, hashes = (
         read_npy(folder / f"{name}.npy") for name in ("images", "labels", "hashes")
     )
@@ -209,27 +205,30 @@ def _open_packed(folder):
         raise UserError(f"{folder}/images.npy: expected (N, H, H) float32, got {images.shape}")
     for name, array, dtype in (("labels", labels, np.int64), ("hashes", hashes, np.uint64)):
         if array.shape != (n,) or array.dtype != dtype:
-            raise UserError(f"{folder}/{name}.npy does not match images.npy: make the set again")
+            raise UserError(f"{folder}/{name}.npy does not match images.npy: rebuild the data set")
     if n and not 0 <= labels.min() <= labels.max() < len(class_names):
-        raise UserError(f"{folder}/labels.npy has values out of range: make the set again")
+        raise UserError(f"{folder}/labels.npy has values out of range: rebuild the data set")
     for start in range(0, n, CHECK_BLOCK):
         if not np.isfinite(images[start : start + CHECK_BLOCK]).all():
-            raise UserError(f"{folder}/images.npy has NaN or infinite pixels: make the set again")
+            raise UserError(f"{folder}/images.npy has NaN or infinite pixels: rebuild the data set")
         forget_pages(images)
     origin = str(description.get("origin", ""))
     return Dataset(images, labels, hashes, tuple(class_names), fingerprint, origin)
 
 
+# Choosing rows
+
+
 def split(dataset):
     """Rows of the three parts, about 80/10/10 % of every class: {"train": (n,), ...}, each sorted.
 
-    The content of an image, its float32 pixels, alone decides its part. So a test image stays one
-    whatever else is in the data set, in whatever order or layout, and copies are never on both
-    sides. The same image in other units is another image.
+    The content of an image, its float32 pixels, alone decides its part. So a test image stays a
+    test image whatever else is in the data set, in any order or layout, and copies never fall into
+    two parts. The same image in other units is another image.
     Raises UserError if a part has no image of some class.
     """
-    share = dataset.hashes / 2.0**64  # uniform in [0, 1)
-    part_of_row = np.digitize(share, (0.8, 0.9))
+    place = dataset.hashes / 2.0**64  # uniform in [0, 1)
+    part_of_row = np.digitize(place, (0.8, 0.9))
     parts = {part: np.flatnonzero(part_of_row == i) for i, part in enumerate(PARTS)}
     for label, class_name in enumerate(dataset.class_names):
         of_class = dataset.labels == label
@@ -242,55 +241,64 @@ def split(dataset):
     return parts
 
 
+def rows_of_classes(dataset, rows, names):
+    """Those of `rows` whose class is among `names`; UserError for an unknown class."""
+    for name in names:
+        if name not in dataset.class_names:
+            found = ", ".join(dataset.class_names)
+            raise UserError(f"--classes {name}: no such class folder in the data (found: {found})")
+    labels = [dataset.class_names.index(name) for name in names]
+    return rows[np.isin(dataset.labels[rows], labels)]
+
+
+def fraction_of_each_class(labels, rows, fraction, seed):
+    """A random fraction of the `rows` of every class, at least two of each."""
+    rng = np.random.default_rng(seed)
+    kept = []
+    for label in np.unique(labels[rows]):
+        of_class = rng.permutation(rows[labels[rows] == label])
+        kept.append(of_class[: max(2, round(fraction * len(of_class)))])
+    return np.sort(np.concatenate(kept))
+
+
+def rows_to_evaluate(dataset, run, whole):
+    """The rows that weights may be scored on: the test part, or with `whole` all rows.
+
+    `run` is what the weights file says of its training. Raises UserError if the weights were
+    trained under another split or, with `whole`, on this very data.
+    """
+    if whole:
+        if run.get("data_fingerprint") == dataset.fingerprint:
+            raise UserError("--split all: the weights were trained on this data; use --split test")
+        return np.arange(len(dataset.labels))
+    check_split(run)
+    return split(dataset)["test"]
+
+
 def check_split(run):
-    """UserError unless the training that weights say they come from (`run`) used this split."""
+    """UserError unless the training that a weights file describes (`run`) used this split."""
     if run.get("split") != SPLIT:
         raise UserError("the weights were trained under another split of the data: train again")
 
 
-def add_data_arguments(parser):
-    """The options with which every script names its data."""
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data", type=Path, required=True, help="data set: folder of class folders, or packed"
-    )
-    group.add_argument(
-        "--cache-dir", type=Path, default=None,
-        help="where a folder's packed copy is kept (default: .packed inside the folder)",
-    )  # fmt: skip
+def check_size(path, network, dataset, remedy=""):
+    """UserError, naming the weights, if the data's images have another size than the network's."""
+    if network.img_size != dataset.img_size:
+        raise UserError(
+            f"{path} is for images of {network.img_size} pixels, the data has "
+            f"{dataset.img_size}{remedy}"
+        )
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Pack a folder of .npy images, if it has not been, and say what it holds.",
-        epilog=EXAMPLE,
-    )
-    add_data_arguments(parser)
-    parser.add_argument(
-        "--out", type=Path, metavar="JSON",
-        help="description to leave; a file that says the same already is not touched",
-    )  # fmt: skip
-    parser.add_argument("--device", default="auto", help="accepted like everywhere; always the CPU")
-    return parser.parse_args(argv)
+def class_order(class_names, dataset, path):
+    """Place of each of the data's classes among a model's `class_names`, (classes,) int.
 
-
-def main(argv=None):
-    args = parse_args(argv)
-    dataset = load(args.data, args.cache_dir)
-    parts = split(dataset)
-    counts = {
-        class_name: {part: int((dataset.labels[rows] == k).sum()) for part, rows in parts.items()}
-        for k, class_name in enumerate(dataset.class_names)
-    }
-    size = dataset.img_size
-    print(f"{len(dataset.labels)} images of {size}×{size} pixels, {dataset.origin}")
-    for class_name, by_part in counts.items():
-        print(f"  {class_name}: " + ", ".join(f"{n} {part}" for part, n in by_part.items()))
-    if args.out:
-        described = {"fingerprint": dataset.fingerprint, "img_size": size, "images": counts}
-        if not args.out.exists() or read_json(args.out) != described:
-            write_json(args.out, described)
-
-
-if __name__ == "__main__":
-    run(main)
+    Raises UserError, naming the weights at `path`, if their classes are not those of the data.
+    """
+    for name in dataset.class_names:
+        if name not in class_names:
+            raise UserError(f"{path} knows the classes {', '.join(class_names)}, not {name}")
+    for name in class_names:
+        if name not in dataset.class_names:
+            raise UserError(f"the data has no class folder {name}, which {path} was trained on")
+    return np.array([class_names.index(name) for name in dataset.class_names])

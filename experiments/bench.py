@@ -1,9 +1,9 @@
 """How fast the project is: ratios to its peers and to what the machine could do.
 
 Both sides of a row run in turn, on the same threads and images, and the medians are compared. They
-share this process; but Hugging Face's training steps have one of their own, where memory is managed
-as it comes. Peers come from requirements-bench.txt; the row of one that is not installed stays
-empty.
+share this process, except for Hugging Face's training steps, which have one of their own with the
+C library's default memory management. Peers come from requirements-bench.txt; without a peer its
+row stays empty.
 Leaves bench.json and bench.md in --out.
 """
 
@@ -14,6 +14,7 @@ import json
 import math
 import multiprocessing
 import platform
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -25,20 +26,21 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-import data
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate
 import export
 import finetune
 import predict
 import simulate
-import train
-import weights
-from files import UserError, make_folder, run, write_json, write_text
-from mae import MAE, Classifier, set_attention_form
+from lib import data, lenses, metrics, optim, options, weights
+from lib.device import Precision, bfloat16_is_fast, resolve_device, seconds_of
+from lib.files import make_folder, run, write_json, write_text
+from lib.loader import batch_reader, fit_transform, in_batches
+from mae import MAE, Classifier, IntensityTransform, set_attention_form
 
 EXAMPLE = """examples:
-  python bench.py --out runs/bench
-  python bench.py --out runs/bench --rows pretraining finetuning --repeats 9"""
+  python experiments/bench.py --out runs/bench
+  python experiments/bench.py --out runs/bench --rows pretraining finetuning --repeats 9"""
 
 # The network of every row.
 SIZE = {"img_size": 64, "patch_size": 8, "embed_dim": 192, "depth": 6, "num_heads": 3}
@@ -51,7 +53,7 @@ RENDERED = {"no_sub": 20, "cdm": 20, "axion": 5}  # images that lenstronomy rend
 WANTED_AUC = 0.99
 AUC_PER_CLASS = 10_000
 AUC_CHECKED_EVERY = 50  # steps of the peer
-AUC_PATIENCE = 5  # times our seconds, until the peer is given up
+AUC_PATIENCE = 5  # times our seconds, after which the peer is stopped
 OUR_RECIPE = ("--epochs", "1", "--validations", "1")
 
 
@@ -61,13 +63,13 @@ OUR_RECIPE = ("--epochs", "1", "--validations", "1")
 def seconds_in_turn(functions, repeats, device=None, pause=0.0):
     """Median seconds of each function, {name: seconds}; all run once to warm up, then in turn.
 
-    A `pause` in between lets threads go to sleep that wait for more work at full speed.
+    A `pause` before each lets threads fall asleep that would otherwise wait actively for work.
     """
     seconds = {name: [] for name in functions}
     for repeat in range(repeats + 1):
         for name, function in functions.items():
             time.sleep(pause)
-            took = train.seconds_of(function, device or torch.device("cpu"))
+            took = seconds_of(function, device or torch.device("cpu"))
             if repeat:
                 seconds[name].append(took)
     return {name: float(np.median(values)) for name, values in seconds.items()}
@@ -85,15 +87,15 @@ def matmul_peak(dtype, device):
     """Floating-point operations a second of large matrix products, the best of many."""
     n = 1024 if device.type == "cpu" else 8192
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    best = min(train.seconds_of(lambda: a @ b, device) for _ in range(20))
+    best = min(seconds_of(lambda: a @ b, device) for _ in range(20))
     return 2 * n**3 / best
 
 
 def block_operations(tokens, width, context=0):
-    """Multiplications and additions of a transformer block on `tokens` tokens of one image, the
-    first `context` of which are only looked at."""
-    looking = tokens - context
-    return 2 * ((3 * tokens + 9 * looking) * width**2 + 2 * looking * tokens * width)
+    """Multiplications and additions of a transformer block on `tokens` tokens of one image; the
+    first `context` serve as keys and values only."""
+    queries = tokens - context
+    return 2 * ((3 * tokens + 9 * queries) * width**2 + 2 * queries * tokens * width)
 
 
 def step_operations(kept):
@@ -114,18 +116,18 @@ def step_operations(kept):
 
 
 def our_step(model, loss_of, precision, device, muon):
-    """A step as `train.fit` makes it; without `muon` AdamW has the matrices too."""
+    """A step as `loop.fit` makes it; without `muon` AdamW has the matrices too."""
     set_attention_form(model, precision.attention)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = train.parameter_groups(named, 0.05)
+    groups = optim.parameter_groups(named, 0.05)
     if not muon:
         groups = [{**group, "matrix": False} for group in groups]
-    optimizers = train.new_optimizers(groups, 1e-4, (0.9, 0.95))
+    optimizers = optim.new_optimizers(groups, 1e-4, (0.9, 0.95))
 
     def step():
         with precision.autocast(device):
             loss = loss_of()
-        train.update(loss, optimizers, precision, device)
+        optim.update(loss, optimizers, precision, device)
 
     return step
 
@@ -194,7 +196,7 @@ peer_made_once = functools.cache(hugging_face)
 
 def peer_in_worker(*arguments):
     """Make a step of `hugging_face(*arguments)`, in the process that this is called in."""
-    train.seconds_of(peer_made_once(*arguments), arguments[-1])  # waits until it is done
+    seconds_of(peer_made_once(*arguments), arguments[-1])  # waits until it is done
 
 
 # Rows: each yields (what, against what, {"ratio", and what else there is to say})
@@ -218,9 +220,9 @@ def installed(package):
 
 
 def precisions(device):
-    """What our steps may be computed in here, as `train.choose_precision` would consider it."""
-    names = ["float32", "bfloat16"] if train.bfloat16_is_fast(device) else ["float32"]
-    return [train.Precision(n, form) for n in names for form in ("fused", "plain")]
+    """What our steps may be computed in here, the formats that `device.choose_precision` chooses from, with both kernels."""
+    names = ["float32", "bfloat16"] if bfloat16_is_fast(device) else ["float32"]
+    return [Precision(n, form) for n in names for form in ("fused", "plain")]
 
 
 def steps(bench, kind, title):
@@ -283,9 +285,9 @@ def inference(bench):
     """The exported classifier against PyTorch, and its smaller versions against it."""
     model = Classifier(**SIZE, pool="stats").eval()
     images = {b: np.random.default_rng(0).random((b, 1, 64, 64), np.float32) for b in (1, 256)}
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4
+    session_options = onnxruntime.SessionOptions()
+    session_options.intra_op_num_threads = torch.get_num_threads()
+    session_options.log_severity_level = 4
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         path = Path(folder) / "float32.onnx"
         export.write_onnx(export.Probabilities(model).eval(), path, {})
@@ -295,7 +297,7 @@ def inference(bench):
             copy.write_bytes(path.read_bytes())
             if precision != "float32":
                 export.reduce_precision(copy, precision, images[256], {})
-            sessions[precision] = onnxruntime.InferenceSession(copy.read_bytes(), options)
+            sessions[precision] = onnxruntime.InferenceSession(copy.read_bytes(), session_options)
         for batch, array in images.items():
             tensor, calls = torch.from_numpy(array), -(-64 // batch)
             functions = {"torch": lambda t=tensor: model(t).softmax(dim=1)}
@@ -328,8 +330,8 @@ def rendering(bench):
     for class_name, peer_images in RENDERED.items():
         what, against = f"rendering an image, {class_name}", "lenstronomy"
         count = 500
-        source, masses, _ = simulate.sample(class_name, count, np.random.default_rng(0))
-        functions = {"ours": lambda s=source, m=masses: simulate.render(s, m, dtype=torch.float32)}
+        source, masses, _ = lenses.sample(class_name, count, np.random.default_rng(0))
+        functions = {"ours": lambda s=source, m=masses: lenses.render(s, m, dtype=torch.float32)}
         if peer:
 
             def peer_renders(source=source, masses=masses, images=peer_images):
@@ -358,19 +360,19 @@ def lenstronomy_renderer():
     from lenstronomy.LensModel.lens_model import LensModel
     from lenstronomy.LightModel.light_model import LightModel
 
-    camera = simulate.INSTRUMENTS["Model_II"]
-    pixels, scale, factor = camera.pixels, camera.pixel_scale, simulate.deflection_factor()
+    camera = lenses.INSTRUMENTS["Model_II"]
+    pixels, scale, factor = camera.pixels, camera.pixel_scale, lenses.deflection_factor()
     corner = -(pixels - 1) / 2 * scale
     frame = ImageData(
         np.zeros((pixels, pixels)), ra_at_xy_0=corner, dec_at_xy_0=corner,
         transform_pix2angle=np.eye(2) * scale,
     )  # fmt: skip
     psf = PSF("GAUSSIAN", fwhm=camera.psf_fwhm, pixel_size=scale)
-    e1, e2 = simulate.LENS_ELLIPTICITY
-    galaxy = {"theta_E": factor * simulate.einstein_radius(simulate.LENS_MASS), "e1": e1, "e2": e2}
-    shear = {"gamma1": factor * simulate.SHEAR[0], "gamma2": factor * simulate.SHEAR[1]}
-    e1, e2 = simulate.SOURCE_ELLIPTICITY
-    light = {"amp": 1.0, "R_sersic": simulate.SOURCE_RADIUS, "n_sersic": 1.0, "e1": e1, "e2": e2}
+    e1, e2 = lenses.LENS_ELLIPTICITY
+    galaxy = {"theta_E": factor * lenses.einstein_radius(lenses.LENS_MASS), "e1": e1, "e2": e2}
+    shear = {"gamma1": factor * lenses.SHEAR[0], "gamma2": factor * lenses.SHEAR[1]}
+    e1, e2 = lenses.SOURCE_ELLIPTICITY
+    light = {"amp": 1.0, "R_sersic": lenses.SOURCE_RADIUS, "n_sersic": 1.0, "e1": e1, "e2": e2}
 
     def render(source, point_masses):
         masses = [
@@ -390,16 +392,16 @@ def head(bench):
     images = torch.rand(HEAD_IMAGES, 1, 64, 64, device=bench.device)
     labels = torch.arange(HEAD_IMAGES, device=bench.device) % 3
     model = Classifier(**SIZE, pool="stats").to(bench.device)
-    precision = train.Precision("float32", "fused")
+    precision = Precision("float32", "fused")
 
     def train_head(features_of):
-        optimizers = train.new_optimizers(
-            train.parameter_groups(model.fc.named_parameters(), 0.05), 1e-3, (0.9, 0.999)
+        optimizers = optim.new_optimizers(
+            optim.parameter_groups(model.fc.named_parameters(), 0.05), 1e-3, (0.9, 0.999)
         )
         for _ in range(HEAD_EPOCHS):
             for start in range(0, HEAD_IMAGES, 64):
                 loss = F.cross_entropy(model.fc(features_of(start)), labels[start : start + 64])
-                train.update(loss, optimizers, precision, bench.device)
+                optim.update(loss, optimizers, precision, bench.device)
 
     @torch.no_grad()
     def encoded(start, batch=64):
@@ -421,12 +423,12 @@ def packing(bench):
     per_class = max(1, bench.files // 3)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "lenses"
-        simulate.write_folder(folder, simulate.simulate("Model_II", per_class, 0, progress=False))
+        simulate.write_folder(folder, lenses.simulate("Model_II", per_class, 0, progress=False))
         paths = [path for files in data.list_classes(folder).values() for path in files]
         start = time.perf_counter()
         dataset = data.load(folder, progress=False)
         packed_in = time.perf_counter() - start
-        read = train.batch_reader(dataset.images, torch.device("cpu"))
+        read = batch_reader(dataset.images, torch.device("cpu"))
 
         class Files(torch.utils.data.Dataset):
             def __len__(self):
@@ -461,7 +463,7 @@ def time_to_auc(bench):
     what = f"time to macro AUC {WANTED_AUC}"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "lenses"
-        batches = simulate.simulate("Model_II", bench.auc_per_class, 0, progress=False)
+        batches = lenses.simulate("Model_II", bench.auc_per_class, 0, progress=False)
         simulate.write_packed(folder, batches, bench.auc_per_class, "Model_II", "bench")
         dataset = data.load(folder)
         test = data.split(dataset)["test"]
@@ -475,7 +477,7 @@ def time_to_auc(bench):
         own_seconds = time.perf_counter() - start
         model, _ = weights.load_classifier(out / "vit-mae-classifier-wt.pth")
         probabilities = evaluate.predict_probabilities(model, dataset.images, test, bench.device)
-        auc = float(np.mean(evaluate.auc_by_class(probabilities, dataset.labels[test])))
+        auc = float(np.mean(metrics.auc_by_class(probabilities, dataset.labels[test])))
         note = f"{own_seconds:.0f} s to {auc:.4f}, whole run included"
         if not installed("transformers"):
             yield absent(what, "Hugging Face in a DataLoader loop", "transformers") | {"note": note}
@@ -501,7 +503,7 @@ def peer_seconds_to_auc(dataset, test, batch, bench, limit):
     import transformers
 
     device, rows = bench.device, data.split(dataset)["train"]
-    transform = train.IntensityTransform(**train.fit_transform(dataset.images, rows, "log"))
+    transform = IntensityTransform(**fit_transform(dataset.images, rows, "log"))
     transform.to(device)
     torch.manual_seed(0)
     size = {"img_size": dataset.img_size, **DEFAULT_SIZE}
@@ -533,9 +535,9 @@ def peer_seconds_to_auc(dataset, test, batch, bench, limit):
         if count % AUC_CHECKED_EVERY == 0:
             seconds += time.perf_counter() - begun
             model.eval()
-            probabilities = train.in_batches(logits_of, test).softmax(dim=1).numpy()
+            probabilities = in_batches(logits_of, test).softmax(dim=1).numpy()
             model.train()
-            auc = np.mean(evaluate.auc_by_class(probabilities, dataset.labels[test]))
+            auc = np.mean(metrics.auc_by_class(probabilities, dataset.labels[test]))
             if auc >= WANTED_AUC:
                 return seconds
             if seconds >= limit:
@@ -558,7 +560,7 @@ class Bench:
     """What the rows have in common; the matmul peaks are measured once."""
 
     def __init__(self, args):
-        self.device, self.repeats = train.resolve_device(args.device), args.repeats
+        self.device, self.repeats = resolve_device(args.device), args.repeats
         self.files, self.auc_per_class = args.files, args.auc_per_class
         self.peaks = {}
 
@@ -596,7 +598,7 @@ def table(rows):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=train.HelpFormatter
+        description=__doc__, epilog=EXAMPLE, formatter_class=options.HelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="what to time")
@@ -606,11 +608,9 @@ def parse_args(argv=None):
         "--auc-per-class", type=int, default=AUC_PER_CLASS, help="images of the row time_to_auc"
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights and images")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    options.add_device_argument(parser)
     args = parser.parse_args(argv)
-    for name in ("repeats", "files", "auc_per_class"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
+    options.check_numbers(args)
     return args
 
 

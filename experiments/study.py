@@ -1,9 +1,8 @@
 """Experiments that explain the figures: what pre-training buys, what decides it, where it fails.
 
-Every experiment trains with the project's own scripts, one run a folder in --out; runs that are
-there already are not repeated, and one that was stopped goes on. The results are kept in --results
-(see results.py). Choices are never made here: each run is looked at on the test split once, with
-the weights that validation chose.
+Every experiment trains with the project's own scripts, one run a folder in --out. Finished runs are
+not repeated, and a stopped run resumes. The results are kept in --results (see results.py). Nothing
+is chosen here: each run is scored on the test split once, with the weights that validation chose.
 """
 
 import argparse
@@ -13,6 +12,7 @@ import json
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,22 +20,20 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
-import augment
-import data
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate
 import finetune
 import pretrain
-import reconstruct
-import results
 import simulate
-import train
-import weights
-from files import UserError, make_folder, read_json, run, sha256_of, write_json
+from experiments import results
+from lib import augment, data, lenses, metrics, options, residuals, weights
+from lib.device import choose_precision, resolve_device
+from lib.files import UserError, make_folder, read_json, run, sha256_of, write_json
 from mae import POOLINGS
 
 EXAMPLE = """examples:
-  python study.py --data lenses --out runs/study
-  python study.py --data lenses --out runs/study --only labels mask_ratio --seeds 0"""
+  python experiments/study.py --data lenses --out runs/study
+  python experiments/study.py --data lenses --out runs/study --only labels mask_ratio --seeds 0"""
 
 STRATEGIES = ("head", "layernorm", "full")
 # Epochs from scratch that cost at least as much processor time as pre-training and fine-tuning.
@@ -53,7 +51,7 @@ FRESH_SEED = 1000  # of images simulated for testing; training data has other se
 
 
 class Lab(NamedTuple):
-    """Where a study reads and writes, and what every run of it has in common."""
+    """Where a study reads and writes, and what its runs have in common."""
 
     data: Path
     dataset: data.Dataset  # what `data` holds
@@ -70,14 +68,15 @@ class Lab(NamedTuple):
 
 
 def trained(script, out, arguments, file, source=""):
-    """Weights file of a run of `script`, made now unless the same run has been made before.
+    """Weights file of a run of `script`; an identical run that is finished is not repeated.
 
-    `source` names what the run starts from beside its options. A run of other options, or of
-    another source, is done anew.
+    `source` identifies the weights that the run starts from. A run of other options, of other
+    defaults or of another source is replaced.
     """
     argv = [*map(str, arguments), "--out", str(out), "--resume"]
-    options = {k: str(v) for k, v in vars(script.parse_args(argv)).items()}
-    identity = hashlib.sha256(json.dumps([options, source]).encode()).hexdigest()
+    given = {k: str(v) for k, v in vars(script.parse_args(argv)).items()}
+    defaults = [getattr(script, name, None) for name in ("DEFAULTS", "CONTINUING")]
+    identity = hashlib.sha256(json.dumps([given, defaults, source]).encode()).hexdigest()
     marker = out / "study.json"
     if marker.exists() and read_json(marker).get("identity") != identity:
         shutil.rmtree(out)
@@ -100,7 +99,7 @@ def pretrained(lab, name, seed, *options, images=None):
 def finetuned(lab, name, seed, strategy, start, *options, images=None):
     """Weights of a fine-tuning that starts from the MAE `start`, or from "none".
 
-    The LayerNorms go on from the head's run, which is made first.
+    `layernorm` continues from the head's run, which comes first.
     """
     if strategy == "layernorm":
         start = finetuned(lab, name, seed, "head", start, images=images)
@@ -114,48 +113,48 @@ def finetuned(lab, name, seed, strategy, start, *options, images=None):
     )  # fmt: skip
 
 
-def looked_at_once(look):
-    """Keep what `look(lab, path, dataset, whole)` gives, a dict, beside the weights `path`.
+def cached_result(measure):
+    """Keep the dict that `measure(lab, path, dataset, whole)` returns beside the weights `path`.
 
-    A run that is there already is not measured again. `whole` takes all images of the data set in
-    place of its test split.
+    A later call reads it from there. `whole` measures on all images of the data set instead of its
+    test split.
     """
 
-    @functools.wraps(look)
-    def kept(lab, path, dataset, whole=False):
+    @functools.wraps(measure)
+    def cached(lab, path, dataset, whole=False):
         if not dataset.fingerprint:  # simulated for one use
-            return look(lab, path, dataset, whole)
+            return measure(lab, path, dataset, whole)
         part = "all" if whole else "test"
-        file = path.parent / f"{look.__name__}-{part}-{dataset.fingerprint}.json"
+        file = path.parent / f"{measure.__name__}-{part}-{dataset.fingerprint}.json"
         if not file.exists():
-            write_json(file, look(lab, path, dataset, whole))
+            write_json(file, measure(lab, path, dataset, whole))
         return read_json(file)
 
-    return kept
+    return cached
 
 
-@looked_at_once
+@cached_result
 def measured(lab, path, dataset, whole):
     """AUC of each class, macro AUC and accuracy (%) of a classifier."""
     model, content = weights.load_classifier(path)
     rows = rows_to_test_on(dataset, content, whole)
-    labels = evaluate.labels_for(content["class_names"], dataset, path)[rows]
+    labels = data.class_order(content["class_names"], dataset, path)[dataset.labels[rows]]
     probabilities = evaluate.predict_probabilities(model, dataset.images, rows, lab.device)
-    *aucs, macro, accuracy = evaluate.measures(probabilities, labels).tolist()
+    *aucs, macro, accuracy = metrics.measures(probabilities, labels).tolist()
     by_class = {f"AUC {name}": auc for name, auc in zip(content["class_names"], aucs, strict=True)}
     return {**by_class, "macro AUC": macro, "accuracy %": 100 * accuracy}
 
 
-@looked_at_once
+@cached_result
 def residual_auc(lab, path, dataset, whole):
-    """AUC of an MAE's residual, which knows no labels: all substructure, and each kind of it."""
-    content, residuals, _ = reconstruct.residual_reader(
+    """AUC of an MAE's residual, which needs no labels: all substructure, and each kind of it."""
+    content, residuals_of, _ = residuals.residual_reader(
         path, dataset, lab.device, mask_ratio=0.75, rounds=2, seed=0
     )
     rows = rows_to_test_on(dataset, content, whole)
     labels, smooth = dataset.labels[rows], dataset.class_names.index("no_sub")
-    scores = reconstruct.scores_of(residuals, rows)
-    aucs = reconstruct.auc_by_kind(scores, labels != smooth, labels, dataset.class_names)
+    scores = residuals.scores_of(residuals_of, rows)
+    aucs = residuals.auc_by_kind(scores, labels != smooth, labels, dataset.class_names)
     return {f"residual AUC {name}": float(auc) for name, auc in aucs.items()}
 
 
@@ -189,15 +188,15 @@ def summary(lab, strategy, path, dataset):
 
 
 def pretraining_epochs(lab):
-    """Epochs of the study's usual pre-training on its own data."""
-    options = pretrain.parse_args(["--data", "", "--out", "", *lab.pretraining])
+    """Epochs of the study's default pre-training on its own data."""
+    args = pretrain.parse_args(["--data", "", "--out", "", *lab.pretraining])
     rows = data.split(lab.dataset)["train"]
-    images = len(pretrain.rows_of_classes(lab.dataset, rows, options.classes))
-    return pretrain.epochs_of(options, images)
+    images = len(pretrain.rows_to_learn_from(lab.dataset, rows, args.classes))
+    return pretrain.epochs_for(args, images)
 
 
 def on_all_classes(lab):
-    """Options of a pre-training on all classes that takes as many steps as the usual one."""
+    """Options of a pre-training on all classes that takes as many steps as the default one."""
     return ["--classes", "all", "--epochs", max(1, round(pretraining_epochs(lab) / 3))]
 
 
@@ -259,7 +258,7 @@ def without_labels(lab):
 def labels(lab):
     """Part of the training labels: how many does pre-training save?
 
-    "All classes": pre-trained on the images of all classes, none of whose labels are looked at.
+    "All classes": pre-trained on the images of all classes, without their labels.
     All runs validate on the whole validation part, three times, whatever labels they train on.
     """
     rows = []
@@ -314,13 +313,13 @@ def choices(lab):
         row = chain(lab, *arguments, strategies=("head", "full"), **options)
         rows.append({"run": run, "seed": seed, **row})
 
-    add("as the scripts have it", "base", seed)
-    usual = finetune.parse_args(
+    add("defaults", "base", seed)
+    default = finetune.parse_args(
         ["--data", "", "--out", "", "--pretrained", "none", "--strategy", "full"]
     )
     start = pretrained(lab, "base", seed)
     for pool in POOLINGS:
-        if pool != usual.pool:
+        if pool != default.pool:
             row = {"run": f"pooling {pool}", "seed": seed}
             for strategy in ("head", "full"):
                 path = finetuned(lab, f"pool-{pool}", seed, strategy, start, "--pool", pool)
@@ -362,16 +361,16 @@ def real_images(lab):
 
 def disturbed_images():
     """{what was done: images (3 · ROBUSTNESS_PER_CLASS, 64, 64)}, the same lenses in each."""
-    euclid = simulate.INSTRUMENTS["Model_II"]
+    euclid = lenses.INSTRUMENTS["Model_II"]
 
     def fresh(psf=1.0):
         instrument = euclid._replace(psf_fwhm=psf * euclid.psf_fwhm)
-        parts = simulate.simulate(instrument, ROBUSTNESS_PER_CLASS, FRESH_SEED)
+        parts = lenses.simulate(instrument, ROBUSTNESS_PER_CLASS, FRESH_SEED)
         return np.concatenate([images for _, images, _ in parts])
 
     rng, images = np.random.default_rng(FRESH_SEED), fresh()
     exposure = torch.from_numpy(images / euclid.copies)
-    noisy = simulate.observe(exposure, euclid, True, rng).numpy() * euclid.copies
+    noisy = lenses.observe(exposure, euclid, True, rng).numpy() * euclid.copies
     angle = torch.from_numpy(rng.uniform(0, 2 * np.pi, len(images))).float()
     turned = augment.move(torch.from_numpy(images)[:, None], angle, torch.zeros(len(images), 2))
     return {
@@ -387,9 +386,9 @@ def disturbed_images():
 
 def as_dataset(images, per_class):
     """A `data.Dataset` of freshly simulated images, sorted by class."""
-    labels = np.repeat(np.arange(len(simulate.CLASS_NAMES)), per_class)
+    labels = np.repeat(np.arange(len(lenses.CLASS_NAMES)), per_class)
     hashes = np.zeros(len(images), np.uint64)  # never split
-    return data.Dataset(images, labels, hashes, simulate.CLASS_NAMES, "", "freshly simulated")
+    return data.Dataset(images, labels, hashes, lenses.CLASS_NAMES, "", "freshly simulated")
 
 
 def instruments(lab):
@@ -418,20 +417,20 @@ def mistakes(lab):
 
     On images simulated for this. AUC is that of a bin's images against all of the other classes.
     """
-    parts = simulate.simulate("Model_II", MISTAKES_PER_CLASS, FRESH_SEED + 1)
+    parts = lenses.simulate("Model_II", MISTAKES_PER_CLASS, FRESH_SEED + 1)
     images = np.concatenate([images for _, images, _ in parts])
     truth = as_dataset(images, MISTAKES_PER_CLASS).labels
     strengths, rows = substructure_strengths(), []
     for seed in lab.seeds:
         path = finetuned(lab, "base", seed, "full", pretrained(lab, "base", seed))
         model, content = weights.load_classifier(path)
-        if tuple(content["class_names"]) != simulate.CLASS_NAMES:
+        if tuple(content["class_names"]) != lenses.CLASS_NAMES:
             raise UserError("mistakes: the study's data must have the classes of simulate.py")
         probabilities = evaluate.predict_probabilities(
             model, images, np.arange(len(images)), lab.device
         )
         for class_name, (quantity, values) in strengths.items():
-            k = simulate.CLASS_NAMES.index(class_name)
+            k = lenses.CLASS_NAMES.index(class_name)
             correct = probabilities[truth == k].argmax(axis=1) == k
             edges = np.quantile(values, np.linspace(0, 1, STRENGTH_BINS + 1))
             bins = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, STRENGTH_BINS - 1)
@@ -454,13 +453,13 @@ def substructure_strengths():
     """{class: (quantity, its value for each of the images that `mistakes` simulates)}."""
     draws = {
         name: [parameters for _, parameters in
-               simulate.draw(name, MISTAKES_PER_CLASS, FRESH_SEED + 1)]
+               lenses.draw(name, MISTAKES_PER_CLASS, FRESH_SEED + 1)]
         for name in ("axion", "cdm")
     }  # fmt: skip
     axion_mass = np.concatenate([mass for _, _, mass in draws["axion"]])
     radius, x, y = np.concatenate([masses for _, masses, _ in draws["cdm"]]).transpose(2, 0, 1)
-    mass = (radius / simulate.einstein_radius(1.0)) ** 2
-    ring = simulate.einstein_radius(simulate.LENS_MASS) * simulate.deflection_factor()
+    mass = (radius / lenses.einstein_radius(1.0)) ** 2
+    ring = lenses.einstein_radius(lenses.LENS_MASS) * lenses.deflection_factor()
     near = np.abs(np.hypot(x, y) - ring) < RING_WIDTH
     return {
         "axion": ("log10 m / eV", np.log10(axion_mass)),
@@ -469,21 +468,21 @@ def substructure_strengths():
 
 
 EXPERIMENTS = {
-    "strategies": strategies,
-    "scratch": scratch,
-    "without_labels": without_labels,
-    "labels": labels,
-    "mask_ratio": mask_ratio,
-    "pretraining_images": pretraining_images,
-    "choices": choices,
-    "real_images": real_images,
-    "instruments": instruments,
-    "mistakes": mistakes,
+    function.__name__: function
+    for function in (
+        strategies, scratch, without_labels, labels, mask_ratio, pretraining_images, choices,
+        real_images, instruments, mistakes,
+    )
+}  # fmt: skip
+# What pictures draw against what; the other experiments' have a dot a run.
+DRAWN = {
+    "labels": {"x": "labels", "label": "training labels", "logarithmic": True, "y": "macro AUC"},
+    "mistakes": {"x": "strength", "label": None, "logarithmic": False, "y": "AUC"},
 }
 
 
 def commit():
-    """The commit that is checked out beside this file, or "unknown"."""
+    """The commit of this checkout, or "unknown"."""
     try:
         process = subprocess.run(
             ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
@@ -496,9 +495,9 @@ def commit():
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=train.HelpFormatter
+        description=__doc__, epilog=EXAMPLE, formatter_class=options.HelpFormatter
     )
-    data.add_data_arguments(parser)
+    options.add_data_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--results", type=Path, default=Path("docs/results"), help="what is kept")
     parser.add_argument(
@@ -517,9 +516,9 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="of every run; auto: bfloat16 if this machine is faster in it",
+        help="of every run; auto: bfloat16 where the machine is fast in it",
     )  # fmt: skip
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    options.add_device_argument(parser)
     args = parser.parse_args(argv)
     if min(args.seeds) < 0:
         raise UserError("--seeds must not be negative")
@@ -528,10 +527,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    device = train.resolve_device(args.device)
-    precision = args.precision
-    if precision == "auto":
-        precision = "bfloat16" if train.bfloat16_is_fast(device) else "float32"
+    device = resolve_device(args.device)
+    precision = choose_precision(args.precision, device).name
     cache = ["--cache-dir", str(args.cache_dir)] if args.cache_dir else []
     lab = Lab(
         args.data, data.load(args.data, args.cache_dir),
@@ -544,9 +541,9 @@ def main(argv=None):
         what = EXPERIMENTS[name].__doc__.splitlines()[0]
         print(f"== {name}: {what}", flush=True)
         rows = EXPERIMENTS[name](lab)
-        command = f"python study.py --data {args.data.name} --only {name} --seeds {seeds}"
+        command = f"python experiments/study.py --data {args.data.name} --only {name} --seeds {seeds}"
         made = {"command": command, "commit": commit(), "precision": precision}
-        results.write(args.results, name, what, [made], rows)
+        results.write(args.results, name, what, [made], rows, DRAWN.get(name))
         print(results.table(rows), flush=True)
 
 

@@ -1,8 +1,10 @@
-"""Muon, the optimiser of every weight matrix; vectors are left to torch's AdamW.
+"""What changes the parameters: Muon for matrices, AdamW for vectors, groups and schedule.
 
-torch has a Muon of its own, but it computes in bfloat16 whatever the machine, hundreds of times
-slower where a CPU lacks the units, and one matrix at a time.
+torch has a Muon of its own, but it always computes in bfloat16, which is hundreds of times slower
+on a CPU without the units, and it takes one matrix at a time.
 """
+
+import math
 
 import torch
 
@@ -15,7 +17,7 @@ ITERATIONS = 5
 def orthogonalise(matrices):
     """The nearest matrices (L, m, n) whose singular values are all about one (0.7 to 1.2).
 
-    Newton-Schulz iteration, hence matrix products alone; in bfloat16 inside such an autocast.
+    A Newton-Schulz iteration needs matrix products only; they run in bfloat16 under autocast.
     """
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
@@ -34,7 +36,7 @@ def _directly(x):
 
 
 def _by_gram(x):
-    """The same, but x is multiplied once, by the product of all polynomials of its Gram matrix."""
+    """The same with the products in the Gram matrix's size: 1.35 times faster a Muon step on a CPU."""
     a, b, c = QUINTIC
     gram, product = torch.bmm(x, x.mT), None
     for iteration in range(ITERATIONS):
@@ -47,7 +49,7 @@ def _by_gram(x):
 
 
 def _is_cheaper_by_gram(x):
-    """Matrices much longer than wide; in full float32 only, as squares lose half of the digits."""
+    """For matrices much longer than wide; in float32 only, since squaring loses half the digits."""
     full_precision = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
     return full_precision and x.shape[2] >= 2 * x.shape[1]
 
@@ -56,8 +58,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose every update has all directions of a matrix equally long.
 
     The update has the size of AdamW's, 0.2 an entry (Liu et al. 2025, arXiv:2502.16982, equation
-    4), so both take one learning rate. Query, key and value matrices, which `qkv` holds one above
-    the other, count as three. Convolutions are taken as matrices of one row a filter.
+    4), so both take one learning rate. The query, key and value matrices that `qkv` holds one above
+    the other count as three. A convolution is a matrix with one row a filter.
     """
 
     def __init__(self, groups, lr, momentum=0.95, weight_decay=0.0):
@@ -86,3 +88,49 @@ class Muon(torch.optim.Optimizer):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 size = 0.2 * max(shape) ** 0.5
                 parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * size)
+
+
+def parameter_groups(named_parameters, weight_decay, lr_scale=lambda name: 1.0):
+    """Groups of parameters: matrices with weight decay, everything else without.
+
+    `lr_scale(name)` multiplies the learning rate of a parameter.
+    """
+    groups = {}
+    for name, parameter in named_parameters:
+        is_matrix = parameter.ndim > 1 and not name.endswith("_token")
+        key = (lr_scale(name), is_matrix)
+        decay = weight_decay if is_matrix else 0.0
+        group = {"params": [], "lr_scale": key[0], "matrix": is_matrix, "weight_decay": decay}
+        groups.setdefault(key, group)["params"].append(parameter)
+    return list(groups.values())
+
+
+def new_optimizers(groups, lr, betas):
+    """Muon for the matrices of `groups` and AdamW for the rest, a list without empty ones."""
+    matrices = [group for group in groups if group["matrix"]]
+    others = [group for group in groups if not group["matrix"]]
+    optimizers = [Muon(matrices, lr)] if matrices else []
+    return optimizers + ([torch.optim.AdamW(others, lr, betas, fused=True)] if others else [])
+
+
+def update(loss, optimizers, precision, device):
+    """Let the parameters take a step down the gradient of `loss`."""
+    loss.backward()
+    with precision.autocast(device):
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+def learning_rate(step, steps, peak, warmup_fraction=0.05):
+    """Linear warm-up over the first fraction of the steps, then a cosine to zero."""
+    warmup = max(1, round(warmup_fraction * steps))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def enough_epochs(epochs, fewest_steps, images, batch_size):
+    """`epochs`, or as many as give `fewest_steps` steps where the images are few."""
+    steps_per_epoch = max(1, images // batch_size)
+    return max(epochs, math.ceil(fewest_steps / steps_per_epoch))

@@ -1,0 +1,156 @@
+"""Errors that a user can fix, and files that survive a crash; the standard library alone."""
+
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+MAX_JSON_BYTES = 16 * 2**20
+
+
+class UserError(Exception):
+    """A mistake that the user can fix: its text names the file or flag and the remedy."""
+
+
+def run(main):
+    """Run a script's `main` and exit: 0, or one line on stderr and 2 for a user's mistake."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except OSError as error:  # full disk, missing permission
+        if error.filename is None and error.errno is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+# Writing
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yield a temporary name beside `path`; when the block succeeds, flush the file and rename it.
+
+    After a crash `path` is the old file or the new one, never a part. Raises UserError if the
+    folder cannot be created or written.
+    """
+    path = Path(path)
+    make_folder(path.parent)
+    temporary = _temporary_name(path)
+    try:
+        yield temporary
+        _flush_to_disk(temporary)
+        os.replace(temporary, path)
+        _flush_to_disk(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(path):
+    """Yield a temporary folder beside `path`; when the block succeeds, rename it to `path`.
+
+    Raises UserError if `path` exists and is not an empty folder.
+    """
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} exists already: remove it or choose another folder")
+    make_folder(path.parent)
+    temporary = _temporary_name(path)
+    shutil.rmtree(temporary, ignore_errors=True)
+    make_folder(temporary)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_folder(path):
+    """Create a folder and its parents; UserError if that fails or the folder is not writable."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create folder {path}: {error.strerror}") from None
+    if not os.access(path, os.W_OK):
+        raise UserError(f"cannot write into folder {path}: change its rights or choose another")
+
+
+def write_text(path, text):
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _temporary_name(path):
+    """A name to write under. Removes what killed processes of this host left under such names."""
+    prefix = f".{path.stem}.{platform.node()}-"
+    for leftover in path.parent.glob(f"{glob.escape(prefix)}*.tmp{glob.escape(path.suffix)}"):
+        process = leftover.name.removeprefix(prefix).split(".")[0]
+        if process.isdigit() and not _is_alive(int(process)):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
+    return path.with_name(f"{prefix}{os.getpid()}.tmp{path.suffix}")
+
+
+def _is_alive(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
+def _flush_to_disk(path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# Reading
+
+
+def read_json(path):
+    """The dict in a JSON file; UserError if it is missing, too large, broken or not a dict."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"{path}: larger than a description should be; is it the right file?")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: not valid JSON; create it again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object; create it again")
+    return value
+
+
+def sha256_of(path):
+    """SHA-256 of a file's content, in hexadecimal; UserError if it cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None

@@ -1,0 +1,247 @@
+"""The one training loop.
+
+`fit` knows nothing of masks or classes: it gets the parameters that learn, a function that computes
+the loss of a batch, and a function that validates.
+"""
+
+import itertools
+import math
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from lib import distributed
+from lib.device import Precision, choose_precision
+from lib.files import UserError
+from lib.loader import shuffled
+from lib.optim import learning_rate, new_optimizers, update
+from lib.options import MOST_VALIDATIONS
+from mae import set_attention_form
+
+CHECKPOINT_SECONDS = 30.0
+
+
+def fit(
+    model, groups, batch_loss, validate, rows, run, device, *, betas=(0.9, 0.999), score=None,
+    in_blocks=False,
+):  # fmt: skip
+    """Train `model`; leaves checkpoints and `metrics.jsonl` in the run's folder.
+
+    Parameters
+    ----------
+    model : module whose state is trained and checkpointed.
+    groups : what learns, see `optim.parameter_groups`.
+    batch_loss : (rows (b,), fraction of the steps done) -> dict of scalar tensors, "loss" among
+        them; of several processes each computes its part of the rows.
+    validate : () -> dict of numbers; must not draw from torch's global random numbers.
+    rows : (n,) int, the training rows.
+    run : `run.Run`, whose `args` are those of `options.add_training_arguments`.
+    score : name of the validation figure whose largest value decides which weights are returned;
+        None: the last weights are.
+    in_blocks : see `loader.shuffled`.
+
+    Returns (state dict, history: a list of dicts, the lines of metrics.jsonl, `Precision`).
+    Raises UserError if a figure is not finite; SystemExit 130 or 143 after SIGINT or SIGTERM, with
+    a checkpoint left behind.
+    """
+    args = run.args
+    batch_size = min(args.batch_size, len(rows))
+    check_batch(batch_size, rows)
+    steps_per_epoch = len(rows) // batch_size
+    steps = args.epochs * steps_per_epoch
+    validations = args.validations or min(args.epochs, MOST_VALIDATIONS)
+
+    training = Training(model, new_optimizers(groups, args.lr, betas), run, device)
+    set_attention_form(model, training.precision.attention)
+    if distributed.is_main():
+        print(f"{device}: {training.precision.name}, {training.precision.attention} attention")
+        if training.step:
+            print(f"resumes at step {training.step} of {steps}")
+    loss_of = distributed.averaged(model, batch_loss)
+    batches = batches_from(training.step, rows, batch_size, args, in_blocks)
+
+    bar = progress_bar(run, steps * batch_size, training.step * batch_size)
+    figure, shown = score or "loss", {}
+    with bar, Interruption() as interruption:
+        for batch in batches:
+            lr = learning_rate(training.step, steps, args.lr)
+            loss = training.take_step(loss_of, batch, training.step / steps, lr)
+            epoch = training.step / steps_per_epoch
+            shown |= {"epoch": f"{epoch:.1f}/{args.epochs}", "loss": f"{loss:.5f}"}
+
+            if training.step * validations // steps > (training.step - 1) * validations // steps:
+                line = training.validate(validate, round(epoch, 4), score)
+                run.write_metrics(training.history)
+                shown[f"validation {figure}"] = f"{line[f'validation_{figure}']:.5f}"
+                if distributed.is_main():
+                    left = line["seconds"] * (steps - training.step) / training.step
+                    bar.write(f"{described(line, args.epochs)}; {left:.0f} s left")
+            bar.set_postfix(shown, refresh=False)
+            bar.update(batch_size)
+            if training.checkpoint_is_due() or interruption.signal or training.step == steps:
+                training.save_checkpoint()
+            if interruption.signal:
+                print(f"stopped at step {training.step} of {steps}: resume with --resume",
+                      file=sys.stderr)  # fmt: skip
+                raise SystemExit(128 + interruption.signal)
+    run.write_metrics(training.history)
+    state = training.best["model"] if training.best else model.state_dict()
+    return state, training.history, training.precision
+
+
+class Training:
+    """The state of a training between two steps: what a checkpoint holds, and how it changes."""
+
+    def __init__(self, model, optimizers, run, device):
+        self.model, self.optimizers, self.run, self.device = model, optimizers, run, device
+        self.step, self.history, self.best = 0, [], None
+        self.sums, self.steps_since_validation, elapsed = {}, 0, 0.0
+        self.lr = None
+        if run.checkpoint:
+            elapsed = self._restore(run.checkpoint)
+        else:
+            self.precision = choose_precision(run.args.precision, device)
+        self.begun, self.saved_at = time.perf_counter() - elapsed, time.perf_counter()
+
+    def _restore(self, checkpoint):
+        """Take over a checkpoint's state; returns the seconds that the run has taken so far."""
+        self.precision = Precision(*checkpoint["precision"])
+        self.model.load_state_dict(checkpoint["model"])
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        for name in ("step", "history", "best", "sums", "steps_since_validation"):
+            setattr(self, name, checkpoint[name])
+        torch.set_rng_state(checkpoint["rng"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.device)
+        return checkpoint["elapsed"]
+
+    def save_checkpoint(self):
+        largest = max(p.detach().abs().max().item() for p in self.model.parameters())
+        self.require_finite("largest weight", largest)
+        on_gpu = self.device.type == "cuda"
+        self.run.save_checkpoint({
+            "precision": tuple(self.precision),
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "step": self.step,
+            "history": self.history,
+            "best": self.best,
+            "sums": self.sums,
+            "steps_since_validation": self.steps_since_validation,
+            "elapsed": time.perf_counter() - self.begun,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if on_gpu else None,
+        })  # fmt: skip
+        self.saved_at = time.perf_counter()
+
+    def checkpoint_is_due(self):
+        return time.perf_counter() - self.saved_at > CHECKPOINT_SECONDS
+
+    def take_step(self, loss_of, batch, progress, lr):
+        """One step on a batch of rows; returns its loss."""
+        self.lr = lr
+        for group in itertools.chain.from_iterable(o.param_groups for o in self.optimizers):
+            group["lr"] = lr * group["lr_scale"]
+        self.model.train()
+        with self.precision.autocast(self.device):
+            losses = loss_of(batch, progress)
+        loss = losses["loss"].item()
+        self.require_finite("training loss", loss)
+        update(losses["loss"], self.optimizers, self.precision, self.device)
+        for name, value in losses.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.item()
+        self.steps_since_validation += 1
+        self.step += 1
+        return loss
+
+    def validate(self, validate, epoch, score):
+        """Validate, keep the weights if their score is the best; returns the line of the history."""
+        self.model.eval()
+        measured = validate()
+        for name, value in measured.items():
+            self.require_finite(f"validation {name}", value)
+        means = distributed.mean([s / self.steps_since_validation for s in self.sums.values()])
+        line = {
+            "epoch": epoch,
+            "step": self.step,
+            "lr": self.lr,
+            **{f"train_{name}": mean for name, mean in zip(self.sums, means, strict=True)},
+            **{f"validation_{name}": value for name, value in measured.items()},
+            "seconds": round(time.perf_counter() - self.begun, 2),
+        }
+        self.history.append(line)
+        self.sums, self.steps_since_validation = {}, 0
+        if score and (self.best is None or measured[score] > self.best["score"]):
+            state = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
+            self.best = {"score": measured[score], "model": state}
+        return line
+
+    def require_finite(self, what, value):
+        if not math.isfinite(value):
+            path = self.run.checkpoint_path
+            raise UserError(
+                f"the {what} is not finite at step {self.step} with learning rate {self.lr:.3g}: "
+                f"lower --lr; last good checkpoint: {path if path.exists() else 'none yet'}"
+            )
+
+
+def check_batch(batch_size, rows):
+    """UserError unless there are enough rows, and a batch can be split over the processes."""
+    if len(rows) < 2:
+        raise UserError("fewer than two training images: give a larger data set")
+    if batch_size % distributed.world_size():
+        raise UserError(
+            f"--batch-size {batch_size} cannot be split over {distributed.world_size()} processes"
+        )
+
+
+def batches_from(first_step, rows, batch_size, args, in_blocks):
+    """Yield the rows (batch_size,) of every step from `first_step` on; each epoch has its order."""
+    steps_per_epoch = len(rows) // batch_size
+    first_epoch, position = divmod(first_step, steps_per_epoch)
+    for epoch in range(first_epoch, args.epochs):
+        order = shuffled(rows, np.random.default_rng([args.seed, epoch]), in_blocks)
+        for place in range(position, steps_per_epoch):
+            yield order[place * batch_size : (place + 1) * batch_size]
+        position = 0
+
+
+def progress_bar(run, images, done):
+    """A live line on a terminal, nothing elsewhere."""
+    return tqdm(
+        total=images, initial=done, unit="img", unit_scale=True, desc=run.out.name,
+        disable=True if run.args.quiet or not distributed.is_main() else None,
+    )  # fmt: skip
+
+
+def described(line, epochs):
+    """A line of the history as text."""
+    figures = ", ".join(
+        f"{name.replace('_', ' ')} {value:.5f}"
+        for name, value in line.items()
+        if name.startswith(("train", "validation"))
+    )
+    return f"epoch {line['epoch']:g}/{epochs}: {figures}"
+
+
+class Interruption:
+    """Remembers SIGINT or SIGTERM, so that the loop can stop between two steps."""
+
+    def __enter__(self):
+        self.signal = None
+        kinds = (signal.SIGINT, signal.SIGTERM)
+        self.before = {kind: signal.signal(kind, self._remember) for kind in kinds}
+        return self
+
+    def _remember(self, kind, _):
+        self.signal = kind
+
+    def __exit__(self, *_):
+        for kind, handler in self.before.items():
+            signal.signal(kind, handler)
+

@@ -1,0 +1,78 @@
+"""Figures of a classifier's probabilities: accuracy, AUC, calibration, intervals, temperature."""
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax
+from sklearn.metrics import roc_auc_score
+from tqdm import tqdm
+
+CALIBRATION_BINS = 15
+TEMPERATURE_RANGE = (0.1, 10.0)
+
+
+def accuracy(probabilities, labels):
+    """Fraction of images whose most probable class is the true one."""
+    return float((probabilities.argmax(axis=1) == labels).mean())
+
+
+def auc_by_class(probabilities, labels):
+    """One-vs-rest area under the ROC curve of each class: (N, K), (N,) -> list of K."""
+    return [
+        float(roc_auc_score(labels == k, probabilities[:, k]))
+        for k in range(probabilities.shape[1])
+    ]
+
+
+def measures(probabilities, labels):
+    """The figures of one evaluation as an array: AUC of each class, macro AUC, accuracy."""
+    aucs = auc_by_class(probabilities, labels)
+    return np.array([*aucs, np.mean(aucs), accuracy(probabilities, labels)])
+
+
+def calibration(probabilities, labels, bins=CALIBRATION_BINS):
+    """How far confidence is from accuracy (Guo et al. 2017, equation 3).
+
+    Returns (expected calibration error, [(mean confidence, accuracy, images) of each bin that has
+    images]). Confidence is the largest probability; bins are equally wide.
+    """
+    confidence = probabilities.max(axis=1)
+    correct = probabilities.argmax(axis=1) == labels
+    index = np.minimum((confidence * bins).astype(int), bins - 1)
+    table = [
+        (float(confidence[index == b].mean()), float(correct[index == b].mean()), int(n))
+        for b, n in enumerate(np.bincount(index, minlength=bins))
+        if n
+    ]
+    error = sum(n * abs(accurate - confident) for confident, accurate, n in table) / len(labels)
+    return error, table
+
+
+def bootstrap(statistic, labels, resamples, seed, progress=True):
+    """95 % percentile intervals (n, 2) of `statistic`, resampling images within each class.
+
+    `statistic` gives n numbers of a selection of images: indices (N,) -> (n,).
+    """
+    rng = np.random.default_rng(seed)
+    by_class = [np.flatnonzero(labels == k) for k in np.unique(labels)]
+    values = []
+    for _ in tqdm(
+        range(resamples), desc="bootstrap", leave=False, disable=None if progress else True
+    ):
+        rows = np.concatenate([rng.choice(members, len(members)) for members in by_class])
+        values.append(statistic(rows))
+    return np.quantile(values, [0.025, 0.975], axis=0).T
+
+
+def fit_temperature(logits, labels):
+    """The number, 0.1 to 10, by which logits (n, K) are divided for the least cross-entropy.
+
+    Cross-entropy is convex in the inverse of the temperature (Guo et al. 2017, section 4.2).
+    """
+    logits = logits.astype(np.float64)
+
+    def cross_entropy(inverse):
+        return -log_softmax(inverse * logits, axis=1)[np.arange(len(labels)), labels].mean()
+
+    low, high = (1 / temperature for temperature in reversed(TEMPERATURE_RANGE))
+    result = minimize_scalar(cross_entropy, bounds=(low, high), options={"xatol": 1e-6})
+    return 1 / result.x

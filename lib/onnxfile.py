@@ -1,0 +1,73 @@
+"""Open the ONNX files that export.py writes; onnxruntime and numpy alone."""
+
+import contextlib
+import json
+
+import onnxruntime
+
+from lib.files import UserError
+
+
+def open_session(path, device="auto"):
+    """onnxruntime session and image size of an exported file.
+
+    Raises UserError if it is missing, not an ONNX file, or takes another input than raw images.
+    """
+    if not path.is_file():
+        raise UserError(f"no model at {path}: export one with export.py")
+    providers = ["CPUExecutionProvider"]
+    if device != "cpu" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        providers.insert(0, "CUDAExecutionProvider")
+    elif device == "cuda":
+        raise UserError("--device cuda: this onnxruntime has no CUDA; use cpu")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    with _named_errors(path):
+        # From bytes, so that a model cannot refer to weights in other files.
+        session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=providers)
+        (model_input,) = session.get_inputs()
+        _, channels, height, width = model_input.shape
+        if model_input.type != "tensor(float)" or channels != 1 or height != width:
+            raise ValueError("another input than raw images (batch, 1, H, H)")
+        if not isinstance(height, int):
+            raise ValueError("no fixed image size")
+    return session, height
+
+
+def open_classifier(path, device="auto"):
+    """Returns (onnxruntime session, class names, image size) of an exported classifier.
+
+    Raises UserError as `open_session` does, and for a file that holds no classifier.
+    """
+    session, img_size = open_session(path, device)
+    with _named_errors(path):
+        class_names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
+        (model_output,) = session.get_outputs()
+        if not all(isinstance(name, str) for name in class_names):
+            raise ValueError("metadata of another kind")
+        if model_output.shape[1] != len(class_names):
+            raise ValueError("another number of outputs than class names")
+    return session, class_names, img_size
+
+
+def open_maps(path, img_size, device="auto"):
+    """Function from images (b, 1, H, H) to (residual maps (b, 1, H, H), scores (b,)).
+
+    Raises UserError for anything but a file of `export.py --what reconstruction`.
+    """
+    session, map_size = open_session(path, device)
+    if [output.name for output in session.get_outputs()] != ["residual", "score"]:
+        raise UserError(f"--maps {path}: export it with --what reconstruction")
+    if map_size != img_size:
+        raise UserError(f"--maps {path} is for images of {map_size} pixels, not {img_size}")
+    return lambda images: session.run(None, {session.get_inputs()[0].name: images})
+
+
+@contextlib.contextmanager
+def _named_errors(path):
+    """Turn any error that a broken or hostile model causes into a UserError naming the file."""
+    try:
+        yield
+    except Exception as error:  # onnxruntime raises many kinds
+        reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+        raise UserError(f"{path} is not a model of export.py: {reason}") from None

@@ -1,0 +1,133 @@
+"""Options that several scripts share: groups of arguments, and checks that name the flag."""
+
+import argparse
+import math
+from pathlib import Path
+
+from lib.augment import KINDS
+from lib.files import UserError
+from mae import TRANSFORM_KINDS
+
+MOST_VALIDATIONS = 50  # unless --validations says otherwise
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows the default of each option, and the example as it was written."""
+
+
+def add_data_arguments(parser):
+    """The options with which every script names its data."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data", type=Path, required=True, help="data set: folder of class folders, or packed"
+    )
+    group.add_argument(
+        "--cache-dir", type=Path, default=None,
+        help="where a folder's packed copy is kept (default: .packed inside the folder)",
+    )  # fmt: skip
+
+
+def add_device_argument(group):
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+
+
+def add_model_arguments(parser):
+    """The geometry of a network that starts from random weights."""
+    group = parser.add_argument_group("network")
+    group.add_argument("--patch-size", type=int, default=8, help="side of a patch in pixels")
+    group.add_argument("--embed-dim", type=int, default=128, help="width of the encoder")
+    group.add_argument("--depth", type=int, default=4, help="blocks of the encoder")
+    group.add_argument("--num-heads", type=int, default=4, help="attention heads of the encoder")
+    group.add_argument(
+        "--transform", choices=TRANSFORM_KINDS, default="log",
+        help="intensity scale that the network sees",
+    )  # fmt: skip
+
+
+def add_training_arguments(parser):
+    """How the training loop runs."""
+    group = parser.add_argument_group("training")
+    group.add_argument("--out", type=Path, required=True, help="folder of the run")
+    group.add_argument(
+        "--epochs", type=int, default=None,
+        help="passes over the training images (default: depends on the script and strategy; more "
+        "for a small data set)",
+    )  # fmt: skip
+    group.add_argument("--batch-size", type=int, default=64, help="images a step")
+    group.add_argument("--lr", type=float, default=None, help="largest learning rate")
+    group.add_argument("--weight-decay", type=float, default=0.05, help="on matrices")
+    group.add_argument(
+        "--validations", type=int, default=None, metavar="N",
+        help=f"validations in all (default: one an epoch, at most {MOST_VALIDATIONS})",
+    )  # fmt: skip
+    group.add_argument(
+        "--augment", type=augmentation_kinds, default="halfturn", metavar="KIND,...",
+        help=f"random changes of training images: none, or any of {','.join(KINDS)} (lens, shear "
+        "and source are symmetric under half a turn)",
+    )  # fmt: skip
+    group.add_argument("--seed", type=int, default=0, help="of weights, order, masks and dropout")
+    group.add_argument(
+        "--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="number format of training; auto: bfloat16 where the machine is fast in it",
+    )  # fmt: skip
+    add_device_argument(group)
+    group.add_argument(
+        "--resume", action="store_true", help="resume from the run's checkpoint, if there is one"
+    )
+    group.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def add_test_arguments(parser):
+    """What is tested on, where the results go, and how they are resampled."""
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--out", type=Path, required=True, help="folder for the results")
+    group.add_argument(
+        "--split", choices=("test", "all"), default="test",
+        help="the test part, or all images of data that training never saw",
+    )  # fmt: skip
+    group.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
+    group.add_argument("--seed", type=int, default=0, help="of everything random here")
+    add_device_argument(group)
+
+
+def augmentation_kinds(text):
+    """("halfturn", "noise") of "halfturn,noise"; () of "none"."""
+    kinds = () if text == "none" else tuple(kind for kind in text.split(",") if kind)
+    for kind in kinds:
+        if kind not in KINDS:
+            raise argparse.ArgumentTypeError(f"{kind!r} is not one of {', '.join(KINDS)}")
+    return kinds
+
+
+def check_numbers(args):
+    """UserError, naming the flag, for numbers out of range; options that are None are skipped."""
+
+    def check(names, valid, expected):
+        for name in names:
+            value = getattr(args, name, None)
+            if value is not None and not valid(value):
+                raise UserError(f"--{name.replace('_', '-')} must be {expected}, got {value}")
+
+    counts = ("epochs", "batch_size", "validations", "patch_size", "embed_dim", "num_heads",
+              "decoder_embed_dim", "decoder_num_heads", "resamples", "rounds", "sheet_images",
+              "per_class", "repeats", "files", "auc_per_class")  # fmt: skip
+    check(counts, lambda value: value >= 1, "at least 1")
+    check(("seed", "weight_decay", "depth", "decoder_depth"), lambda v: v >= 0, "at least 0")
+    check(("lr", "mlp_ratio"), lambda value: 0 < value < math.inf, "positive")
+    check(("mask_ratio",), lambda value: 0 < value < 1, "between 0 and 1")
+    check(("layer_decay", "labels"), lambda value: 0 < value <= 1, "in (0, 1]")
+    check(("patch_dropout",), lambda value: 0 <= value < 1, "in [0, 1)")
+
+
+def new_network(kind, config):
+    """`kind(**config)`, an `MAE` or `Classifier`; UserError, naming the flag, if that is invalid."""
+    patch_size, img_size = config["patch_size"], config["img_size"]
+    if img_size % patch_size:
+        raise UserError(
+            f"--patch-size {patch_size} does not divide the image size {img_size}: "
+            "choose one that does"
+        )
+    try:
+        return kind(**config)
+    except ValueError as error:
+        raise UserError(f"these network options do not fit together: {error}") from None

@@ -1,0 +1,61 @@
+"""What a masked autoencoder that knows smooth lenses cannot explain: residual maps and scores."""
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+from lib import data, weights
+from lib.loader import batch_reader, in_batches
+from lib.metrics import bootstrap
+from mae import complementary_masks
+
+
+def residual_reader(path, dataset, device, mask_ratio, rounds, seed):
+    """Load an MAE and apply it to rows of `dataset`.
+
+    Returns (the weights file's content, function from rows to `MAE.residual`, function from rows
+    to the images (b, 1, H, W) that the network sees). Raises UserError as `weights.load_mae` does,
+    and for images of another size.
+    """
+    mae, transform, content = weights.load_mae(path)
+    data.check_size(path, mae, dataset)
+    mae.eval().to(device)
+    transform.to(device)
+    read = batch_reader(dataset.images, device)
+    masks = complementary_masks(mae.num_patches, mask_ratio, rounds, seed)
+
+    def seen(batch):
+        return transform(read(batch))
+
+    return content, lambda batch: mae.residual(seen(batch), masks), seen
+
+
+def scores_of(residuals, rows):
+    """Mean squared residual of each image, (n,)."""
+    return in_batches(lambda batch: residuals(batch)[1].mean(dim=(1, 2, 3)), rows).numpy()
+
+
+def auc_by_kind(scores, has_substructure, labels, class_names):
+    """AUC of the score: "all" substructure against smooth images, and each class of it."""
+    result = {"all": roc_auc_score(has_substructure, scores)}
+    for label in np.unique(labels[has_substructure]):
+        chosen = ~has_substructure | (labels == label)
+        result[class_names[label]] = roc_auc_score(has_substructure[chosen], scores[chosen])
+    return result
+
+
+def measure(scores, has_substructure, labels, class_names, resamples, seed):
+    """{"all" or a class: {"value", "low", "high"}}: AUC with 95 % bootstrap intervals.
+
+    `has_substructure` (n,) bool marks images of another kind than the MAE was trained on.
+    """
+    values = auc_by_kind(scores, has_substructure, labels, class_names)
+
+    def statistic(rows):
+        aucs = auc_by_kind(scores[rows], has_substructure[rows], labels[rows], class_names)
+        return list(aucs.values())
+
+    intervals = bootstrap(statistic, labels, resamples, seed)
+    return {
+        name: {"value": float(value), "low": low, "high": high}
+        for (name, value), (low, high) in zip(values.items(), intervals.tolist(), strict=True)
+    }

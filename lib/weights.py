@@ -1,0 +1,198 @@
+"""Weights files: written atomically, opened once, loaded with suspicion.
+
+A weights file is `{"model": state dict, "config": arguments of the constructor and of the intensity
+transform, "class_names": [...], "run": what it was trained on and how}`. It holds plain tensors,
+numbers and text, which `torch.load(weights_only=True)` reads.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from lib.convert import from_foreign
+from lib.files import UserError, atomic_write, sha256_of
+from mae import MAE, Classifier, IntensityTransform
+
+LARGEST = {"embed_dim": 4096, "decoder_embed_dim": 4096, "depth": 64, "decoder_depth": 64}
+LARGEST |= {"img_size": 4096, "patch_size": 512, "in_chans": 64, "mlp_ratio": 16}
+LARGEST |= {"num_heads": 64, "decoder_num_heads": 64, "num_classes": 10_000}
+MOST_PATCHES_A_SIDE = 128
+
+
+class Weights(NamedTuple):
+    """An opened weights file. `content` has the keys model, config, class_names and run."""
+
+    path: Path
+    sha256: str
+    content: dict
+
+    @property
+    def is_classifier(self):
+        return "num_classes" in self.content["config"]
+
+
+# Writing
+
+
+def save(path, model_state, config, class_names, run):
+    """Write a weights file. `run` must be plain (numbers, text, lists, dicts)."""
+    content = {
+        "model": {name: tensor.detach().cpu().clone() for name, tensor in model_state.items()},
+        "config": config,
+        "class_names": list(class_names),
+        "run": json.loads(json.dumps(run)),
+    }
+    save_tensors(path, content)
+
+
+def save_tensors(path, content):
+    """`torch.save`, atomically; UserError if it cannot be written."""
+    try:
+        with atomic_write(path) as temporary:
+            torch.save(content, temporary)
+    except RuntimeError:  # torch's writer hides the reason
+        raise UserError(f"cannot write {path}: is the disk full?") from None
+
+
+# Reading
+
+
+def read(path, num_heads=None):
+    """Open a weights file: `Weights`, whose tensors are not checked against a network yet.
+
+    With `num_heads` this also opens an MAE of facebookresearch/mae or Hugging Face, whose config
+    then has no transform. Raises UserError, naming the file, if it is missing or something else.
+    """
+    path = Path(path)
+    content, sha256 = _safetensors(path) if path.suffix == ".safetensors" else _torch_file(path)
+    if num_heads and not (isinstance(content, dict) and "config" in content):
+        content = _converted(path, content, num_heads)
+    kinds = {"model": dict, "config": dict, "class_names": list, "run": dict}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a weights file of this project")
+    for key, kind in kinds.items():
+        if not isinstance(content.get(key), kind):
+            raise UserError(f"{path}: not a weights file of this project: {key!r} is missing")
+    if not all(isinstance(name, str) for name in content["class_names"]):
+        raise UserError(f"{path}: class names must be text")
+    return Weights(path, sha256, content)
+
+
+def _torch_file(path):
+    """What torch.load reads, and the file's SHA-256."""
+    try:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            return torch.load(file, map_location="cpu", weights_only=True), sha256
+    except OSError as error:
+        raise UserError(f"cannot read weights {path}: {error.strerror or error}") from None
+    except Exception:  # torch raises many kinds for a broken or hostile file
+        raise UserError(f"{path}: not a weights file that can be loaded safely") from None
+
+
+def _safetensors(path):
+    """The tensors of a .safetensors file, and its SHA-256."""
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError(f"{path} needs safetensors: pip install safetensors") from None
+    sha256 = sha256_of(path)
+    try:
+        return load_file(path), sha256
+    except Exception as error:  # a Rust library's
+        raise UserError(f"{path}: not a safetensors file: {error}") from None
+
+
+def _converted(path, content, num_heads):
+    """The content of a foreign MAE's checkpoint, as this project would have written it."""
+    if isinstance(content, dict):
+        content = content.get("model", content)
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor)
+        for name, tensor in content.items()
+    ):
+        raise UserError(f"{path}: not the weights of a masked autoencoder")
+    try:
+        state, config = from_foreign(content, num_heads)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return {"model": state, "config": config, "class_names": [], "run": {}}
+
+
+# Networks
+
+
+def load_mae(path):
+    """The `MAE` of a weights file, its `IntensityTransform`, and the file's content; UserError."""
+    opened = read(path)
+    mae, transform = mae_of(opened)
+    if transform is None:
+        raise UserError(f"{path}: its configuration has no usable transform")
+    return mae, transform, opened.content
+
+
+def load_classifier(path):
+    """The `Classifier` of a weights file and the file's content; UserError."""
+    opened = read(path)
+    return classifier_of(opened), opened.content
+
+
+def mae_of(opened):
+    """The `MAE` and `IntensityTransform` of opened `Weights`; None for the transform of a foreign.
+
+    Raises UserError, naming the file, if tensors are missing, not finite or of another shape than
+    the configuration says.
+    """
+    arguments = {k: v for k, v in opened.content["config"].items() if k != "transform"}
+    model = _build(opened, MAE, arguments)
+    constants = opened.content["config"].get("transform")
+    try:
+        return model, constants and IntensityTransform(**constants)
+    except (TypeError, ValueError):
+        raise UserError(f"{opened.path}: its configuration has no usable transform") from None
+
+
+def classifier_of(opened):
+    """The `Classifier` of opened `Weights`; UserError as `mae_of` raises it."""
+    config = opened.content["config"]
+    model = _build(opened, Classifier, config)
+    if len(opened.content["class_names"]) != config.get("num_classes"):
+        raise UserError(f"{opened.path}: the number of class names is wrong; train again")
+    return model
+
+
+def _build(opened, kind, arguments):
+    path = opened.path
+    for name, limit in LARGEST.items():
+        value = arguments.get(name, 1)
+        if not isinstance(value, int | float) or not 0 <= value <= limit:
+            raise UserError(f"{path}: {name} = {value!r} in its configuration is out of range")
+    side = max(arguments.get("img_size", 64), 1) // max(arguments.get("patch_size", 8), 1)
+    if side > MOST_PATCHES_A_SIDE:
+        raise UserError(f"{path}: its configuration asks for more than 128×128 patches")
+    try:
+        model = kind(**arguments)
+    except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
+        raise UserError(f"{path}: no {kind.__name__} has its configuration: {error}") from None
+    check_state(path, model, opened.content["model"])
+    model.load_state_dict(opened.content["model"])
+    return model
+
+
+def check_state(path, model, state):
+    """UserError, naming the tensor, unless `state` fits `model` and is finite."""
+    expected = model.state_dict()
+    for name in expected.keys() - state.keys():
+        raise UserError(f"{path}: tensor {name} is missing; is it the right kind of weights?")
+    for name in state.keys() - expected.keys():
+        raise UserError(f"{path}: unexpected tensor {name!r}; is it the right kind of weights?")
+    for name, tensor in state.items():
+        shape = tuple(expected[name].shape)
+        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != shape:
+            raise UserError(f"{path}: tensor {name} should have shape {shape}")
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{path}: tensor {name} has NaN or infinite values")

@@ -1,0 +1,47 @@
+"""Pack a folder of .npy images into one memory-mapped array, and say what the data set holds.
+
+Training packs a folder by itself. This script shows beforehand whether the images can be read, and
+how many of each class fall into the training, validation and test parts.
+"""
+
+import argparse
+from pathlib import Path
+
+from lib import data, options
+from lib.files import read_json, run, write_json
+
+EXAMPLE = "example: python pack.py --data lenses"
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=options.HelpFormatter
+    )
+    options.add_data_arguments(parser)
+    parser.add_argument(
+        "--out", type=Path, metavar="JSON",
+        help="write the description to this file; an identical file is not touched",
+    )  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    dataset = data.load(args.data, args.cache_dir)
+    parts = data.split(dataset)
+    counts = {
+        class_name: {part: int((dataset.labels[rows] == k).sum()) for part, rows in parts.items()}
+        for k, class_name in enumerate(dataset.class_names)
+    }
+    size = dataset.img_size
+    print(f"{len(dataset.labels)} images of {size}×{size} pixels, {dataset.origin}")
+    for class_name, by_part in counts.items():
+        print(f"  {class_name}: " + ", ".join(f"{n} {part}" for part, n in by_part.items()))
+    if args.out:
+        description = {"fingerprint": dataset.fingerprint, "img_size": size, "images": counts}
+        if not args.out.exists() or read_json(args.out) != description:
+            write_json(args.out, description)
+
+
+if __name__ == "__main__":
+    run(main)
