@@ -117,7 +117,7 @@ $(RUNS)/data-fewer/dataset.json: | $(READY)
 
 # Rewritten only when the data changed, so a changed folder is trained on again.
 $(RUNS)/dataset.json: $(SIMULATED) FORCE | $(READY)
-	$(PY) pack.py $(INPUT) --out $@
+	$(PY) data.py $(INPUT) --out $@
 
 $(PRETRAINED): $(RUNS)/dataset.json | $(READY)
 	$(PY) pretrain.py $(INPUT) --out $(@D) --resume $(PRETRAINING)

@@ -10,7 +10,7 @@ from pathlib import Path
 from lib import data, options
 from lib.files import read_json, run, write_json
 
-EXAMPLE = "example: python pack.py --data lenses"
+EXAMPLE = "example: python data.py --data lenses"
 
 
 def parse_args(argv=None):
