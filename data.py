@@ -7,7 +7,8 @@ how many of each class fall into the training, validation and test parts.
 import argparse
 from pathlib import Path
 
-from lib import data, options
+from lib import options
+from lib.data import load, split
 from lib.files import read_json, run, write_json
 
 EXAMPLE = "example: python data.py --data lenses"
@@ -27,8 +28,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    dataset = data.load(args.data, args.cache_dir)
-    parts = data.split(dataset)
+    dataset = load(args.data, args.cache_dir)
+    parts = split(dataset)
     counts = {
         class_name: {part: int((dataset.labels[rows] == k).sum()) for part, rows in parts.items()}
         for k, class_name in enumerate(dataset.class_names)

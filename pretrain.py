@@ -110,14 +110,14 @@ def validation_noise(count, num_patches, seed):
 
 @torch.no_grad()
 def held_out_reconstructions(model, transform, read, dataset, rows, args):
-    """Two validation images of every class, masked and reconstructed.
+    """Two validation images of every class, masked and reconstructed; one twice if it is alone.
 
     Returns (original, masked, reconstruction), each (classes, 2, H, W), in the network's scale.
     Hidden pixels of `masked` are NaN; visible pixels of `reconstruction` are the original's.
     """
     model.eval()
     chosen = np.concatenate(
-        [rows[dataset.labels[rows] == label][:2] for label in range(len(dataset.class_names))]
+        [np.resize(rows[dataset.labels[rows] == k][:2], 2) for k in range(len(dataset.class_names))]
     )
     images = transform(read(chosen))
     noise = validation_noise(len(chosen), model.num_patches, seed=1).to(images.device)

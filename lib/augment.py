@@ -65,7 +65,8 @@ def add_noise(images, background, electrons, normal):
     `background` (B, 1, 1, 1) is the background's rms over the image's peak, `electrons`
     (B, 1, 1, 1) the electrons in the brightest pixel, `normal` standard normal numbers a pixel.
     """
-    peak = images.amax(dim=(1, 2, 3), keepdim=True)
+    smallest = torch.finfo(images.dtype).tiny  # a blank image gets no noise
+    peak = images.amax(dim=(1, 2, 3), keepdim=True).clamp_min(smallest)
     shot_variance = (images / peak).clamp_min(0) / electrons
     sigma = peak * (background.square() + shot_variance).sqrt()
     return images + sigma * normal

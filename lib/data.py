@@ -3,12 +3,14 @@
 Folder layout:  <root>/<class>/*.npy, one square image a file; the folders name the classes.
 Packed layout:  images.npy (N, H, H) float32, labels.npy (N,), hashes.npy (N,), dataset.json.
 
-A folder is packed once, into a cache whose name is a fingerprint of the folder's file names, sizes
-and modification times, so a changed folder is packed again.
+A folder is packed once, into a cache whose name is a fingerprint of the folder's files (names,
+sizes, inodes and times), so a changed folder is packed again. A cache never deletes anything.
 """
 
 import hashlib
+import math
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +22,10 @@ from lib.readers import forget_pages, read_npy
 
 FORMAT = 2
 CHECK_BLOCK = 4096  # images whose pixels are checked together
-FLUSH_EVERY = 50_000  # written images, after which their memory is returned
+OUTLYING = 30  # see `far_outside`
+SHOWN_NAMES = 3  # of files that are not read
 PARTS = ("train", "validation", "test")
+OTHER_NAMES_OF_PARTS = ("training", "val", "valid", "dev", "testing")
 SPLIT = "content-80-10-10"  # the rule of `split`; weights carry the rule they were trained under
 
 
@@ -56,9 +60,12 @@ class PackedWriter:
 
     def __init__(self, folder, shape, class_names, origin):
         self.folder, self.class_names, self.origin = Path(folder), list(class_names), origin
-        self.images = np.lib.format.open_memmap(
-            self.folder / "images.npy", mode="w+", dtype=np.float32, shape=shape
-        )
+        self.shape = shape
+        require_space(self.folder, 4 * math.prod(shape))
+        # A plain file, since a full disk kills a process that writes to mapped memory.
+        self.file = (self.folder / "images.npy").open("wb")
+        header = {"descr": "<f4", "fortran_order": False, "shape": tuple(shape)}
+        np.lib.format.write_array_header_1_0(self.file, header)
         self.labels = np.empty(shape[0], dtype=np.int64)
         self.hashes = np.empty(shape[0], dtype=np.uint64)
         self.fingerprint = hashlib.sha256()
@@ -66,21 +73,19 @@ class PackedWriter:
 
     def append(self, images, label):
         """Add images (b, H, H) of one class."""
-        for image in np.ascontiguousarray(images, dtype=np.float32):
+        images = np.ascontiguousarray(images, dtype="<f4")
+        self.file.write(images)
+        for image in images:
             digest = hashlib.blake2b(image, digest_size=16).digest()
             self.fingerprint.update(digest + label.to_bytes(4, "little"))
             self.hashes[self.count] = int.from_bytes(digest[:8], "little")
             self.labels[self.count] = label
-            self.images[self.count] = image
             self.count += 1
-            if self.count % FLUSH_EVERY == 0:
-                self.images.flush()
-                forget_pages(self.images)
 
     def close(self):
-        if self.count != len(self.images):
-            raise ValueError(f"{self.count} images written, {len(self.images)} announced")
-        self.images.flush()
+        if self.count != self.shape[0]:
+            raise ValueError(f"{self.count} images written, {self.shape[0]} announced")
+        self.file.close()
         np.save(self.folder / "labels.npy", self.labels)
         np.save(self.folder / "hashes.npy", self.hashes)
         # Written last: readers take the layout as complete once this file exists.
@@ -93,16 +98,51 @@ class PackedWriter:
         write_json(self.folder / "dataset.json", description)
 
 
+def require_space(folder, needed):
+    """UserError unless the disk of `folder` has room for `needed` bytes."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{folder} needs {needed / 1e9:.3g} GB, its disk has {free / 1e9:.3g} GB left: free "
+            "some space or choose another disk"
+        )
+
+
 def list_classes(root):
-    """{class name: sorted list of .npy paths} of the folder layout; UserError if one is empty."""
-    folders = [f for f in sorted(Path(root).iterdir()) if f.is_dir() and f.name[0] != "."]
+    """{class name: sorted list of .npy paths} of the folder layout, and the list of other files.
+
+    Hidden files and `__MACOSX` do not count. Raises UserError, naming the folder and the remedy,
+    for a class without images, images in sub-folders, and folders named like parts of a split.
+    """
+    folders = [f for f in sorted(Path(root).iterdir()) if f.is_dir() and not is_hidden(f)]
     if not folders:
         raise UserError(f"{root} has no class folders: expected {root}/<class>/*.npy")
-    class_files = {folder.name: sorted(folder.glob("*.npy")) for folder in folders}
-    for name, files in class_files.items():
+    parts = [f.name for f in folders if f.name.lower() in (*PARTS, *OTHER_NAMES_OF_PARTS)]
+    if len(parts) == len(folders):
+        raise UserError(
+            f"{root} has the folders {', '.join(parts)}, which are no classes: give a folder with "
+            "one folder per class; the split is made here"
+        )
+    class_files, others = {}, []
+    for folder in folders:
+        entries = [entry for entry in sorted(folder.iterdir()) if not is_hidden(entry)]
+        for entry in entries:
+            if entry.is_dir() and any(f.suffix.lower() == ".npy" for f in entry.rglob("*")):
+                raise UserError(
+                    f"class folder {folder} has images in its sub-folder {entry.name}: put the "
+                    f"images of a class directly into its folder, or give another folder than {root}"
+                )
+        files = [entry for entry in entries if entry.suffix.lower() == ".npy"]
+        others += [entry for entry in entries if entry.suffix.lower() != ".npy"]
         if not files:
-            raise UserError(f"class folder {root}/{name} has no .npy files: fill it or remove it")
-    return class_files
+            raise UserError(f"class folder {folder} has no .npy files: fill it or remove it")
+        class_files[folder.name] = files
+    return class_files, others
+
+
+def is_hidden(path):
+    """Whether a file or folder is none of the user's: what systems and archives leave behind."""
+    return path.name.startswith(".") or path.name == "__MACOSX"
 
 
 def read_image(path):
@@ -120,8 +160,10 @@ def read_image(path):
 
 
 def _pack(class_files, packed, origin, progress):
+    """Pack a folder; images far outside the rest are named. UserError as `load` raises it."""
     paths = [(p, label) for label, files in enumerate(class_files.values()) for p in files]
     first, first_path = read_image(paths[0][0]), paths[0][0]
+    extremes = np.empty((len(paths), 2))
     try:
         make_folder(packed.parent)
     except UserError as error:
@@ -129,8 +171,8 @@ def _pack(class_files, packed, origin, progress):
     try:
         with atomic_directory(packed) as folder:
             writer = PackedWriter(folder, (len(paths), *first.shape), class_files, origin)
-            for path, label in tqdm(
-                paths, desc="pack", unit="img", disable=None if progress else True
+            for i, (path, label) in enumerate(
+                tqdm(paths, desc="pack", unit="img", disable=None if progress else True)
             ):
                 image = read_image(path)
                 if image.shape != first.shape:
@@ -139,13 +181,36 @@ def _pack(class_files, packed, origin, progress):
                         f"{first.shape[0]}: all images must have one size"
                     )
                 writer.append(image[None], label)
+                extremes[i] = image.min(), image.max()
             writer.close()
     except (OSError, UserError):
         if not (packed / "dataset.json").exists():  # else another process packed the same folder
             raise
-    for stale in packed.parent.iterdir():
-        if stale != packed and (stale / "dataset.json").exists():
-            shutil.rmtree(stale, ignore_errors=True)
+    outliers = far_outside(extremes)
+    if len(outliers):
+        low, high = np.median(extremes, axis=0)
+        example = outliers[0]
+        print(
+            f"{len(outliers)} images are far outside the rest, such as {paths[example][0]} with "
+            f"pixels from {extremes[example, 0]:.3g} to {extremes[example, 1]:.3g}; half of the "
+            f"images lie within {low:.3g} to {high:.3g}. Sentinel values or hot pixels? Repair or "
+            "remove them.",
+            file=sys.stderr,
+        )
+
+
+def far_outside(extremes):
+    """Rows of `extremes` (n, 2), minimum and maximum of each image, that are far outside the rest.
+
+    The distance allowed beyond the median is the median range of pixels and OUTLYING times the
+    spread between the quartiles.
+    """
+    median = np.median(extremes, axis=0)
+    lower, upper = np.quantile(extremes, [0.25, 0.75], axis=0)
+    allowed = median[1] - median[0] + OUTLYING * (upper - lower)
+    return np.flatnonzero(
+        (extremes[:, 0] < median[0] - allowed[0]) | (extremes[:, 1] > median[1] + allowed[1])
+    )
 
 
 def _folder_fingerprint(class_files):
@@ -153,7 +218,9 @@ def _folder_fingerprint(class_files):
     for class_name, paths in class_files.items():
         for path in paths:
             status = path.stat()
-            line = f"{class_name}/{path.name}\0{status.st_size}\0{status.st_mtime_ns}\n"
+            # Tools that restore modification times cannot restore inodes and change times.
+            known = (status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+            line = "\0".join((class_name, path.name, *map(str, known))) + "\n"
             digest.update(line.encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
@@ -177,11 +244,15 @@ def load(path, cache_dir=None, progress=True):
         raise UserError(f"no data set at {path}: give a folder of class folders, or a packed one")
     if (path / "dataset.json").exists():
         return _open_packed(path)
-    class_files = list_classes(path)
+    class_files, others = list_classes(path)
     cache_dir = Path(cache_dir) if cache_dir else path / ".packed"
     packed = cache_dir / _folder_fingerprint(class_files)[:32]
     if not (packed / "dataset.json").exists():
         _pack(class_files, packed, origin=f"folder {path.name}", progress=progress)
+        if others:
+            names = ", ".join(str(other.relative_to(path)) for other in others[:SHOWN_NAMES])
+            print(f"{len(others)} other files were not read: {names}"
+                  f"{', ...' if len(others) > SHOWN_NAMES else ''}", file=sys.stderr)  # fmt: skip
     return _open_packed(packed)
 
 
@@ -261,18 +332,26 @@ def fraction_of_each_class(labels, rows, fraction, seed):
     return np.sort(np.concatenate(kept))
 
 
-def rows_to_evaluate(dataset, run, whole):
+def rows_to_evaluate(dataset, content, whole):
     """The rows that weights may be scored on: the test part, or with `whole` all rows.
 
-    `run` is what the weights file says of its training. Raises UserError if the weights were
-    trained under another split or, with `whole`, on this very data.
+    `content` is that of the weights file. Raises UserError if the weights were trained under
+    another split, or if any of the rows was among their training or validation images.
     """
     if whole:
-        if run.get("data_fingerprint") == dataset.fingerprint:
-            raise UserError("--split all: the weights were trained on this data; use --split test")
-        return np.arange(len(dataset.labels))
-    check_split(run)
-    return split(dataset)["test"]
+        rows = np.arange(len(dataset.labels))
+    else:
+        check_split(content["run"])
+        rows = split(dataset)["test"]
+    if "seen" not in content:
+        raise UserError("the weights do not say which images they were trained on: train again")
+    overlap = int(np.isin(dataset.hashes[rows], content["seen"].numpy().view(np.uint64)).sum())
+    if overlap:
+        raise UserError(
+            f"--split {'all' if whole else 'test'}: the weights were trained on {overlap} of these "
+            f"{len(rows)} images; use --split test or other images"
+        )
+    return rows
 
 
 def check_split(run):

@@ -1,6 +1,7 @@
 """Errors that a user can fix, and files that survive a crash; the standard library alone."""
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 MAX_JSON_BYTES = 16 * 2**20
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # by a file system
 
 
 class UserError(Exception):
@@ -50,10 +52,11 @@ def atomic_write(path):
     make_folder(path.parent)
     temporary = _temporary_name(path)
     try:
-        yield temporary
-        _flush_to_disk(temporary)
-        os.replace(temporary, path)
-        _flush_to_disk(path.parent)
+        with _named_errors(path):
+            yield temporary
+            _flush_to_disk(temporary)
+            os.replace(temporary, path)
+            _flush_to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -72,10 +75,22 @@ def atomic_directory(path):
     shutil.rmtree(temporary, ignore_errors=True)
     make_folder(temporary)
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with _named_errors(path):
+            yield temporary
+            os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _named_errors(path):
+    """A UserError that names `path` if its disk fills up."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(f"cannot write {path}: {error.strerror}; free some space") from None
 
 
 def make_folder(path):
@@ -124,6 +139,9 @@ def _flush_to_disk(path):
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:  # some file systems cannot flush folders
+            raise
     finally:
         os.close(descriptor)
 
