@@ -46,7 +46,7 @@ def evaluate(args):
         model, content = weights.load_classifier(path)
         data.check_size(path, model, dataset)
         order = data.class_order(content["class_names"], dataset, path)
-        rows = data.rows_to_evaluate(dataset, content["run"], args.split == "all")
+        rows = data.rows_to_evaluate(dataset, content, args.split == "all")
         labels = dataset.labels[rows]
         probabilities = predict_probabilities(model, dataset.images, rows, device)[:, order]
         results[name] = figures(probabilities, labels, class_names, args)

@@ -67,7 +67,15 @@ def finetune(args):
         rows = data.fraction_of_each_class(dataset.labels, rows, args.labels, args.seed)
     source = None if args.pretrained == "none" else weights.read(args.pretrained, args.num_heads)
     fill_in_defaults(args, source, len(rows))
+    started_from = source.sha256 if source else "none"
+    with open_run(
+        args, dataset, "vit-mae-classifier-wt.pth", pretrained_sha256=started_from
+    ) as run:
+        if not run.is_finished:
+            train(args, dataset, rows, validation, source, run)
 
+
+def train(args, dataset, rows, validation, source, run):
     device = resolve_device(args.device)
     torch.manual_seed(args.seed)
     model, config = build_classifier(args, source, dataset, rows)
@@ -115,25 +123,25 @@ def finetune(args):
         return validation_figures(logits, labels[validation].cpu())
 
     groups = optim.parameter_groups(learning, args.weight_decay, layer_decay(args, model))
-    started_from = source.sha256 if source else "none"
-    with open_run(args, dataset, config, pretrained_sha256=started_from) as run:
-        state, history, precision = fit(
-            trained, groups, batch_loss, validate, rows, run, device, score="macro_auc",
-            in_blocks=args.strategy != "head" and larger_than_memory(dataset.images),
-        )  # fmt: skip
-        trained.load_state_dict(state)
-        trained.eval()
-        with fixed_random_numbers():
-            logits = in_batches(logits_of, validation)
-        if not distributed.is_main():
-            return
-        model.temperature.fill_(metrics.fit_temperature(logits.numpy(), dataset.labels[validation]))
-        run.save_weights(
-            "vit-mae-classifier-wt.pth", model.state_dict(), config, dataset.class_names,
-            precision=precision.name,
-            best=max(history, key=lambda line: line["validation_macro_auc"]),
-        )  # fmt: skip
-        plots.classifier_curves(args.out / "curves.png", history)
+    run.write_config(model=config)
+    state, history, precision = fit(
+        trained, groups, batch_loss, validate, rows, run, device, score="macro_auc",
+        in_blocks=args.strategy != "head" and larger_than_memory(dataset.images),
+    )  # fmt: skip
+    trained.load_state_dict(state)
+    trained.eval()
+    with fixed_random_numbers():
+        logits = in_batches(logits_of, validation)
+    if not distributed.is_main():
+        return
+    model.temperature.fill_(metrics.fit_temperature(logits.numpy(), dataset.labels[validation]))
+    seen = dataset.hashes[np.concatenate([rows, validation])]
+    run.save_weights(
+        model.state_dict(), config, np.concatenate([seen, source.seen]) if source else seen,
+        number_format=precision.name,
+        best=max(history, key=lambda line: line["validation_macro_auc"]),
+    )  # fmt: skip
+    plots.classifier_curves(args.out / "curves.png", history)
 
 
 def fill_in_defaults(args, source, images):
@@ -146,6 +154,8 @@ def fill_in_defaults(args, source, images):
         args.epochs = optim.enough_epochs(
             defaults["epochs"], defaults["fewest_steps"], images, args.batch_size
         )
+    if args.batch_size == 1 or images == 1:
+        raise UserError("--batch-size must be at least 2: BatchNorm needs several images a step")
     if args.augment and args.strategy == "head":
         raise UserError("--augment: the head learns from stored features; use another --strategy")
 

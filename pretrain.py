@@ -36,6 +36,12 @@ def pretrain(args):
         rows_to_learn_from(dataset, parts[part], args.classes) for part in ("train", "validation")
     )
     args.epochs = epochs_for(args, len(rows))
+    with open_run(args, dataset, "vit-mae-wt.pth") as run:
+        if not run.is_finished:
+            train(args, dataset, rows, validation, run)
+
+
+def train(args, dataset, rows, validation, run):
     device = resolve_device(args.device)
     config = mae_config(args, dataset.img_size)
     constants = fit_transform(dataset.images, rows, args.transform, args.augment)
@@ -66,23 +72,23 @@ def pretrain(args):
 
     learning = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = optim.parameter_groups(learning, args.weight_decay)
-    with open_run(args, dataset, config, constants) as run:
-        state, history, precision = fit(
-            model, groups, batch_loss, validate, rows, run, device, betas=(0.9, 0.95),
-            in_blocks=larger_than_memory(dataset.images),
-        )  # fmt: skip
-        if not distributed.is_main():
-            return
-        run.save_weights(
-            "vit-mae-wt.pth", state, {**config, "transform": constants}, dataset.class_names,
-            precision=precision.name, last=history[-1],
-        )  # fmt: skip
-        plots.loss_curves(args.out / "loss.png", history, "reconstruction error (masked patches)")
-        plots.reconstructions(
-            args.out / "reconstructions.png",
-            *held_out_reconstructions(model, transform, read, dataset, parts["validation"], args),
-            dataset.class_names,
-        )
+    run.write_config(model=config, transform=constants)
+    state, history, precision = fit(
+        model, groups, batch_loss, validate, rows, run, device, betas=(0.9, 0.95),
+        in_blocks=larger_than_memory(dataset.images),
+    )  # fmt: skip
+    if not distributed.is_main():
+        return
+    run.save_weights(
+        state, {**config, "transform": constants},
+        dataset.hashes[np.concatenate([rows, validation])],
+        number_format=precision.name, last=history[-1],
+    )  # fmt: skip
+    plots.loss_curves(args.out / "loss.png", history, "reconstruction error (masked patches)")
+    plots.reconstructions(
+        args.out / "reconstructions.png",
+        *held_out_reconstructions(model, transform, read, dataset, args), dataset.class_names,
+    )  # fmt: skip
 
 
 def mae_config(args, img_size):
@@ -109,13 +115,14 @@ def validation_noise(count, num_patches, seed):
 
 
 @torch.no_grad()
-def held_out_reconstructions(model, transform, read, dataset, rows, args):
+def held_out_reconstructions(model, transform, read, dataset, args):
     """Two validation images of every class, masked and reconstructed; one twice if it is alone.
 
     Returns (original, masked, reconstruction), each (classes, 2, H, W), in the network's scale.
     Hidden pixels of `masked` are NaN; visible pixels of `reconstruction` are the original's.
     """
     model.eval()
+    rows = data.split(dataset)["validation"]
     chosen = np.concatenate(
         [np.resize(rows[dataset.labels[rows] == k][:2], 2) for k in range(len(dataset.class_names))]
     )

@@ -28,7 +28,7 @@ def reconstruct(args):
     content, residuals, seen = residual_reader(
         args.weights, dataset, device, args.mask_ratio, args.rounds, args.seed
     )
-    rows = data.rows_to_evaluate(dataset, content["run"], args.split == "all")
+    rows = data.rows_to_evaluate(dataset, content, args.split == "all")
     labels = dataset.labels[rows]
     trained_on = content["run"].get("classes", [])
     if trained_on == ["all"]:

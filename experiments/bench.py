@@ -424,7 +424,7 @@ def packing(bench):
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "lenses"
         simulate.write_folder(folder, lenses.simulate("Model_II", per_class, 0, progress=False))
-        paths = [path for files in data.list_classes(folder).values() for path in files]
+        paths = [path for files in data.list_classes(folder)[0].values() for path in files]
         start = time.perf_counter()
         dataset = data.load(folder, progress=False)
         packed_in = time.perf_counter() - start

@@ -137,7 +137,7 @@ def cached_result(measure):
 def measured(lab, path, dataset, whole):
     """AUC of each class, macro AUC and accuracy (%) of a classifier."""
     model, content = weights.load_classifier(path)
-    rows = rows_to_test_on(dataset, content, whole)
+    rows = data.rows_to_evaluate(dataset, content, whole)
     labels = data.class_order(content["class_names"], dataset, path)[dataset.labels[rows]]
     probabilities = evaluate.predict_probabilities(model, dataset.images, rows, lab.device)
     *aucs, macro, accuracy = metrics.measures(probabilities, labels).tolist()
@@ -151,19 +151,11 @@ def residual_auc(lab, path, dataset, whole):
     content, residuals_of, _ = residuals.residual_reader(
         path, dataset, lab.device, mask_ratio=0.75, rounds=2, seed=0
     )
-    rows = rows_to_test_on(dataset, content, whole)
+    rows = data.rows_to_evaluate(dataset, content, whole)
     labels, smooth = dataset.labels[rows], dataset.class_names.index("no_sub")
     scores = residuals.scores_of(residuals_of, rows)
     aucs = residuals.auc_by_kind(scores, labels != smooth, labels, dataset.class_names)
     return {f"residual AUC {name}": float(auc) for name, auc in aucs.items()}
-
-
-def rows_to_test_on(dataset, content, whole):
-    """All rows of a data set, or those that the training behind the weights left for testing."""
-    if whole:
-        return np.arange(len(dataset.labels))
-    data.check_split(content["run"])
-    return data.split(dataset)["test"]
 
 
 def chain(lab, name, seed, strategies=STRATEGIES, pretraining=(), finetuning=(), images=None):

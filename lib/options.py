@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lib.augment import KINDS
 from lib.files import UserError
+from lib.weights import LARGEST
 from mae import TRANSFORM_KINDS
 
 MOST_VALIDATIONS = 50  # unless --validations says otherwise
@@ -74,6 +75,9 @@ def add_training_arguments(parser):
     group.add_argument(
         "--resume", action="store_true", help="resume from the run's checkpoint, if there is one"
     )
+    group.add_argument(
+        "--overwrite", action="store_true", help="replace a finished or stopped run in --out"
+    )
     group.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
@@ -112,7 +116,9 @@ def check_numbers(args):
               "decoder_embed_dim", "decoder_num_heads", "resamples", "rounds", "sheet_images",
               "per_class", "repeats", "files", "auc_per_class")  # fmt: skip
     check(counts, lambda value: value >= 1, "at least 1")
-    check(("seed", "weight_decay", "depth", "decoder_depth"), lambda v: v >= 0, "at least 0")
+    check(("seed",), lambda value: 0 <= value < 2**63, "between 0 and 2**63 - 1")
+    check(("depth", "decoder_depth"), lambda value: value >= 0, "at least 0")
+    check(("weight_decay",), lambda value: 0 <= value < math.inf, "at least 0")
     check(("lr", "mlp_ratio"), lambda value: 0 < value < math.inf, "positive")
     check(("mask_ratio",), lambda value: 0 < value < 1, "between 0 and 1")
     check(("layer_decay", "labels"), lambda value: 0 < value <= 1, "in (0, 1]")
@@ -121,6 +127,9 @@ def check_numbers(args):
 
 def new_network(kind, config):
     """`kind(**config)`, an `MAE` or `Classifier`; UserError, naming the flag, if that is invalid."""
+    for name, limit in LARGEST.items():
+        if config.get(name, 0) > limit:
+            raise UserError(f"--{name.replace('_', '-')} must be at most {limit}, got {config[name]}")
     patch_size, img_size = config["patch_size"], config["img_size"]
     if img_size % patch_size:
         raise UserError(

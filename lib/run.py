@@ -14,24 +14,48 @@ from lib import data, distributed, weights
 from lib.files import UserError, make_folder, write_json, write_text
 
 # Options that do not change the weights: a run may be resumed under others.
-FREE_OPTIONS = {"out", "resume", "quiet", "device", "data", "cache_dir", "pretrained"}
+FREE_OPTIONS = {
+    "out", "resume", "overwrite", "quiet", "device", "data", "cache_dir", "pretrained"
+}  # fmt: skip
 
 
 class Run:
     """A training's folder, to which the main process alone writes.
 
     args : the script's options.
-    settings : what decides the weights; a checkpoint is resumed under the same settings only.
+    file : name of the weights file that the run leaves.
+    settings : what decides the weights; a run is resumed under the same settings only.
     checkpoint : state to resume from, or None.
+    is_finished : whether --resume found nothing left to do.
     """
 
-    def __init__(self, args, dataset, **settings):
-        self.args, self.out = args, Path(args.out)
+    def __init__(self, args, dataset, file, **settings):
+        self.args, self.out, self.dataset = args, Path(args.out), dataset
+        self.weights_path, self.checkpoint_path = self.out / file, self.out / "checkpoint.pth"
         options = {k: v for k, v in vars(args).items() if k not in FREE_OPTIONS}
         described = {"data_fingerprint": dataset.fingerprint, "split": data.SPLIT}
-        self.settings = {**options, **described, **settings}
-        self.checkpoint_path = self.out / "checkpoint.pth"
+        # As a weights file keeps them, so that settings can be compared.
+        self.settings = json.loads(json.dumps({**options, **described, **settings}))
+        self._refuse_to_overwrite()
         self.checkpoint = self._checkpoint_to_resume() if args.resume else None
+        self.is_finished = args.resume and not self.checkpoint and self.weights_path.exists()
+        if self.is_finished:
+            self._require_same_settings(weights.read(self.weights_path).content["run"])
+
+    def _refuse_to_overwrite(self):
+        """UserError if the folder holds what this run would replace unasked."""
+        others = [p for p in self.out.glob("*.pth")
+                  if p not in (self.weights_path, self.checkpoint_path)]  # fmt: skip
+        if others:
+            raise UserError(f"{self.out} holds {others[0].name} of another run: choose another --out")
+        if self.args.resume or self.args.overwrite:
+            return
+        for path, state in ((self.checkpoint_path, "stopped"), (self.weights_path, "finished")):
+            if path.exists():
+                raise UserError(
+                    f"{self.out} holds a {state} run: give --resume to continue it, --overwrite to "
+                    "replace it, or another --out"
+                )
 
     def _checkpoint_to_resume(self):
         """The run's checkpoint, or None; UserError if it is broken or of other settings."""
@@ -39,25 +63,27 @@ class Run:
             return None
         try:
             checkpoint = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
-            before = checkpoint["settings"]
-            names = sorted(before.keys() | self.settings.keys())
+            before = dict(checkpoint["settings"])
         except Exception:  # torch raises many kinds for a broken file
             raise UserError(
-                f"{self.checkpoint_path} cannot be read: delete it and start again"
+                f"{self.checkpoint_path} cannot be read: give --overwrite to start again"
             ) from None
-        for name in names:
-            if before.get(name) != self.settings.get(name):
-                raise UserError(
-                    f"--resume: the checkpoint in {self.out} has {name} = {before.get(name)}, now "
-                    f"it is {self.settings.get(name)}: use the same settings, or start again "
-                    "without --resume"
-                )
+        self._require_same_settings(before)
         return checkpoint
 
-    def write_config(self, dataset, **more):
+    def _require_same_settings(self, before):
+        for name, value in self.settings.items():
+            if before.get(name) != value:
+                raise UserError(
+                    f"--resume: the run in {self.out} has {name} = {before.get(name)}, now it is "
+                    f"{value}: use the same settings, or --overwrite to start again"
+                )
+
+    def write_config(self, **more):
         """Write `config.json`: the command, its options, the data and the versions."""
         if not distributed.is_main():
             return
+        dataset = self.dataset
         options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         described = {"origin": dataset.origin, "fingerprint": dataset.fingerprint}
@@ -78,25 +104,28 @@ class Run:
         if distributed.is_main():
             weights.save_tensors(self.checkpoint_path, {"settings": self.settings, **state})
 
-    def save_weights(self, file, state, config, class_names, **outcome):
-        """Write the weights file, after which the checkpoint is not needed any more."""
+    def save_weights(self, state, config, seen, **outcome):
+        """Write the weights file, after which the checkpoint is not needed any more.
+
+        `seen` are the hashes of all images that the weights were trained or validated on.
+        """
         run = {**self.settings, **outcome, "data": str(self.args.data)}
-        weights.save(self.out / file, state, config, class_names, run)
+        weights.save(self.weights_path, state, config, self.dataset.class_names, run, seen)
         self.checkpoint_path.unlink(missing_ok=True)
-        print(f"weights in {self.out / file}")
+        print(f"weights in {self.weights_path}")
 
 
 @contextlib.contextmanager
-def open_run(args, dataset, model, transform=None, **settings):
+def open_run(args, dataset, file, **settings):
     """Create and lock the folder --out, resume or start in it, and yield its `Run`.
 
-    `model` and `transform` are described in config.json; `settings` are added to `Run.settings`.
-    Raises UserError if another run holds the folder, or as `Run` does.
+    `settings` are added to `Run.settings`. Raises UserError if another run holds the folder, or if
+    it holds what the run would overwrite unasked.
     """
     with _locked(args.out):
-        run = Run(args, dataset, **settings)
-        more = {"transform": transform} if transform else {}
-        run.write_config(dataset, model=model, **more)
+        run = Run(args, dataset, file, **settings)
+        if run.is_finished and distributed.is_main():
+            print(f"already finished: weights in {run.weights_path}")
         yield run
 
 
@@ -111,6 +140,9 @@ def _locked(out):
     with (out / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise UserError(f"another run is writing into {out}: choose another --out") from None
+        except OSError as error:  # some network file systems have no locks
+            print(f"{out} cannot be locked ({error.strerror}): let no other run write into it",
+                  file=sys.stderr)  # fmt: skip
         yield

@@ -1,8 +1,9 @@
 """Weights files: written atomically, opened once, loaded with suspicion.
 
 A weights file is `{"model": state dict, "config": arguments of the constructor and of the intensity
-transform, "class_names": [...], "run": what it was trained on and how}`. It holds plain tensors,
-numbers and text, which `torch.load(weights_only=True)` reads.
+transform, "class_names": [...], "run": what it was trained on and how, "seen": hashes of the images
+that training and validation saw, int64}`. It holds plain tensors, numbers and text, which
+`torch.load(weights_only=True)` reads.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from lib.convert import from_foreign
@@ -23,7 +25,7 @@ MOST_PATCHES_A_SIDE = 128
 
 
 class Weights(NamedTuple):
-    """An opened weights file. `content` has the keys model, config, class_names and run."""
+    """An opened weights file. `content` has the keys model, config, class_names, run, seen."""
 
     path: Path
     sha256: str
@@ -33,17 +35,24 @@ class Weights(NamedTuple):
     def is_classifier(self):
         return "num_classes" in self.content["config"]
 
+    @property
+    def seen(self):
+        """Hashes (n,) uint64 of the images that these weights were trained on."""
+        return self.content["seen"].numpy().view(np.uint64)
+
 
 # Writing
 
 
-def save(path, model_state, config, class_names, run):
-    """Write a weights file. `run` must be plain (numbers, text, lists, dicts)."""
+def save(path, model_state, config, class_names, run, seen):
+    """Write a weights file. `run` must be plain (numbers, text, lists, dicts); `seen` (n,) uint64
+    are hashes of the images that training and validation saw, see `data.Dataset`."""
     content = {
         "model": {name: tensor.detach().cpu().clone() for name, tensor in model_state.items()},
         "config": config,
         "class_names": list(class_names),
         "run": json.loads(json.dumps(run)),
+        "seen": torch.from_numpy(np.unique(seen).view(np.int64)),
     }
     save_tensors(path, content)
 
@@ -78,6 +87,9 @@ def read(path, num_heads=None):
             raise UserError(f"{path}: not a weights file of this project: {key!r} is missing")
     if not all(isinstance(name, str) for name in content["class_names"]):
         raise UserError(f"{path}: class names must be text")
+    seen = content.get("seen")
+    if not isinstance(seen, torch.Tensor) or seen.dtype != torch.int64 or seen.dim() != 1:
+        raise UserError(f"{path}: does not say which images it was trained on; train again")
     return Weights(path, sha256, content)
 
 
@@ -120,7 +132,8 @@ def _converted(path, content, num_heads):
         state, config = from_foreign(content, num_heads)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return {"model": state, "config": config, "class_names": [], "run": {}}
+    nothing = torch.zeros(0, dtype=torch.int64)
+    return {"model": state, "config": config, "class_names": [], "run": {}, "seen": nothing}
 
 
 # Networks
