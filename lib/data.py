@@ -295,21 +295,32 @@ def split(dataset):
 
     The content of an image, its float32 pixels, alone decides its part. So a test image stays a
     test image whatever else is in the data set, in any order or layout, and copies never fall into
-    two parts. The same image in other units is another image.
-    Raises UserError if a part has no image of some class.
+    two parts. The same image in other units is another image. Only where a class is so small that
+    a part would stay empty, see `_parts_of_few`.
+    Raises UserError if a class has fewer than three different images.
     """
     place = dataset.hashes / 2.0**64  # uniform in [0, 1)
     part_of_row = np.digitize(place, (0.8, 0.9))
-    parts = {part: np.flatnonzero(part_of_row == i) for i, part in enumerate(PARTS)}
     for label, class_name in enumerate(dataset.class_names):
-        of_class = dataset.labels == label
-        for part, rows in parts.items():
-            if not of_class[rows].any():
+        rows = np.flatnonzero(dataset.labels == label)
+        if len(np.unique(part_of_row[rows])) < len(PARTS):
+            if len(np.unique(dataset.hashes[rows])) < len(PARTS):
                 raise UserError(
-                    f"none of the {of_class.sum()} images of class {class_name} fell into the "
-                    f"{part} part (80 % train, 10 % validation, 10 % test): give more images"
+                    f"class {class_name} has fewer than {len(PARTS)} different images, one for "
+                    "training, validation and test each: give more"
                 )
-    return parts
+            part_of_row[rows] = _parts_of_few(dataset.hashes[rows])
+    return {part: np.flatnonzero(part_of_row == i) for i, part in enumerate(PARTS)}
+
+
+def _parts_of_few(hashes):
+    """Parts (n,) of a small class: test has the largest hash, validation the next, train the rest.
+
+    The part of an image then depends on the others. Weights know the images that they have seen,
+    so an image that changes its part is found out when they are scored.
+    """
+    values = np.unique(hashes)
+    return np.where(hashes == values[-1], 2, np.where(hashes == values[-2], 1, 0))
 
 
 def rows_of_classes(dataset, rows, names):

@@ -190,3 +190,40 @@ def test_a_blank_image_gets_finite_noise():
     images[1] += 1
     images[2] -= 1
     assert torch.isfinite(augment(images, ("noise",))).all()
+
+
+def test_a_class_of_a_few_images_has_one_in_every_part(tmp_path):
+    for count in (3, 5, 12):
+        dataset = data.load(make(tmp_path / str(count), a=count, b=40), progress=False)
+        parts = data.split(dataset)
+        assert np.array_equal(np.sort(np.concatenate(list(parts.values()))), np.arange(count + 40))
+        for rows in parts.values():
+            assert set(dataset.labels[rows]) == {0, 1}
+    with pytest.raises(UserError, match="class a has fewer than 3"):
+        data.split(data.load(make(tmp_path / "two", a=2, b=40), progress=False))
+
+
+def test_copies_in_a_small_class_stay_on_one_side(tmp_path):
+    root = make(tmp_path / "d", a=4, b=40)
+    for i in range(4):
+        shutil.copy(root / "a" / f"00{i}.npy", root / "a" / f"copy{i}.npy")
+    dataset = data.load(root, progress=False)
+    sides = [set(dataset.hashes[rows]) for rows in data.split(dataset).values()]
+    assert not sides[0] & sides[1] and not sides[0] & sides[2] and not sides[1] & sides[2]
+
+
+def test_an_image_that_moved_from_training_to_test_is_found_out(tmp_path):
+    root = make(tmp_path / "d", a=40, b=40)
+    run_script("finetune.py", "--data", root, "--pretrained", "none", "--strategy", "full",
+               "--epochs", 1, "--out", tmp_path / "run", "--patch-size", 4,
+               *TINY_NETWORK[2:])  # fmt: skip
+    dataset = data.load(root, progress=False)
+    train = set(data.split(dataset)["train"].tolist())
+    for row, path in enumerate(sorted((root / "a").iterdir())):
+        if row not in train or row > 15:  # some training images are all that is left
+            path.unlink()
+    refused = run_script(
+        "evaluate.py", "--data", root, "--out", tmp_path / "e", "--resamples", 5, "--weights",
+        tmp_path / "run" / "vit-mae-classifier-wt.pth", check=False,
+    )  # fmt: skip
+    assert_user_error(refused, "trained on 1 of these")
