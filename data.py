@@ -5,11 +5,10 @@ how many of each class fall into the training, validation and test parts.
 """
 
 import argparse
-from pathlib import Path
 
 from lib import options
 from lib.data import load, split
-from lib.files import read_json, run, write_json
+from lib.files import path_argument, read_json, run, write_json
 
 EXAMPLE = "example: python data.py --data lenses"
 
@@ -20,7 +19,7 @@ def parse_args(argv=None):
     )
     options.add_data_arguments(parser)
     parser.add_argument(
-        "--out", type=Path, metavar="JSON",
+        "--out", type=path_argument, metavar="JSON",
         help="write the description to this file; an identical file is not touched",
     )  # fmt: skip
     return parser.parse_args(argv)

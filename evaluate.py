@@ -12,7 +12,7 @@ from sklearn.metrics import confusion_matrix, roc_curve
 
 from lib import data, metrics, options, plots, report, weights
 from lib.device import resolve_device
-from lib.files import make_folder, run, write_json, write_text
+from lib.files import make_folder, path_argument, run, write_json, write_text
 from lib.loader import batch_reader, in_batches
 
 EXAMPLE = """example:
@@ -155,7 +155,7 @@ def parse_args(argv=None):
     )
     options.add_data_arguments(parser)
     parser.add_argument(
-        "--weights", type=Path, nargs="+", required=True, metavar="PTH", help="classifiers"
+        "--weights", type=path_argument, nargs="+", required=True, metavar="PTH", help="classifiers"
     )
     options.add_test_arguments(parser)
     args = parser.parse_args(argv)

@@ -26,7 +26,7 @@ from torch import nn
 
 from lib import data, options, weights
 from lib.convert import to_hugging_face
-from lib.files import UserError, atomic_directory, atomic_write, run, write_json
+from lib.files import UserError, atomic_directory, atomic_write, path_argument, run, write_json
 from lib.metrics import auc_by_class
 from lib.onnxfile import open_session
 from mae import Block, complementary_masks, set_attention_form
@@ -325,11 +325,11 @@ def parse_args(argv=None):
         description=__doc__, epilog=EXAMPLE, formatter_class=options.HelpFormatter
     )
     parser.add_argument(
-        "--weights", type=Path, nargs="+", required=True, metavar="PTH",
+        "--weights", type=path_argument, nargs="+", required=True, metavar="PTH",
         help="classifier (of several, the one that is best on validation) or MAE",
     )  # fmt: skip
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE.onnx", help="file (or folder) to write"
+        "--out", type=path_argument, required=True, metavar="FILE.onnx", help="file (or folder) to write"
     )
     parser.add_argument(
         "--what",
@@ -347,13 +347,14 @@ def parse_args(argv=None):
         help="largest accepted loss of macro AUC on validation in lower precision",
     )  # fmt: skip
     group.add_argument(
-        "--data", type=Path, default=None, help="images to check with; default: the training data"
+        "--data", type=path_argument, default=None, help="images to check with; default: the training data"
     )
     group.add_argument(
-        "--cache-dir", type=Path, default=None, help="where a folder's packed copy is kept"
+        "--cache-dir", type=path_argument, default=None, help="where a folder's packed copy is kept"
     )
     group.add_argument("--seed", type=int, default=0, help="which images are used to check")
     args = parser.parse_args(argv)
+    options.check_numbers(args)
     if args.what != "classifier" and args.precision != "float32":
         raise UserError(f"--precision {args.precision}: only a classifier is exported in it")
     if args.what != "classifier" and len(args.weights) > 1:

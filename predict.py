@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.files import UserError, atomic_write, run
+from lib.files import UserError, atomic_write, path_argument, run
 from lib.onnxfile import open_classifier, open_maps
 from lib.readers import forget_pages, read_fits, read_npy, read_npz
 
@@ -186,20 +186,20 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="files or folders")
-    parser.add_argument("--model", type=Path, required=True, metavar="FILE.onnx")
-    parser.add_argument("--out", type=Path, required=True, metavar="CSV")
+    parser.add_argument("paths", type=path_argument, nargs="+", metavar="PATH", help="files or folders")
+    parser.add_argument("--model", type=path_argument, required=True, metavar="FILE.onnx")
+    parser.add_argument("--out", type=path_argument, required=True, metavar="CSV")
     parser.add_argument(
         "--crop", action="store_true", help="use the centre of images larger than the network's"
     )
     group = parser.add_argument_group("pictures")
     group.add_argument(
-        "--maps", type=Path, metavar="FILE.onnx",
+        "--maps", type=path_argument, metavar="FILE.onnx",
         help="file of export.py --what reconstruction: adds the column residual, an MAE's mean "
         "squared residual, and puts substructure maps on the sheet",
     )  # fmt: skip
     group.add_argument(
-        "--sheet", type=Path, metavar="PNG", help="picture of the most confident predictions"
+        "--sheet", type=path_argument, metavar="PNG", help="picture of the most confident predictions"
     )
     group.add_argument(
         "--sheet-images", type=int, default=40, help="images on the sheet (default: 40)"

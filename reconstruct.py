@@ -7,14 +7,13 @@ above their residuals; the true point masses are marked in data that simulate.py
 """
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from lib import data, lenses, options, plots
 from lib.device import resolve_device
-from lib.files import make_folder, run, write_json, write_text
+from lib.files import make_folder, path_argument, run, write_json, write_text
 from lib.residuals import measure, residual_reader, scores_of
 
 EXAMPLE = """example:
@@ -81,7 +80,7 @@ def parse_args(argv=None):
     )
     options.add_data_arguments(parser)
     parser.add_argument(
-        "--weights", type=Path, required=True, metavar="PTH", help="weights of pretrain.py"
+        "--weights", type=path_argument, required=True, metavar="PTH", help="weights of pretrain.py"
     )
     options.add_test_arguments(parser)
     parser.add_argument("--mask-ratio", type=float, default=0.75, help="share of patches hidden")

@@ -5,13 +5,12 @@ Hubble Space Telescope. The physics is in lib/lenses.py.
 """
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 
 from lib import lenses, options
-from lib.data import PackedWriter
-from lib.files import atomic_directory, run
+from lib.data import PackedWriter, require_space
+from lib.files import atomic_directory, make_folder, path_argument, run
 
 EXAMPLE = "example: python simulate.py --model Model_II --per-class 1000 --out lenses"
 
@@ -53,7 +52,7 @@ def parse_args(argv=None):
     parser.add_argument("--model", choices=lenses.INSTRUMENTS, default="Model_II", help="data model")
     parser.add_argument("--per-class", type=int, default=10000, help="images of each class")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images")
-    parser.add_argument("--out", type=Path, required=True, help="folder to create")
+    parser.add_argument("--out", type=path_argument, required=True, help="folder to create")
     parser.add_argument(
         "--layout", choices=("packed", "folder"), default="packed",
         help="one memory-mapped array, or the public layout of one .npy an image",
@@ -70,9 +69,13 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    instrument = lenses.INSTRUMENTS[args.model]
     batches = lenses.simulate(args.model, args.per_class, args.seed, args.noise)
     if args.layout == "folder":
-        write_folder(args.out, batches, lenses.INSTRUMENTS[args.model].counts)
+        make_folder(args.out.parent)
+        pixels = len(lenses.CLASS_NAMES) * args.per_class * instrument.pixels**2
+        require_space(args.out.parent, 8 * pixels)
+        write_folder(args.out, batches, instrument.counts)
     else:
         origin = lenses.origin_of(args.model, args.per_class, args.seed, args.noise)
         write_packed(args.out, batches, args.per_class, args.model, origin)

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluate import predict_probabilities
 from lib import data, lenses, options, plots, weights
 from lib.device import resolve_device
-from lib.files import UserError, run
+from lib.files import UserError, path_argument, run
 from lib.loader import batch_reader
 from mae import complementary_masks
 
@@ -53,11 +53,11 @@ def parse_args(argv=None):
         description=__doc__, epilog=EXAMPLE, formatter_class=options.HelpFormatter
     )
     options.add_data_arguments(parser)
-    parser.add_argument("--mae", type=Path, required=True, help="weights of pretrain.py")
+    parser.add_argument("--mae", type=path_argument, required=True, help="weights of pretrain.py")
     parser.add_argument(
-        "--classifier", type=Path, required=True, help="weights of finetune.py"
+        "--classifier", type=path_argument, required=True, help="weights of finetune.py"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the pictures")
+    parser.add_argument("--out", type=path_argument, required=True, help="folder of the pictures")
     parser.add_argument("--seed", type=int, default=1, help="of the mask that is shown")
     options.add_device_argument(parser)
     args = parser.parse_args(argv)

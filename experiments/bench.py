@@ -34,7 +34,7 @@ import predict
 import simulate
 from lib import data, lenses, metrics, optim, options, weights
 from lib.device import Precision, bfloat16_is_fast, resolve_device, seconds_of
-from lib.files import make_folder, run, write_json, write_text
+from lib.files import make_folder, path_argument, run, write_json, write_text
 from lib.loader import batch_reader, fit_transform, in_batches
 from mae import MAE, Classifier, IntensityTransform, set_attention_form
 
@@ -600,7 +600,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=options.HelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    parser.add_argument("--out", type=path_argument, required=True, help="folder of the results")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="what to time")
     parser.add_argument("--repeats", type=int, default=5, help="of every pair, at least")
     parser.add_argument("--files", type=int, default=30_000, help="files of the row packing")

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluate import predict_probabilities
 from lib import data, lenses, options, weights
 from lib.device import resolve_device
-from lib.files import UserError, atomic_directory, atomic_write, run
+from lib.files import UserError, atomic_directory, atomic_write, path_argument, run
 from lib.readers import read_npy
 
 EXAMPLE = """examples:
@@ -203,19 +203,19 @@ def parse_args(argv=None):
     )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("fit", help="fit the smooth lens to no_sub images")
-    command.add_argument("--images", type=Path, required=True, metavar="NPZ|NPY")
+    command.add_argument("--images", type=path_argument, required=True, metavar="NPZ|NPY")
     command.add_argument("--model", choices=lenses.INSTRUMENTS, default="Model_II")
     command.set_defaults(function=fit)
     command = commands.add_parser("pictures", help="a data set as 8-bit pictures")
-    command.add_argument("--data", type=Path, required=True, help="data set to convert")
-    command.add_argument("--out", type=Path, required=True, help="folder to create")
+    command.add_argument("--data", type=path_argument, required=True, help="data set to convert")
+    command.add_argument("--out", type=path_argument, required=True, help="folder to create")
     command.add_argument("--any", action="store_true", help="pictures of any kind, not 8-bit alone")
     command.add_argument("--seed", type=int, default=0, help="of the kinds and their noise")
     command.set_defaults(function=write_pictures)
     command = commands.add_parser("classify", help="ask a classifier about real images")
-    command.add_argument("--images", type=Path, required=True, metavar="NPZ")
-    command.add_argument("--weights", type=Path, required=True, metavar="PTH")
-    command.add_argument("--out", type=Path, required=True, metavar="CSV")
+    command.add_argument("--images", type=path_argument, required=True, metavar="NPZ")
+    command.add_argument("--weights", type=path_argument, required=True, metavar="PTH")
+    command.add_argument("--out", type=path_argument, required=True, metavar="CSV")
     options.add_device_argument(command)
     command.set_defaults(function=classify)
     args = parser.parse_args(argv)

@@ -12,7 +12,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lib import plots
-from lib.files import UserError, read_json, run, write_json, write_text
+from lib.files import UserError, path_argument, read_json, run, write_json, write_text
 
 EXAMPLE = "example: python experiments/results.py runs/study/results-0 runs/study/results-1"
 
@@ -166,9 +166,9 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folders", type=Path, nargs="+", help="folders that study.py had as --results")
+    parser.add_argument("folders", type=path_argument, nargs="+", help="folders that study.py had as --results")
     parser.add_argument(
-        "--out", type=Path, default=Path("docs/results"),
+        "--out", type=path_argument, default=Path("docs/results"),
         help="folder of the joined results (default: %(default)s)",
     )  # fmt: skip
     return parser.parse_args(argv)

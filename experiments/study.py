@@ -28,7 +28,7 @@ import simulate
 from experiments import results
 from lib import augment, data, lenses, metrics, options, residuals, weights
 from lib.device import choose_precision, resolve_device
-from lib.files import UserError, make_folder, read_json, run, sha256_of, write_json
+from lib.files import UserError, make_folder, path_argument, read_json, run, sha256_of, write_json
 from mae import POOLINGS
 
 EXAMPLE = """examples:
@@ -490,13 +490,13 @@ def parse_args(argv=None):
         description=__doc__, epilog=EXAMPLE, formatter_class=options.HelpFormatter
     )
     options.add_data_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
-    parser.add_argument("--results", type=Path, default=Path("docs/results"), help="what is kept")
+    parser.add_argument("--out", type=path_argument, required=True, help="folder of the runs")
+    parser.add_argument("--results", type=path_argument, default=Path("docs/results"), help="what is kept")
     parser.add_argument(
         "--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="experiments"
     )
     parser.add_argument(
-        "--unseen", type=Path, default=None,
+        "--unseen", type=path_argument, default=None,
         help="lenstronomy's images, to test on as well (see tests/reference/make_lenstronomy.py)",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each")

@@ -1,5 +1,6 @@
 """Errors that a user can fix, and files that survive a crash; the standard library alone."""
 
+import argparse
 import contextlib
 import errno
 import glob
@@ -36,6 +37,13 @@ def run(main):
         print("interrupted", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def path_argument(text):
+    """A path from the command line. An empty one, mostly an unset variable, is refused."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
 
 
 # Writing
@@ -152,6 +160,8 @@ def _flush_to_disk(path):
 def read_json(path):
     """The dict in a JSON file; UserError if it is missing, too large, broken or not a dict."""
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file")
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise UserError(f"{path}: larger than a description should be; is it the right file?")

@@ -2,10 +2,9 @@
 
 import argparse
 import math
-from pathlib import Path
 
 from lib.augment import KINDS
-from lib.files import UserError
+from lib.files import UserError, path_argument
 from lib.weights import LARGEST
 from mae import TRANSFORM_KINDS
 
@@ -20,10 +19,10 @@ def add_data_arguments(parser):
     """The options with which every script names its data."""
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--data", type=Path, required=True, help="data set: folder of class folders, or packed"
+        "--data", type=path_argument, required=True, help="data set: folder of class folders, or packed"
     )
     group.add_argument(
-        "--cache-dir", type=Path, default=None,
+        "--cache-dir", type=path_argument, default=None,
         help="where a folder's packed copy is kept (default: .packed inside the folder)",
     )  # fmt: skip
 
@@ -48,7 +47,7 @@ def add_model_arguments(parser):
 def add_training_arguments(parser):
     """How the training loop runs."""
     group = parser.add_argument_group("training")
-    group.add_argument("--out", type=Path, required=True, help="folder of the run")
+    group.add_argument("--out", type=path_argument, required=True, help="folder of the run")
     group.add_argument(
         "--epochs", type=int, default=None,
         help="passes over the training images (default: depends on the script and strategy; more "
@@ -84,7 +83,7 @@ def add_training_arguments(parser):
 def add_test_arguments(parser):
     """What is tested on, where the results go, and how they are resampled."""
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--out", type=Path, required=True, help="folder for the results")
+    group.add_argument("--out", type=path_argument, required=True, help="folder for the results")
     group.add_argument(
         "--split", choices=("test", "all"), default="test",
         help="the test part, or all images of data that training never saw",
@@ -116,9 +115,11 @@ def check_numbers(args):
               "decoder_embed_dim", "decoder_num_heads", "resamples", "rounds", "sheet_images",
               "per_class", "repeats", "files", "auc_per_class")  # fmt: skip
     check(counts, lambda value: value >= 1, "at least 1")
+    check(("resamples",), lambda value: value <= 1_000_000, "at most 1,000,000")
+    check(("rounds",), lambda value: value <= 100, "at most 100")
     check(("seed",), lambda value: 0 <= value < 2**63, "between 0 and 2**63 - 1")
     check(("depth", "decoder_depth"), lambda value: value >= 0, "at least 0")
-    check(("weight_decay",), lambda value: 0 <= value < math.inf, "at least 0")
+    check(("weight_decay", "allowed_fall"), lambda value: 0 <= value < math.inf, "at least 0")
     check(("lr", "mlp_ratio"), lambda value: 0 < value < math.inf, "positive")
     check(("mask_ratio",), lambda value: 0 < value < 1, "between 0 and 1")
     check(("layer_decay", "labels"), lambda value: 0 < value <= 1, "in (0, 1]")
@@ -136,6 +137,9 @@ def new_network(kind, config):
             f"--patch-size {patch_size} does not divide the image size {img_size}: "
             "choose one that does"
         )
+    for name in ("embed_dim", "decoder_embed_dim"):
+        if int(config.get(name, 1) * config.get("mlp_ratio", 4.0)) < 1:
+            raise UserError(f"--mlp-ratio {config['mlp_ratio']} leaves no width: choose a larger one")
     try:
         return kind(**config)
     except ValueError as error:

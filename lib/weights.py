@@ -76,6 +76,8 @@ def read(path, num_heads=None):
     then has no transform. Raises UserError, naming the file, if it is missing or something else.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file: give a weights file")
     content, sha256 = _safetensors(path) if path.suffix == ".safetensors" else _torch_file(path)
     if num_heads and not (isinstance(content, dict) and "config" in content):
         content = _converted(path, content, num_heads)

@@ -28,16 +28,17 @@ TINY_NETWORK = ["--patch-size", "16", "--embed-dim", "32", "--depth", "2", "--nu
 TINY_DECODER = ["--decoder-embed-dim", "16", "--decoder-num-heads", "2"]
 
 
-def run_script(name, *arguments, check=True):
+def run_script(name, *arguments, check=True, folder=ROOT):
     """Run a script's `main` as `files.run` does, in this process, which has torch loaded already.
 
-    `name` is a path from the root, such as "experiments/study.py". Returns what `run_python` does.
+    `name` is a path from the root, such as "experiments/study.py"; `folder` is the working
+    directory. Returns what `run_python` does.
     """
     module = importlib.import_module(name.removesuffix(".py").replace("/", "."))
     argv = [str(a) for a in arguments]
     out, err = io.StringIO(), io.StringIO()
     with (
-        contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(ROOT),
+        contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(folder),
         mock.patch.object(sys, "argv", [name, *argv]), pytest.raises(SystemExit) as ended,
     ):  # fmt: skip
         files.run(lambda: module.main(argv))

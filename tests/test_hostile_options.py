@@ -1,0 +1,117 @@
+"""Whatever stands behind an option, a script ends with an exit code and a line, not a traceback."""
+
+import argparse
+import importlib
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+from conftest import TINY_DECODER, TINY_NETWORK, run_script
+
+from lib import loop
+
+HOSTILE = ("", "-1", "0", "1", "nan", "inf", "1e-300", "9" * 20, "é\n$\"'", "\udcff", "/dev/zero",
+           "a" * 300)  # fmt: skip
+SMALL = ("--patch-size", "8", *TINY_NETWORK[2:])
+
+
+class Stop(loop.Interruption):
+    """Interrupts a training after three steps, so that no number of epochs lasts."""
+
+    def __enter__(self):
+        self.steps = 0
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    @property
+    def signal(self):
+        self.steps += 1
+        return signal.SIGINT if self.steps > 6 else None
+
+    @signal.setter
+    def signal(self, _):
+        pass
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with data, a pre-training, a classifier and exported files of 16×16 images."""
+    root = tmp_path_factory.mktemp("hostile")
+    rng = np.random.default_rng(0)
+    for level, name in enumerate(("axion", "no_sub")):
+        (root / "data" / name).mkdir(parents=True)
+        for i in range(16):
+            np.save(root / "data" / name / f"{i}.npy", rng.random((16, 16)) + level)
+    np.save(root / "one.npy", rng.random((16, 16)))
+    run = ("--data", root / "data", "--epochs", 1, "--batch-size", 8, "--quiet")
+    mae, classifier = root / "mae" / "vit-mae-wt.pth", root / "full" / "vit-mae-classifier-wt.pth"
+    run_script("pretrain.py", *run, "--out", root / "mae", *SMALL, *TINY_DECODER)
+    run_script("finetune.py", *run, "--out", root / "full", "--pretrained", mae, "--strategy",
+               "full")  # fmt: skip
+    run_script("export.py", "--weights", classifier, "--out", root / "c.onnx")
+    return root
+
+
+def commands(root):
+    """{script: arguments of a valid call}; those that write do so into `root`/out."""
+    data = ("--data", root / "data")
+    run = (*data, "--epochs", 1, "--batch-size", 8, "--quiet", "--out", root / "out")
+    mae, classifier = root / "mae" / "vit-mae-wt.pth", root / "full" / "vit-mae-classifier-wt.pth"
+    return {
+        "simulate": ("--per-class", 1, "--out", root / "out"),
+        "data": data,
+        "pretrain": (*run, *SMALL, *TINY_DECODER),
+        "finetune": (*run, "--pretrained", mae, "--strategy", "layernorm"),
+        "evaluate": (*data, "--weights", classifier, "--out", root / "out", "--resamples", 2),
+        "reconstruct": (*data, "--weights", mae, "--out", root / "out", "--resamples", 2),
+        "export": (*data, "--weights", classifier, "--out", root / "out"),
+        "predict": (root / "one.npy", "--model", root / "c.onnx", "--out", root / "out"),
+    }
+
+
+def options_of(script, monkeypatch):
+    """The options of a script that take a value."""
+    found = []
+    with monkeypatch.context() as patch:
+        def remember(parser, *_):
+            found.extend(a for a in parser._actions if a.option_strings and a.nargs != 0)
+            raise SystemExit
+
+        patch.setattr(argparse.ArgumentParser, "parse_args", remember)
+        with pytest.raises(SystemExit):
+            importlib.import_module(script).parse_args([])
+    return [action.option_strings[0] for action in found]
+
+
+@pytest.mark.parametrize("script", ["simulate", "data", "pretrain", "finetune", "evaluate",
+                                    "reconstruct", "export", "predict"])  # fmt: skip
+def test_no_value_of_any_option_ends_in_a_traceback(script, place, monkeypatch, tmp_path):
+    monkeypatch.setattr(loop, "Interruption", Stop)
+    module = importlib.import_module(script)
+    if hasattr(module, "plots"):  # pictures are drawn elsewhere
+        for name in [n for n, f in vars(module.plots).items() if callable(f) and n[0] != "_"]:
+            if name not in ("PatchCollection", "atomic_write"):
+                monkeypatch.setattr(module.plots, name, lambda *_, **__: None)
+    if script == "export":  # the exporter takes seconds a call
+        content = (place / "c.onnx").read_bytes()
+        monkeypatch.setattr(module, "write_onnx", lambda _, path, __: path.write_bytes(content))
+    command = commands(place)[script]
+    options = options_of(script, monkeypatch)
+    assert options
+    for option in options:
+        for value in HOSTILE:
+            before = sorted(os.listdir(place))
+            process = run_script(f"{script}.py", *command, f"{option}={value}", check=False,
+                                 folder=tmp_path)  # fmt: skip
+            what = f"{option}={value!r}: {process.returncode} {process.stdout} {process.stderr}"
+            assert process.returncode in (0, 1, 2, 130), what
+            if process.returncode == 2:
+                assert "error: " in process.stderr, what
+            for path in (place / "out", *(place / name for name in os.listdir(place)
+                                          if name not in before)):  # fmt: skip
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    assert sorted(os.listdir(place)) == sorted(set(before) - {"out"})
