@@ -29,6 +29,8 @@ def write_model(path, outputs, nodes, class_names=None):
         helper.make_tensor("one_axis", onnx.TensorProto.INT64, [2], [-1, 1]),
         helper.make_tensor("flat", onnx.TensorProto.INT64, [1], [-1]),
     ]
+    used = {name for _, inputs, _ in nodes for name in inputs}
+    constants = [constant for constant in constants if constant.name in used]
     nodes = [helper.make_node(*node) for node in nodes]
     graph = helper.make_graph(nodes, "g", [model_input], output_infos, constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
@@ -37,10 +39,8 @@ def write_model(path, outputs, nodes, class_names=None):
     onnx.save(model, path)
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def write_models(folder):
     """A classifier of the mean brightness and a reconstruction that leaves everything."""
-    folder = tmp_path_factory.mktemp("models")
     mean = ("GlobalAveragePool", ["images"], ["mean"])
     write_model(
         folder / "classifier.onnx", {"probabilities": ["n", 2]},
@@ -49,9 +49,15 @@ def models(tmp_path_factory):
         ["bright", "dark"],
     )  # fmt: skip
     write_model(
-        folder / "maps.onnx", {"residual": ["n", 1, SIDE, SIDE], "score": ["n"]},
+        folder / "reconstruction.onnx", {"residual": ["n", 1, SIDE, SIDE], "score": ["n"]},
         [("Identity", ["images"], ["residual"]), mean, ("Reshape", ["mean", "flat"], ["score"])],
     )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder)
     return folder
 
 
@@ -281,8 +287,8 @@ def outputs_that_are_inputs(folder, models):
                   folder / "linked" / "b.png", image],
         "errors file": ["--out", folder / "in" / "e", folder / "in" / "e.errors.csv"],
         "model": ["--out", models / "classifier.onnx", image],
-        "maps": ["--out", folder / "p.csv", "--maps", models / "maps.onnx", "--sheet",
-                 models / "maps.onnx", image],
+        "maps": ["--out", folder / "p.csv", "--maps", models / "reconstruction.onnx", "--sheet",
+                 models / "reconstruction.onnx", image],
         "each other": ["--out", folder / "p.png", "--sheet", folder / "linked" / ".." / "p.png",
                        image],
         "sheet and errors file": ["--out", folder / "p", "--sheet", folder / "p.errors.csv", image],
@@ -348,7 +354,7 @@ def test_numbers_at_the_edge(batch, sheet, predict, models, tmp_path):
     np.save(tmp_path / "a.npy", IMAGES)
     process = predict(
         tmp_path / "a.npy", "--batch-size", batch, "--sheet", tmp_path / "sheet.PNG",
-        "--sheet-images", sheet, "--maps", models / "maps.onnx",
+        "--sheet-images", sheet, "--maps", models / "reconstruction.onnx",
     )  # fmt: skip
     assert len(process.rows) == 3
     assert f"the {min(sheet, 3)} most confident" in process.stdout
