@@ -1,16 +1,36 @@
-"""Classify .npy cutouts without torch: python classify.py MODEL.onnx FILE.npy ..."""
+"""Classify cutouts without torch: python classify.py MODEL.onnx FILE ...
 
-import json
+Reads what predict.py reads, by its functions.
+"""
+
 import sys
+from pathlib import Path
 
-import numpy as np
-import onnxruntime
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-model, *files = sys.argv[1:]
-session = onnxruntime.InferenceSession(model)
-class_names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
-for file in files:
-    image = np.load(file).astype(np.float32)  # (64, 64), raw pixels
-    (probabilities,) = session.run(["probabilities"], {"images": image[None, None]})
-    values = " ".join(f"{n}={p:.6f}" for n, p in zip(class_names, probabilities[0], strict=True))
-    print(file, class_names[int(probabilities[0].argmax())], values)
+from lib.files import UserError, one_line, run
+from lib.onnxfile import open_classifier
+from predict import read_images
+
+
+def main():
+    if len(sys.argv) < 3:
+        raise UserError("give a model and files: python classify.py MODEL.onnx FILE ...")
+    model, *files = map(Path, sys.argv[1:])
+    session, class_names, img_size = open_classifier(model)
+    errors, others = [], []
+    for name, image in read_images(files, img_size, errors, others):  # (64, 64), raw pixels
+        (probabilities,) = session.run(["probabilities"], {"images": image[None, None]})
+        row = probabilities[0]
+        if not all(0 <= p <= 1 for p in row):
+            errors.append((name, f"{name}: no finite probabilities"))
+            continue
+        values = " ".join(f"{n}={p:.6f}" for n, p in zip(class_names, row, strict=True))
+        print(one_line(f"{name} {class_names[int(row.argmax())]} {values}"))
+    for _, error in errors:
+        print(one_line(f"error: {error}"), file=sys.stderr)
+    return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    run(main)

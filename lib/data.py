@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lib.files import UserError, atomic_directory, make_folder, read_json, write_json
-from lib.readers import forget_pages, read_npy
+from lib.readers import forget_pages, is_hidden, read_npy
 
 FORMAT = 2
 CHECK_BLOCK = 4096  # images whose pixels are checked together
@@ -114,7 +114,7 @@ def list_classes(root):
     Hidden files and `__MACOSX` do not count. Raises UserError, naming the folder and the remedy,
     for a class without images, images in sub-folders, and folders named like parts of a split.
     """
-    folders = [f for f in sorted(Path(root).iterdir()) if f.is_dir() and not is_hidden(f)]
+    folders = [f for f in sorted(Path(root).iterdir()) if f.is_dir() and not is_hidden(f.name)]
     if not folders:
         raise UserError(f"{root} has no class folders: expected {root}/<class>/*.npy")
     parts = [f.name for f in folders if f.name.lower() in (*PARTS, *OTHER_NAMES_OF_PARTS)]
@@ -125,7 +125,7 @@ def list_classes(root):
         )
     class_files, others = {}, []
     for folder in folders:
-        entries = [entry for entry in sorted(folder.iterdir()) if not is_hidden(entry)]
+        entries = [entry for entry in sorted(folder.iterdir()) if not is_hidden(entry.name)]
         for entry in entries:
             if entry.is_dir() and any(f.suffix.lower() == ".npy" for f in entry.rglob("*")):
                 raise UserError(
@@ -138,11 +138,6 @@ def list_classes(root):
             raise UserError(f"class folder {folder} has no .npy files: fill it or remove it")
         class_files[folder.name] = files
     return class_files, others
-
-
-def is_hidden(path):
-    """Whether a file or folder is none of the user's: what systems and archives leave behind."""
-    return path.name.startswith(".") or path.name == "__MACOSX"
 
 
 def read_image(path):

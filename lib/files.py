@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -21,21 +22,31 @@ class UserError(Exception):
 
 
 def run(main):
-    """Run a script's `main` and exit: 0, or one line on stderr and 2 for a user's mistake."""
+    """Run a script's `main` and exit: 0, or one line on stderr and 2 for a user's mistake.
+
+    No text stops a script: a terminal of another encoding shows backslash escapes, and a pipe that
+    nobody reads any more ends it without a word.
+    """
+    _accept_any_output()
     try:
         code = main()
+        with contextlib.suppress(BrokenPipeError):  # all is done, whoever reads of it
+            sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         code = 2
+    except BrokenPipeError:
+        code = 141  # as the shell reports SIGPIPE
     except OSError as error:  # full disk, missing permission
         if error.filename is None and error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        _say(f"error: {where}{error.strerror or error}")
         code = 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _say("interrupted")
         code = 130
+    _discard_unwritten_output()
     sys.exit(code)
 
 
@@ -46,6 +57,47 @@ def path_argument(text):
     return Path(text)
 
 
+def _accept_any_output():
+    """Let stdout and stderr take any text, and swallow it if they are closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _say(text):
+    """Print one line on stderr, if anything still reads it."""
+    with contextlib.suppress(OSError):
+        print(one_line(text), file=sys.stderr, flush=True)
+
+
+def _discard_unwritten_output():
+    """Keep Python from failing at exit because stdout or stderr cannot be written."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)
+
+
+# Text
+
+
+def readable(text):
+    """`text` as valid Unicode: bytes of a file name that are not UTF-8 become escapes (\\xff)."""
+    text = re.sub("[\ud800-\udc7f\udd00-\udfff]", lambda found: ascii(found[0])[1:-1], text)
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def one_line(text):
+    """`readable`, with control characters such as a newline in a file name as escapes (\\n)."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], readable(text))
+
+
 # Writing
 
 
@@ -53,11 +105,11 @@ def path_argument(text):
 def atomic_write(path):
     """Yield a temporary name beside `path`; when the block succeeds, flush the file and rename it.
 
-    After a crash `path` is the old file or the new one, never a part. Raises UserError if the
-    folder cannot be created or written.
+    After a crash `path` is the old file or the new one, never a part. Raises UserError as
+    `check_output` does.
     """
     path = Path(path)
-    make_folder(path.parent)
+    check_output(path)
     temporary = _temporary_name(path)
     try:
         with _named_errors(path):
@@ -99,6 +151,14 @@ def _named_errors(path):
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise UserError(f"cannot write {path}: {error.strerror}; free some space") from None
+
+
+def check_output(path):
+    """UserError unless a file can be written at `path`; creates its folder."""
+    path = Path(path)
+    if path.exists() and not path.is_file():  # renaming a file to it would fail or remove a device
+        raise UserError(f"cannot write {path}: it is a folder or a device; name a file")
+    make_folder(path.parent)
 
 
 def make_folder(path):

@@ -6,6 +6,7 @@ builds them itself.
 """
 
 import ast
+import bz2
 import contextlib
 import gzip
 import math
@@ -23,7 +24,7 @@ import numpy as np
 from lib.files import UserError
 
 MAX_PICKLE_BYTES = 64 * 2**20  # an axion file is one image and a number
-MAX_PICKLE_OPCODES = 10_000
+MAX_PICKLE_OPCODES = 100_000  # a stack of images takes about 20 an image
 MAX_NPZ_BYTES = 2**30
 MAX_FITS_BYTES = 256 * 2**20
 MAP_ABOVE_BYTES = 8 * 2**20  # larger arrays are mapped into memory, not read
@@ -31,11 +32,12 @@ MAX_DIMENSIONS = 8
 
 
 def read_npy(path):
-    """Read a `.npy` file of numbers, or of numpy's object kind [image, number, ...].
+    """Read a `.npy` file of numbers, or an object array of images.
 
     Returns the array as it is stored, mapped into memory if it is large. Of an object array it
-    returns the image. Raises UserError, naming the file, for anything else; no code in the file is
-    executed.
+    returns the image of [image, number, ...], or the stack (n, H, W) of [image, image, ...] and of
+    rows [image, number, ...]. Raises UserError, naming the file, for anything else; no code in the
+    file is executed.
     """
     path = Path(path)
     with _named_errors(path, ".npy image"), path.open("rb") as file:
@@ -43,26 +45,46 @@ def read_npy(path):
 
 
 def read_npz(path):
-    """The arrays of a `.npz` file, [(name, array)], each as `read_npy` reads it; UserError."""
+    """The arrays of a `.npz` file, [(name, array)], each as `read_npy` reads it; UserError.
+
+    For what is sound but no image, such as labels, text, or a file that is no array, the array is
+    None.
+    """
     path = Path(path)
     with _named_errors(path, ".npz file"), zipfile.ZipFile(path) as archive:
-        members = [info for info in archive.infolist() if info.filename.endswith(".npy")]
+        members = [info for info in archive.infolist() if not is_hidden(info.filename)]
         if sum(info.file_size for info in members) > MAX_NPZ_BYTES:
             raise ValueError("its arrays are too large together; store them as .npy")
-        if not members:
+        if not any(info.filename.endswith(".npy") for info in members):
             raise ValueError("there is no array in it")
-        arrays = []
-        for info in members:
-            # Read only as much as was announced, whatever the compressed stream holds.
-            with archive.open(info) as member:
-                content = member.read(info.file_size)
-            array = _read_array(BytesIO(content), len(content), None)
-            arrays.append((info.filename.removesuffix(".npy"), array))
-        return arrays
+        return [(m.filename.removesuffix(".npy"), _read_member(archive, m)) for m in members]
+
+
+def _read_member(archive, info):
+    """The array of one member of a `.npz` file, or None if it is no image."""
+    if not info.filename.endswith(".npy"):
+        return None
+    # Read only as much as was announced, whatever the compressed stream holds.
+    with archive.open(info) as member:
+        content = member.read(info.file_size)
+    try:
+        array = _read_array(BytesIO(content), len(content), None)
+    except _NoImageError:
+        return None
+    return array if array.ndim >= 2 else None
+
+
+def is_hidden(path):
+    """Whether a part of the path is a hidden name, or the folder __MACOSX that zip files bring."""
+    return any(part[:1] == "." or part == "__MACOSX" for part in Path(path).parts)
 
 
 def read_fits(path):
-    """The first two-dimensional image of a FITS file, (H, W); needs astropy. UserError."""
+    """The first two-dimensional image of a FITS file, (H, W); needs astropy. UserError.
+
+    Axes of length one do not count. The file may be compressed by gzip, bzip2 or fpack, whatever
+    its name says.
+    """
     try:
         from astropy.io import fits
     except ImportError:
@@ -70,15 +92,61 @@ def read_fits(path):
     path = Path(path)
     with _named_errors(path, "FITS image"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            content = file.read(MAX_FITS_BYTES + 1)
-        if len(content) > MAX_FITS_BYTES:
-            raise ValueError("it is too large for a cutout")
+        content = _decompressed(path)
+        with fits.open(BytesIO(content), memmap=False, disable_image_compression=True) as units:
+            _check_compressed_units(units)
         with fits.open(BytesIO(content), memmap=False) as units:
-            for unit in units:
-                if unit.is_image and unit.header.get("NAXIS") == 2:
-                    return np.array(unit.data)
+            shapes = [tuple(map(int, unit.shape)) if unit.is_image else () for unit in units]
+            for unit, shape in zip(units, shapes, strict=True):
+                plane = _without_unit_axes(shape)
+                if len(plane) == 2:
+                    return np.array(unit.data).reshape(plane)
+        cubes = [shape for shape in shapes if len(shape) > 2]
+        if cubes:
+            raise ValueError(f"it has several planes, shape {cubes[0]}; give one image a file")
         raise ValueError("there is no two-dimensional image in it")
+
+
+def _decompressed(path):
+    with path.open("rb") as file:
+        start = file.read(4)
+        file.seek(0)
+        if start[:2] == b"\x1f\x8b":
+            file = gzip.open(file)
+        elif start[:3] == b"BZh":
+            file = bz2.open(file)
+        content = file.read(MAX_FITS_BYTES + 1)
+    if len(content) > MAX_FITS_BYTES:
+        raise ValueError("it is too large for a cutout")
+    return content
+
+
+def _check_compressed_units(units):
+    """ValueError if an image compressed by fpack announces more than a cutout needs.
+
+    `units` are opened as the tables that hold the compressed tiles.
+    """
+    for header in (unit.header for unit in units if unit.header.get("ZIMAGE")):
+        axes = range(1, int(header["ZNAXIS"]) + 1)
+        pixel = abs(int(header["ZBITPIX"])) // 8
+        size = pixel * math.prod(int(header[f"ZNAXIS{i}"]) for i in axes)
+        tile = pixel * math.prod(int(header.get(f"ZTILE{i}", 1)) for i in axes)
+        stored = int(header["PCOUNT"])
+        if max(size, tile) > MAX_FITS_BYTES or stored > 2 * size + 2**16:
+            raise ValueError("it is too large for a cutout")
+
+
+def _without_unit_axes(shape):
+    """`shape` without its leading axes of length one, then trailing ones, down to two axes."""
+    while len(shape) > 2 and shape[0] == 1:
+        shape = shape[1:]
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+class _NoImageError(ValueError):
+    """The array is sound, but text, labels or another kind that is no image."""
 
 
 @contextlib.contextmanager
@@ -112,17 +180,17 @@ def _read_array(file, size, path):
         return _read_numbers(path, file, size, shape, fortran_order, dtype)
     if size > MAX_PICKLE_BYTES:
         raise ValueError("an object array of this size is not one image")
-    return _image_of(_unpickle(file.read()))
+    return _images_of(_unpickle(file.read()))
 
 
 def _read_header(file):
     version = np.lib.format.read_magic(file)
     if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"format version {version} holds no plain numbers")
+        raise _NoImageError(f"format version {version} holds no plain numbers")
     length_bytes = 2 if version == (1, 0) else 4
     length = int.from_bytes(file.read(length_bytes), "little")
     if length > 4096:
-        raise ValueError("the header is too long for an array of numbers")
+        raise _NoImageError("the header is too long for an array of numbers")
     text = file.read(length)
     if len(text) != length:
         raise ValueError("the file is truncated")
@@ -133,8 +201,10 @@ def _read_header(file):
         raise ValueError("the header is not that of an array")
     shape, fortran_order, descr = header["shape"], header["fortran_order"], header["descr"]
     _check_shape(shape)
-    if type(fortran_order) is not bool or not isinstance(descr, str):
-        raise ValueError("structured arrays are not images")
+    if type(fortran_order) is not bool:
+        raise ValueError("the header is not that of an array")
+    if not isinstance(descr, str):
+        raise _NoImageError("structured arrays are not images")
     dtype = np.dtype("O") if descr in ("|O", "O") else _number_dtype(descr)
     return shape, fortran_order, dtype
 
@@ -150,7 +220,7 @@ def _number_dtype(text):
     """The dtype of a code like "<f8": floats, integers and bool up to 8 bytes."""
     byte_order, code = (text[0], text[1:]) if text[:1] in ("<", ">", "|", "=") else ("=", text)
     if code not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"):
-        raise ValueError(f"data type {text[:20]!r} is not a plain number")
+        raise _NoImageError(f"data type {text[:20]!r} is not a plain number")
     return np.dtype(byte_order + code)
 
 
@@ -179,7 +249,11 @@ _PICKLE_OPCODES = frozenset(
 
 
 class _Array:
-    """Stands for a numpy array while a pickle is read; `value` is an array or a list."""
+    """Stands for a numpy array while a pickle is read.
+
+    `value` is an array of numbers; of an object array a list, in whose place a table of two axes
+    has a list of rows.
+    """
 
     __slots__ = ("value",)
 
@@ -195,7 +269,7 @@ class _Array:
         if dtype.code == "O8":
             if type(content) is not list or len(content) != count:
                 raise ValueError("the object array does not hold what its shape says")
-            self.value = content
+            self.value = content if len(shape) < 2 else _rows(content, shape)
             return
         number = _number_dtype(dtype.byte_order + dtype.code)
         if type(content) is not bytes or len(content) != count * number.itemsize:
@@ -281,13 +355,59 @@ def _unpickle(content):
     return _Unpickler(BytesIO(content)).load()
 
 
-def _image_of(unpickled):
+def _rows(elements, shape):
+    """The elements of an object array of two axes as a list of rows.
+
+    numpy lists objects row by row even if the array is column-major.
+    """
+    if not elements:
+        return []
+    if len(shape) > 2:
+        raise _NoImageError(f"an object array of shape {shape} is not a list of images")
+    return [elements[i * shape[1] : (i + 1) * shape[1]] for i in range(shape[0])]
+
+
+def _images_of(unpickled):
+    """The images of an object array: one (H, W), or a stack (n, H, W)."""
     if not isinstance(unpickled, _Array) or not isinstance(unpickled.value, list):
         raise ValueError("its pickle is not an object array")
-    elements = unpickled.value
-    if not elements or not isinstance(elements[0], _Array):
+    elements = [_content(element) for element in unpickled.value]
+    if elements and isinstance(elements[0], list):
+        images = [_image_of_row(element) for element in elements]
+    elif len(elements) > 1 and all(_is_image(element) for element in elements):
+        images = elements
+    else:
+        return _image_of_row(elements)
+    if len({image.shape for image in images}) > 1:
+        raise ValueError("the images of the object array have different shapes")
+    if sum(image.nbytes for image in images) > MAX_PICKLE_BYTES:  # one image may be there often
+        raise ValueError("the object array has too many images; store them as plain numbers")
+    return np.stack(images)
+
+
+def _image_of_row(row):
+    """The image of [image, number, ...]."""
+    elements = [_content(element) for element in row] if isinstance(row, list | tuple) else []
+    if not any(isinstance(element, np.ndarray | list | tuple) for element in elements):
+        raise _NoImageError("the object array does not begin with an image")
+    if not _is_image(elements[0]):
         raise ValueError("the object array does not begin with an image")
-    image = elements[0].value
-    if not isinstance(image, np.ndarray):
-        raise ValueError("the object array does not begin with an image")
-    return image
+    for element in elements[1:]:
+        if not isinstance(element, int | float) and not _is_number(element):
+            raise ValueError("the object array holds more than an image and numbers")
+    return elements[0]
+
+
+def _content(element):
+    """An element of an object array with the array in the place of what stands for it."""
+    if isinstance(element, tuple):
+        return list(element)
+    return element.value if isinstance(element, _Array) else element
+
+
+def _is_image(element):
+    return isinstance(element, np.ndarray) and element.ndim >= 2
+
+
+def _is_number(element):
+    return isinstance(element, np.ndarray) and element.ndim < 2 and element.size == 1

@@ -2,7 +2,7 @@
 // that lie beside the page.
 
 import * as ort from '../node_modules/onnxruntime-web/dist/ort.wasm.min.mjs';
-import { classNames, parseNpy } from '../formats.mjs';
+import { checkFinite, classNames, readImages } from '../formats.mjs';
 
 const element = (id) => document.getElementById(id);
 
@@ -51,48 +51,69 @@ function mapColours(data) {
   };
 }
 
-async function show(name, buffer, classifier, maps, labels) {
+/** Add an article that `fill` fills, or that says why it could not. */
+async function addArticle(name, fill) {
   const article = document.createElement('article');
   const title = document.createElement('h2');
+  title.textContent = name;
   article.append(title);
   element('results').append(article);
   try {
-    const { shape, data } = parseNpy(buffer);
-    const side = shape.at(-1);
-    if (data.length !== side * side) throw new Error('not one square image');
-    const images = new ort.Tensor('float32', data, [1, 1, side, side]);
-    const { probabilities } = await classifier.session.run({ images });
-    const { residual, score } = await maps.session.run({ images });
-    const best = probabilities.data.indexOf(Math.max(...probabilities.data));
-    title.textContent = `${name}: ${labels[best]}`;
-    for (const [numbers, colours] of [[data, imageColours], [residual.data, mapColours]]) {
-      const canvas = document.createElement('canvas');
-      draw(canvas, numbers, side, colours(numbers));
-      article.append(canvas, ' ');
-    }
-    labels.forEach((label, i) => {
-      const bar = document.createElement('div');
-      const filled = document.createElement('div');
-      bar.className = 'bar';
-      filled.style.width = `${100 * probabilities.data[i]}%`;
-      filled.textContent = `${label} ${probabilities.data[i].toFixed(6)}`;
-      bar.append(filled);
-      article.append(bar);
-    });
-    article.append(`mean squared residual ${score.data[0].toExponential(4)}`);
+    await fill(article, title);
   } catch (error) {
     title.textContent = `${name}: ${error.message}`;
     title.className = 'error';
   }
 }
 
+async function showImage(name, data, side, models, article, title) {
+  checkFinite(data);
+  const images = new ort.Tensor('float32', data, [1, 1, side, side]);
+  const { probabilities } = await models.classifier.session.run({ images });
+  const { residual, score } = await models.maps.session.run({ images });
+  checkFinite(probabilities.data, 'no finite probabilities');
+  const best = probabilities.data.indexOf(Math.max(...probabilities.data));
+  title.textContent = `${name}: ${models.labels[best]}`;
+  for (const [numbers, colours] of [[data, imageColours], [residual.data, mapColours]]) {
+    const canvas = document.createElement('canvas');
+    draw(canvas, numbers, side, colours(numbers));
+    article.append(canvas, ' ');
+  }
+  models.labels.forEach((label, i) => {
+    const bar = document.createElement('div');
+    const filled = document.createElement('div');
+    bar.className = 'bar';
+    filled.style.width = `${100 * probabilities.data[i]}%`;
+    filled.textContent = `${label} ${probabilities.data[i].toFixed(6)}`;
+    bar.append(filled);
+    article.append(bar);
+  });
+  article.append(`mean squared residual ${score.data[0].toExponential(4)}`);
+}
+
+/** Show every image of a file, whose bytes `getBuffer` gets. */
+async function showFile(name, getBuffer, models) {
+  const side = models.classifier.session.inputMetadata[0].shape.at(-1);
+  let images;
+  try {
+    images = readImages(await getBuffer(), side);
+  } catch (error) {
+    await addArticle(name, () => { throw error; });
+    return;
+  }
+  for (const [i, image] of images.entries()) {
+    const imageName = images.length > 1 ? `${name}[${i}]` : name;
+    await addArticle(imageName, (...parts) =>
+      showImage(imageName, image, side, models, ...parts));
+  }
+}
+
 try {
   const classifier = await openModel('classifier.onnx');
   const maps = await openModel('reconstruction.onnx');
-  const labels = classNames(classifier.content);
-  const showBuffer = (name, buffer) => show(name, buffer, classifier, maps, labels);
+  const models = { classifier, maps, labels: classNames(classifier.content) };
   const showFiles = async (files) => {
-    for (const file of files) await showBuffer(file.name, await file.arrayBuffer());
+    for (const file of files) await showFile(file.name, () => file.arrayBuffer(), models);
   };
   element('pick').addEventListener('change', (event) => showFiles(event.target.files));
   const drop = element('drop');
@@ -108,7 +129,7 @@ try {
   });
   const asked = new URLSearchParams(location.search).get('files');
   for (const name of asked ? asked.split(',') : []) {
-    await showBuffer(name, await fetchBytes(name));
+    await showFile(name, () => fetchBytes(name), models);
   }
   element('status').textContent = 'Ready.';
 } catch (error) {

@@ -1,0 +1,273 @@
+"""The examples read every .npy file that predict.py reads, as the same numbers, and no other."""
+
+import functools
+import http.server
+import json
+import pickle
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from conftest import HUNG, ROOT
+from test_predict_inputs import write_models
+from test_readers_kinds import MIXED, ONE_IMAGE, STACKS, objects
+
+import predict
+
+EXAMPLES = ROOT / "examples"
+SIDE = 8
+IMAGE = np.random.default_rng(0).random((SIDE, SIDE))
+needs_node = pytest.mark.skipif(not shutil.which("node"), reason="needs Node.js")
+needs_packages = pytest.mark.skipif(
+    not shutil.which("node") or not (EXAMPLES / "node_modules").is_dir(),
+    reason="needs Node.js and `npm ci` in examples/",
+)
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+CHROMIUM_OPTIONS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--virtual-time-budget=60000", "--timeout=60000", "--dump-dom",
+)  # fmt: skip
+
+KINDS = ("?", "i1", "u1", *(order + kind for order in "<>" for kind in
+         ("f2", "f4", "f8", "i2", "i4", "i8", "u2", "u4", "u8")))  # fmt: skip
+GOOD = {
+    **STACKS,
+    **ONE_IMAGE,
+    **{f"kind {kind}": (IMAGE * 100).astype(kind) for kind in KINDS},
+    **{f"pickled {kind}": objects((IMAGE * 100).astype(kind), 1) for kind in KINDS},
+    "small halves": (IMAGE * 1e-7).astype("<f2"),
+    "negative": (-100 * IMAGE).astype("<i2"),
+    "channel first": IMAGE[None],
+    "channel last": IMAGE[..., None],
+    "stack": np.stack([IMAGE, 2 * IMAGE]),
+    "stack, channel first": np.stack([IMAGE, 2 * IMAGE])[:, None],
+    "stack, channel last": np.stack([IMAGE, 2 * IMAGE])[..., None],
+    "column-major": np.asfortranarray(IMAGE),
+    "column-major stack": np.asfortranarray(np.random.default_rng(1).random((3, SIDE, SIDE))),
+}
+HEADER = b"{'descr': '|O', 'fortran_order': False, 'shape': (2,), }"
+PICKLED = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(HEADER)) + HEADER
+BAD = {
+    **MIXED,
+    "not finite": np.where(IMAGE > 0.9, np.nan, IMAGE),
+    "infinite": np.where(IMAGE > 0.9, np.inf, IMAGE),
+    "beyond float32": IMAGE * 1e300,
+    "other size": IMAGE[:4, :4],
+    "no images": np.zeros((0, SIDE, SIDE)),
+    "four axes": np.zeros((2, 3, SIDE, SIDE)),
+    "text": np.array(["a", "b"]),
+    "complex": IMAGE.astype(complex),
+    "records": np.zeros(3, [("a", "<f4")]),
+}
+BAD_BYTES = {
+    "empty": b"",
+    "no array": b"hello",
+    "magic alone": b"\x93NUMPY\x01\x00",
+    "a call": PICKLED + pickle.dumps([IMAGE, print]),
+    "a call inside": PICKLED + pickle.dumps(objects(IMAGE, print), protocol=4),
+    "protocol 0": PICKLED + b"cos\nsystem\n(S'true'\ntR.",
+    "memo bomb": PICKLED + b"\x80\x04Nr\xff\xff\xff\x7f.",
+    "nested lists": PICKLED + b"\x80\x04" + b"]" * 9000 + b"a" * 8999 + b".",
+    "no line": PICKLED + b"\x80\x04cnumpy",
+    "no mark": PICKLED + b"\x80\x04te.",
+    "huge text": PICKLED + b"\x80\x04X\xff\xff\xff\xff.",
+    "no stop": PICKLED + b"\x80\x04N",
+    "empty pickle": PICKLED,
+    "a type's attributes": PICKLED + b"\x80\x04c__proto__\nconstructor\n)R.",
+    "state of a function": PICKLED + b"\x80\x04cnumpy\ndtype\n}b.",
+    "array without type": (
+        PICKLED + b"\x80\x04cnumpy.core.multiarray\n_reconstruct\n)R(K\x01)NN]tb."
+    ),
+    "call of ndarray": PICKLED + b"\x80\x04cnumpy\nndarray\n(K\x01tR.",
+}
+
+
+def write_files(folder, contents):
+    """Write arrays or bytes as 0.npy, 1.npy, ...; returns the paths."""
+    paths = [folder / f"{i}.npy" for i in range(len(contents))]
+    for path, content in zip(paths, contents, strict=True):
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            np.save(path, content, allow_pickle=True)
+    return paths
+
+
+def read_in_python(path):
+    """The images of a file as predict.py reads them (n, SIDE, SIDE), or None if it refuses any."""
+    errors = []
+    images = [image for _, image in predict.read_images([path], SIDE, errors, [])]
+    return None if errors else np.array(images)
+
+
+def read_in_javascript(paths):
+    """The same by formats.mjs, for many files."""
+    code = f"""
+        import {{ readFileSync, writeSync }} from 'node:fs';
+        import {{ checkFinite, readImages }} from {json.dumps((EXAMPLES / "formats.mjs").as_uri())};
+        for (const path of {json.dumps([str(path) for path in paths])}) {{
+          let result;
+          try {{
+            result = readImages(new Uint8Array(readFileSync(path)).buffer, {SIDE});
+            result.forEach((image) => checkFinite(image));
+            result = result.map((image) => Array.from(image));
+          }} catch (error) {{
+            result = String(error);
+          }}
+          console.log(JSON.stringify(result));
+        }}"""
+    script = paths[0].parent / "read.mjs"
+    script.write_text(code)
+    output = subprocess.check_output(["node", script], text=True, timeout=HUNG)
+    results = [json.loads(line) for line in output.splitlines()]
+    assert len(results) == len(paths)
+    return results
+
+
+def as_images(numbers):
+    return np.array(numbers, dtype=np.float32).reshape(-1, SIDE, SIDE)
+
+
+@needs_node
+def test_javascript_reads_the_same_numbers(tmp_path):
+    paths = write_files(tmp_path, list(GOOD.values()))
+    for name, path, got in zip(GOOD, paths, read_in_javascript(paths), strict=True):
+        assert not isinstance(got, str), f"{name}: {got}"
+        expected = read_in_python(path)
+        assert np.array_equal(as_images(got), expected), name
+
+
+@needs_node
+@pytest.mark.parametrize("protocol", [3, 4])
+def test_javascript_reads_what_any_numpy_pickles(protocol, tmp_path):
+    content = objects(IMAGE, np.float64(-3e-23), 2**20, -5, 2**40, -(2**40), True)
+    new = pickle.dumps(content, protocol=protocol)
+    old = new.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")  # before numpy 2
+    if protocol == 4:  # a name's and the frame's length stand before them
+        old = old.replace(b"\x8c\x16numpy.core", b"\x8c\x15numpy.core")
+        old = old[:3] + struct.pack("<Q", len(old) - 11) + old[11:]
+    paths = write_files(tmp_path, [PICKLED + new, PICKLED + old])
+    for path, got in zip(paths, read_in_javascript(paths), strict=True):
+        assert np.array_equal(as_images(got), IMAGE.astype(np.float32)[None])
+        assert np.array_equal(read_in_python(path), as_images(got))
+
+
+@needs_node
+def test_javascript_refuses_what_python_refuses_in_one_line(tmp_path):
+    contents = {**BAD, **BAD_BYTES}
+    paths = write_files(tmp_path, list(contents.values()))
+    for name, path, got in zip(contents, paths, read_in_javascript(paths), strict=True):
+        assert read_in_python(path) is None, name
+        assert isinstance(got, str), name
+        assert re.fullmatch(r"Error: (not|NaN) ?.*", got), f"{name}: {got}"
+
+
+@needs_node
+def test_damaged_files_are_refused_or_read_alike(tmp_path):
+    rng = np.random.default_rng(0)
+    originals = write_files(tmp_path, [IMAGE, objects(IMAGE, 1e-23), objects(IMAGE, IMAGE + 1)])
+    damaged = []
+    for i in range(600):
+        content = bytearray(originals[i % 3].read_bytes())
+        for position in rng.integers(0, len(content), rng.integers(1, 4)):
+            content[position] = rng.integers(256)
+        damaged.append(bytes(content[: rng.integers(len(content))] if i % 5 == 0 else content))
+    paths = write_files(tmp_path, damaged)
+    read = 0
+    for path, got in zip(paths, read_in_javascript(paths), strict=True):
+        if not isinstance(got, str):
+            expected = read_in_python(path)
+            assert expected is not None, path
+            assert np.array_equal(as_images(got), expected)
+            read += 1
+    assert 100 < read < 500
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The examples with models beside the page, and files that are and are no images."""
+    root = tmp_path_factory.mktemp("examples")
+    shutil.copytree(EXAMPLES / "web", root / "web", ignore=shutil.ignore_patterns("*.onnx"))
+    shutil.copy(EXAMPLES / "formats.mjs", root)
+    if (EXAMPLES / "node_modules").is_dir():
+        (root / "node_modules").symlink_to(EXAMPLES / "node_modules")
+    web = root / "web"
+    write_models(web)
+    stack = np.stack([IMAGE, 0 * IMAGE, np.full_like(IMAGE, np.nan)])
+    for name, array in {"axion": objects(IMAGE, 1e-23), "stack": stack, "text": np.array(["a"]),
+                        "evil": objects(IMAGE, print), "small": IMAGE[:4]}.items():  # fmt: skip
+        np.save(web / f"{name}.npy", array, allow_pickle=True)
+    return web
+
+
+READ = {"axion.npy", "stack.npy[0]", "stack.npy[1]"}
+REFUSED = {"stack.npy[2]", "text.npy", "evil.npy", "small.npy", "gone.npy"}
+
+
+@pytest.mark.parametrize(
+    "command", [(sys.executable, "classify.py"), pytest.param(("node", "classify.mjs"),
+                                                              marks=needs_packages)],
+)  # fmt: skip
+def test_examples_classify_what_is_an_image_and_name_what_is_none(command, site):
+    program, script = command
+    files = ["axion.npy", "stack.npy", "text.npy", "evil.npy", "small.npy", "gone.npy"]
+    process = subprocess.run(
+        [program, EXAMPLES / script, "classifier.onnx", *files], cwd=site, capture_output=True,
+        text=True, timeout=HUNG,
+    )  # fmt: skip
+    assert process.returncode == 1
+    assert {line.split()[0] for line in process.stdout.splitlines()} == READ
+    lines = process.stderr.splitlines()
+    assert len(lines) == len(REFUSED), process.stderr
+    for name in REFUSED:
+        assert any(name in line for line in lines), name
+    (line,) = (line for line in lines if "stack.npy[2]" in line)
+    assert "NaN or infinite pixels" in line
+
+
+@pytest.mark.parametrize(
+    "command", [(sys.executable, "classify.py"), pytest.param(("node", "classify.mjs"),
+                                                              marks=needs_packages)],
+)  # fmt: skip
+@pytest.mark.parametrize("model", ["gone.onnx", "axion.npy"])
+def test_examples_name_a_model_that_is_none(command, model, site):
+    program, script = command
+    process = subprocess.run(
+        [program, EXAMPLES / script, model, "axion.npy"], cwd=site, capture_output=True, text=True,
+        timeout=HUNG,
+    )  # fmt: skip
+    assert process.returncode != 0
+    assert process.stdout == ""
+    (line,) = process.stderr.splitlines()
+    assert model in line
+
+
+@needs_packages
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+def test_the_web_page_shows_every_image_and_names_what_is_none(site, tmp_path):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    handler = functools.partial(Quiet, directory=site.parent)
+    with http.server.ThreadingHTTPServer(("localhost", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        files = "axion.npy,stack.npy,text.npy,evil.npy,small.npy,gone.npy"
+        address = f"http://localhost:{server.server_port}/web/?files={files}"
+        page = subprocess.check_output(
+            [CHROMIUM, *CHROMIUM_OPTIONS, f"--user-data-dir={tmp_path}", address],
+            text=True, stderr=subprocess.DEVNULL, timeout=HUNG,
+        )  # fmt: skip
+        server.shutdown()
+    titles = re.findall(r'<h2( class="error")?>(\S+): ', page)
+    assert {name for error, name in titles if not error} == READ
+    assert {name for error, name in titles if error} == REFUSED
+    assert "undefined" not in page
+    assert page.count("<canvas") == 2 * len(READ)
+    assert "Ready." in page

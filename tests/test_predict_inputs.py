@@ -1,0 +1,445 @@
+"""predict.py counts every image once, names what it does not read, and never loses a result."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import pytest
+from conftest import HUNG, ROOT, assert_user_error, run_script
+
+SIDE = 8
+IMAGES = np.random.default_rng(0).random((3, SIDE, SIDE)).astype(np.float32)
+
+
+def write_model(path, outputs, nodes, class_names=None):
+    """An ONNX file that takes raw images; its nodes make the outputs {name: shape}."""
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    model_input = helper.make_tensor_value_info("images", kind, ["n", 1, SIDE, SIDE])
+    output_infos = [helper.make_tensor_value_info(n, kind, s) for n, s in outputs.items()]
+    constants = [
+        helper.make_tensor("weights", kind, [1, 2], [1.0, -1.0]),
+        helper.make_tensor("one_axis", onnx.TensorProto.INT64, [2], [-1, 1]),
+        helper.make_tensor("flat", onnx.TensorProto.INT64, [1], [-1]),
+    ]
+    used = {name for _, inputs, _ in nodes for name in inputs}
+    constants = [constant for constant in constants if constant.name in used]
+    nodes = [helper.make_node(*node) for node in nodes]
+    graph = helper.make_graph(nodes, "g", [model_input], output_infos, constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    if class_names:
+        helper.set_model_props(model, {"class_names": json.dumps(class_names)})
+    onnx.save(model, path)
+
+
+def write_models(folder):
+    """A classifier of the mean brightness and a reconstruction that leaves everything."""
+    mean = ("GlobalAveragePool", ["images"], ["mean"])
+    write_model(
+        folder / "classifier.onnx", {"probabilities": ["n", 2]},
+        [mean, ("Reshape", ["mean", "one_axis"], ["row"]),
+         ("MatMul", ["row", "weights"], ["logits"]), ("Softmax", ["logits"], ["probabilities"])],
+        ["bright", "dark"],
+    )  # fmt: skip
+    write_model(
+        folder / "reconstruction.onnx", {"residual": ["n", 1, SIDE, SIDE], "score": ["n"]},
+        [("Identity", ["images"], ["residual"]), mean, ("Reshape", ["mean", "flat"], ["score"])],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    write_models(folder)
+    return folder
+
+
+@pytest.fixture
+def predict(models, tmp_path):
+    """Function that predicts paths; the process gets `rows`, the file column, and `errors`."""
+
+    def start(*arguments, check=True):
+        out = tmp_path / "out" / "p.csv"
+        process = run_script(
+            "predict.py", "--model", models / "classifier.onnx", "--out", out, *arguments,
+            check=False,
+        )  # fmt: skip
+        process.rows = read_column(out) if out.exists() else []
+        errors = out.with_name("p.csv.errors.csv")
+        process.errors = read_column(errors) if errors.exists() else []
+        if check:
+            assert process.returncode == 0, process.stdout + process.stderr
+        return process
+
+    return start
+
+
+def read_column(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row["file"] for row in csv.DictReader(file)]
+
+
+def relative(names, folder):
+    return sorted(os.path.relpath(name, folder) for name in names)
+
+
+# What counts
+
+
+def test_hidden_files_and_folders_do_not_count(predict, tmp_path):
+    images = tmp_path / "images"
+    for name in ("a.npy", ".b.npy", ".packed/images.npy", "__MACOSX/a.npy", ".git/x.txt"):
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(images / name, IMAGES[0])
+    (images / "._a.npy").write_bytes(b"\0\5\26\7")
+    process = predict(images)
+    assert relative(process.rows, images) == ["a.npy"]
+    assert "not read" not in process.stderr
+    process = predict(images / ".packed")  # asked for by name
+    assert relative(process.rows, images) == [".packed/images.npy"]
+
+
+def test_links_to_folders_are_followed_once(predict, tmp_path):
+    images, far = tmp_path / "images", tmp_path / "far" / "deep"
+    far.mkdir(parents=True)
+    (images / "real").mkdir(parents=True)
+    np.save(far / "far.npy", IMAGES[0])
+    np.save(images / "real" / "near.npy", IMAGES[1])
+    (images / "1_link").symlink_to(tmp_path / "far")
+    (images / "2_same").symlink_to(tmp_path / "far")
+    (images / "0_inside").symlink_to(images / "real")
+    (images / "real" / "loop").symlink_to(images)
+    (far / "back").symlink_to(images)
+    (images / "self").symlink_to(images / "self")
+    (images / "link.npy").symlink_to(far / "far.npy")
+    process = predict(images)
+    assert relative(process.rows, images) == ["1_link/deep/far.npy", "link.npy", "real/near.npy"]
+
+
+def test_the_same_path_twice_counts_once(predict, tmp_path):
+    np.save(tmp_path / "a.npy", IMAGES[0])
+    np.save(tmp_path / "b.npy", IMAGES[1])
+    (tmp_path / "link").symlink_to(tmp_path)
+    process = predict(
+        tmp_path / "a.npy", tmp_path / "a.npy", tmp_path / "link" / "a.npy",
+        tmp_path / "b.npy", tmp_path / "link" / ".." / tmp_path.name / "b.npy",
+    )  # fmt: skip
+    assert relative(process.rows, tmp_path) == ["a.npy", "b.npy"]
+    assert process.stdout.startswith("2 images")
+
+
+def test_suffixes_count_in_any_case(predict, tmp_path):
+    fits = pytest.importorskip("astropy.io.fits")
+    images = tmp_path / "images"
+    images.mkdir()
+    with (images / "a.NPY").open("wb") as file:
+        np.save(file, IMAGES[0])
+    with (images / "b.Npz").open("wb") as file:
+        np.savez(file, x=IMAGES[0])
+    plain = io.BytesIO()
+    fits.PrimaryHDU(IMAGES[0]).writeto(plain)
+    packed = io.BytesIO()
+    fits.HDUList([fits.PrimaryHDU(), fits.CompImageHDU(IMAGES[0])]).writeto(packed)
+    contents = {"": plain.getvalue(), ".gz": gzip.compress(plain.getvalue()),
+                ".bz2": bz2.compress(plain.getvalue()), ".fz": packed.getvalue()}  # fmt: skip
+    for suffix in (".fits", ".fit", ".fts", ".FITS", ".Fit"):
+        for ending, content in contents.items():
+            (images / f"c{suffix}{ending}").write_bytes(content)
+            (images / f"d{suffix}{ending.upper()}").write_bytes(content)
+    process = predict(images)
+    assert len(process.rows) == len(os.listdir(images))
+    assert process.stdout.startswith(f"{len(process.rows)} images")
+
+
+def test_what_is_not_read_is_counted_and_named(predict, tmp_path):
+    images = tmp_path / "images"
+    (images / "deep").mkdir(parents=True)
+    np.save(images / "a.npy", IMAGES[0])
+    (images / "deep" / "notes.txt").write_text("text")
+    process = predict(images)
+    expected = f"1 other file was not read: {images}/deep/notes.txt"
+    assert process.stderr.splitlines() == [expected]
+    for i in range(7):
+        (images / f"{i}.jpg").touch()
+    os.mkfifo(images / "pipe.npy")
+    (line,) = predict(images).stderr.splitlines()
+    assert line.startswith(f"9 other files were not read: {images}/0.jpg, ")
+    assert line.endswith(", ...")
+
+
+def test_the_calls_own_files_are_not_named(predict, models, tmp_path):
+    np.save(tmp_path / "a.npy", IMAGES[0])
+    shutil.copy(models / "classifier.onnx", tmp_path)
+    for _ in range(2):
+        process = predict(
+            tmp_path, "--model", tmp_path / "classifier.onnx", "--sheet", tmp_path / "s.png"
+        )
+        assert process.stderr == ""
+
+
+def test_what_cannot_be_opened_is_an_error(predict, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    np.save(images / "a.npy", IMAGES[0])
+    (images / "gone.npy").symlink_to(images / "nothing")
+    np.save(images / "none.npy", IMAGES[:0])
+    (images / "text.dat").write_text("no image")
+    process = predict(images, images / "text.dat", check=False)
+    assert process.returncode == 1
+    assert relative(process.rows, images) == ["a.npy"]
+    assert relative(process.errors, images) == ["gone.npy", "none.npy", "text.dat"]
+    assert "other file" not in process.stderr
+
+
+def test_a_packed_data_set_is_its_images(predict, tmp_path):
+    data = tmp_path / "packed"
+    data.mkdir()
+    np.save(data / "images.npy", IMAGES)
+    np.save(data / "labels.npy", np.zeros(3, dtype=np.int64))
+    np.save(data / "hashes.npy", np.zeros(3, dtype=np.uint64))
+    (data / "dataset.json").write_text("{}")
+    process = predict(data)
+    assert relative(process.rows, data) == [f"images.npy[{i}]" for i in range(3)]
+    assert "3 other files were not read" in process.stderr
+
+
+# What training takes
+
+
+def objects(rows):
+    array = np.empty((len(rows), 2), dtype=object)
+    for i, row in enumerate(rows):
+        array[i, 0], array[i, 1] = row
+    return array
+
+
+FORMS = {
+    "image": (IMAGES[0], 1),
+    "channel first": (IMAGES[:1], 1),
+    "channel last": (IMAGES[0][..., None], 1),
+    "stack": (IMAGES, 3),
+    "stack, channel first": (IMAGES[:, None], 3),
+    "stack, channel last": (IMAGES[..., None], 3),
+    "object rows": (objects([(image, 1.0) for image in IMAGES]), 3),
+    "big-endian": (IMAGES.astype(">f8"), 3),
+    "float16": (IMAGES.astype("<f2"), 3),
+    "column-major": (np.asfortranarray(IMAGES), 3),
+    "integers": ((IMAGES * 1000).astype(">u2"), 3),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_that_training_takes_is_predicted(form, predict, models, tmp_path):
+    array, count = FORMS[form]
+    np.save(tmp_path / "x.npy", array, allow_pickle=True)
+    np.save(tmp_path / "plain.npy", IMAGES * 1000 if form == "integers" else IMAGES)
+    predict(tmp_path / "plain.npy")
+    expected = probabilities(tmp_path / "out" / "p.csv")[:count]
+    process = predict(tmp_path / "x.npy")
+    assert len(process.rows) == count
+    assert np.allclose(probabilities(tmp_path / "out" / "p.csv"), expected, atol=1e-3)
+
+
+def probabilities(path):
+    with path.open(newline="") as file:
+        return np.array([[float(r["bright"]), float(r["dark"])] for r in csv.DictReader(file)])
+
+
+def test_labels_beside_the_images_of_a_npz_are_named(predict, tmp_path):
+    np.savez(tmp_path / "set.npz", images=IMAGES, labels=np.arange(3), names=np.array(["a", "b"]))
+    process = predict(tmp_path / "set.npz")
+    assert len(process.rows) == 3
+    assert process.stderr.strip() == (
+        f"2 other files were not read: {tmp_path}/set.npz:labels, {tmp_path}/set.npz:names"
+    )
+    np.savez(tmp_path / "labels.npz", labels=np.arange(3))
+    np.savez(tmp_path / "sizes.npz", image=IMAGES[0], small=IMAGES[0][:4, :4])
+    process = predict(tmp_path / "labels.npz", tmp_path / "sizes.npz", check=False)
+    assert process.returncode == 1
+    assert relative(process.rows, tmp_path) == ["sizes.npz:image"]
+    assert relative(process.errors, tmp_path) == ["labels.npz", "sizes.npz:small"]
+
+
+def test_pixels_that_make_no_probabilities_are_an_error(predict, tmp_path):
+    np.save(tmp_path / "extreme.npy", np.full((SIDE, SIDE), 3e38))
+    process = predict(tmp_path / "extreme.npy", check=False)
+    assert process.returncode == 1
+    assert process.rows == []
+    assert "finite" in process.stderr
+
+
+# Outputs
+
+
+def outputs_that_are_inputs(folder, models):
+    image, linked = folder / "in" / "a.npy", folder / "linked" / "a.npy"
+    return {
+        "image": ["--out", image, image],
+        "image found in a folder": ["--out", linked, folder / "in"],
+        "sheet": ["--out", folder / "p.csv", "--sheet", folder / "in" / "b.png",
+                  folder / "linked" / "b.png", image],
+        "errors file": ["--out", folder / "in" / "e", folder / "in" / "e.errors.csv"],
+        "model": ["--out", models / "classifier.onnx", image],
+        "maps": ["--out", folder / "p.csv", "--maps", models / "reconstruction.onnx", "--sheet",
+                 models / "reconstruction.onnx", image],
+        "each other": ["--out", folder / "p.png", "--sheet", folder / "linked" / ".." / "p.png",
+                       image],
+        "sheet and errors file": ["--out", folder / "p", "--sheet", folder / "p.errors.csv", image],
+        "folder": ["--out", folder / "in", image],
+        "device": ["--out", folder / "fifo", image],
+        "sheet is a folder": ["--out", folder / "p.csv", "--sheet", folder / "f.png", image],
+    }  # fmt: skip
+
+
+CASES = tuple(outputs_that_are_inputs(ROOT, ROOT))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_output_is_no_input_and_no_other_output(case, models, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "f.png").mkdir()
+    os.mkfifo(tmp_path / "fifo")
+    models = shutil.copytree(models, tmp_path / "models")
+    (tmp_path / "linked").symlink_to(tmp_path / "in")
+    np.save(tmp_path / "in" / "a.npy", IMAGES[0])
+    for name in ("b.png", "e.errors.csv"):
+        shutil.copy(tmp_path / "in" / "a.npy", tmp_path / "in" / name)
+    before = contents(tmp_path)
+    arguments = outputs_that_are_inputs(tmp_path, models)[case]
+    command = ("predict.py", "--model", models / "classifier.onnx")
+    process = run_script(*command, *arguments, check=False)
+    assert contents(tmp_path) == before
+    assert_user_error(process)
+
+
+def contents(folder):
+    """{path: content, or None of what is no file} of all that is in a folder."""
+    return {f: f.read_bytes() if f.is_file() else None for f in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("name", ["sheet", "sheet.", "sheet.txt", "sheet.npy"])
+def test_a_sheet_without_the_suffix_of_a_picture_is_refused_first(name, predict, tmp_path):
+    np.save(tmp_path / "a.npy", IMAGES[0])
+    process = predict(tmp_path / "a.npy", "--sheet", tmp_path / name, check=False)
+    assert_user_error(process, "--sheet", name)
+    assert process.rows == []
+
+
+def test_a_sheet_that_cannot_be_drawn_costs_no_result(predict, tmp_path, monkeypatch):
+    from lib import plots
+
+    def fail(*_):
+        raise ValueError("no picture\nof this")
+
+    monkeypatch.setattr(plots, "contact_sheet", fail)
+    np.save(tmp_path / "a.npy", IMAGES[0])
+    np.save(tmp_path / "small.npy", IMAGES[0][:4])
+    process = predict(tmp_path, "--sheet", tmp_path / "sheet.png", check=False)
+    assert_user_error(process, "sheet.png: cannot be drawn: no picture", "p.csv")
+    assert len(process.rows) == 1
+    assert len(process.errors) == 1
+    assert process.stdout.startswith("1 images")
+
+
+@pytest.mark.parametrize("batch", [1, 2, 10**9])
+@pytest.mark.parametrize("sheet", [1, 10**9])
+def test_numbers_at_the_edge(batch, sheet, predict, models, tmp_path):
+    np.save(tmp_path / "a.npy", IMAGES)
+    process = predict(
+        tmp_path / "a.npy", "--batch-size", batch, "--sheet", tmp_path / "sheet.PNG",
+        "--sheet-images", sheet, "--maps", models / "reconstruction.onnx",
+    )  # fmt: skip
+    assert len(process.rows) == 3
+    assert f"the {min(sheet, 3)} most confident" in process.stdout
+
+
+# Names
+
+NAMES = {
+    "newline": b"a\nb.npy",
+    "return": b"a\rb.npy",
+    "quotes": b"a\"b',c;.npy",
+    "formula": b"=1+1.npy",
+    "no UTF-8": b"a\xff.npy",
+    "UTF-8": "é漢.npy".encode(),
+    "mathematics": b"a$\\frac{$b$.npy",
+    "escape codes": b"\x1b[31mred.npy",
+}
+LOCALES = {
+    "C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    "latin-1": {"PYTHONIOENCODING": "latin-1"},
+    "ascii, strict": {"PYTHONIOENCODING": "ascii:strict"},
+    "usual": {},
+}
+
+
+def run_predict(*arguments, environment=(), **options):
+    """predict.py in a process of its own, which has its own locale and pipes."""
+    return subprocess.run(
+        [sys.executable, "predict.py", *arguments], cwd=ROOT, timeout=HUNG,
+        env={**os.environ, **dict(environment)}, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("locale", LOCALES)
+def test_no_name_and_no_terminal_costs_a_result(locale, models, tmp_path):
+    images = os.fsencode(tmp_path) + b"/images"
+    os.mkdir(images)
+    for i, name in enumerate(NAMES.values()):
+        with open(images + b"/" + name, "wb") as file:
+            np.save(file, IMAGES[i % 3])
+    for name in (b"bad\xff\n.npy", "größe×.txt".encode()):
+        with open(images + b"/" + name, "wb") as file:
+            file.write(b"no image")
+    out = tmp_path / "p.csv"
+    process = run_predict(
+        "--model", models / "classifier.onnx", "--out", out, "--sheet", tmp_path / "s.png", images,
+        environment=LOCALES[locale], capture_output=True,
+    )  # fmt: skip
+    assert process.returncode == 1, process.stderr
+    assert b"Traceback" not in process.stderr
+    assert b"\x1b" not in process.stderr
+    expected = [name.decode("utf-8", "backslashreplace") for name in NAMES.values()]
+    assert relative(read_column(out), os.fsdecode(images)) == sorted(expected)
+    (error,) = read_column(tmp_path / "p.csv.errors.csv")
+    assert os.path.basename(error) == "bad\\xff\n.npy"
+    assert (tmp_path / "s.png").exists()
+    assert len(process.stdout.splitlines()) == 2
+    assert [line.split()[0] for line in process.stderr.splitlines()] == [b"1", b"1"]
+
+
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_a_pipe_that_nobody_reads_costs_no_result(buffered, models, tmp_path):
+    np.save(tmp_path / "a.npy", IMAGES)
+    np.save(tmp_path / "small.npy", IMAGES[0][:4])
+    read, write = os.pipe()
+    os.close(read)
+    process = run_predict(
+        "--model", models / "classifier.onnx", "--out", tmp_path / "p.csv", "--sheet",
+        tmp_path / "s.png", tmp_path, stdout=write, stderr=subprocess.PIPE, text=True,
+        environment={"PYTHONUNBUFFERED": buffered},
+    )  # fmt: skip
+    os.close(write)
+    assert len(read_column(tmp_path / "p.csv")) == 3
+    assert len(read_column(tmp_path / "p.csv.errors.csv")) == 1
+    assert (tmp_path / "s.png").exists()
+    assert "Traceback" not in process.stderr
+    assert "Broken" not in process.stderr
+
+
+def test_closed_and_full_outputs_cost_no_result(models, tmp_path):
+    np.save(tmp_path / "a.npy", IMAGES)
+    for i, redirection in enumerate((">&- 2>&-", ">/dev/full", ">/dev/full 2>/dev/full")):
+        out = tmp_path / f"{i}.csv"
+        command = f"{sys.executable} predict.py --model {models}/classifier.onnx --out {out} "
+        subprocess.run(
+            ["sh", "-c", f"{command} {tmp_path}/a.npy {redirection}"], cwd=ROOT, timeout=HUNG
+        )
+        assert len(read_column(out)) == 3
