@@ -8,6 +8,7 @@ from lib.augment import KINDS
 from lib.files import UserError
 from mae import TRANSFORM_KINDS
 
+LARGEST_SEED = 2**63 - 1  # of torch
 MOST_VALIDATIONS = 50  # unless --validations says otherwise
 
 
@@ -112,11 +113,22 @@ def check_numbers(args):
               "decoder_embed_dim", "decoder_num_heads", "resamples", "rounds", "sheet_images",
               "per_class", "repeats", "files", "auc_per_class")  # fmt: skip
     check(counts, lambda value: value >= 1, "at least 1")
-    check(("seed", "weight_decay", "depth", "decoder_depth"), lambda v: v >= 0, "at least 0")
+    check(("weight_decay", "depth", "decoder_depth"), lambda value: value >= 0, "at least 0")
+    check(("seed",), lambda value: 0 <= value <= LARGEST_SEED, f"from 0 to {LARGEST_SEED}")
     check(("lr", "mlp_ratio"), lambda value: 0 < value < math.inf, "positive")
     check(("mask_ratio",), lambda value: 0 < value < 1, "between 0 and 1")
     check(("layer_decay", "labels"), lambda value: 0 < value <= 1, "in (0, 1]")
     check(("patch_dropout",), lambda value: 0 <= value < 1, "in [0, 1)")
+    check(("allowed_fall",), lambda value: 0 <= value <= 1, "from 0 to 1")
+
+
+def check_output(out, inputs):
+    """UserError if the file `out` is one of the `inputs`, or lies in one; None is skipped."""
+    if not out.exists():
+        return
+    for path in inputs:
+        if path is not None and path.resolve() in (out.resolve(), *out.resolve().parents):
+            raise UserError(f"--out {out} would overwrite what is read from {path}: choose another")
 
 
 def new_network(kind, config):
