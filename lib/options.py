@@ -8,12 +8,17 @@ from lib.augment import KINDS
 from lib.files import UserError
 from mae import TRANSFORM_KINDS
 
+NUM_HEADS = 4
 LARGEST_SEED = 2**63 - 1  # of torch
 MOST_VALIDATIONS = 50  # unless --validations says otherwise
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the default of each option, and the example as it was written."""
+    """Shows the default of each option, unless its help does, and the example as it was written."""
+
+    def _get_help_string(self, action):
+        said = action.default is None or "default:" in action.help
+        return action.help if said else super()._get_help_string(action)
 
 
 def add_data_arguments(parser):
@@ -38,7 +43,10 @@ def add_model_arguments(parser):
     group.add_argument("--patch-size", type=int, default=8, help="side of a patch in pixels")
     group.add_argument("--embed-dim", type=int, default=128, help="width of the encoder")
     group.add_argument("--depth", type=int, default=4, help="blocks of the encoder")
-    group.add_argument("--num-heads", type=int, default=4, help="attention heads of the encoder")
+    group.add_argument(
+        "--num-heads", type=int, default=NUM_HEADS,
+        help=f"attention heads of the encoder (default: {NUM_HEADS})",
+    )  # fmt: skip
     group.add_argument(
         "--transform", choices=TRANSFORM_KINDS, default="log",
         help="intensity scale that the network sees",
