@@ -135,7 +135,7 @@ def finetune(args):
             precision=precision.name,
             best=max(history, key=lambda line: line["validation_macro_auc"]),
         )  # fmt: skip
-        plots.classifier_curves(args.out / "curves.png", history)
+        plots.attempt(plots.classifier_curves, args.out / "curves.png", history)
 
 
 def fill_in_defaults(args, source, images):
