@@ -50,6 +50,7 @@ def reconstruct(args):
         lines = [f"{shown(name)}: {as_text(auc)}" for name, auc in measured["classes"].items()]
         text = "\n".join([f"all substructure: {as_text(measured['all'])}", *lines])
     else:
+        (args.out / "metrics.json").unlink(missing_ok=True)  # an earlier call's
         some = "all" if not has_substructure.any() else "none"
         text = (
             f"no AUC: the MAE was trained on {shown(', '.join(trained_on))}, and {some} of the "
