@@ -1,5 +1,7 @@
-# make reproduce [DATA=folder]   everything from images to predictions, in runs/; resumes
+# make reproduce [DATA=folder]   everything from images to predictions, in runs/; resumes, and
+#                                repeats what depends on an option or on data that changed
 #   BASELINE=1                   also from random weights
+#   PER_CLASS                    simulated images of a class, without DATA
 #   PRETRAINING, FINETUNING      more options for pretrain.py and finetune.py, such as "--seed 1"
 # make study [DATA=folder]       the experiments behind the tables in docs/results/; takes hours
 #   SEEDS="0 1 2"                with -j its parts run side by side
@@ -17,15 +19,17 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 PEERS := .venv-bench
 
+# Text as one word of a shell command, whatever it holds.
+quoted = '$(subst ','\'',$(1))'
+
 # Without DATA the images are simulated; a folder given with DATA is packed once into runs/cache.
 ifdef DATA
-INPUT := --data $(DATA) --cache-dir $(RUNS)/cache
-FEWER_INPUT := $(INPUT)
-SAMPLES := $(if $(wildcard $(DATA)/dataset.json),$(DATA)/images.npy,\
-  $$(for c in "$(DATA)"/*/; do find "$$c" -name '*.npy' | sort | head -n 5; done))
+FOLDER := $(call quoted,$(value DATA))
+INPUT = --data $(FOLDER) --cache-dir $(RUNS)/cache
+FEWER_INPUT = $(INPUT)
 else
+FOLDER := $(RUNS)/samples
 INPUT := --data $(RUNS)/data
-SAMPLES := $(RUNS)/samples
 SIMULATED_SAMPLES := $(RUNS)/samples/.ready
 SIMULATED := $(RUNS)/data/dataset.json
 FEWER := $(RUNS)/data-fewer/dataset.json
@@ -40,11 +44,21 @@ STRATEGIES := $(HEAD) $(LAYERNORM) $(FULL)
 SCRATCH := $(RUNS)/scratch/vit-mae-classifier-wt.pth
 MODEL := $(RUNS)/classifier.onnx
 MAPS := $(RUNS)/reconstruction.onnx
+$(foreach name,RUNS MODEL,$(if $(filter 1,$(words $($(name)))),,\
+  $(error $(name) must be one path without spaces, got "$($(name))")))
+
+# A file of the options of each stage, rewritten only when they change: what was made with others
+# is older than it, and made again.
+OPTIONS := $(RUNS)/options
+pretraining_options = $(PRETRAINING)
+finetuning_options = $(FINETUNING)
+evaluation_options = $(if $(BASELINE),with the baseline)
+predictions_options = $(MODEL) and $(MAPS) of $(FOLDER)
 
 .PHONY: reproduce study real bench test test-heavy clean FORCE
 .DELETE_ON_ERROR:
 
-reproduce: $(RUNS)/evaluation/metrics.json $(RUNS)/residuals/metrics.json $(RUNS)/predictions.csv
+reproduce: $(RUNS)/evaluation/metrics.json $(RUNS)/residuals/.done $(RUNS)/predictions.csv
 	@cat $(RUNS)/evaluation/comparison.md
 
 # UNSEEN=folder also tests on images of another simulator. The parts are independent, so -j runs them
@@ -57,7 +71,7 @@ study: $(STUDY_PARTS:%=study-%)
 
 study-all-%: $(RUNS)/dataset.json
 	$(PY) experiments/study.py $(INPUT) --out $(RUNS)/study/all-$* --results $(RUNS)/study/results-all-$* \
-	  --seeds $* $(if $(UNSEEN),--unseen $(UNSEEN)) \
+	  --seeds $* $(if $(UNSEEN),--unseen $(call quoted,$(value UNSEEN))) \
 	  --only strategies scratch without_labels mistakes labels
 
 study-fewer-%: $(RUNS)/dataset.json $(FEWER)
@@ -68,18 +82,21 @@ study-fewer-%: $(RUNS)/dataset.json $(FEWER)
 # From simulated images, as pictures show them, to predictions for real ones.
 PICTURES := $(RUNS)/pictures
 ifeq ($(filter real,$(MAKECMDGOALS)),real)
-$(if $(wildcard $(REAL)),,$(error name a file of real images: make real REAL=file.npz))
+$(if $(shell test -e $(call quoted,$(value REAL)) && echo found),,$(error name a file of real images: make real REAL=file.npz))
 endif
 real: $(PICTURES)-full/vit-mae-classifier-wt.pth
-	$(PY) experiments/real_images.py classify --images "$(REAL)" --weights $< --out $(RUNS)/real.csv
+	$(PY) experiments/real_images.py classify --images $(call quoted,$(value REAL)) --weights $< --out $(RUNS)/real.csv
 
-$(PICTURES)/dataset.json: | $(RUNS)/data/dataset.json
+$(PICTURES)/dataset.json: $(RUNS)/data/dataset.json
+	rm -rf $(@D)
 	$(PY) experiments/real_images.py pictures --any --data $(RUNS)/data --out $(PICTURES)
 
 $(PICTURES)-pretrain/vit-mae-wt.pth: $(PICTURES)/dataset.json
+	$(drop_outdated)
 	$(PY) pretrain.py --data $(PICTURES) --out $(@D) --resume
 
 $(PICTURES)-full/vit-mae-classifier-wt.pth: $(PICTURES)-pretrain/vit-mae-wt.pth
+	$(drop_outdated)
 	$(PY) finetune.py --data $(PICTURES) --pretrained $< --strategy full --epochs 12 \
 	  --out $(@D) --resume
 
@@ -109,40 +126,70 @@ $(PEERS)/ready: requirements.txt experiments/requirements-bench.txt
 	-$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r experiments/requirements-bench.txt
 	touch $@
 
-$(RUNS)/data/dataset.json: | $(READY)
-	$(PY) simulate.py --model Model_II --per-class $(PER_CLASS) --seed 0 --out $(RUNS)/data
+$(OPTIONS)/%: FORCE
+	@mkdir -p $(@D)
+	@options=$(call quoted,$($*_options)); \
+	printf '%s\n' "$$options" | cmp -s - $@ || printf '%s\n' "$$options" > $@
 
-$(RUNS)/data-fewer/dataset.json: | $(READY)
-	$(PY) simulate.py --model Model_II --per-class 10000 --seed 10 --out $(RUNS)/data-fewer
+# A simulated data set of (images a class, seed). It replaces one of another number of images, and
+# nothing else.
+define simulate
+@origin='"origin": "simulate.py Model_II, $(1) a class, seed $(2),'; \
+if [ -e $@ ] && grep -qF "$$origin" $@; then exit 0; fi; \
+if [ -e $@ ]; then \
+  if ! grep -qE '"origin": "simulate.py Model_II, [0-9]+ a class, seed $(2),' $@; then \
+    echo 'error: $(@D) was not simulated by make: name it with DATA, or remove it' >&2; exit 1; fi; \
+  rm -rf $(@D); fi; \
+$(PY) simulate.py --model Model_II --per-class $(call quoted,$(1)) --seed $(2) --out $(@D)
+endef
+
+$(RUNS)/data/dataset.json: FORCE | $(READY)
+	$(call simulate,$(PER_CLASS),0)
+
+$(RUNS)/data-fewer/dataset.json: FORCE | $(READY)
+	$(call simulate,10000,10)
+
+# Removes a run that began before what it depends on changed; any other is there to resume.
+define drop_outdated
+@for file in $^; do if [ -e $(@D)/config.json ] && [ $$file -nt $(@D)/config.json ]; then \
+  echo "$(@D) is older than $$file: it is trained again"; rm -rf $(@D); fi; done
+endef
 
 # Rewritten only when the data changed, so a changed folder is trained on again.
 $(RUNS)/dataset.json: $(SIMULATED) FORCE | $(READY)
 	$(PY) data.py $(INPUT) --out $@
 
-$(PRETRAINED): $(RUNS)/dataset.json | $(READY)
+$(PRETRAINED): $(RUNS)/dataset.json $(OPTIONS)/pretraining | $(READY)
+	$(drop_outdated)
 	$(PY) pretrain.py $(INPUT) --out $(@D) --resume $(PRETRAINING)
 
-$(HEAD) $(FULL): $(RUNS)/%/vit-mae-classifier-wt.pth: $(PRETRAINED)
+$(HEAD) $(FULL): $(RUNS)/%/vit-mae-classifier-wt.pth: $(PRETRAINED) $(OPTIONS)/finetuning
+	$(drop_outdated)
 	$(PY) finetune.py $(INPUT) --pretrained $(PRETRAINED) --strategy $* --out $(@D) --resume $(FINETUNING)
 
 # The LayerNorms continue from the trained head.
-$(LAYERNORM): $(HEAD)
+$(LAYERNORM): $(HEAD) $(OPTIONS)/finetuning
+	$(drop_outdated)
 	$(PY) finetune.py $(INPUT) --pretrained $(HEAD) --strategy layernorm --out $(@D) --resume $(FINETUNING)
 
-$(SCRATCH): $(RUNS)/dataset.json | $(READY)
+$(SCRATCH): $(RUNS)/dataset.json $(OPTIONS)/finetuning | $(READY)
+	$(drop_outdated)
 	$(PY) finetune.py $(INPUT) --pretrained none --strategy full --out $(@D) --resume $(FINETUNING)
 
-$(RUNS)/evaluation/metrics.json: $(STRATEGIES) $(if $(BASELINE),$(SCRATCH))
-	$(PY) evaluate.py $(INPUT) --weights $^ --out $(@D)
+$(RUNS)/evaluation/metrics.json: $(STRATEGIES) $(if $(BASELINE),$(SCRATCH)) $(OPTIONS)/evaluation
+	$(PY) evaluate.py $(INPUT) --weights $(filter %.pth,$^) --out $(@D)
 
-$(RUNS)/residuals/metrics.json: $(PRETRAINED)
+# Without images of two kinds there is no metrics.json.
+$(RUNS)/residuals/.done: $(PRETRAINED)
 	$(PY) reconstruct.py $(INPUT) --weights $(PRETRAINED) --out $(@D)
+	touch $@
 
 # The strategy that is best on validation.
 $(MODEL): $(STRATEGIES)
 	$(PY) export.py $(INPUT) --weights $^ --out $@
 
-# A few images to predict on: freshly simulated, or the first of every class folder.
+# A few images to predict on: freshly simulated, or those of a packed data set, or the first of every
+# class folder.
 $(RUNS)/samples/.ready: | $(READY)
 	$(PY) simulate.py --model Model_II --per-class 5 --seed 1 --layout folder --out $(RUNS)/samples
 	touch $@
@@ -150,5 +197,10 @@ $(RUNS)/samples/.ready: | $(READY)
 $(MAPS): $(PRETRAINED)
 	$(PY) export.py $(INPUT) --what reconstruction --weights $(PRETRAINED) --out $@
 
-$(RUNS)/predictions.csv: $(MODEL) $(MAPS) $(SIMULATED_SAMPLES)
-	$(PY) predict.py --model $(MODEL) --maps $(MAPS) --sheet $(@D)/sheet.png --out $@ $(SAMPLES)
+$(RUNS)/predictions.csv: $(MODEL) $(MAPS) $(SIMULATED_SAMPLES) $(OPTIONS)/predictions
+	folder=$(FOLDER); set --; \
+	if [ -f "$$folder/dataset.json" ]; then set -- "$$folder/images.npy"; else \
+	  for class in "$$folder"/*/; do n=0; for file in "$$class"*.npy; do \
+	    if [ $$n -lt 5 ] && [ -f "$$file" ]; then set -- "$$@" "$$file"; n=$$((n + 1)); fi; \
+	  done; done; fi; \
+	$(PY) predict.py --model $(MODEL) --maps $(MAPS) --sheet $(@D)/sheet.png --out $@ -- "$$@"

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from sklearn.metrics import confusion_matrix, roc_curve
 
-from lib import data, metrics, options, plots, report, weights
+from lib import data, metrics, options, plots, report, tables, weights
 from lib.device import resolve_device
-from lib.files import make_folder, path_argument, run, write_json, write_text
+from lib.files import UserError, make_folder, path_argument, run, write_json, write_text
 from lib.loader import batch_reader, in_batches
 
 EXAMPLE = """example:
@@ -59,7 +59,7 @@ def evaluate(args):
         )
         curves[name] = {
             class_name: (*roc_curve(labels == k, probabilities[:, k])[:2],
-                         results[name][class_name]["value"])
+                         results[name]["auc"][class_name]["value"])
             for k, class_name in enumerate(class_names)
         }  # fmt: skip
 
@@ -76,14 +76,17 @@ def evaluate(args):
         },
     )
     write_text(args.out / "comparison.md", table + "\n")
-    print(table)
-    plots.roc_curves(args.out / "roc.png", curves)
-    plots.confusion_matrices(args.out / "confusion_matrix.png", matrices, class_names)
-    plots.reliability(args.out / "reliability.png", reliability)
     best = max(results, key=lambda name: results[name]["macro"]["value"])
-    plots.mistakes(args.out / "mistakes.png", dataset.images, mistakes[best], class_names)
     paths = dict(zip(results, args.weights, strict=True))
-    report.write(args.out, paths, results, class_names, best, published_rows(class_names))
+    for show, *what in (
+        (print, table),
+        (plots.roc_curves, args.out / "roc.png", curves),
+        (plots.confusion_matrices, args.out / "confusion_matrix.png", matrices, class_names),
+        (plots.reliability, args.out / "reliability.png", reliability),
+        (plots.mistakes, args.out / "mistakes.png", dataset.images, mistakes[best], class_names),
+        (report.write, args.out, paths, results, class_names, best, published_rows(class_names)),
+    ):
+        plots.attempt(show, *what)
 
 
 def predict_probabilities(model, images, rows, device):
@@ -94,24 +97,35 @@ def predict_probabilities(model, images, rows, device):
 
 
 def figures(probabilities, labels, class_names, args):
-    """{class name (AUC), "macro" or "accuracy": {"value", "low", "high"}, "images": n}."""
+    """{"auc": {class name: figure}, "macro": figure, "accuracy": figure, "images": n}.
+
+    A figure is {"value", "low", "high"}.
+    """
     values = metrics.measures(probabilities, labels)
     intervals = metrics.bootstrap(
         lambda chosen: metrics.measures(probabilities[chosen], labels[chosen]),
         labels, args.resamples, args.seed,
     )  # fmt: skip
-    keys = [*class_names, "macro", "accuracy"]
-    result = {
-        key: {"value": value, "low": low, "high": high}
-        for key, value, (low, high) in zip(keys, values.tolist(), intervals.tolist(), strict=True)
-    }
-    return {**result, "images": len(labels)}
+    *aucs, macro, accuracy = (
+        {"value": value, "low": low, "high": high}
+        for value, (low, high) in zip(values.tolist(), intervals.tolist(), strict=True)
+    )
+    by_class = dict(zip(class_names, aucs, strict=True))
+    return {"auc": by_class, "macro": macro, "accuracy": accuracy, "images": len(labels)}
 
 
 def names_of_runs(paths):
-    """A short name for each weights file: that of its folder."""
-    names = [path.resolve().parent.name for path in paths]
-    return [n if names.count(n) == 1 else str(p) for n, p in zip(names, paths, strict=True)]
+    """A short name for each weights file: that of its folder, or its path where folders agree.
+
+    UserError if a file is given twice.
+    """
+    full = [path.resolve() for path in paths]
+    for path, resolved in zip(paths, full, strict=True):
+        if full.count(resolved) > 1:
+            raise UserError(f"--weights names {path} twice")
+    folders = [path.parent.name for path in full]
+    names = [f if folders.count(f) == 1 else str(p) for f, p in zip(folders, paths, strict=True)]
+    return names if len(set(names)) == len(names) else [str(path) for path in full]
 
 
 def most_confident_mistakes(probabilities, labels, rows):
@@ -129,13 +143,11 @@ def comparison(results, class_names):
         low, high = scale * entry["low"], scale * entry["high"]
         return f"{scale * entry['value']:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
 
-    header = ["run", *(f"AUC {name}" for name in class_names), "macro AUC", "accuracy %"]
-    lines = [header, ["---"] * len(header)]
+    rows = [["run", *(f"AUC {name}" for name in class_names), "macro AUC", "accuracy %"]]
     for name, result in results.items():
-        aucs = [cell(result[key]) for key in (*class_names, "macro")]
-        lines.append([name, *aucs, cell(result["accuracy"], 100, 2)])
-    lines += published_rows(class_names)
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        aucs = [cell(result["auc"][class_name]) for class_name in class_names]
+        rows.append([name, *aucs, cell(result["macro"]), cell(result["accuracy"], 100, 2)])
+    return tables.markdown(rows + published_rows(class_names))
 
 
 def published_rows(class_names):

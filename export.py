@@ -12,6 +12,7 @@ import copy
 import io
 import json
 import logging
+import math
 import time
 import warnings
 from pathlib import Path
@@ -29,7 +30,7 @@ from lib.convert import to_hugging_face
 from lib.files import UserError, atomic_directory, atomic_write, path_argument, run, write_json
 from lib.metrics import auc_by_class
 from lib.onnxfile import open_session
-from mae import Block, complementary_masks, set_attention_form
+from mae import Block, IntensityTransform, complementary_masks, set_attention_form
 
 EXAMPLE = """examples:
   python export.py --weights runs/full/vit-mae-classifier-wt.pth --out lens.onnx
@@ -54,7 +55,8 @@ class Probabilities(nn.Module):
         self.classifier, self.img_size = classifier, classifier.img_size
 
     def forward(self, images):
-        return self.classifier(images).softmax(dim=1)
+        probabilities = self.classifier(images).softmax(dim=1)
+        return probabilities + zero_or_nan(images).flatten(1)
 
 
 class Residuals(nn.Module):
@@ -69,7 +71,36 @@ class Residuals(nn.Module):
 
     def forward(self, images):
         residual, squared = self.mae.residual(self.transform(images), self.masks)
-        return residual, squared.mean(dim=(1, 2, 3))
+        unknown = zero_or_nan(images)
+        return residual + unknown, squared.mean(dim=(1, 2, 3)) + unknown.flatten()
+
+
+def zero_or_nan(images):
+    """(B, 1, 1, 1): NaN for an image (1, H, W) with a NaN or infinite pixel, zero for others.
+
+    Clamping and 8-bit numbers would turn such a pixel into an ordinary one.
+    """
+    return (images - images).sum(dim=(1, 2, 3), keepdim=True)
+
+
+class ScaledTransform(nn.Module):
+    """`IntensityTransform` whose constants are near one, whatever the unit of the images.
+
+    torch's exporter takes a constant below about 1e-8 for zero. Dividing by a power of two is
+    exact, so the results stay the same.
+    """
+
+    def __init__(self, transform):
+        super().__init__()
+        offset, softening = transform.offset.item(), transform.softening.item()
+        self.unit = math.ldexp(1.0, math.frexp(max(abs(offset), softening))[1] - 1)
+        self.scaled = IntensityTransform(
+            transform.kind, offset / self.unit, softening / self.unit,
+            transform.mean.item(), transform.std.item(),
+        )  # fmt: skip
+
+    def forward(self, images):
+        return self.scaled(images / self.unit)
 
 
 class FlatLinear(nn.Module):
@@ -91,6 +122,14 @@ def flatten_linears(module):
                 setattr(part, name, FlatLinear(layer))
 
 
+def scale_transforms(model):
+    """Replace every `IntensityTransform` inside `model` by a `ScaledTransform`."""
+    for module in list(model.modules()):
+        for name, part in list(module.named_children()):
+            if isinstance(part, IntensityTransform):
+                setattr(module, name, ScaledTransform(part))
+
+
 def write_onnx(model, path, metadata):
     """Export `model`, one of the above, with text metadata {key: value}, weights inside.
 
@@ -99,6 +138,7 @@ def write_onnx(model, path, metadata):
     not changed.
     """
     model = copy.deepcopy(model)
+    scale_transforms(model)
     set_attention_form(model, "plain")
     flatten_linears(model)
     example = torch.zeros(2, 1, model.img_size, model.img_size)
@@ -134,7 +174,8 @@ class CalibrationImages(CalibrationDataReader):
 def reduce_precision(path, precision, images, metadata):
     """Rewrite the float32 file at `path` in "float16" or "int8"; input and output stay float32.
 
-    float16: weights and activations, except in the intensity transform, whose range is wider.
+    float16: weights and activations, except from the input through the intensity transform, whose
+    range is wider.
     int8: the linear layers of blocks and head multiply 8-bit weights and activations, whose ranges
     come from `images` (n, 1, H, W); their outputs and everything else are float32.
     """
@@ -142,6 +183,8 @@ def reduce_precision(path, precision, images, metadata):
         proto = convert_float_to_float16(
             onnx.load(path), keep_io_types=True, op_block_list=WIDE_OPERATIONS
         )
+        skip_round_trips(proto.graph)
+        OnnxModel(proto).prune_graph()
         OnnxModel(proto).topological_sort()
         del proto.graph.value_info[:]  # the old types
     else:
@@ -158,6 +201,25 @@ def reduce_precision(path, precision, images, metadata):
             logging.disable(logging.NOTSET)
             quantised.unlink(missing_ok=True)
     save_proto(proto, path, metadata)
+
+
+def skip_round_trips(graph):
+    """Feed nodes that compute in float32 from the float32 behind a float16 copy, where there is one.
+
+    The converter puts such a copy behind the input and behind every node that stays in float32.
+    """
+    wide = {value.name for value in graph.input}
+    wide |= {name for node in graph.node if node.op_type in WIDE_OPERATIONS for name in node.output}
+    casts = [node for node in graph.node if node.op_type == "Cast"]
+    copied = {cast.output[0]: cast.input[0] for cast in casts if cast.input[0] in wide}
+    restored = {
+        cast.output[0]: copied[cast.input[0]]
+        for cast in casts
+        if cast.input[0] in copied and cast.attribute[0].i == onnx.TensorProto.FLOAT
+    }
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            node.input[i] = restored.get(name, name)
 
 
 def run_session(path, images, batch=256):
@@ -262,6 +324,7 @@ def export(args):
     if args.what == "huggingface":
         export_to_hugging_face(args)
         return
+    options.check_output(args.out, [*args.weights, args.data])
     model, opened = load_model(args)
     content = opened.content
     dataset, parts = load_images(args, content, model.img_size)

@@ -65,7 +65,9 @@ def finetune(args):
     rows, validation = parts["train"], parts["validation"]
     if args.labels < 1:
         rows = data.fraction_of_each_class(dataset.labels, rows, args.labels, args.seed)
-    source = None if args.pretrained == "none" else weights.read(args.pretrained, args.num_heads)
+    source = None
+    if args.pretrained != "none":
+        source = weights.read(args.pretrained, args.num_heads, foreign=True)
     fill_in_defaults(args, source, len(rows))
     started_from = source.sha256 if source else "none"
     with open_run(
@@ -141,7 +143,7 @@ def train(args, dataset, rows, validation, source, run):
         number_format=precision.name,
         best=max(history, key=lambda line: line["validation_macro_auc"]),
     )  # fmt: skip
-    plots.classifier_curves(args.out / "curves.png", history)
+    plots.attempt(plots.classifier_curves, args.out / "curves.png", history)
 
 
 def fill_in_defaults(args, source, images):
@@ -192,8 +194,8 @@ def build_classifier(args, source, dataset, train_rows):
             )
         model.temperature.fill_(1.0)
         return model, content["config"]
-    mae, transform = weights.mae_of(source)
-    data.check_size(source.path, mae, dataset, OTHER_SIZE)
+    pretrained, transform = weights.encoder_of(source)
+    data.check_size(source.path, pretrained, dataset, OTHER_SIZE)
     sizes = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
     config = {name: content["config"][name] for name in sizes if name in content["config"]}
     if transform is None:  # a checkpoint from elsewhere
@@ -202,7 +204,7 @@ def build_classifier(args, source, dataset, train_rows):
         data.check_split(content["run"])
         config |= {**classes, "transform": content["config"]["transform"]}
     model = Classifier(**config)
-    encoder = {k: v for k, v in mae.state_dict().items() if k in model.state_dict()}
+    encoder = {k: v for k, v in pretrained.state_dict().items() if k in model.state_dict()}
     model.load_state_dict({**model.state_dict(), **encoder})
     return model, config
 
@@ -329,7 +331,8 @@ def parse_args(argv=None):
     parser.add_argument(
         "--pretrained", required=True, metavar="PTH|none",
         help="weights of pretrain.py; or a classifier to continue from, its head included; or an "
-        "MAE of facebookresearch/mae or Hugging Face (give --num-heads); none: random weights",
+        "MAE of facebookresearch/mae or Hugging Face (give --num-heads where its file does not "
+        "tell); none: random weights",
     )  # fmt: skip
     parser.add_argument(
         "--strategy", choices=STRATEGIES, required=True,
@@ -356,12 +359,15 @@ def parse_args(argv=None):
         "--labels", type=float, default=1.0, help="fraction of the training labels to use"
     )
     options.add_model_arguments(parser)
+    parser.set_defaults(num_heads=None)  # a foreign MAE may tell its own
     args = parser.parse_args(argv)
     options.check_numbers(args)
     if args.pretrained != "none":
         args.pretrained = Path(args.pretrained)
-    elif args.strategy != "full":
+        return args
+    if args.strategy != "full":
         raise UserError("--pretrained none leaves nothing to freeze: use --strategy full")
+    args.num_heads = args.num_heads or options.NUM_HEADS
     return args
 
 

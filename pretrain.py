@@ -84,11 +84,13 @@ def train(args, dataset, rows, validation, run):
         dataset.hashes[np.concatenate([rows, validation])],
         number_format=precision.name, last=history[-1],
     )  # fmt: skip
-    plots.loss_curves(args.out / "loss.png", history, "reconstruction error (masked patches)")
-    plots.reconstructions(
-        args.out / "reconstructions.png",
-        *held_out_reconstructions(model, transform, read, dataset, args), dataset.class_names,
-    )  # fmt: skip
+    plots.attempt(
+        plots.loss_curves, args.out / "loss.png", history, "reconstruction error (masked patches)"
+    )
+    pictures = held_out_reconstructions(model, transform, read, dataset, args)
+    plots.attempt(
+        plots.reconstructions, args.out / "reconstructions.png", *pictures, dataset.class_names
+    )
 
 
 def mae_config(args, img_size):

@@ -7,14 +7,16 @@ above their residuals; the true point masses are marked in data that simulate.py
 """
 
 import argparse
+import csv
 
 import numpy as np
 import torch
 
 from lib import data, lenses, options, plots
 from lib.device import resolve_device
-from lib.files import make_folder, path_argument, run, write_json, write_text
+from lib.files import atomic_write, make_folder, path_argument, run, write_json
 from lib.residuals import measure, residual_reader, scores_of
+from lib.tables import shown
 
 EXAMPLE = """example:
   python reconstruct.py --data lenses --weights runs/pretrain/vit-mae-wt.pth --out runs/residuals"""
@@ -36,11 +38,7 @@ def reconstruct(args):
     make_folder(args.out)
 
     scores = scores_of(residuals, rows)
-    lines = [
-        f"{row},{dataset.class_names[label]},{score:.6g}"
-        for row, label, score in zip(rows, labels, scores, strict=True)
-    ]
-    write_text(args.out / "scores.csv", "\n".join(["row,class,score", *lines]) + "\n")
+    write_scores(args.out / "scores.csv", rows, labels, scores, dataset.class_names)
     if has_substructure.any() and not has_substructure.all():
         measured = measure(
             scores, has_substructure, labels, dataset.class_names, args.resamples, args.seed
@@ -48,14 +46,37 @@ def reconstruct(args):
         result = {"auc": measured, "trained_on": trained_on, "images": len(rows)}
         result |= {"masks": f"{args.rounds} rounds, {args.mask_ratio} hidden, seed {args.seed}"}
         write_json(args.out / "metrics.json", result)
-        for name, auc in measured.items():
-            print(f"{name}: AUC {auc['value']:.4f} ({auc['low']:.4f}–{auc['high']:.4f})")
+        lines = [f"{shown(name)}: {as_text(auc)}" for name, auc in measured["classes"].items()]
+        text = "\n".join([f"all substructure: {as_text(measured['all'])}", *lines])
     else:
+        (args.out / "metrics.json").unlink(missing_ok=True)  # an earlier call's
         some = "all" if not has_substructure.any() else "none"
-        print(f"no AUC: the MAE was trained on {', '.join(trained_on)}, and {some} of the images "
-              "are of these classes: pre-train on some of the classes to compare")  # fmt: skip
-    plots.score_histogram(args.out / "scores.png", scores, labels, dataset.class_names)
-    draw_maps(args.out / "maps.png", dataset, rows, scores, seen, residuals)
+        text = (
+            f"no AUC: the MAE was trained on {shown(', '.join(trained_on))}, and {some} of the "
+            "images are of these classes: pre-train on some of the classes to compare"
+        )
+    for show, *what in (
+        (print, text),
+        (plots.score_histogram, args.out / "scores.png", scores, labels, dataset.class_names),
+        (draw_maps, args.out / "maps.png", dataset, rows, scores, seen, residuals),
+    ):
+        plots.attempt(show, *what)
+
+
+def as_text(figure):
+    return f"AUC {figure['value']:.4f} ({figure['low']:.4f}–{figure['high']:.4f})"
+
+
+def write_scores(path, rows, labels, scores, class_names):
+    """A line an image: its row in the data set, its class and its score."""
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["row", "class", "score"])
+        for row, label, score in zip(rows, labels, scores, strict=True):
+            writer.writerow([row, class_names[label], f"{score:.6g}"])
 
 
 def draw_maps(path, dataset, rows, scores, seen, residuals):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lib import plots
+from lib import plots, tables
 from lib.files import UserError, path_argument, read_json, run, write_json, write_text
 
 EXAMPLE = "example: python experiments/results.py runs/study/results-0 runs/study/results-1"
@@ -55,9 +55,8 @@ def table(rows):
 
     runs = by_run(rows)
     keys = list(dict.fromkeys(key for figures in runs.values() for key in figures))
-    lines = [["run", *keys], ["---"] * (1 + len(keys))]
-    lines += [[name, *(cell(key, figures) for key in keys)] for name, figures in runs.items()]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    rows = [[name, *(cell(key, figures) for key in keys)] for name, figures in runs.items()]
+    return tables.markdown([["run", *keys], *rows])
 
 
 def draw(path, rows, drawn):

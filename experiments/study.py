@@ -154,8 +154,9 @@ def residual_auc(lab, path, dataset, whole):
     rows = data.rows_to_evaluate(dataset, content, whole)
     labels, smooth = dataset.labels[rows], dataset.class_names.index("no_sub")
     scores = residuals.scores_of(residuals_of, rows)
-    aucs = residuals.auc_by_kind(scores, labels != smooth, labels, dataset.class_names)
-    return {f"residual AUC {name}": float(auc) for name, auc in aucs.items()}
+    every, by_class = residuals.auc_by_kind(scores, labels != smooth, labels, dataset.class_names)
+    columns = {f"residual AUC {name}": float(auc) for name, auc in by_class.items()}
+    return {"residual AUC all": float(every), **columns}
 
 
 def chain(lab, name, seed, strategies=STRATEGIES, pretraining=(), finetuning=(), images=None):

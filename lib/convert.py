@@ -8,13 +8,13 @@ from lib.files import UserError
 
 # Hugging Face's name (of any generation of transformers) -> ours, which is facebookresearch's.
 PARTS = {
-    r"vit\.embeddings\.patch_embeddings\.projection": "patch_embed.proj",
-    r"vit\.embeddings\.cls_token": "cls_token",
-    r"vit\.embeddings\.position_embeddings": "pos_embed",
-    r"vit\.layernorm": "norm",
+    r"(?:vit\.)?embeddings\.patch_embeddings\.projection": "patch_embed.proj",
+    r"(?:vit\.)?embeddings\.cls_token": "cls_token",
+    r"(?:vit\.)?embeddings\.position_embeddings": "pos_embed",
+    r"(?:vit\.)?layernorm": "norm",
     r"(?:vit\.)?decoder\.mask_token": "mask_token",
     r"decoder\.(decoder_pos_embed|decoder_embed|decoder_norm|decoder_pred)": r"\1",
-    r"vit\.(?:encoder\.layer|layers)\.(\d+)\.": r"blocks.\1.",
+    r"(?:vit\.)?(?:encoder\.layer|layers)\.(\d+)\.": r"blocks.\1.",
     r"decoder\.(?:decoder_layers|decoder_encoder\.layer)\.(\d+)\.": r"decoder_blocks.\1.",
 }
 IN_BLOCK = {
@@ -27,6 +27,8 @@ IN_BLOCK = {
     r"(?:intermediate\.dense|mlp\.fc1)": "mlp.fc1",
     r"(?:output\.dense|mlp\.fc2)": "mlp.fc2",
 }
+# Of facebookresearch's models: width of the encoder and its attention heads.
+PUBLISHED_HEADS = {"base": (768, 12), "large": (1024, 16), "huge": (1280, 16)}
 TO_HUGGING_FACE = {
     "patch_embed.proj": "vit.embeddings.patch_embeddings.projection",
     "cls_token": "vit.embeddings.cls_token",
@@ -62,8 +64,9 @@ def our_name(name):
 def from_foreign(state, num_heads):
     """State dict of an MAE elsewhere -> (our state dict, arguments of `mae.MAE`).
 
-    Sizes are read off the tensors; only `num_heads`, of the encoder, cannot be. Raises UserError
-    if the tensors are not those of an MAE with square patches.
+    Sizes are read off the tensors; only `num_heads`, of the encoder, cannot be. Without a decoder
+    in the state the arguments are those of `mae.Encoder`. Raises UserError if the tensors are not
+    those of an MAE with square patches.
     """
     renamed = {our_name(name): tensor for name, tensor in state.items()}
     for name in [name for name in renamed if ".attn.q." in name]:
@@ -75,17 +78,34 @@ def from_foreign(state, num_heads):
         depth = 1 + max(int(n.split(".")[1]) for n in renamed if n.startswith("blocks."))
         decoder = [int(n.split(".")[1]) for n in renamed if n.startswith("decoder_blocks.")]
         hidden = renamed["blocks.0.mlp.fc1.weight"].shape[0]
-        decoder_dim = renamed["decoder_embed.weight"].shape[0]
     except (KeyError, ValueError, AttributeError) as error:
         raise UserError(f"not a masked autoencoder: {error} is missing") from None
     config = {
         "img_size": patch_size * round(patches**0.5), "patch_size": patch_size,
         "in_chans": in_chans, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads,
-        "decoder_embed_dim": decoder_dim, "decoder_depth": 1 + max(decoder, default=-1),
-        # Of the decoder only the sizes are known; it is dropped in fine-tuning.
-        "decoder_num_heads": 1, "mlp_ratio": hidden / embed_dim,
+        "mlp_ratio": hidden / embed_dim,
     }  # fmt: skip
+    if "decoder_embed.weight" in renamed:
+        config |= {
+            "decoder_embed_dim": renamed["decoder_embed.weight"].shape[0],
+            "decoder_depth": 1 + max(decoder, default=-1),
+            "decoder_num_heads": 1,  # unknown; the decoder is dropped in fine-tuning
+        }
     return renamed, config
+
+
+def heads_told(embed_dim, model_name, described):
+    """Attention heads of a foreign encoder of width `embed_dim`, or None.
+
+    `model_name` is what facebookresearch's training script calls the network, such as
+    "mae_vit_base_patch16"; `described` is the dict of Hugging Face's config.json.
+    """
+    told = described.get("num_attention_heads")
+    if described.get("hidden_size") == embed_dim and type(told) is int:
+        return told
+    published = re.match(r"(?:mae_)?vit_(base|large|huge)_", str(model_name))
+    width, heads = PUBLISHED_HEADS[published[1]] if published else (None, None)
+    return heads if width == embed_dim else None
 
 
 def to_hugging_face(state, config):

@@ -8,11 +8,17 @@ from lib.files import UserError, path_argument
 from lib.weights import LARGEST
 from mae import TRANSFORM_KINDS
 
+NUM_HEADS = 4
+LARGEST_SEED = 2**63 - 1  # of torch
 MOST_VALIDATIONS = 50  # unless --validations says otherwise
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the default of each option, and the example as it was written."""
+    """Shows the default of each option, unless its help does, and the example as it was written."""
+
+    def _get_help_string(self, action):
+        said = action.default is None or "default:" in action.help
+        return action.help if said else super()._get_help_string(action)
 
 
 def add_data_arguments(parser):
@@ -37,7 +43,10 @@ def add_model_arguments(parser):
     group.add_argument("--patch-size", type=int, default=8, help="side of a patch in pixels")
     group.add_argument("--embed-dim", type=int, default=128, help="width of the encoder")
     group.add_argument("--depth", type=int, default=4, help="blocks of the encoder")
-    group.add_argument("--num-heads", type=int, default=4, help="attention heads of the encoder")
+    group.add_argument(
+        "--num-heads", type=int, default=NUM_HEADS,
+        help=f"attention heads of the encoder (default: {NUM_HEADS})",
+    )  # fmt: skip
     group.add_argument(
         "--transform", choices=TRANSFORM_KINDS, default="log",
         help="intensity scale that the network sees",
@@ -117,13 +126,23 @@ def check_numbers(args):
     check(counts, lambda value: value >= 1, "at least 1")
     check(("resamples",), lambda value: value <= 1_000_000, "at most 1,000,000")
     check(("rounds",), lambda value: value <= 100, "at most 100")
-    check(("seed",), lambda value: 0 <= value < 2**63, "between 0 and 2**63 - 1")
+    check(("seed",), lambda value: 0 <= value <= LARGEST_SEED, f"from 0 to {LARGEST_SEED}")
     check(("depth", "decoder_depth"), lambda value: value >= 0, "at least 0")
     check(("weight_decay", "allowed_fall"), lambda value: 0 <= value < math.inf, "at least 0")
     check(("lr", "mlp_ratio"), lambda value: 0 < value < math.inf, "positive")
     check(("mask_ratio",), lambda value: 0 < value < 1, "between 0 and 1")
     check(("layer_decay", "labels"), lambda value: 0 < value <= 1, "in (0, 1]")
     check(("patch_dropout",), lambda value: 0 <= value < 1, "in [0, 1)")
+    check(("allowed_fall",), lambda value: 0 <= value <= 1, "from 0 to 1")
+
+
+def check_output(out, inputs):
+    """UserError if the file `out` is one of the `inputs`, or lies in one; None is skipped."""
+    if not out.exists():
+        return
+    for path in inputs:
+        if path is not None and path.resolve() in (out.resolve(), *out.resolve().parents):
+            raise UserError(f"--out {out} would overwrite what is read from {path}: choose another")
 
 
 def new_network(kind, config):

@@ -1,5 +1,7 @@
 """Every picture of the project; nothing here computes a result."""
 
+import sys
+
 import matplotlib
 
 matplotlib.use("Agg")  # no window: machines without a screen
@@ -9,8 +11,38 @@ import numpy as np
 from matplotlib.collections import PatchCollection
 
 from lib.files import atomic_write
+from lib.tables import shown
+
+LONGEST_LABEL = 80
+RESIDUAL = "residual (image − prediction), in the network's scale"
 
 plt.rcParams.update({"figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9})
+
+
+def attempt(show, *what):
+    """Call `show(*what)` when the results are written: failing to show them is one line on stderr.
+
+    Nothing that is only looked at may end a run.
+    """
+    try:
+        show(*what)
+    except Exception as error:  # matplotlib, the fonts, the terminal or a full disk
+        plt.close("all")
+        reason = shown(str(error))[:200] or type(error).__name__
+        print(f"not shown ({show.__name__}): {reason}", file=sys.stderr)
+
+
+def label_of(name):
+    """The name of a class, run or file as a label: plain text of at most LONGEST_LABEL characters.
+
+    A dollar sign would start a formula, and legends leave out what begins with an underscore.
+    """
+    text = shown(name)
+    if len(text) > LONGEST_LABEL:
+        half = LONGEST_LABEL // 2
+        text = f"{text[:half]}…{text[1 - half:]}"
+    text = text.replace("$", "\\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def _save(figure, path):
@@ -56,7 +88,7 @@ def reconstructions(path, original, masked, reconstruction, class_names):
         classes * examples, 4, figsize=(7.8, 1.8 * classes * examples), squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    residual = reconstruction - original
+    residual = original - reconstruction
     limit = np.quantile(np.abs(residual[np.abs(residual) > 0]), 0.99) if residual.any() else 1
     for i, row in enumerate(axes):
         c, e = divmod(i, examples)
@@ -67,8 +99,8 @@ def reconstructions(path, original, masked, reconstruction, class_names):
         for panel, title in zip(row, titles, strict=True):
             panel.set(xticks=[], yticks=[], title=title if i == 0 else "")
             panel.set_facecolor("0.8")
-        row[0].set_ylabel(class_names[c])
-    figure.colorbar(last, ax=axes, fraction=0.03, label="residual, in the network's scale")
+        row[0].set_ylabel(label_of(class_names[c]))
+    figure.colorbar(last, ax=axes, fraction=0.03, label=RESIDUAL)
     _save(figure, path)
 
 
@@ -93,10 +125,11 @@ def overview(
             _circles(row[3], marks[i])
         for panel in row[:4]:
             panel.set(xticks=[], yticks=[], facecolor="0.8")
-        row[0].set_ylabel(class_names[i])
+        row[0].set_ylabel(label_of(class_names[i]))
         best = int(np.argmax(probabilities[i]))
         colors = ["tab:blue" if k == best else "0.7" for k in range(len(class_names))]
-        row[4].barh(class_names, probabilities[i], color=colors)
+        row[4].barh(range(len(class_names)), probabilities[i], color=colors)
+        row[4].set_yticks(range(len(class_names)), [label_of(name) for name in class_names])
         row[4].set(xlim=(0, 1), xticks=[0, 0.5, 1])
         row[4].yaxis.tick_right()
         row[4].invert_yaxis()
@@ -162,13 +195,13 @@ def residual_maps(path, images, residuals, titles, marks=None):
     for i, (image, residual, title) in enumerate(zip(images, residuals, titles, strict=True)):
         row, column = divmod(i, columns)
         axes[2 * row, column].imshow(image, cmap="magma", origin="lower")
-        axes[2 * row, column].set_title(title, fontsize=7)
+        axes[2 * row, column].set_title(label_of(title), fontsize=7)
         shown = axes[2 * row + 1, column].imshow(
             residual, vmin=-limit, vmax=limit, cmap="RdBu_r", origin="lower"
         )
         if marks is not None:
             _circles(axes[2 * row + 1, column], marks[i])
-    label = "residual, in the network's scale"
+    label = RESIDUAL
     if marks is not None:
         label += "; circles: true point masses and their Einstein radii"
     figure.colorbar(shown, ax=axes, fraction=0.02, label=label)
@@ -199,15 +232,17 @@ def contact_sheet(path, images, maps, names, probabilities, class_names):
         line, column = divmod(i, columns)
         panel = axes[line, panels * column]
         panel.imshow(_stretched(image), cmap="magma", origin="lower")
-        each = "\n".join(f"{n} {p:.3f}" for n, p in zip(class_names, row, strict=True))
-        title = f"{name[-24:]}\n{class_names[int(np.argmax(row))]}"
+        each = "\n".join(f"{label_of(n)} {p:.3f}" for n, p in zip(class_names, row, strict=True))
+        title = f"{label_of(name[-24:])}\n{label_of(class_names[int(np.argmax(row))])}"
         panel.set_title(title, fontsize=7, fontweight="bold")
         panel.text(0.02, 0.02, each, fontsize=6, color="white", transform=panel.transAxes)
         if maps is not None:
-            axes[line, 2 * column + 1].imshow(
+            drawn = axes[line, 2 * column + 1].imshow(
                 maps[i], vmin=-limit, vmax=limit, cmap="RdBu_r", origin="lower"
             )
             axes[line, 2 * column + 1].set_title("substructure map", fontsize=7)
+    if maps is not None:
+        figure.colorbar(drawn, ax=axes, fraction=0.02, label=RESIDUAL)
     _save(figure, path)
 
 
@@ -223,7 +258,8 @@ def score_histogram(path, scores, labels, class_names):
     positive = np.maximum(scores, np.finfo(np.float32).tiny)
     edges = np.geomspace(positive.min(), positive.max() * 1.001, 60)
     for label in np.unique(labels):
-        axes.hist(positive[labels == label], edges, histtype="step", label=class_names[label])
+        name = label_of(class_names[label])
+        axes.hist(positive[labels == label], edges, histtype="step", label=name)
     axes.set(xscale="log", yscale="log", xlabel="mean squared residual", ylabel="images")
     axes.legend()
     _save(figure, path)
@@ -241,10 +277,11 @@ def dots(path, runs):
         y = [line + 0.5 * (i / len(figures) - 0.4) for line, _ in lines]
         error = [max(1 - auc, 1e-6) for _, (auc, _) in lines]
         axes.errorbar(
-            error, y, xerr=[deviation for _, (_, deviation) in lines], fmt="o", ms=4, label=name
-        )
+            error, y, xerr=[deviation for _, (_, deviation) in lines], fmt="o", ms=4,
+            label=label_of(name),
+        )  # fmt: skip
     axes.set(xscale="log", xlabel="1 − AUC (left is better; what is below 1e-6 is drawn there)")
-    axes.set_yticks(range(len(runs)), list(runs))
+    axes.set_yticks(range(len(runs)), [label_of(name) for name in runs])
     axes.invert_yaxis()
     axes.legend(bbox_to_anchor=(1, 1), loc="upper left")
     _save(figure, path)
@@ -260,9 +297,10 @@ def series(path, lines, x_label, y_label, logarithmic):
     for i, (name, points) in enumerate(lines.items()):
         x, auc, deviation = np.transpose(points)
         panel = axes[0, i % panels]
-        panel.errorbar(x, np.maximum(1 - auc, 1e-6), yerr=deviation, marker="o", ms=4, label=name)
+        label = label_of(name)
+        panel.errorbar(x, np.maximum(1 - auc, 1e-6), yerr=deviation, marker="o", ms=4, label=label)
         panel.set(
-            xscale="log" if logarithmic else "linear", yscale="log", xlabel=x_label or name,
+            xscale="log" if logarithmic else "linear", yscale="log", xlabel=x_label or label,
             ylabel=f"1 − {y_label} (lower is better)",
         )  # fmt: skip
     if x_label:
@@ -283,13 +321,13 @@ def roc_curves(path, curves):
     for panel, class_name in zip(axes[0], class_names, strict=True):
         for run_name, by_class in curves.items():
             false_positive, true_positive, auc = by_class[class_name]
-            panel.plot(false_positive, true_positive, label=f"{run_name} {auc:.4f}")
+            panel.plot(false_positive, true_positive, label=f"{label_of(run_name)} {auc:.4f}")
         chance = np.geomspace(1e-4, 1)
         panel.plot(chance, chance, color="0.7", linestyle=":")
         panel.set(
             xscale="log",
             xlim=(1e-4, 1),
-            title=f"{class_name} against the rest",
+            title=f"{label_of(class_name)} against the rest",
             xlabel="false positive rate",
             ylabel="true positive rate",
         )
@@ -304,7 +342,7 @@ def reliability(path, runs):
     axes.plot([0, 1], [0, 1], color="0.7", linestyle=":")
     for name, table in runs.items():
         confidence, correct, images = np.transpose(table)
-        (line,) = axes.plot(confidence, correct, label=name)
+        (line,) = axes.plot(confidence, correct, label=label_of(name))
         axes.scatter(confidence, correct, 4 + 60 * images / images.sum(), color=line.get_color())
     axes.set(xlabel="confidence", ylabel="accuracy (size: share of the images)")
     axes.legend()
@@ -324,7 +362,8 @@ def mistakes(path, images, chosen, class_names):
         axes[0, 0].text(0, 0.5, "no mistakes")
     for panel, (row, true, predicted, probability) in zip(axes.flat, chosen, strict=False):
         panel.imshow(_stretched(images[row]), cmap="magma", origin="lower")
-        title = f"{class_names[true]} taken for\n{class_names[predicted]} ({probability:.3f})"
+        taken, given = label_of(class_names[true]), label_of(class_names[predicted])
+        title = f"{taken} taken for\n{given} ({probability:.3f})"
         panel.set_title(title, fontsize=7)
     _save(figure, path)
 
@@ -332,7 +371,7 @@ def mistakes(path, images, chosen, class_names):
 def confusion_matrices(path, matrices, class_names):
     """One panel a run; `matrices`: {run: (classes, classes) counts, true class in rows}."""
     figure, axes = plt.subplots(1, len(matrices), figsize=(3.6 * len(matrices), 3.6), squeeze=False)
-    ticks = range(len(class_names))
+    ticks, labels = range(len(class_names)), [label_of(name) for name in class_names]
     for panel, (run_name, matrix) in zip(axes[0], matrices.items(), strict=True):
         share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
         panel.imshow(share, vmin=0, vmax=1, cmap="Blues")
@@ -340,9 +379,9 @@ def confusion_matrices(path, matrices, class_names):
             color = "white" if share[row, column] > 0.5 else "black"
             text = f"{count}\n{100 * share[row, column]:.1f} %"
             panel.text(column, row, text, ha="center", va="center", color=color)
-        panel.set(title=run_name, xlabel="predicted", ylabel="true")
-        panel.set_xticks(ticks, class_names)
-        panel.set_yticks(ticks, class_names)
+        panel.set(title=label_of(run_name), xlabel="predicted", ylabel="true")
+        panel.set_xticks(ticks, labels)
+        panel.set_yticks(ticks, labels)
         panel.grid(False)
     figure.tight_layout()
     _save(figure, path)

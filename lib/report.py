@@ -5,6 +5,7 @@ import html
 from pathlib import Path
 
 from lib.files import read_json, write_text
+from lib.tables import shown
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
@@ -27,8 +28,8 @@ def write(folder, weights, results, class_names, best, published):
     Parameters
     ----------
     weights : {run: path of its weights}; config.json and pictures lie beside them.
-    results : {run: {figure: {"value", "low", "high"}, "images", "calibration_error"}}, the figures
-        being the class names (AUC), "macro" and "accuracy".
+    results : {run: {"auc": {class name: figure}, "macro": figure, "accuracy": figure, "images",
+        "calibration_error"}}, a figure being {"value", "low", "high"}.
     best : the run to highlight.
     published : rows of other work, see `evaluate.published_rows`.
     """
@@ -36,7 +37,7 @@ def write(folder, weights, results, class_names, best, published):
     images = next(iter(results.values()))["images"]
     parts = [
         "<h1>Lens classification: evaluation</h1>",
-        f"<p>{images} images that no training saw. Best macro AUC: <b>{html.escape(best)}</b>. "
+        f"<p>{images} images that no training saw. Best macro AUC: <b>{escaped(best)}</b>. "
         "Intervals are 95 % bootstrap intervals.</p>",
         "<h2>Comparison</h2>",
         comparison_table(results, best, class_names, published),
@@ -47,12 +48,12 @@ def write(folder, weights, results, class_names, best, published):
         picture(folder / "mistakes.png", f"Test images that {best} mistakes"),
     ]
     for run in sorted(pretrainings(configs.values())):
-        parts.append(f"<h2>Pre-training: {html.escape(run.name)}</h2>")
+        parts.append(f"<h2>Pre-training: {escaped(run.name)}</h2>")
         parts.append(described(config_beside(run / "weights")))
         parts.append(picture(run / "loss.png", "Reconstruction error"))
         parts.append(picture(run / "reconstructions.png", "Held-out images, masked and restored"))
     for name, path in weights.items():
-        parts.append(f"<h2>Fine-tuning: {html.escape(name)}</h2>")
+        parts.append(f"<h2>Fine-tuning: {escaped(name)}</h2>")
         parts.append(described(configs[name]))
         parts.append(picture(path.parent / "curves.png", "Loss, accuracy and AUC"))
     body = "\n".join(part for part in parts if part)
@@ -63,6 +64,11 @@ def write(folder, weights, results, class_names, best, published):
         f"<title>Lens classification: evaluation</title>\n<style>{STYLE}</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n",
     )
+
+
+def escaped(text):
+    """Any text as part of the page."""
+    return html.escape(shown(text))
 
 
 def pretrainings(configs):
@@ -100,14 +106,15 @@ def comparison_table(results, best, class_names, published):
         "accuracy %",
         "calibration error",
     ]
-    rows = ["<tr>" + "".join(f"<th>{html.escape(name)}</th>" for name in head) + "</tr>"]
+    rows = ["<tr>" + "".join(f"<th>{escaped(name)}</th>" for name in head) + "</tr>"]
     for name, result in results.items():
-        cells = [cell(result[key], 1, 4) for key in (*class_names, "macro")]
+        cells = [cell(result["auc"][class_name], 1, 4) for class_name in class_names]
+        cells.append(cell(result["macro"], 1, 4))
         cells += [cell(result["accuracy"], 100, 2), f"<td>{result['calibration_error']:.4f}</td>"]
         kind = ' class="best"' if name == best else ""
-        rows.append(f"<tr{kind}><td>{html.escape(name)}</td>{''.join(cells)}</tr>")
+        rows.append(f"<tr{kind}><td>{escaped(name)}</td>{''.join(cells)}</tr>")
     for row in published:
-        text = "".join(f"<td>{value}</td>" for value in (*row, ""))
+        text = "".join(f"<td>{escaped(value)}</td>" for value in (*row, ""))
         rows.append(f'<tr class="published">{text}</tr>')
     return f'<div class="wide"><table>{"".join(rows)}</table></div>'
 
@@ -118,7 +125,7 @@ def described(config):
         return "<p>No config.json lies beside these weights.</p>"
     data = config.get("data", {})
     text = f"{data.get('images', '?')} images ({data.get('origin', 'unknown')}), split 80/10/10"
-    return f"<p>{html.escape(text)}.</p><pre>{html.escape(str(config.get('command', '')))}</pre>"
+    return f"<p>{escaped(text)}.</p><pre>{escaped(str(config.get('command', '')))}</pre>"
 
 
 def picture(path, caption):
@@ -126,5 +133,5 @@ def picture(path, caption):
     if not path.exists():
         return ""
     content = base64.b64encode(path.read_bytes()).decode()
-    caption = html.escape(caption)
+    caption = escaped(caption)
     return f'<figure><img alt="{caption}" src="data:image/png;base64,{content}"></figure>'

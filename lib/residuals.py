@@ -35,27 +35,31 @@ def scores_of(residuals, rows):
 
 
 def auc_by_kind(scores, has_substructure, labels, class_names):
-    """AUC of the score: "all" substructure against smooth images, and each class of it."""
-    result = {"all": roc_auc_score(has_substructure, scores)}
+    """AUC of the score: (all substructure against smooth images, {class: this class of it})."""
+    by_class = {}
     for label in np.unique(labels[has_substructure]):
         chosen = ~has_substructure | (labels == label)
-        result[class_names[label]] = roc_auc_score(has_substructure[chosen], scores[chosen])
-    return result
+        by_class[class_names[label]] = roc_auc_score(has_substructure[chosen], scores[chosen])
+    return roc_auc_score(has_substructure, scores), by_class
 
 
 def measure(scores, has_substructure, labels, class_names, resamples, seed):
-    """{"all" or a class: {"value", "low", "high"}}: AUC with 95 % bootstrap intervals.
+    """{"all": figure, "classes": {class: figure}}: AUC with 95 % bootstrap intervals.
 
-    `has_substructure` (n,) bool marks images of another kind than the MAE was trained on.
+    A figure is {"value", "low", "high"}; `has_substructure` (n,) bool marks images of another kind
+    than the MAE was trained on.
     """
-    values = auc_by_kind(scores, has_substructure, labels, class_names)
 
     def statistic(rows):
-        aucs = auc_by_kind(scores[rows], has_substructure[rows], labels[rows], class_names)
-        return list(aucs.values())
+        every, by_class = auc_by_kind(
+            scores[rows], has_substructure[rows], labels[rows], class_names
+        )
+        return [every, *by_class.values()]
 
+    every, by_class = auc_by_kind(scores, has_substructure, labels, class_names)
     intervals = bootstrap(statistic, labels, resamples, seed)
-    return {
-        name: {"value": float(value), "low": low, "high": high}
-        for (name, value), (low, high) in zip(values.items(), intervals.tolist(), strict=True)
-    }
+    first, *others = (
+        {"value": float(value), "low": low, "high": high}
+        for value, (low, high) in zip([every, *by_class.values()], intervals.tolist(), strict=True)
+    )
+    return {"all": first, "classes": dict(zip(by_class, others, strict=True))}

@@ -6,6 +6,7 @@ that training and validation saw, int64}`. It holds plain tensors, numbers and t
 `torch.load(weights_only=True)` reads.
 """
 
+import argparse
 import hashlib
 import json
 from pathlib import Path
@@ -14,12 +15,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lib.convert import from_foreign
-from lib.files import UserError, atomic_write, sha256_of
-from mae import MAE, Classifier, IntensityTransform
+from lib.convert import from_foreign, heads_told
+from lib.files import UserError, atomic_write, read_json, sha256_of
+from mae import MAE, Classifier, Encoder, IntensityTransform
 
 LARGEST = {"embed_dim": 4096, "decoder_embed_dim": 4096, "depth": 64, "decoder_depth": 64}
-LARGEST |= {"img_size": 4096, "patch_size": 512, "in_chans": 64, "mlp_ratio": 16}
+LARGEST |= {"img_size": 4096, "patch_size": 512, "mlp_ratio": 16}
 LARGEST |= {"num_heads": 64, "decoder_num_heads": 64, "num_classes": 10_000}
 MOST_PATCHES_A_SIDE = 128
 
@@ -69,17 +70,24 @@ def save_tensors(path, content):
 # Reading
 
 
-def read(path, num_heads=None):
+def read(path, num_heads=None, foreign=False):
     """Open a weights file: `Weights`, whose tensors are not checked against a network yet.
 
-    With `num_heads` this also opens an MAE of facebookresearch/mae or Hugging Face, whose config
-    then has no transform. Raises UserError, naming the file, if it is missing or something else.
+    With `foreign` this also opens an MAE of facebookresearch/mae or Hugging Face, whose config then
+    has no transform; `num_heads`, its attention heads, is needed where the file does not tell them.
+    Raises UserError, naming the file, if it is missing or something else.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is no file: give a weights file")
-    content, sha256 = _safetensors(path) if path.suffix == ".safetensors" else _torch_file(path)
-    if num_heads and not (isinstance(content, dict) and "config" in content):
+    foreign = foreign or num_heads is not None
+    # A training script of facebookresearch keeps its options in the file.
+    allowed = [argparse.Namespace] if foreign else []
+    if path.suffix == ".safetensors":
+        content, sha256 = _safetensors(path)
+    else:
+        content, sha256 = _torch_file(path, allowed)
+    if foreign and not (isinstance(content, dict) and "config" in content):
         content = _converted(path, content, num_heads)
     kinds = {"model": dict, "config": dict, "class_names": list, "run": dict}
     if not isinstance(content, dict):
@@ -95,10 +103,10 @@ def read(path, num_heads=None):
     return Weights(path, sha256, content)
 
 
-def _torch_file(path):
-    """What torch.load reads, and the file's SHA-256."""
+def _torch_file(path, allowed):
+    """What torch.load reads, which may hold the classes `allowed`, and the file's SHA-256."""
     try:
-        with path.open("rb") as file:
+        with path.open("rb") as file, torch.serialization.safe_globals(allowed):
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
             return torch.load(file, map_location="cpu", weights_only=True), sha256
@@ -123,7 +131,11 @@ def _safetensors(path):
 
 def _converted(path, content, num_heads):
     """The content of a foreign MAE's checkpoint, as this project would have written it."""
+    model_name = None
     if isinstance(content, dict):
+        options = content.get("args")
+        if isinstance(options, argparse.Namespace):
+            model_name = vars(options).get("model")
         content = content.get("model", content)
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor)
@@ -134,6 +146,14 @@ def _converted(path, content, num_heads):
         state, config = from_foreign(content, num_heads)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    beside = path.parent / "config.json"
+    described = read_json(beside) if beside.exists() else {}
+    told = heads_told(config["embed_dim"], model_name, described)
+    if num_heads is None and told is None:
+        raise UserError(f"{path} does not tell its number of attention heads: give --num-heads")
+    if None not in (num_heads, told) and num_heads != told:
+        raise UserError(f"{path}: --num-heads {num_heads} is given, but it has {told}")
+    config["num_heads"] = told if num_heads is None else num_heads
     nothing = torch.zeros(0, dtype=torch.int64)
     return {"model": state, "config": config, "class_names": [], "run": {}, "seen": nothing}
 
@@ -171,6 +191,13 @@ def mae_of(opened):
         raise UserError(f"{opened.path}: its configuration has no usable transform") from None
 
 
+def encoder_of(opened):
+    """`mae_of`; of a foreign file without a decoder the `Encoder` alone, and None."""
+    if "decoder_embed_dim" in opened.content["config"] or opened.content["run"]:
+        return mae_of(opened)
+    return _build(opened, Encoder, opened.content["config"]), None
+
+
 def classifier_of(opened):
     """The `Classifier` of opened `Weights`; UserError as `mae_of` raises it."""
     config = opened.content["config"]
@@ -186,6 +213,10 @@ def _build(opened, kind, arguments):
         value = arguments.get(name, 1)
         if not isinstance(value, int | float) or not 0 <= value <= limit:
             raise UserError(f"{path}: {name} = {value!r} in its configuration is out of range")
+    if arguments.get("in_chans", 1) != 1:
+        raise UserError(
+            f"{path} is for images of {arguments['in_chans']} channels; those here have one"
+        )
     side = max(arguments.get("img_size", 64), 1) // max(arguments.get("patch_size", 8), 1)
     if side > MOST_PATCHES_A_SIDE:
         raise UserError(f"{path}: its configuration asks for more than 128×128 patches")

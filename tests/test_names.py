@@ -1,0 +1,202 @@
+"""Names of classes and runs are data: no name changes a figure, breaks a table or costs a result."""
+
+import csv
+import html
+import json
+import os
+import re
+import sys
+
+import numpy as np
+import pytest
+from conftest import assert_user_error, run_script
+from matplotlib import pyplot as plt
+
+import evaluate
+from lib import plots, tables
+from lib.residuals import measure
+
+NAMES = ("accuracy", "macro", "all", "images", "calibration_error", "a,b|c \"d\"", "$x^{$", "\\frac$1",
+         "_under <b>", "Ünï 透鏡", "two\nlines", "long " * 40, os.fsdecode(b"latin \xe9"))  # fmt: skip
+NETWORK = ("--patch-size", 16, "--embed-dim", 16, "--depth", 1, "--num-heads", 2)
+RUN = ("--epochs", 1, "--batch-size", 16, "--precision", "float32", "--quiet")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A data set with such classes, an MAE of the first, and two classifiers in folders `run`."""
+    out = tmp_path_factory.mktemp("names")
+    data = ("--data", out / "data")
+    rng = np.random.default_rng(0)
+    for level, name in enumerate(NAMES):
+        folder = out / "data" / name
+        folder.mkdir(parents=True)
+        for i in range(80):
+            np.save(folder / f"{i}.npy", rng.random((16, 16)) + level)
+    run_script("pretrain.py", *data, *NETWORK, *RUN, "--classes", "macro", "--out", out / "mae",
+               "--decoder-embed-dim", 16, "--decoder-num-heads", 2)  # fmt: skip
+    for parent in ("a", "b"):
+        run_script("finetune.py", *data, *NETWORK, *RUN, "--pretrained", "none", "--strategy",
+                   "full", "--out", out / parent / "run $|")  # fmt: skip
+    return out
+
+
+def weights_of(place, *parents):
+    return [place / parent / "run $|" / "vit-mae-classifier-wt.pth" for parent in parents]
+
+
+@pytest.fixture(scope="module")
+def evaluation(place):
+    out = place / "evaluation"
+    process = run_script("evaluate.py", "--data", place / "data", "--resamples", 5, "--weights",
+                         *weights_of(place, "a", "b"), "--out", out)  # fmt: skip
+    assert "not shown" not in process.stderr
+    return out
+
+
+def test_a_class_does_not_replace_a_figure_of_its_name(evaluation, place):
+    results = json.loads((evaluation / "metrics.json").read_text())["results"]
+    assert list(results) == [str(path) for path in weights_of(place, "a", "b")]
+    for result in results.values():
+        assert set(result["auc"]) == set(NAMES)
+        aucs = [figure["value"] for figure in result["auc"].values()]
+        assert result["macro"]["value"] == pytest.approx(np.mean(aucs))
+        assert result["accuracy"]["value"] != result["auc"]["accuracy"]["value"]
+        assert 60 < result["images"] < 160
+        assert isinstance(result["calibration_error"], float)
+
+
+def test_every_row_of_the_table_has_a_cell_a_class(evaluation):
+    lines = (evaluation / "comparison.md").read_text().strip().splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        cells = re.split(r"(?<!\\)\|", line)
+        assert len(cells) == len(NAMES) + 5, line
+    assert 'AUC a,b\\|c "d"' in lines[0]
+    assert "AUC latin \\udce9" in lines[0]
+
+
+def test_the_report_shows_names_as_text(evaluation):
+    page = (evaluation / "report.html").read_text()
+    assert "AUC _under &lt;b&gt;" in page
+    assert "<b>" not in page.replace("Best macro AUC: <b>", "")
+    assert html.escape("run $|") in page
+
+
+def test_every_picture_is_drawn(evaluation):
+    for name in ("roc.png", "confusion_matrix.png", "reliability.png", "mistakes.png"):
+        assert (evaluation / name).stat().st_size > 5000
+
+
+def test_scores_and_residual_figures_keep_the_names(place):
+    out = place / "residuals"
+    process = run_script("reconstruct.py", "--data", place / "data", "--weights",
+                         place / "mae" / "vit-mae-wt.pth", "--out", out, "--resamples", 5)  # fmt: skip
+    assert "not shown" not in process.stderr
+    with (out / "scores.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    expected = {name.encode("utf-8", "backslashreplace").decode() for name in NAMES}
+    assert {row["class"] for row in rows} == expected
+    assert all(float(row["score"]) > 0 and None not in row for row in rows)
+    auc = json.loads((out / "metrics.json").read_text())["auc"]
+    assert set(auc) == {"all", "classes"}
+    assert set(auc["classes"]) == set(NAMES) - {"macro"}
+    assert (out / "scores.png").exists()
+    assert (out / "maps.png").exists()
+
+
+def test_all_is_the_figure_of_all_whatever_the_classes_are_called():
+    labels = np.repeat([0, 1, 2], 20)
+    scores = np.where(labels == 0, 0.5, np.where(labels == 1, 1.0, 0.0))
+    auc = measure(scores, labels > 0, labels, ["smooth", "all", "other"], 5, 0)
+    assert auc["all"]["value"] == 0.5
+    assert auc["classes"]["all"]["value"] == 1.0
+
+
+def test_a_run_given_twice_is_refused(place, tmp_path):
+    (file,) = weights_of(place, "a")
+    link = tmp_path / "link.pth"
+    link.symlink_to(file)
+    for again in (file, link):
+        process = run_script("evaluate.py", "--data", place / "data", "--weights", file, again,
+                             "--out", tmp_path / "out", check=False)  # fmt: skip
+        assert_user_error(process, "--weights", "twice")
+        assert not list(tmp_path.glob("out/*"))
+
+
+def test_runs_have_different_names(tmp_path, monkeypatch):
+    for folder in ("run", "x/run", "x/w.pth"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "w.pth").touch()
+    monkeypatch.chdir(tmp_path / "run")
+    paths = [tmp_path.__class__(p) for p in ("w.pth", "../x/run/w.pth", "../x/w.pth/w.pth")]
+    assert len(set(evaluate.names_of_runs(paths))) == 3
+
+
+@pytest.mark.parametrize("broken", ["roc_curves", "confusion_matrices", "reliability", "mistakes"])
+def test_a_picture_that_fails_costs_no_result(broken, place, tmp_path, monkeypatch):
+    def fail(*_):
+        raise ValueError("no\nfont")
+
+    monkeypatch.setattr(plots, broken, fail)
+    process = run_script("evaluate.py", "--data", place / "data", "--resamples", 2, "--weights",
+                         *weights_of(place, "a"), "--out", tmp_path)  # fmt: skip
+    assert process.stderr.splitlines()[-1] == "not shown (fail): no\\nfont"
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written > {"metrics.json", "comparison.md", "report.html"}
+    assert len({n for n in written if n.endswith(".png")}) == 3
+
+
+def test_a_terminal_that_fails_costs_no_picture(place, tmp_path, monkeypatch):
+    class Ascii:
+        def write(self, text):
+            text.encode("ascii")
+
+    monkeypatch.setattr(plots.sys, "stderr", sys.stderr)
+    monkeypatch.setattr("builtins.print", lambda text, file=None: Ascii().write(text))
+    run_script("evaluate.py", "--data", place / "data", "--resamples", 2, "--weights",
+               *weights_of(place, "a"), "--out", tmp_path, check=False)  # fmt: skip
+    assert (tmp_path / "metrics.json").exists()
+    assert (tmp_path / "report.html").exists()
+
+
+def test_a_curve_that_fails_costs_no_training(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(plots, "classifier_curves", lambda *_: 1 / 0)
+    process = run_script("finetune.py", "--data", place / "data", *NETWORK, *RUN, "--pretrained",
+                         "none", "--strategy", "full", "--out", tmp_path)  # fmt: skip
+    assert "not shown" in process.stderr
+    assert (tmp_path / "vit-mae-classifier-wt.pth").exists()
+
+
+@pytest.mark.parametrize("name", ["$x^{$", "\\$", "_", "a$b$", "x" * 5000, "a\nb", "\udcff"])
+def test_a_label_is_plain_text(name):
+    label = plots.label_of(name)
+    figure, axes = plt.subplots()
+    axes.plot([0], label=label)
+    (shown,) = axes.legend().get_texts()
+    figure.canvas.draw()
+    assert shown._preprocess_math(shown.get_text())[1] is False
+    assert len(label) <= plots.LONGEST_LABEL + name.count("$") + 1
+    assert "\n" not in label
+    plt.close(figure)
+
+
+def test_what_is_printable_stays_as_it_is():
+    assert tables.shown("Ünï 透鏡 $|,") == "Ünï 透鏡 $|,"
+    assert tables.shown("a\nb\udcff") == "a\\nb\\udcff"
+
+
+def test_every_residual_is_image_minus_prediction(monkeypatch, tmp_path):
+    drawn = {}
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.update({path: figure}))
+    image = np.ones((1, 1, 4, 4))
+    plots.reconstructions("r", image, image, image - 0.25, ["a"])
+    plots.residual_maps("m", image[0], image[0] * 0.25, ["a"])
+    plots.contact_sheet("s", image[0], image[0] * 0.25, ["n"], np.ones((1, 1)), ["a"])
+    panels = {path: [a for a in f.axes if a.images] for path, f in drawn.items()}
+    assert np.all(panels["r"][3].images[0].get_array() == 0.25)
+    assert np.all(panels["m"][1].images[0].get_array() == 0.25)
+    for figure in drawn.values():
+        labels = {axes.get_ylabel() for axes in figure.axes} | {a.get_xlabel() for a in figure.axes}
+        assert plots.RESIDUAL in labels
+        plt.close(figure)
