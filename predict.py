@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.files import UserError, atomic_write, check_output, one_line, readable, run
-from lib.onnxfile import open_classifier, open_maps
+from lib.onnxfile import open_classifier, open_maps, run_model
 from lib.readers import forget_pages, is_hidden, read_fits, read_npy, read_npz
 
 EXAMPLE = """examples:
@@ -236,13 +236,12 @@ def predict(args):
     ours = {identity(path) for path in (*outputs.values(), *models)}
     others = [str(path) for path in others if identity(path) not in ours]
     counts, shown = dict.fromkeys(class_names, 0), []
-    model_input = session.get_inputs()[0].name
 
     def rows():
         yield ["file", *class_names, "prediction", *(["residual"] if maps_of else [])]
         images_read = read_images(files, img_size, errors, others, args.crop)
         for names, images in progress(batches_of(images_read, args.batch_size)):
-            (probabilities,) = session.run(None, {model_input: images})
+            (probabilities,) = run_model(session, images, args.model)
             scores = maps_of(images)[1] if maps_of else [None] * len(names)
             for name, image, row, score in zip(names, images, probabilities, scores, strict=True):
                 if not np.isfinite(row).all():
