@@ -1,6 +1,6 @@
 """Classify cutouts without torch: python classify.py MODEL.onnx FILE ...
 
-Reads what predict.py reads, by its functions.
+Reads what predict.py reads, with the same functions.
 """
 
 import sys
@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from lib.cutouts import read_images
 from lib.files import UserError, one_line, run
 from lib.onnxfile import open_classifier
-from predict import read_images
 
 
 def main():

@@ -3,6 +3,7 @@
 import contextlib
 import json
 
+import numpy as np
 import onnxruntime
 
 from lib.files import UserError
@@ -60,7 +61,21 @@ def open_maps(path, img_size, device="auto"):
         raise UserError(f"--maps {path}: export it with --what reconstruction")
     if map_size != img_size:
         raise UserError(f"--maps {path} is for images of {map_size} pixels, not {img_size}")
-    return lambda images: session.run(None, {session.get_inputs()[0].name: images})
+    return lambda images: run_model(session, images, path)
+
+
+def run_model(session, images, path):
+    """All outputs for images (b, 1, H, H), each (b, ...); UserError if the model fails on them."""
+    try:
+        outputs = session.run(None, {session.get_inputs()[0].name: images})
+    except Exception as error:  # onnxruntime raises many kinds
+        reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path} fails on {len(images)} images; a smaller --batch-size may help: {reason}"
+        ) from None
+    if any(np.shape(output)[:1] != (len(images),) for output in outputs):
+        raise UserError(f"{path} is not a model of export.py: it gives no row for each image")
+    return outputs
 
 
 @contextlib.contextmanager

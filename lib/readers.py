@@ -27,6 +27,7 @@ MAX_PICKLE_BYTES = 64 * 2**20  # an axion file is one image and a number
 MAX_PICKLE_OPCODES = 100_000  # a stack of images takes about 20 an image
 MAX_NPZ_BYTES = 2**30
 MAX_FITS_BYTES = 256 * 2**20
+SAFE_FITS_COMPRESSION = ("RICE_1", "RICE_ONE", "GZIP_1", "GZIP_2", "NOCOMPRESS")
 MAP_ABOVE_BYTES = 8 * 2**20  # larger arrays are mapped into memory, not read
 MAX_DIMENSIONS = 8
 
@@ -122,11 +123,14 @@ def _decompressed(path):
 
 
 def _check_compressed_units(units):
-    """ValueError if an image compressed by fpack announces more than a cutout needs.
+    """ValueError if an image compressed by fpack cannot be decompressed safely.
 
-    `units` are opened as the tables that hold the compressed tiles.
+    `units` are opened as the tables that hold the compressed tiles. Astropy's other decoders (of
+    HCOMPRESS and PLIO) write outside their memory if a file is damaged.
     """
     for header in (unit.header for unit in units if unit.header.get("ZIMAGE")):
+        if header["ZCMPTYPE"] not in SAFE_FITS_COMPRESSION:
+            raise ValueError(f"compressed by {header['ZCMPTYPE']}; decompress it with funpack")
         axes = range(1, int(header["ZNAXIS"]) + 1)
         pixel = abs(int(header["ZBITPIX"])) // 8
         size = pixel * math.prod(int(header[f"ZNAXIS{i}"]) for i in axes)

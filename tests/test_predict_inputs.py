@@ -27,6 +27,7 @@ def write_model(path, outputs, nodes, class_names=None):
     constants = [
         helper.make_tensor("weights", kind, [1, 2], [1.0, -1.0]),
         helper.make_tensor("one_axis", onnx.TensorProto.INT64, [2], [-1, 1]),
+        helper.make_tensor("pairs", onnx.TensorProto.INT64, [2], [-1, 2]),
         helper.make_tensor("flat", onnx.TensorProto.INT64, [1], [-1]),
     ]
     used = {name for _, inputs, _ in nodes for name in inputs}
@@ -273,6 +274,19 @@ def test_pixels_that_make_no_probabilities_are_an_error(predict, tmp_path):
     assert process.returncode == 1
     assert process.rows == []
     assert "finite" in process.stderr
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_model_that_fails_on_the_images_is_named(count, predict, tmp_path):
+    pairs = [
+        ("GlobalAveragePool", ["images"], ["mean"]),
+        ("Reshape", ["mean", "pairs"], ["probabilities"]),  # fails for one, mixes two images
+    ]
+    write_model(tmp_path / "odd.onnx", {"probabilities": ["n", 2]}, pairs, ["a", "b"])
+    np.save(tmp_path / "x.npy", IMAGES[:count])
+    process = predict(tmp_path / "x.npy", "--model", tmp_path / "odd.onnx", check=False)
+    assert_user_error(process, "odd.onnx")
+    assert process.rows == []
 
 
 # Outputs

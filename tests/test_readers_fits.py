@@ -96,3 +96,39 @@ def test_a_truncated_file_is_refused(tmp_path):
         content = fits_bytes(fits.PrimaryHDU(), unit)
         with pytest.raises(UserError, match="not a usable FITS image"):
             write_and_read(tmp_path / "cut.fits", content[: 2 * 2880 + 10])
+
+
+@pytest.mark.parametrize("method", ["RICE_1", "GZIP_1", "GZIP_2"])
+def test_safe_compressions_are_read(method, tmp_path):
+    stored = np.arange(64, dtype=np.int16).reshape(8, 8)
+    unit = fits.CompImageHDU(stored, compression_type=method)
+    assert np.array_equal(
+        write_and_read(tmp_path / "x.fits.fz", fits_bytes(fits.PrimaryHDU(), unit)), stored
+    )
+
+
+@pytest.mark.parametrize("method", ["HCOMPRESS_1", "PLIO_1"])
+def test_compressions_whose_decoders_crash_on_damage_are_refused(method, tmp_path):
+    unit = fits.CompImageHDU(np.ones((8, 8), dtype=np.int16), compression_type=method)
+    with pytest.raises(UserError, match=f"x.fits.fz.*{method}.*funpack"):
+        write_and_read(tmp_path / "x.fits.fz", fits_bytes(fits.PrimaryHDU(), unit))
+
+
+@pytest.mark.parametrize("method", ["", "RICE_1", "GZIP_1"])
+def test_damaged_files_are_refused_or_read_and_crash_nothing(method, tmp_path):
+    rng = np.random.default_rng(0)
+    unit = fits.CompImageHDU(IMAGE, compression_type=method) if method else fits.ImageHDU(IMAGE)
+    original = fits_bytes(fits.PrimaryHDU(), unit)
+    digits = [i for i in range(2880, len(original)) if original[i : i + 1].isdigit()]
+    refused = 0
+    for _ in range(300):
+        content = bytearray(original)
+        for i in rng.choice(digits, 3):
+            content[i] = ord("0") + rng.integers(10)
+        content[rng.integers(len(content))] = rng.integers(256)
+        try:
+            write_and_read(tmp_path / "damaged.fits", bytes(content))
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 30
