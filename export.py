@@ -42,6 +42,7 @@ TOLERANCE = 1e-4  # on probabilities in float32, and on residuals relative to th
 CHECKED_BATCHES = (1, 7, 256)
 ROUNDS = 2  # of complementary masks in a residual
 WIDE_OPERATIONS = ["Sub", "Div", "Log", "Clip", "Max", "Sqrt", "Asinh"]  # kept in float32
+RANGE_IMAGES = 3000  # training images that the range of pixels is taken from
 AUC_IMAGES = 3000  # validation images on which lower precision is judged
 
 
@@ -282,6 +283,13 @@ def some_images(dataset, rows, count, seed):
     return dataset.images[np.resize(rows, count)][:, None]
 
 
+def range_of_pixels(dataset, rows):
+    """What the pixels of images like the training images (rows) lie within, see lib.data."""
+    chosen = rows[:: max(1, len(rows) // RANGE_IMAGES)]
+    extremes = [(image.min(), image.max()) for image in (dataset.images[row] for row in chosen)]
+    return data.pixel_range(np.array(extremes, dtype=np.float64))
+
+
 def best_on_validation(opened):
     """Index of the weights with the best validation macro AUC, then the lowest loss."""
 
@@ -338,6 +346,7 @@ def export(args):
         "precision": args.precision,
         "weights_sha256": opened.sha256,
         "data_fingerprint": str(content["run"].get("data_fingerprint")),
+        "pixel_range": json.dumps(range_of_pixels(dataset, parts["train"])),
         "run": json.dumps(content["run"]),
     }
     with atomic_write(args.out) as temporary:

@@ -28,7 +28,7 @@ from lib.files import (
     readable,
     run,
 )
-from lib.onnxfile import open_classifier, open_maps, run_model
+from lib.onnxfile import open_classifier, open_maps, pixel_range, run_model
 
 EXAMPLE = """examples:
   python predict.py --model runs/classifier.onnx --out predictions.csv cutouts/
@@ -36,6 +36,21 @@ EXAMPLE = """examples:
       --sheet sheet.png --maps runs/reconstruction.onnx"""
 BATCH_SIZE = 32  # small enough that a layer's outputs stay in a CPU's cache
 NAMED_OTHERS = 5  # of the files that are not read
+
+
+def within(bounds, images, errors):
+    """Pass on the (name, image) pairs with pixels within bounds; append the others to `errors`."""
+    low, high = bounds
+    for name, image in images:
+        smallest, largest = float(image.min()), float(image.max())
+        if low <= smallest and largest <= high:
+            yield name, image
+        else:
+            reason = (
+                f"pixels from {smallest:.3g} to {largest:.3g}, far outside the training images "
+                f"({low:.3g} to {high:.3g}): another unit, sentinel values or hot pixels?"
+            )
+            errors.append((name, f"{name}: {reason}"))
 
 
 def batches_of(images, batch_size):
@@ -108,9 +123,11 @@ def predict(args):
     others = [str(path) for path in others if identity(path) not in ours]
     counts, shown = dict.fromkeys(class_names, 0), []
 
+    bounds = pixel_range(session)
+
     def rows():
         yield ["file", *class_names, "prediction", *(["residual"] if maps_of else [])]
-        images_read = read_images(files, img_size, errors, others, args.crop)
+        images_read = within(bounds, read_images(files, img_size, errors, others, args.crop), errors)
         for names, images in progress(batches_of(images_read, args.batch_size)):
             (probabilities,) = run_model(session, images, args.model)
             scores = maps_of(images)[1] if maps_of else [None] * len(names)

@@ -14,9 +14,8 @@ import torch
 
 from lib import data, lenses, options, plots
 from lib.device import resolve_device
-from lib.files import atomic_write, make_folder, path_argument, run, write_json
+from lib.files import atomic_write, make_folder, one_line, path_argument, run, write_json
 from lib.residuals import measure, residual_reader, scores_of
-from lib.tables import shown
 
 EXAMPLE = """example:
   python reconstruct.py --data lenses --weights runs/pretrain/vit-mae-wt.pth --out runs/residuals"""
@@ -46,13 +45,13 @@ def reconstruct(args):
         result = {"auc": measured, "trained_on": trained_on, "images": len(rows)}
         result |= {"masks": f"{args.rounds} rounds, {args.mask_ratio} hidden, seed {args.seed}"}
         write_json(args.out / "metrics.json", result)
-        lines = [f"{shown(name)}: {as_text(auc)}" for name, auc in measured["classes"].items()]
+        lines = [f"{one_line(name)}: {as_text(auc)}" for name, auc in measured["classes"].items()]
         text = "\n".join([f"all substructure: {as_text(measured['all'])}", *lines])
     else:
         (args.out / "metrics.json").unlink(missing_ok=True)  # an earlier call's
         some = "all" if not has_substructure.any() else "none"
         text = (
-            f"no AUC: the MAE was trained on {shown(', '.join(trained_on))}, and {some} of the "
+            f"no AUC: the MAE was trained on {one_line(', '.join(trained_on))}, and {some} of the "
             "images are of these classes: pre-train on some of the classes to compare"
         )
     for show, *what in (

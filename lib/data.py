@@ -195,17 +195,21 @@ def _pack(class_files, packed, origin, progress):
 
 
 def far_outside(extremes):
-    """Rows of `extremes` (n, 2), minimum and maximum of each image, that are far outside the rest.
+    """Rows of `extremes` (n, 2), minimum and maximum of each image, beyond `pixel_range`."""
+    low, high = pixel_range(extremes)
+    return np.flatnonzero((extremes[:, 0] < low) | (extremes[:, 1] > high))
 
-    The distance allowed beyond the median is the median range of pixels and OUTLYING times the
+
+def pixel_range(extremes):
+    """(low, high) of pixels that are not far outside images with these `extremes` (n, 2).
+
+    The distance allowed beyond the median image is its range of pixels and OUTLYING times the
     spread between the quartiles.
     """
-    median = np.median(extremes, axis=0)
+    low, high = np.median(extremes, axis=0)
     lower, upper = np.quantile(extremes, [0.25, 0.75], axis=0)
-    allowed = median[1] - median[0] + OUTLYING * (upper - lower)
-    return np.flatnonzero(
-        (extremes[:, 0] < median[0] - allowed[0]) | (extremes[:, 1] > median[1] + allowed[1])
-    )
+    allowed = high - low + OUTLYING * (upper - lower)
+    return float(low - allowed[0]), float(high + allowed[1])
 
 
 def _folder_fingerprint(class_files):

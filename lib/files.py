@@ -94,8 +94,8 @@ def readable(text):
 
 
 def one_line(text):
-    """`readable`, with control characters such as a newline in a file name as escapes (\\n)."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: ascii(found[0])[1:-1], readable(text))
+    """`readable`, with what is not printable, such as a newline in a file name, as escapes (\\n)."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in readable(text))
 
 
 # Writing

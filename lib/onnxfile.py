@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 
 import numpy as np
 import onnxruntime
@@ -49,6 +50,18 @@ def open_classifier(path, device="auto"):
         if model_output.shape[1] != len(class_names):
             raise ValueError("another number of outputs than class names")
     return session, class_names, img_size
+
+
+def pixel_range(session):
+    """(low, high) that the pixels of images like the training images lie within.
+
+    Without bounds for files of versions that did not write any.
+    """
+    try:
+        low, high = json.loads(session.get_modelmeta().custom_metadata_map["pixel_range"])
+        return float(low), float(high)
+    except (KeyError, TypeError, ValueError):
+        return -math.inf, math.inf
 
 
 def open_maps(path, img_size, device="auto"):

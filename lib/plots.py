@@ -10,8 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.collections import PatchCollection
 
-from lib.files import atomic_write
-from lib.tables import shown
+from lib.files import atomic_write, one_line
 
 LONGEST_LABEL = 80
 RESIDUAL = "residual (image − prediction), in the network's scale"
@@ -28,7 +27,7 @@ def attempt(show, *what):
         show(*what)
     except Exception as error:  # matplotlib, the fonts, the terminal or a full disk
         plt.close("all")
-        reason = shown(str(error))[:200] or type(error).__name__
+        reason = one_line(str(error))[:200] or type(error).__name__
         print(f"not shown ({show.__name__}): {reason}", file=sys.stderr)
 
 
@@ -37,7 +36,7 @@ def label_of(name):
 
     A dollar sign would start a formula, and legends leave out what begins with an underscore.
     """
-    text = shown(name)
+    text = one_line(name)
     if len(text) > LONGEST_LABEL:
         half = LONGEST_LABEL // 2
         text = f"{text[:half]}…{text[1 - half:]}"

@@ -4,8 +4,7 @@ import base64
 import html
 from pathlib import Path
 
-from lib.files import read_json, write_text
-from lib.tables import shown
+from lib.files import one_line, read_json, write_text
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
@@ -68,7 +67,7 @@ def write(folder, weights, results, class_names, best, published):
 
 def escaped(text):
     """Any text as part of the page."""
-    return html.escape(shown(text))
+    return html.escape(one_line(text))
 
 
 def pretrainings(configs):

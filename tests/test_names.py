@@ -73,7 +73,7 @@ def test_every_row_of_the_table_has_a_cell_a_class(evaluation):
         cells = re.split(r"(?<!\\)\|", line)
         assert len(cells) == len(NAMES) + 5, line
     assert 'AUC a,b\\|c "d"' in lines[0]
-    assert "AUC latin \\udce9" in lines[0]
+    assert "AUC latin \\xe9" in lines[0]
 
 
 def test_the_report_shows_names_as_text(evaluation):

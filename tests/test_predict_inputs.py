@@ -457,3 +457,17 @@ def test_closed_and_full_outputs_cost_no_result(models, tmp_path):
             ["sh", "-c", f"{command} {tmp_path}/a.npy {redirection}"], cwd=ROOT, timeout=HUNG
         )
         assert len(read_column(out)) == 3
+
+
+def test_images_in_another_unit_or_with_sentinels_are_refused(runs, lens_image, tmp_path):
+    bordered = lens_image.copy()
+    bordered[:6] = -99
+    for name, image in {"good": lens_image, "counts": 255 * lens_image, "border": bordered}.items():
+        np.save(tmp_path / f"{name}.npy", image)
+    process = run_script("predict.py", "--model", runs / "classifier.onnx", "--out",
+                         tmp_path / "p.csv", tmp_path, check=False)  # fmt: skip
+    assert process.returncode == 1
+    assert (tmp_path / "p.csv").read_text().count(".npy") == 1
+    errors = (tmp_path / "p.csv.errors.csv").read_text()
+    assert errors.count("far outside the training images") == 2
+    assert "border.npy: pixels from -99" in errors
