@@ -3,8 +3,10 @@
 import contextlib
 import importlib
 import io
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -20,12 +23,13 @@ import export
 import finetune
 import pretrain
 import simulate
-from lib import files, lenses
+from lib import files, lenses, loader, loop, plots
 
 # Seconds after which a process hangs for sure, however slow the machine and whatever runs beside.
 HUNG = 900
 TINY_NETWORK = ["--patch-size", "16", "--embed-dim", "32", "--depth", "2", "--num-heads", "2"]
 TINY_DECODER = ["--decoder-embed-dim", "16", "--decoder-num-heads", "2"]
+PICTURES = ("loss_curves", "reconstructions", "classifier_curves")  # of lib/plots.py, in training
 
 
 def run_script(name, *arguments, check=True, folder=ROOT):
@@ -89,6 +93,76 @@ def assert_user_error(process, *named):
     assert len(errors) == 1, process.stderr
     for text in named:
         assert str(text) in errors[0]
+
+
+def pretraining(data, out, *more):
+    """Arguments of pretrain.py: a tiny network, three epochs of about ten steps."""
+    arguments = ("--data", data, "--out", out, "--epochs", 3, "--batch-size", 8, "--precision",
+                 "float32", *TINY_NETWORK, *TINY_DECODER, *more)  # fmt: skip
+    return [str(a) for a in arguments]
+
+
+def finetuning(data, out, pretrained, strategy, *more):
+    """Arguments of finetune.py: two epochs of about fifteen steps."""
+    arguments = ("--data", data, "--out", out, "--pretrained", pretrained, "--strategy", strategy,
+                 "--epochs", 2, "--batch-size", 16, "--precision", "float32", *more)  # fmt: skip
+    return [str(a) for a in arguments]
+
+
+def history_of(out):
+    """The lines of a run's metrics.jsonl, but for the seconds it took."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def tensors_in(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def assert_same_tensors(one, other):
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+@contextlib.contextmanager
+def sigterm_at(step):
+    """In this block a training of this process gets SIGTERM once it has made `step` steps."""
+    take_step = loop.Training.take_step
+
+    def stepping(training, *arguments):
+        loss = take_step(training, *arguments)
+        if training.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss
+
+    with mock.patch.object(loop.Training, "take_step", stepping):
+        yield
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Trainings draw nothing, which takes longer than a small training itself."""
+    for name in PICTURES:
+        monkeypatch.setattr(plots, name, lambda *_: None)
+
+
+@pytest.fixture
+def rows_read(monkeypatch):
+    """The set of rows that any training reads from now on."""
+    seen, whole = set(), loader.batch_reader
+
+    def spying(images, device):
+        read = whole(images, device)
+
+        def remember(rows):
+            seen.update(np.asarray(rows).tolist())
+            return read(rows)
+
+        return remember
+
+    for module in (loader, pretrain, finetune):
+        monkeypatch.setattr(module, "batch_reader", spying)
+    return seen
 
 
 @pytest.fixture(scope="session")

@@ -5,11 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import assert_user_error, run_script
 
-import augment
-import simulate
-import train
+from lib import augment, lenses
 
 
 @pytest.fixture
@@ -38,16 +35,16 @@ def test_a_turned_lens_is_the_lens_rendered_in_turned_axes():
     # The point mass turns with the image; the smooth lens is symmetric under half a turn.
     source = np.array([[0.1, -0.2], [-0.1, 0.2]])
     masses = np.array([[[0.2, 0.9, 0.8]], [[0.2, -0.9, -0.8]]])
-    one, other = simulate.render(source, masses, dtype=torch.float32)[:, None, None]
+    one, other = lenses.render(source, masses, dtype=torch.float32)[:, None, None]
     turned = augment.move(one, torch.tensor([math.pi]), torch.zeros(1, 2))
     assert torch.allclose(turned, other, atol=1e-3 * float(one.max()))
 
 
 def test_half_a_turn_of_a_lens_is_a_lens_and_half_of_the_images_are_turned():
-    source, masses, _ = simulate.sample("cdm", 1, np.random.default_rng(0))
+    source, masses, _ = lenses.sample("cdm", 1, np.random.default_rng(0))
     mirrored = masses * [1, -1, -1]
     both = np.concatenate([masses, mirrored])
-    one, other = simulate.render(np.concatenate([source, -source]), both)
+    one, other = lenses.render(np.concatenate([source, -source]), both)
     assert torch.allclose(one.flip(0, 1), other, atol=1e-12 * float(one.max()))
     torch.manual_seed(0)
     images = augment.augment(one[None, None].repeat(200, 1, 1, 1), ("halfturn",))
@@ -61,7 +58,7 @@ def test_noise_has_the_strength_of_its_range_in_any_unit(images):
     torch.manual_seed(0)
     dark = torch.zeros(200, 1, 64, 64)
     dark[:, :, 0, 0] = 1.0  # the peak
-    sigma = augment.add_noise(dark)[:, 0, 32:].std(dim=(1, 2)).log10()
+    sigma = augment.augment(dark, ("noise",))[:, 0, 32:].std(dim=(1, 2)).log10()
     low, high = augment.BACKGROUND_RANGE
     assert low - 0.05 < sigma.min() < low + 0.2
     assert high - 0.2 < sigma.max() < high + 0.05
@@ -73,27 +70,24 @@ def test_noise_has_the_strength_of_its_range_in_any_unit(images):
     assert not torch.allclose(once[0], once[1])
 
 
-def test_the_noise_of_simulated_images_is_measured():
-    noisy, clean = (
-        np.concatenate([
-            batch for _, batch, _ in simulate.simulate("Model_II", 5, 0, noise, progress=False)
-        ])
-        for noise in (True, False)
-    )  # fmt: skip
-    background, _ = simulate.noise_of(simulate.INSTRUMENTS["Model_II"], 0.0)
-    assert train.noise_level(noisy) == pytest.approx(background, rel=0.2)  # photons add to it
-    assert train.noise_level(clean) < 0.01 * background
+@pytest.mark.parametrize("kinds", [(kind,) for kind in augment.KINDS] + [augment.KINDS])
+def test_part_of_a_batch_changes_as_it_does_in_the_whole_batch(kinds):
+    images = torch.rand(6, 1, 16, 16) + 0.1
+    torch.manual_seed(0)
+    whole = augment.augment(images, kinds)
+    after = torch.get_rng_state()
+    for part in (slice(0, 3), slice(3, 6), slice(4, 5)):
+        torch.manual_seed(0)
+        assert torch.equal(augment.augment(images[part], kinds, 6, part), whole[part])
+        assert torch.equal(torch.get_rng_state(), after)  # the next batch agrees too
 
 
-def test_training_with_augmentation_is_asked_for_by_name(packed, runs, tmp_path):
-    common = ("--data", packed, "--out", tmp_path / "run", "--epochs", 1, "--precision", "float32")
-    pretrained = ("--pretrained", runs / "pretrain" / "vit-mae-wt.pth")
-    refused = run_script("pretrain.py", *common, "--augment", "noise,blur", check=False)
-    assert refused.returncode == 2
-    assert "'blur' is not among halfturn, noise, shift, rotate" in refused.stderr
-    refused = run_script("finetune.py", *common, *pretrained, "--strategy", "head", "--augment",
-                         "noise", check=False)  # fmt: skip
-    assert_user_error(refused, "--augment")
-    run_script("finetune.py", *common, *pretrained, "--strategy", "full", "--augment",
-               "noise,shift,rotate")  # fmt: skip
-    assert torch.load(tmp_path / "run" / "vit-mae-classifier-wt.pth", weights_only=True)
+def test_noise_of_known_strength_is_that_strong():
+    images = torch.full((1, 1, 200, 200), 0.5)
+    images[0, 0, 0, 0] = 2.0  # the peak
+    normal = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    background, electrons = (torch.full((1, 1, 1, 1), value) for value in (1e-2, 1e3))
+    noise = (augment.add_noise(images, background, electrons, normal) - images)[0, 0, 1:]
+    # Shot noise: 1000 electrons at the peak are 250 here.
+    expected = 2.0 * math.sqrt(1e-2**2 + 0.25 / 1e3)
+    assert noise.std().item() == pytest.approx(expected, rel=0.02)

@@ -1,4 +1,4 @@
-"""The benchmark's parts: rows are what they say, with peers and without."""
+"""experiments/bench.py: rows are what they say, with peers and without."""
 
 import json
 import math
@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-import bench
+from experiments import bench
 from mae import MAE, Classifier, set_attention_form
 
 TINY = {

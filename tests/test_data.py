@@ -7,10 +7,17 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import HUNG, ROOT, assert_user_error, run_script
+from conftest import (
+    HUNG,
+    ROOT,
+    assert_user_error,
+    bound_by_permissions,
+    run_python,
+    run_script,
+)
 
-import data
-from files import UserError
+from lib import data
+from lib.files import UserError, read_json
 
 
 def write_classes(root, counts, size=8, seed=0):
@@ -31,7 +38,7 @@ def test_class_names_come_from_the_folders(tmp_path):
     assert np.array_equal(dataset.images[0], first)
 
 
-def test_a_folder_is_packed_once_and_anew_when_it_changes(tmp_path, monkeypatch):
+def test_a_folder_is_packed_once_and_again_when_it_changes(tmp_path, monkeypatch):
     root = write_classes(tmp_path / "d", {"a": 3, "b": 3})
     before = data.load(root)
     with monkeypatch.context() as patch:
@@ -47,19 +54,19 @@ def test_a_folder_is_packed_once_and_anew_when_it_changes(tmp_path, monkeypatch)
 def test_a_half_written_cache_is_not_read(tmp_path):
     root = write_classes(tmp_path / "d", {"a": 3, "b": 3})
     packed = root / ".packed" / data._folder_fingerprint(data.list_classes(root))[:32]
-    data.load(root)
-    (packed / "dataset.json").unlink()
-    shutil.rmtree(packed)
     leftover = packed.with_name(f".{packed.name}.elsewhere-1.tmp")
-    leftover.mkdir()
+    leftover.mkdir(parents=True)
     (leftover / "images.npy").write_bytes(b"half")
     assert len(data.load(root).labels) == 6
 
 
 def test_two_processes_packing_at_once_give_one_good_cache(tmp_path):
     root = write_classes(tmp_path / "d", {"a": 300, "b": 300})
-    command = [sys.executable, ROOT / "data.py", "--data", root]
-    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    code = "import sys; from lib import data; data.load(sys.argv[1])"
+    command = [sys.executable, "-c", code, root]
+    both = [
+        subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
     for process in both:
         _, error = process.communicate(timeout=HUNG)
         assert process.returncode == 0, error
@@ -177,7 +184,7 @@ def test_bad_folders_are_named_and_leave_no_cache(how, tmp_path):
 
 
 def test_a_missing_data_set_is_a_user_error(tmp_path):
-    process = run_script("data.py", "--data", tmp_path / "nowhere", check=False)
+    process = run_script("pack.py", "--data", tmp_path / "nowhere", check=False)
     assert_user_error(process, tmp_path / "nowhere")
 
 
@@ -192,7 +199,52 @@ def test_a_damaged_packed_data_set_is_named(name, packed, tmp_path):
 
 def test_the_description_is_not_rewritten_for_the_same_data(packed, tmp_path):
     out = tmp_path / "dataset.json"
-    run_script("data.py", "--data", packed, "--out", out)
+    run_script("pack.py", "--data", packed, "--out", out)
     before = out.stat().st_mtime_ns
-    run_script("data.py", "--data", packed, "--out", out)
+    run_script("pack.py", "--data", packed, "--out", out)
     assert out.stat().st_mtime_ns == before
+
+
+def test_the_description_counts_the_images_of_each_part(packed, tmp_path):
+    process = run_script("pack.py", "--data", packed, "--out", tmp_path / "dataset.json")
+    dataset = data.load(packed)
+    described = read_json(tmp_path / "dataset.json")
+    assert described["fingerprint"] == dataset.fingerprint
+    for part, rows in data.split(dataset).items():
+        for label, name in enumerate(dataset.class_names):
+            count = (dataset.labels[rows] == label).sum()
+            assert described["images"][name][part] == count
+            assert f"{count} {part}" in process.stdout
+
+
+def test_the_fraction_of_labels_is_the_same_of_every_class():
+    labels = np.repeat([0, 1, 2], [100, 50, 10])
+    rows = data.fraction_of_each_class(labels, np.arange(160), 0.1, seed=0)
+    assert np.bincount(labels[rows]).tolist() == [10, 5, 2]
+    other = data.fraction_of_each_class(labels, np.arange(160), 0.1, seed=1)
+    assert not np.array_equal(rows, other)
+
+
+def test_classes_in_another_order_are_found_by_name(packed):
+    dataset = data.load(packed)  # axion, cdm, no_sub
+    order = data.class_order(["no_sub", "axion", "cdm"], dataset, "w.pth")
+    assert order.tolist() == [1, 2, 0]
+    for names in (["axion", "cdm"], ["axion", "cdm", "no_sub", "wdm"]):
+        with pytest.raises(UserError, match=r"w\.pth"):
+            data.class_order(names, dataset, "w.pth")
+
+
+def test_a_read_only_data_folder_works_with_the_cache_elsewhere(folder, tmp_path):
+    root = shutil.copytree(folder, tmp_path / "data")
+    bound = bound_by_permissions()
+    for path in (root, *root.iterdir()):
+        path.chmod(0o500)
+    try:
+        refused = run_python("pack.py", "--data", root, check=False, before=bound)
+        assert_user_error(refused, root, "--cache-dir")
+        cache = ("--cache-dir", tmp_path / "cache")
+        run_python("pack.py", "--data", root, *cache, before=bound)
+    finally:
+        for path in (root, *root.iterdir()):
+            path.chmod(0o700)
+    assert {path.name for path in root.iterdir()} == {"axion", "cdm", "no_sub"}

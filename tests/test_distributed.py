@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HUNG, ROOT, TINY_DECODER, TINY_NETWORK, run_script
+from conftest import HUNG, ROOT, finetuning, history_of, pretraining, run_script
 
-import distributed
+from lib import distributed
+from lib.augment import KINDS
 
 
 def torchrun(script, arguments, processes=2):
@@ -26,40 +27,152 @@ def torchrun(script, arguments, processes=2):
     )  # fmt: skip
 
 
-def pretraining(packed, out, epochs):
-    return ["--data", packed, "--out", out, "--epochs", epochs, "--batch-size", 8, "--precision",
-            "float32", *TINY_NETWORK, *TINY_DECODER]  # fmt: skip
+def assert_same_history(one, two):
+    one, two = history_of(one), history_of(two)
+    assert len(one) == len(two)
+    for single, double in zip(one, two, strict=True):
+        assert single == {key: pytest.approx(double[key], rel=1e-5) for key in single}
 
 
-def lines_of(out):
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
-
-
-@pytest.mark.parametrize("script", ["pretrain.py", "finetune.py"])
-def test_two_processes_train_as_one_does(script, packed, runs, tmp_path):
-    def arguments(out):
-        if script == "pretrain.py":
-            return pretraining(packed, out, 3)
-        return ["--data", packed, "--out", out, "--strategy", "full", "--epochs", 2, "--pretrained",
-                runs / "pretrain" / "vit-mae-wt.pth", "--batch-size", 16, "--augment", "shift",
-                "--precision", "float32"]  # fmt: skip
-
-    run_script(script, *arguments(tmp_path / "one"))
-    process = torchrun(script, arguments(tmp_path / "two"))
+def test_two_processes_started_by_torchrun_leave_what_one_does(packed, tmp_path):
+    run_script("pretrain.py", *pretraining(packed, tmp_path / "one"))
+    process = torchrun("pretrain.py", pretraining(packed, tmp_path / "two"))
     output, _ = process.communicate(timeout=HUNG)
     assert process.returncode == 0, output
     assert output.count("weights in") == 1
-    one, two = lines_of(tmp_path / "one"), lines_of(tmp_path / "two")
-    assert len(one) == len(two)
-    for single, double in zip(one, two, strict=True):
-        for key, value in single.items():
-            # Augmented validation images depend on how they are shared.
-            loose = script == "finetune.py" and key.startswith("validation")
-            assert double[key] == pytest.approx(value, rel=0.1 if loose else 1e-5), key
-    names = [sorted(p.name for p in (tmp_path / n).iterdir() if p.name != ".lock")
-             for n in ("one", "two")]  # fmt: skip
+    assert_same_history(tmp_path / "one", tmp_path / "two")
+    names = [{path.name for path in (tmp_path / n).iterdir()} for n in ("one", "two")]
     assert names[0] == names[1]
+
+
+# Several trainings in one group of processes: starting a group takes longer than they do. Each
+# process writes the batch of every step and the rows that it read for it, its error, and gradients.
+TRAININGS = """
+import contextlib, json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+import finetune, pretrain
+from lib import distributed, files, loop
+
+def gradients():
+    # Of two layers, one in front of the gathering and one behind it.
+    torch.manual_seed(0)
+    x = torch.randn(4, 3)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+
+    def loss_of(own):
+        return model[1](distributed.gather(model[0](x[own]))).square().mean()
+
+    averaged = distributed.averaged(model, loss_of)  # it must live until the backward pass
+    averaged(distributed.local_slice(4)).backward()
+    return [p.grad.flatten().tolist() for p in model.parameters()]
+
+steps, reading = [], []
+whole_reader, whole_step = pretrain.batch_reader, loop.Training.take_step
+
+def batch_reader(images, device):
+    read = whole_reader(images, device)
+    def reader(rows):
+        reading.extend(rows.tolist())
+        return read(rows)
+    return reader
+
+def take_step(training, loss_of, batch, *arguments):
+    reading.clear()
+    loss = whole_step(training, loss_of, batch, *arguments)
+    steps.append([batch.tolist(), list(reading)])
+    return loss
+
+pretrain.batch_reader = finetune.batch_reader = batch_reader
+loop.Training.take_step = take_step
+trainings = json.loads(Path(sys.argv[2]).read_text())
+seen, error = {}, None
+with distributed.process_group("cpu"):
+    distributed.process_group = lambda name: contextlib.nullcontext()
+    for name, (script, arguments) in trainings.items():
+        steps.clear()
+        try:
+            {"pretrain": pretrain, "finetune": finetune}[script].main(arguments)
+        except files.UserError as mistake:
+            error = str(mistake)
+        seen[name] = list(steps)
+    Path(sys.argv[2]).with_name(f"seen-{distributed.rank()}.json").write_text(
+        json.dumps([seen, error, gradients()])
+    )
+"""
+
+
+def trainings(packed, runs, out):
+    """{name: (script, arguments)}: every strategy, and every kind of augmentation."""
+    kinds = ("--augment", ",".join(KINDS))
+    start = runs / "pretrain" / "vit-mae-wt.pth"
+    return {
+        "pretrain": ("pretrain", pretraining(packed, out / "pretrain", *kinds)),
+        "head": ("finetune", finetuning(packed, out / "head", start, "head")),
+        "layernorm": ("finetune", finetuning(packed, out / "layernorm", start, "layernorm")),
+        "full": ("finetune", finetuning(packed, out / "full", start, "full", *kinds)),
+    }
+
+
+@pytest.fixture(scope="module")
+def in_two_processes(packed, runs, tmp_path_factory):
+    """Folder of the trainings by two processes, {name: steps} of each, errors, and gradients."""
+    out = tmp_path_factory.mktemp("two")
+    wanted = trainings(packed, runs, out)
+    odd = pretraining(packed, out / "odd", "--batch-size", 7)
+    (out / "trainings.json").write_text(json.dumps({**wanted, "odd": ("pretrain", odd)}))
+    script = out / "trainings.py"
+    script.write_text(TRAININGS)
+    process = torchrun(script, [ROOT, out / "trainings.json"])
+    output, _ = process.communicate(timeout=HUNG)
+    assert process.returncode == 0, output
+    results = [json.loads((out / f"seen-{rank}.json").read_text()) for rank in range(2)]
+    return out, *zip(*results, strict=True)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "head", "layernorm", "full"])
+def test_two_processes_train_as_one_does(
+    name, packed, runs, in_two_processes, tmp_path, no_pictures
+):
+    script, arguments = trainings(packed, runs, tmp_path)[name]
+    run_script(f"{script}.py", *arguments)
+    assert_same_history(tmp_path / name, in_two_processes[0] / name)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "layernorm", "full"])
+def test_each_process_reads_only_its_own_part_of_a_training_batch(name, in_two_processes):
+    _, seen, *_ = in_two_processes
+    assert len(seen[0][name]) == len(seen[1][name]) > 0
+    for one, two in zip(seen[0][name], seen[1][name], strict=True):
+        batch, own = one
+        half = len(batch) // 2
+        assert own == batch[:half]
+        assert two == [batch, batch[half:]]
+
+
+def test_a_head_reads_no_image_again(in_two_processes):
+    for seen in in_two_processes[1]:
+        assert [read for _, read in seen["head"]] == [[]] * len(seen["head"])
+        assert seen["head"]
+
+
+def test_a_batch_that_cannot_be_split_is_named(in_two_processes):
+    out, _, errors, _ = in_two_processes
+    assert [*errors] == ["--batch-size 7 cannot be split over 2 processes"] * 2
+    assert not list((out / "odd").glob("*.pth"))
+
+
+def test_gradients_are_those_of_the_whole_batch(in_two_processes):
+    # Losses alone would not show their size: the steps of both optimisers do not depend on it.
+    torch.manual_seed(0)
+    x = torch.randn(4, 3)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    model(x).square().mean().backward()
+    *_, gradients = in_two_processes
+    for of_process in gradients:
+        for parameter, gradient in zip(model.parameters(), of_process, strict=True):
+            assert gradient == pytest.approx(parameter.grad.flatten().tolist(), rel=1e-5)
 
 
 def workers_of(launcher):
@@ -80,7 +193,7 @@ def workers_of(launcher):
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")
 def test_a_killed_process_ends_the_run(packed, tmp_path):
     out = tmp_path / "run"
-    arguments = [*pretraining(packed, out, 20_000), "--validations", 20_000]
+    arguments = pretraining(packed, out, "--epochs", 20_000, "--validations", 20_000)
     process = torchrun("pretrain.py", arguments)
     try:
         while not (out / "metrics.jsonl").exists():
@@ -95,37 +208,51 @@ def test_a_killed_process_ends_the_run(packed, tmp_path):
     assert not (out / "vit-mae-wt.pth").exists()
 
 
-LATE_FIRST = """
+LATE_MAIN = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-import distributed
+from lib import distributed
 written = Path(__file__).with_name("written")
-with distributed.processes("cpu"):
-    if distributed.is_first():
+with distributed.process_group("cpu"):
+    with distributed.main_process_first():
+        first = distributed.is_main() or Path(__file__).with_name("first").exists()
+        Path(__file__).with_name("first").touch()
+    assert first, "entered before the main process"
+    assert distributed.gather_list([[0, 2], [1]][distributed.rank()]) == [0, 1, 2]
+    assert distributed.from_main(lambda: 7 + distributed.rank()) == 7
+    assert distributed.mean([1.0 + distributed.rank()]) == [1.5]
+    if distributed.is_main():
         time.sleep(2)
         written.touch()
-assert written.exists(), "left before the first had written"
+assert written.exists(), "left before the main process had written"
 """
 
 
-def test_no_process_leaves_before_the_first_has_written(tmp_path):
-    script = tmp_path / "late_first.py"
-    script.write_text(LATE_FIRST)
+def test_no_process_enters_before_the_main_one_or_leaves_before_it_has_written(tmp_path):
+    script = tmp_path / "late_main.py"
+    script.write_text(LATE_MAIN)
     process = torchrun(script, [ROOT])
     output, _ = process.communicate(timeout=HUNG)
     assert process.returncode == 0, output
 
 
-def test_a_batch_that_cannot_be_shared_is_named(packed, tmp_path):
-    arguments = [*pretraining(packed, tmp_path / "run", 1), "--batch-size", 7]
-    output, _ = torchrun("pretrain.py", arguments).communicate(timeout=HUNG)
-    assert "error: --batch-size 7 cannot be shared by 2 processes" in output
+def test_parts_of_a_batch_are_equal_and_cover_it(monkeypatch):
+    monkeypatch.setattr(distributed, "world_size", lambda: 4)
+    parts = []
+    for rank in range(4):
+        monkeypatch.setattr(distributed, "rank", lambda r=rank: r)
+        parts += range(12)[distributed.local_slice(12)]
+        assert len(range(12)[distributed.local_slice(12)]) == 3
+    assert parts == list(range(12))
+    with pytest.raises(ValueError, match="10 cannot be split over 4"):
+        distributed.local_slice(10)
 
 
 def test_one_process_computes_everything():
-    assert distributed.share(7) == slice(0, 7)
+    assert distributed.local_slice(7) == slice(0, 7)
     images = torch.ones(3, requires_grad=True)
     assert distributed.gather(images) is images
     assert distributed.mean([1.5]) == [1.5]
-    assert distributed.gathered_list([1, 2]) == [1, 2]
+    assert distributed.gather_list([1, 2]) == [1, 2]
+    assert distributed.from_main(lambda: 7) == 7

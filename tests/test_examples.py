@@ -13,8 +13,7 @@ import pytest
 import torch
 from conftest import HUNG, ROOT, run_script
 
-import data
-import weights
+from lib import data, weights
 
 EXAMPLES = ROOT / "examples"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

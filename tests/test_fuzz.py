@@ -9,10 +9,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-import files
-import predict
-import weights
-from files import UserError
+from lib import files, onnxfile, readers, weights
+from lib.files import UserError
 
 FUZZED_FILES = int(os.environ.get("FUZZED_FILES", "2000"))
 MAX_BYTES, MAX_SECONDS = 200 * 2**20, 2.0
@@ -78,7 +76,7 @@ def test_damaged_npy(tmp_path):
     np.save(tmp_path / "plain.npy", image)
     np.save(tmp_path / "object.npy", np.array([image, 1e-23], dtype=object), allow_pickle=True)
     originals = [(tmp_path / name).read_bytes() for name in ("plain.npy", "object.npy")]
-    refused = fuzz(files.read_npy, tmp_path / "damaged.npy", originals, FUZZED_FILES)
+    refused = fuzz(readers.read_npy, tmp_path / "damaged.npy", originals, FUZZED_FILES)
     assert FUZZED_FILES / 4 < refused < FUZZED_FILES
 
 
@@ -94,11 +92,12 @@ def test_damaged_weights(tmp_path, runs):
 
 def test_damaged_onnx(tmp_path, runs):
     original = (runs / "classifier.onnx").read_bytes()
-    assert fuzz(predict.open_model, tmp_path / "damaged.onnx", [original], FUZZED_FILES // 10) > 0
+    path = tmp_path / "damaged.onnx"
+    assert fuzz(onnxfile.open_classifier, path, [original], FUZZED_FILES // 10) > 0
 
 
 def test_damaged_npz(tmp_path):
     image = np.random.default_rng(0).random((8, 8))
     np.savez_compressed(tmp_path / "good.npz", image=image, more=image)
     original = (tmp_path / "good.npz").read_bytes()
-    assert fuzz(files.read_npz, tmp_path / "damaged.npz", [original], FUZZED_FILES) > 0
+    assert fuzz(readers.read_npz, tmp_path / "damaged.npz", [original], FUZZED_FILES) > 0

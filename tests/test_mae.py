@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_code
 
 from mae import (
     MAE,
@@ -173,12 +172,6 @@ def test_encoder_names_are_shared_by_both_models():
     own = ("fc.", "transform.", "temperature")
     rest = {n for n in Classifier().state_dict() if not n.startswith(own)}
     assert encoder == rest
-
-
-def test_mae_imports_torch_and_the_standard_library_alone():
-    ours = ("files", "data", "train", "weights", "plots")
-    others = ("sklearn", "matplotlib", "onnx", "onnxruntime", "tqdm")
-    run_code("import mae\n", without=ours + others)
 
 
 def test_complementary_masks_hide_every_patch_equally_often():

@@ -1,10 +1,9 @@
-"""Muon: what its updates are, compared with the definition and with torch's own."""
+"""Muon, compared with its definition and with torch's own; groups of parameters; schedule."""
 
 import pytest
 import torch
 
-import optim
-import train
+from lib import optim
 
 
 @pytest.mark.parametrize("shape", [(4, 32, 32), (2, 16, 64), (2, 64, 16), (1, 3, 64)])
@@ -70,8 +69,43 @@ def test_query_key_and_value_are_matrices_of_their_own():
 
 def test_every_parameter_has_one_optimiser():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
-    groups = train.parameter_groups(model.named_parameters(), 0.05)
-    muon, adamw = train.new_optimizers(groups, 1e-3, (0.9, 0.95))
+    groups = optim.parameter_groups(model.named_parameters(), 0.05)
+    muon, adamw = optim.new_optimizers(groups, 1e-3, (0.9, 0.95))
     assert [p.ndim for g in muon.param_groups for p in g["params"]] == [2]
     assert [p.ndim for g in adamw.param_groups for p in g["params"]] == [1, 1, 1]
     assert [g["weight_decay"] for g in muon.param_groups + adamw.param_groups] == [0.05, 0.0]
+
+
+def test_the_learning_rate_of_a_group_follows_the_names_of_its_parameters():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    groups = optim.parameter_groups(
+        model.named_parameters(), 0.05, lambda name: 0.5 if name.startswith("0.") else 1.0
+    )
+    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert {name: scales[id(p)] for name, p in model.named_parameters()} == {
+        "0.weight": 0.5, "0.bias": 0.5, "1.weight": 1.0, "1.bias": 1.0,
+    }  # fmt: skip
+    optimizers = optim.new_optimizers(groups, 1e-3, (0.9, 0.95))
+    assert len(optimizers) == 2
+    assert {g["lr_scale"] for o in optimizers for g in o.param_groups} == {0.5, 1.0}
+
+
+def test_tokens_and_vectors_have_no_weight_decay():
+    named = [("cls_token", torch.zeros(1, 1, 4)), ("norm.weight", torch.zeros(4)),
+             ("fc.weight", torch.zeros(4, 4))]  # fmt: skip
+    groups = optim.parameter_groups([(n, torch.nn.Parameter(p)) for n, p in named], 0.05)
+    decays = {tuple(p.shape): group["weight_decay"] for group in groups for p in group["params"]}
+    assert decays == {(1, 1, 4): 0.0, (4,): 0.0, (4, 4): 0.05}
+
+
+def test_few_images_are_passed_over_more_often():
+    assert optim.enough_epochs(2, 1000, 72_000, 64) == 2
+    assert optim.enough_epochs(2, 1000, 640, 64) == 100
+    assert optim.enough_epochs(2, 1000, 10, 64) == 1000
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    rates = [optim.learning_rate(step, 100, 1.0) for step in range(100)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert rates[-1] < 1e-3

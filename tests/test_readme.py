@@ -1,4 +1,4 @@
-"""Every command of the README and example of --help works, with the files that it speaks of."""
+"""Every command of the documentation and example of --help works, with the files it speaks of."""
 
 import importlib
 import os
@@ -8,9 +8,23 @@ import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-from conftest import HUNG, ROOT
+import torch
+from conftest import HUNG, ROOT, TINY_DECODER, TINY_NETWORK
 
+import finetune
+import pretrain
+import simulate
+from lib import data, lenses, weights
+
+README = ROOT / "README.md"
+TEXTS = {path: path.read_text() for path in (README, *sorted((ROOT / "docs").glob("*.md")))}
+SCRIPTS = {path.name: path for path in ROOT.glob("*.py") if "EXAMPLE = " in path.read_text()}
+EXPERIMENTS = {
+    f"experiments/{path.name}": path
+    for path in (ROOT / "experiments").glob("*.py") if "EXAMPLE = " in path.read_text()
+}  # fmt: skip
 # What is added to be quick, by script.
 SHORTER = {
     "simulate.py": ["--per-class", "20"], "pretrain.py": ["--epochs", "1"],
@@ -19,43 +33,60 @@ SHORTER = {
     # The test's small networks are near chance, where rounding reorders images.
     "export.py": ["--allowed-fall", "1"],
 }  # fmt: skip
-NEEDED = ("docs", "examples", "tests", "Makefile", "requirements.txt", "requirements-bench.txt")
+NEEDED = ("docs", "examples", "experiments", "lib", "tests", "Makefile", "requirements.txt")
 # Commands that are not run here, and why; make is asked what it would do.
 ELSEWHERE = {
-    "make": "test_pipeline.py, test_study.py and continuous integration run what it runs",
-    "pip": "installs from the network",
+    "make": "test_make.py, test_study.py and continuous integration run what it runs",
+    "python3 -m venv": "makes an environment",
+    "python3.11 -m venv": "makes an environment",
+    "python -m pip": "installs from the network",
     "npm": "continuous integration runs it before the tests",
+    "node": "test_examples.py runs it where Node.js is installed",
     "cp": "test_examples.py puts the files there",
     "python -m http.server": "test_examples.py serves and opens the page",
-    "python tests/reference/make_lenstronomy.py": "needs lenstronomy; its images are checked in",
+    ".venv-lenstronomy/bin/python": "needs lenstronomy; its images are checked in",
+    ".venv-bench/bin/python": "minutes of timing; test_bench.py runs its parts",
     "python evaluate.py --data lenstronomy-test": "needs lenstronomy's images",
     "python experiments/real_images.py": "needs real images; see test_real_images.py",
-    "python study.py": "hours; test_study.py runs every experiment",
-    "python results.py": "test_study.py puts results together",
-    "python bench.py": "minutes of timing; test_bench.py runs its parts",
+    "python experiments/study.py": "hours; test_study.py runs every experiment",
+    "python experiments/results.py": "test_study.py puts results together",
+    "python experiments/bench.py": "minutes of timing; test_bench.py runs its parts",
     "torchrun --nnodes": "needs two machines; test_distributed.py starts two processes",
 }  # fmt: skip
+ENVIRONMENT = ".venv/bin/"
 
 
-def commands_of(text):
+def written_commands(text):
     """The command lines in the sh blocks of a Markdown text, without comments."""
     blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     return [" ".join(shlex.split(line, comments=True)) for line in lines if line.strip()]
 
 
+def commands_of(text):
+    """The same without the environment, as --help has them."""
+    return [command.removeprefix(ENVIRONMENT) for command in written_commands(text)]
+
+
 def examples():
     """The commands at the end of every script's --help."""
-    for path in sorted(ROOT.glob("*.py")):
-        script = importlib.import_module(path.stem)
-        if hasattr(script, "main"):
-            text = script.EXAMPLE.replace("\\\n", " ")
-            yield from (" ".join(c.split()) for c in re.findall(r"python \w+\.py.*", text))
+    for name in (*sorted(SCRIPTS), *sorted(EXPERIMENTS)):
+        script = importlib.import_module(name.removesuffix(".py").replace("/", "."))
+        text = script.EXAMPLE.replace("\\\n", " ")
+        yield from (" ".join(c.split()) for c in re.findall(r"python [\w/]+\.py.*", text))
 
 
-COMMANDS = commands_of((ROOT / "README.md").read_text())
-COMMANDS += [c for c in examples() if c not in COMMANDS]
-RUN_HERE = [c for c in COMMANDS if not c.startswith(tuple(ELSEWHERE))]
+def what_it_does(command):
+    """A command without the name of its output; own/ is the same folder as runs/ in `place`."""
+    return re.sub(r"--out \S+", "--out", command).replace("own/", "runs/")
+
+
+COMMANDS = list(dict.fromkeys(c for text in TEXTS.values() for c in commands_of(text)))
+EXAMPLES = list(examples())
+RUN_HERE = {
+    what_it_does(command): command
+    for command in COMMANDS + EXAMPLES if not command.startswith(tuple(ELSEWHERE))
+}.values()  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +100,10 @@ def place(runs, folder, packed, tmp_path_factory):
     for path in runs.iterdir():
         (place / "runs" / path.name).symlink_to(path)
     (place / "runs" / "data").symlink_to(packed)
+    (place / "runs" / "samples").symlink_to(folder)
+    (place / "own").symlink_to(place / "runs")  # the reader's own training
     (place / "lenses").symlink_to(folder)
+    (place / "million").symlink_to(packed)
     (place / "real").mkdir()
     (place / "real" / "testVI_pictures.npz").touch()
     (place / "cutouts").symlink_to(folder / "cdm")
@@ -77,12 +111,56 @@ def place(runs, folder, packed, tmp_path_factory):
 
 
 def test_every_script_is_among_the_commands():
-    scripts = {path.name for path in ROOT.glob("*.py") if "EXAMPLE = " in path.read_text()}
-    assert scripts == {word for c in COMMANDS for word in c.split() if word in scripts}
-    assert len(scripts) == 11
+    words = {word for command in COMMANDS + EXAMPLES for word in command.split()}
+    assert SCRIPTS.keys() | EXPERIMENTS.keys() <= words
+    assert len(SCRIPTS) == 8
+    assert len(EXPERIMENTS) == 4
+    in_readme = {word for command in commands_of(TEXTS[README]) for word in command.split()}
+    assert SCRIPTS.keys() - in_readme <= {"simulate.py"}  # which `make reproduce` runs
 
 
-@pytest.mark.parametrize("command", RUN_HERE)
+def test_written_commands_use_the_projects_environment():
+    """A reader has .venv/ from make, and may have no other python with torch."""
+    for path, text in TEXTS.items():
+        for command in written_commands(text):
+            launcher = command.split()[0]
+            if "torchrun" in launcher or "python" in launcher:
+                in_environment = re.fullmatch(r"\.venv(-\w+)?/bin/(python|torchrun)", launcher)
+                makes_one = re.match(r"python3(\.\d+)? -m venv \.venv", command)
+                assert in_environment or makes_one, f"{path.name}: {command}"
+
+
+def test_readme_is_short_and_names_every_file():
+    text = TEXTS[README]
+    assert len(text.splitlines()) <= 150
+    named = set(re.findall(r"[\w.-]+", text))
+    files = [*ROOT.glob("*.py"), *ROOT.glob("*.txt"), ROOT / "Makefile"]
+    for folder in ("lib", "experiments"):
+        files += [p for p in (ROOT / folder).iterdir() if p.is_file() and p.name != "__init__.py"]
+    missing = {path.name for path in files} - named
+    assert not missing
+    for folder in ("lib", "experiments", "examples", "docs", "tests"):
+        assert f"{folder}/" in text
+
+
+def test_readme_names_no_file_that_is_not_there():
+    tree = re.search(r"```text\n(.*?)```", TEXTS[README], re.DOTALL)[1]
+    there = {path.name for folder in (".", "lib", "experiments", "docs") for path in
+             (ROOT / folder).iterdir()}  # fmt: skip
+    assert set(re.findall(r"\b[\w-]+\.(?:py|txt)\b", tree)) <= there
+
+
+def test_every_link_leads_to_a_file_and_every_document_is_linked():
+    linked = set()
+    for path, text in TEXTS.items():
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            if not target.startswith("https://"):
+                assert (path.parent / target).exists(), f"{path.name}: {target}"
+                linked.add((path.parent / target).resolve())
+    assert {path for path in TEXTS if path != README} <= linked
+
+
+@pytest.mark.parametrize("command", RUN_HERE, ids=str)
 def test_command(command, place, monkeypatch):
     launcher, *words = command.split()
     script = next(word for word in words if word.endswith(".py"))
@@ -99,9 +177,10 @@ def test_command(command, place, monkeypatch):
         # As python would, but in this process, which has torch loaded already.
         monkeypatch.chdir(place)
         monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as ended:
+        try:
             runpy.run_path(script, run_name="__main__")
-        assert not ended.value.code
+        except SystemExit as ended:
+            assert not ended.code
     if "--out" in words:
         assert (place / words[out]).exists()
 
@@ -113,3 +192,55 @@ def test_make_knows_what_to_do(command, place):
         ["make", "-n", *words[1:]], cwd=place, capture_output=True, text=True, timeout=HUNG
     )
     assert process.returncode == 0, process.stderr
+
+
+# Options that make the chain take seconds.
+SMALL = {
+    "simulate.py": ["--per-class", "60"],
+    "pretrain.py": ["--epochs", "2", "--batch-size", "16", "--precision", "float32",
+                    *TINY_NETWORK, *TINY_DECODER],
+    "finetune.py": ["--epochs", "2", "--batch-size", "32", "--precision", "float32"],
+}  # fmt: skip
+
+
+def test_commands_in_a_row_give_the_weights_of_the_functions(tmp_path, monkeypatch):
+    """What a user types in a row is, bit for bit, what each function computes by itself."""
+    for name in ("typed", "called"):
+        (tmp_path / name).mkdir()
+
+    monkeypatch.chdir(tmp_path / "typed")
+    (simulation,) = (c for c in EXAMPLES if c.startswith("python simulate.py"))
+    own = [c for c in commands_of(TEXTS[README]) if "--out own/" in c]
+    for command in (simulation, *(c for c in own if c.split()[1] in SMALL)):
+        words = [*command.split()[1:], *SMALL[command.split()[1]]]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+        assert not ended.value.code
+
+    monkeypatch.chdir(tmp_path / "called")
+    origin = lenses.origin_of("Model_II", 60, 0, False)
+    batches = lenses.simulate("Model_II", 60, 0, progress=False)
+    simulate.write_packed("images", batches, 60, "Model_II", origin)
+    torch.rand(3)  # the state of random numbers from before must not matter
+    pretrain.pretrain(pretrain.parse_args(["--data", "images", "--out", "mae",
+                                           *SMALL["pretrain.py"]]))  # fmt: skip
+    torch.rand(5)
+    finetune.finetune(finetune.parse_args([
+        "--data", "images", "--pretrained", "mae/vit-mae-wt.pth", "--strategy", "full",
+        "--out", "classifier", *SMALL["finetune.py"],
+    ]))  # fmt: skip
+
+    typed, called = (data.load(tmp_path / p) for p in ("typed/lenses", "called/images"))
+    assert np.array_equal(typed.images, called.images)
+    assert typed.fingerprint == called.fingerprint
+    for one, other in (("own/pretrain/vit-mae-wt.pth", "mae/vit-mae-wt.pth"),
+                       ("own/full/vit-mae-classifier-wt.pth",
+                        "classifier/vit-mae-classifier-wt.pth")):  # fmt: skip
+        first, second = (weights.read(tmp_path / p).content
+                         for p in (f"typed/{one}", f"called/{other}"))  # fmt: skip
+        assert first["model"].keys() == second["model"].keys()
+        for name, tensor in first["model"].items():
+            assert torch.equal(tensor, second["model"][name]), (one, name)
+        assert first["config"] == second["config"]
+        assert first["class_names"] == second["class_names"]

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import data
 import simulate
 from experiments import real_images
-from files import UserError
+from lib import data, lenses
+from lib.files import UserError
 
 FOLDER = os.environ.get("REAL_IMAGES")
 PICTURES, MODEL_III = (Path(FOLDER or "", f) for f in ("testVI_pictures.npz", "model3_no_sub.npy"))
@@ -21,7 +21,7 @@ needs_real_images = pytest.mark.skipif(not FOLDER, reason="REAL_IMAGES names no 
 
 def without_factor(model):
     """The data model as it was taken to be before real images were at hand."""
-    return simulate.INSTRUMENTS[model]._replace(rescaled=False)
+    return lenses.INSTRUMENTS[model]._replace(rescaled=False)
 
 
 @needs_real_images
@@ -64,7 +64,7 @@ def test_most_real_pictures_hold_the_middles_of_8_bit_steps():
 
 def test_a_fit_finds_the_source_of_a_simulated_lens():
     true = np.array([[0.213, -0.307]])
-    image = simulate.render(true, np.zeros((1, 0, 3)))[0].numpy()
+    image = lenses.render(true, np.zeros((1, 0, 3)))[0].numpy()
     source, residual = real_images.fit_smooth_lens(1000 * image)
     assert source == pytest.approx(true[0], abs=1e-6)
     assert np.abs(residual).max() < 1e-6

@@ -1,4 +1,4 @@
-"""The simulator against lenstronomy's images, and its promises."""
+"""The simulator: equal to lenstronomy's images, and what its parts promise."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import assert_user_error, run_script
 
-import data
 import simulate
+from lib import data, lenses
 
 REFERENCE = np.load(Path(__file__).parent / "reference" / "lenstronomy.npz")
 TOLERANCE = 1e-6  # of an image's maximum
@@ -16,28 +16,28 @@ TOLERANCE = 1e-6  # of an image's maximum
 
 def point_masses_of(masses):
     """Masses (..., 3) as M☉, x, y with their nominal Einstein radii in place of M☉."""
-    return np.concatenate([simulate.einstein_radius(masses[..., :1]), masses[..., 1:]], axis=-1)
+    return np.concatenate([lenses.einstein_radius(masses[..., :1]), masses[..., 1:]], axis=-1)
 
 
-@pytest.mark.parametrize("class_name", simulate.CLASS_NAMES)
-@pytest.mark.parametrize("model", simulate.INSTRUMENTS)
+@pytest.mark.parametrize("class_name", lenses.CLASS_NAMES)
+@pytest.mark.parametrize("model", lenses.INSTRUMENTS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_images_equal_lenstronomys(model, class_name, dtype):
     name = f"{model}/{class_name}"
     point_masses = point_masses_of(REFERENCE[f"{name}/masses"])
     expected = REFERENCE[f"{name}/images"]
-    images = simulate.render(REFERENCE[f"{name}/source"], point_masses, model, dtype)
+    images = lenses.render(REFERENCE[f"{name}/source"], point_masses, model, dtype)
     difference = np.abs(images.double().numpy() - expected).max((1, 2))
     assert (difference <= TOLERANCE * expected.max((1, 2))).all()
 
 
 def test_einstein_radius_of_the_main_lens():
     expected = float(REFERENCE["einstein_radius_of_1e12"])
-    assert simulate.einstein_radius(1e12) == pytest.approx(expected, rel=1e-8)
+    assert lenses.einstein_radius(1e12) == pytest.approx(expected, rel=1e-8)
 
 
 def test_half_the_dark_pixels_of_a_count_image_are_zero_and_a_peak_is_a_few_hundred():
-    batches = simulate.simulate("Model_I", 20, seed=0, progress=False)
+    batches = lenses.simulate("Model_I", 20, seed=0, progress=False)
     images = np.concatenate([images for _, images, _ in batches])
     assert np.array_equal(images, np.round(images))
     assert images.min() == 0
@@ -49,7 +49,7 @@ def test_half_the_dark_pixels_of_a_count_image_are_zero_and_a_peak_is_a_few_hund
 
 def test_counts_have_the_generators_mean_variance_and_zeros():
     time = float(REFERENCE["Model_I/time"])
-    fixed = simulate.INSTRUMENTS["Model_I"]
+    fixed = lenses.INSTRUMENTS["Model_I"]
 
     class Clock:  # the generator's random numbers, but for the exposure time
         def __init__(self):
@@ -61,7 +61,7 @@ def test_counts_have_the_generators_mean_variance_and_zeros():
 
     for i, flux in enumerate(REFERENCE["Model_I/flux"]):
         images = torch.full((40, 64, 64), float(flux))
-        counts = simulate.observe(images, fixed, False, Clock()).numpy()
+        counts = lenses.observe(images, fixed, False, Clock()).numpy()
         assert counts.mean() == pytest.approx(REFERENCE["Model_I/count_mean"][i], rel=0.02)
         assert counts.var() == pytest.approx(REFERENCE["Model_I/count_variance"][i], rel=0.03)
         assert (counts == 0).mean() == pytest.approx(REFERENCE["Model_I/count_zeros"][i], abs=0.01)
@@ -75,37 +75,37 @@ def test_rows_of_zero_einstein_radius_change_nothing():
     source = torch.tensor([[0.1, -0.2]])
     masses = torch.tensor([[[0.05, 0.7, 0.3]]])
     zeros = torch.tensor([[[0.0, 0.7, -0.3], [0.0, 0.0, 0.0]]])
-    alone = simulate.render(source, masses)
-    assert torch.equal(simulate.render(source, torch.cat([masses, zeros], 1)), alone)
-    assert not torch.equal(simulate.render(source, zeros), alone)
+    alone = lenses.render(source, masses)
+    assert torch.equal(lenses.render(source, torch.cat([masses, zeros], 1)), alone)
+    assert not torch.equal(lenses.render(source, zeros), alone)
 
 
 def test_a_point_mass_on_a_pixel_centre_gives_finite_pixels():
-    centre = simulate.pixel_axis(simulate.INSTRUMENTS["Model_II"])[40].item()
+    centre = lenses.pixel_axis(lenses.INSTRUMENTS["Model_II"])[40].item()
     masses = torch.tensor([[[0.1, centre, centre]]], dtype=torch.float64)
     for dtype in (torch.float32, torch.float64):
-        image = simulate.render(torch.zeros(1, 2), masses, dtype=dtype)
+        image = lenses.render(torch.zeros(1, 2), masses, dtype=dtype)
         assert torch.isfinite(image).all()
 
 
 def test_an_image_does_not_depend_on_the_batch_around_it():
-    source, masses, _ = simulate.sample("cdm", 2 * simulate.CHUNK + 1, np.random.default_rng(0))
-    together = simulate.render(source, masses)
-    alone = simulate.render(source[-1:], masses[-1:])
+    source, masses, _ = lenses.sample("cdm", 2 * lenses.CHUNK + 1, np.random.default_rng(0))
+    together = lenses.render(source, masses)
+    alone = lenses.render(source[-1:], masses[-1:])
     assert torch.allclose(together[-1:], alone, rtol=1e-12)
 
 
 def test_published_images_are_twice_a_single_exposure():
-    batch = next(simulate.simulate("Model_II", 3, seed=1, progress=False))[1]
+    batch = next(lenses.simulate("Model_II", 3, seed=1, progress=False))[1]
     rng = np.random.default_rng([1, 0, 0])
-    source, masses, _ = simulate.sample("axion", 3, rng)
-    assert np.allclose(batch, 2 * simulate.render(source, masses).numpy(), rtol=1e-3, atol=1e-6)
+    source, masses, _ = lenses.sample("axion", 3, rng)
+    assert np.allclose(batch, 2 * lenses.render(source, masses).numpy(), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("model", ["Model_II", "Model_III"])
 def test_noise_has_the_spread_of_sky_read_out_and_photons(model):
     images = torch.full((40, 64, 64), 5.0)
-    noisy = simulate.observe(images, model, True, np.random.default_rng(0)).numpy() - 5.0
+    noisy = lenses.observe(images, model, True, np.random.default_rng(0)).numpy() - 5.0
     expected = np.hypot(
         REFERENCE[f"{model}/background_rms"], REFERENCE[f"{model}/photon_rms_of_5"]
     )
@@ -115,17 +115,17 @@ def test_noise_has_the_spread_of_sky_read_out_and_photons(model):
 
 def test_parameters_fill_the_published_ranges():
     rng = np.random.default_rng(0)
-    source, masses, _ = simulate.sample("cdm", 500, rng)
+    source, masses, _ = lenses.sample("cdm", 500, rng)
     radius = np.hypot(masses[..., 1], masses[..., 2])
     assert np.abs(source).max() <= 0.35
     assert radius.min() > 0.25
     assert radius.max() < 2.0
-    mass = (masses[..., 0] / simulate.einstein_radius(1.0)) ** 2
+    mass = (masses[..., 0] / lenses.einstein_radius(1.0)) ** 2
     assert 1e6 <= mass.min() < 2e6
     assert 8e9 < mass.max() <= 1e10
-    _, vortex, axion_mass = simulate.sample("axion", 500, rng)
+    _, vortex, axion_mass = lenses.sample("axion", 500, rng)
     assert 1e-24 <= axion_mass.min() < axion_mass.max() <= 1e-22
-    total = (vortex[..., 0] / simulate.einstein_radius(1.0)) ** 2
+    total = (vortex[..., 0] / lenses.einstein_radius(1.0)) ** 2
     assert total.sum(1) == pytest.approx(3e10)
     half_length = np.hypot(vortex[..., 1], vortex[..., 2]).max(1)
     assert half_length == pytest.approx(0.06 * 1e-22 / (2 * axion_mass))
@@ -133,7 +133,7 @@ def test_parameters_fill_the_published_ranges():
 
 def test_the_same_seed_gives_the_same_images_and_another_seed_others():
     def images(seed):
-        return [batch[1].copy() for batch in simulate.simulate("Model_II", 2, seed, progress=False)]
+        return [batch[1].copy() for batch in lenses.simulate("Model_II", 2, seed, progress=False)]
 
     first, second, other = images(5), images(5), images(6)
     assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
@@ -152,12 +152,12 @@ def test_both_layouts_hold_the_same_images(packed, folder):
 def test_true_masses_are_those_of_the_images(packed):
     dataset = data.load(packed)
     rows = [3, 107, 199, 250]
-    masses, instrument = simulate.point_masses_of(dataset.origin, rows)
+    masses, instrument = lenses.point_masses_of(dataset.origin, rows)
     assert [len(m) for m in masses] == [100, 25, 25, 0]
     for row, own in zip(rows, masses, strict=True):
         label, place = divmod(row, 100)
-        _, (sources, _, _) = next(simulate.draw(simulate.CLASS_NAMES[label], 100, seed=3))
-        image = simulate.render(sources[[place]], own[None], instrument)[0].numpy()
+        _, (sources, _, _) = next(lenses.draw(lenses.CLASS_NAMES[label], 100, seed=3))
+        image = lenses.render(sources[[place]], own[None], instrument)[0].numpy()
         image *= instrument.copies
         assert np.abs(image - dataset.images[row]).max() < 1e-5 * image.max()
 
@@ -166,7 +166,7 @@ def test_true_masses_are_those_of_the_images(packed):
     "origin", ["folder lenses", "simulate.py Model_IX, 9 a class, seed 0, noise"]
 )
 def test_masses_of_images_from_elsewhere_are_unknown(origin):
-    assert simulate.point_masses_of(origin, [0]) is None
+    assert lenses.point_masses_of(origin, [0]) is None
 
 
 def test_folder_layout_is_the_published_one(folder):

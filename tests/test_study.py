@@ -1,6 +1,7 @@
-"""The study: every experiment runs, nothing is trained twice, results say what they are."""
+"""experiments/study.py and results.py: every experiment runs, and no run is repeated."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,13 +9,11 @@ import torch
 from conftest import TINY_DECODER, TINY_NETWORK
 
 import evaluate
+import finetune
 import pretrain
-import reconstruct
-import results
-import simulate
-import study
-import train
-from files import UserError
+from experiments import results, study
+from lib import lenses, residuals
+from lib.files import UserError
 
 TINY = {
     "SCRATCH_EPOCHS": 2, "LABEL_SHARES": (0.2, 1.0), "ROBUSTNESS_PER_CLASS": 8,
@@ -24,7 +23,7 @@ TINY = {
 
 
 @pytest.fixture
-def tiny_study(packed, tmp_path, monkeypatch):
+def tiny_study(packed, tmp_path, monkeypatch, no_pictures):
     for name, value in TINY.items():
         monkeypatch.setattr(study, name, value)
     network = " ".join(TINY_NETWORK)
@@ -65,9 +64,10 @@ def test_runs_that_are_there_are_not_repeated(tiny_study, packed, tmp_path, monk
     first = [results.read(file)["rows"] for file in files]
     assert [len(rows) for rows in first] == [4, 12]
     with monkeypatch.context() as patch:
-        patch.setattr(train, "fit", None)  # training again would fail, and so would looking again
+        patch.setattr(pretrain, "fit", None)  # training again would fail, and so would measuring
+        patch.setattr(finetune, "fit", None)
         patch.setattr(evaluate, "predict_probabilities", None)
-        patch.setattr(reconstruct, "residual_reader", None)
+        patch.setattr(residuals, "residual_reader", None)
         tiny_study("--seeds", 0, 1, *both)
     assert [results.read(file)["rows"] for file in files] == first
     weights = tmp_path / "runs" / "base" / "seed0" / "pretrain" / "vit-mae-wt.pth"
@@ -75,6 +75,26 @@ def test_runs_that_are_there_are_not_repeated(tiny_study, packed, tmp_path, monk
     tiny_study("--seeds", 0, "--only", "without_labels", "--pretraining",
                f"--epochs 2 {' '.join(TINY_NETWORK)}")  # fmt: skip
     assert weights.read_bytes() != before
+
+
+def test_a_run_of_other_options_defaults_or_source_is_replaced(tmp_path):
+    started, script = [], SimpleNamespace(DEFAULTS={"full": {"lr": 1e-3}})
+    script.parse_args = lambda argv: SimpleNamespace(argv=argv)
+
+    def main(argv):
+        started.append(argv)
+        (tmp_path / "run" / "w.pth").touch()
+
+    script.main = main
+    for options, lr, source in (
+        ([], 1e-3, ""), (["--seed", 1], 1e-3, ""), (["--seed", 1], 2e-3, ""),
+        (["--seed", 1], 2e-3, "abc"),
+    ):  # fmt: skip
+        script.DEFAULTS["full"]["lr"] = lr
+        before = len(started)
+        for _ in range(2):
+            study.trained(script, tmp_path / "run", options, "w.pth", source)
+        assert len(started) == before + 1, (options, lr, source)
 
 
 def test_tables_have_mean_and_deviation_over_seeds():
@@ -89,17 +109,15 @@ def test_tables_have_mean_and_deviation_over_seeds():
 
 def kept(folder, name, *rows, commit="abc"):
     """Keep `rows` as study.py does."""
-    made = {"command": f"python study.py --only {name}", "commit": commit, "precision": "float32"}
-    results.write(folder, name, "What it compares.", [made], list(rows))
+    command = f"python experiments/study.py --only {name}"
+    made = {"command": command, "commit": commit, "precision": "float32"}
+    drawn = study.DRAWN.get(name)
+    results.write(folder, name, "What it compares.", [made], list(rows), drawn)
     return folder
 
 
 def row(seed, auc, run="a"):
     return {"run": run, "seed": seed, "kind": run, "labels": 10 * (1 + seed), "macro AUC": auc}
-
-
-def test_every_experiment_has_its_place_in_the_tables():
-    assert list(results.EXPERIMENTS) == list(study.EXPERIMENTS)
 
 
 def test_seeds_that_ran_apart_are_put_together(tmp_path):
@@ -118,7 +136,9 @@ def test_seeds_that_ran_apart_are_put_together(tmp_path):
     assert "| a | 0.70000 ± 0.14142 |" in tables
     assert "commit second" in tables
     assert "commit first" in tables
-    assert len(results.read(out / "labels.json")["rows"]) == 2
+    labels = results.read(out / "labels.json")
+    assert len(labels["rows"]) == 2
+    assert labels["drawn"] == study.DRAWN["labels"]
     assert (out / "labels.png").stat().st_size > 5000
 
 
@@ -141,6 +161,8 @@ def test_a_seed_counts_once(tmp_path):
         lambda content: content["rows"][0].pop("kind"),
         lambda content: content["rows"][0].update({"labels": "many"}),
         lambda content: content["rows"][0].update({"macro AUC": "high"}),
+        lambda content: content.update(drawn="macro AUC"),
+        lambda content: content["drawn"].pop("x"),
     ],
 )
 def test_results_from_elsewhere_are_looked_at_first(tmp_path, damage):
@@ -167,10 +189,10 @@ def test_pretraining_on_all_classes_takes_as_many_steps_as_on_one(packed, tmp_pa
 def test_strengths_belong_to_the_images(monkeypatch):
     monkeypatch.setattr(study, "MISTAKES_PER_CLASS", 6)
     strengths = study.substructure_strengths()
-    images = {n: i for n, i, _ in simulate.simulate("Model_II", 6, study.FRESH_SEED + 1)}
-    ((_, (source, masses, axion_mass)),) = simulate.draw("axion", 6, study.FRESH_SEED + 1)
+    images = {n: i for n, i, _ in lenses.simulate("Model_II", 6, study.FRESH_SEED + 1)}
+    ((_, (source, masses, axion_mass)),) = lenses.draw("axion", 6, study.FRESH_SEED + 1)
     assert np.array_equal(strengths["axion"][1], np.log10(axion_mass))
-    again = 2 * simulate.render(source, masses, dtype=torch.float32)
+    again = 2 * lenses.render(source, masses, dtype=torch.float32)
     assert np.allclose(again, images["axion"], rtol=1e-4)
     assert np.isfinite(strengths["cdm"][1]).all()
     assert (strengths["cdm"][1] < 11.5).all()

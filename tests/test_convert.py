@@ -1,4 +1,4 @@
-"""Weights travel: to the names of Hugging Face and facebookresearch, and back."""
+"""Weights travel: from and to the names of Hugging Face and facebookresearch."""
 
 import re
 
@@ -6,9 +6,8 @@ import pytest
 import torch
 from conftest import assert_user_error, run_script
 
-import foreign
-import weights
-from files import UserError
+from lib import convert, weights
+from lib.files import UserError
 from mae import MAE
 
 # As transformers 5.24 names a model's tensors in memory; its files have older names.
@@ -37,7 +36,7 @@ def config_of(runs):
 def test_every_tensor_comes_back_from_hugging_face(generation, runs):
     config = config_of(runs)
     state = MAE(**config).state_dict()
-    theirs, described = foreign.to_hugging_face(state, config)
+    theirs, described = convert.to_hugging_face(state, config)
     assert all(name.startswith(("vit.", "decoder.")) for name in theirs)
     assert described["num_attention_heads"] == config["num_heads"]
     if generation == "newer":
@@ -49,7 +48,7 @@ def test_every_tensor_comes_back_from_hugging_face(generation, runs):
             name.replace("decoder_layers", "decoder_encoder.layer"): tensor
             for name, tensor in theirs.items()
         }
-    back, arguments = foreign.from_foreign(theirs, config["num_heads"])
+    back, arguments = convert.from_foreign(theirs, config["num_heads"])
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in state)
     same = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "decoder_depth")
@@ -71,7 +70,8 @@ def test_a_checkpoint_of_facebookresearch_can_be_fine_tuned(wrapped, network, pa
 def test_ours_can_be_exported_to_hugging_face_and_taken_back(runs, packed, tmp_path):
     path = runs / "pretrain" / "vit-mae-wt.pth"
     run_script("export.py", "--what", "huggingface", "--weights", path, "--out", tmp_path / "hf")
-    back, transform, _ = weights.load_mae(tmp_path / "hf" / "pytorch_model.bin", num_heads=2)
+    opened = weights.read(tmp_path / "hf" / "pytorch_model.bin", num_heads=2)
+    back, transform = weights.mae_of(opened)
     assert transform is None
     ours = weights.load_mae(path)[0].state_dict()
     assert all(torch.equal(tensor, ours[name]) for name, tensor in back.state_dict().items())
@@ -79,8 +79,8 @@ def test_ours_can_be_exported_to_hugging_face_and_taken_back(runs, packed, tmp_p
 
 def test_what_is_no_mae_is_refused(tmp_path, packed):
     torch.save({"layer.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"other\.pth: no masked autoencoder"):
-        weights.load_mae(tmp_path / "other.pth", num_heads=2)
+    with pytest.raises(UserError, match=r"other\.pth: not a masked autoencoder"):
+        weights.read(tmp_path / "other.pth", num_heads=2)
     torch.save({"vit.embeddings.cls_token": "text"}, tmp_path / "text.pth")
     process = run_script(
         "finetune.py", "--data", packed, "--strategy", "head", "--pretrained",

@@ -1,0 +1,147 @@
+"""evaluate.py and lib/report.py: figures of the test part alone, in the data's class order."""
+
+import contextlib
+import html
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_NETWORK, run_script
+
+import evaluate
+import finetune
+from lib import data, metrics, report, weights
+
+LEVELS = {"bright": 2.0, "dark": 0.0, "grey": 1.0}
+SHIFTED = ["grey", "bright", "dark"]  # a turn of the names, which is not its own inverse
+
+
+@pytest.fixture(scope="module")
+def evaluation(runs, folder):
+    out = runs / "evaluation"
+    files = [runs / n / "vit-mae-classifier-wt.pth" for n in ("head", "full", "scratch")]
+    process = run_script(
+        "evaluate.py", "--data", folder, "--cache-dir", runs / "cache", "--weights", *files,
+        "--out", out, "--resamples", 50,
+    )  # fmt: skip
+    return out, process.stdout
+
+
+@pytest.fixture(scope="module")
+def levels(tmp_path_factory):
+    """Data whose classes differ in brightness, and a classifier that tells them apart."""
+    root = tmp_path_factory.mktemp("levels")
+    rng = np.random.default_rng(0)
+    for name, level in LEVELS.items():
+        (root / "data" / name).mkdir(parents=True)
+        for i in range(60):
+            np.save(root / "data" / name / f"{i}.npy", rng.random((16, 16)) + level)
+    finetune.main([
+        "--data", str(root / "data"), "--pretrained", "none", "--strategy", "full", "--out",
+        str(root / "sorted"), "--epochs", "12", "--batch-size", "16", *TINY_NETWORK,
+    ])  # fmt: skip
+    return root
+
+
+def test_evaluation_is_of_the_test_part_alone(evaluation, runs, folder):
+    out, printed = evaluation
+    content = json.loads((out / "metrics.json").read_text())
+    dataset = data.load(folder, runs / "cache")
+    rows = data.split(dataset)["test"]
+    model, _ = weights.load_classifier(runs / "full" / "vit-mae-classifier-wt.pth")
+    with torch.no_grad():
+        logits = model.eval()(torch.from_numpy(dataset.images[rows])[:, None])
+    probabilities, labels = logits.softmax(1).numpy(), dataset.labels[rows]
+    result = content["results"]["full"]
+    assert result["images"] == len(rows)
+    expected = metrics.auc_by_class(probabilities, labels)
+    for name, auc in zip(dataset.class_names, expected, strict=True):
+        assert result[name]["value"] == pytest.approx(auc, abs=0.02)
+        assert result[name]["low"] <= result[name]["value"] <= result[name]["high"]
+    assert result["accuracy"]["value"] == pytest.approx(
+        (probabilities.argmax(1) == labels).mean(), abs=0.04
+    )
+    assert np.sum(content["confusion"]["full"]) == len(rows)
+    for name in ("roc.png", "confusion_matrix.png", "reliability.png", "mistakes.png"):
+        assert (out / name).stat().st_size > 5000
+    assert (out / "comparison.md").read_text().strip() in printed
+    assert "iampratyusht/Deeplense-task, head | 0.92 | 0.92 | 0.99" in printed
+
+
+def test_classes_in_another_order_give_the_same_figures(levels):
+    """A model's outputs may be in any order; every table has the order of the data."""
+    path = levels / "sorted" / "vit-mae-classifier-wt.pth"
+    _, content = weights.load_classifier(path)
+    order = [content["class_names"].index(name) for name in SHIFTED]
+    state = dict(content["model"])
+    for name in ("fc.4.weight", "fc.4.bias"):
+        state[name] = state[name][order]
+    (levels / "shifted").mkdir()
+    shifted = levels / "shifted" / "vit-mae-classifier-wt.pth"
+    weights.save(shifted, state, content["config"], SHIFTED, content["run"])
+
+    out = levels / "evaluation"
+    process = run_script("evaluate.py", "--data", levels / "data", "--weights", path, shifted,
+                         "--out", out, "--resamples", 20)  # fmt: skip
+    whole = json.loads((out / "metrics.json").read_text())
+    assert whole["class_names"] == sorted(LEVELS)
+    assert "| run | AUC bright | AUC dark | AUC grey | macro AUC | accuracy % |" in process.stdout
+    dataset = data.load(levels / "data")
+    counts = np.bincount(dataset.labels[data.split(dataset)["test"]])
+    for name in ("sorted", "shifted"):
+        result = whole["results"][name]
+        assert list(result)[:5] == [*sorted(LEVELS), "macro", "accuracy"]
+        for class_name in LEVELS:
+            assert result[class_name]["value"] > 0.95, (name, class_name)
+        assert result["accuracy"]["value"] > 0.9
+        # Nearly all images are on the diagonal, which lies in the order of the data.
+        matrix = np.array(whole["confusion"][name])
+        assert matrix.sum(axis=1).tolist() == counts.tolist()
+        assert np.trace(matrix) > 0.9 * counts.sum()
+    assert whole["confusion"]["shifted"] == whole["confusion"]["sorted"]
+    assert whole["results"]["shifted"]["calibration_error"] == pytest.approx(
+        whole["results"]["sorted"]["calibration_error"], abs=1e-4
+    )
+
+
+def test_figures_are_written_before_they_are_printed(levels, tmp_path):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    with contextlib.redirect_stdout(Closed()), pytest.raises(BrokenPipeError):
+        evaluate.main([
+            "--data", str(levels / "data"), "--out", str(tmp_path / "out"), "--resamples", "5",
+            "--weights", str(levels / "sorted" / "vit-mae-classifier-wt.pth"),
+        ])  # fmt: skip
+    assert "results" in json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert "macro AUC" in (tmp_path / "out" / "comparison.md").read_text()
+
+
+def test_the_report_is_one_file_that_loads_nothing(evaluation, runs):
+    out, _ = evaluation
+    page = (out / "report.html").read_text()
+    figures = json.loads((out / "metrics.json").read_text())["results"]
+    for name, result in figures.items():
+        assert f"<td>{name}</td>" in page
+        assert f"{result['macro']['value']:.4f}" in page
+    # ROC, confusion, reliability, mistakes; loss and reconstructions; curves of each run.
+    assert page.count("data:image/png;base64,") == 4 + 2 + len(figures)
+    config = json.loads((runs / "full" / "config.json").read_text())
+    assert html.escape(config["command"]) in page
+    for outside in ("http:", "https:", 'src="/', "<script", "<link"):
+        assert outside not in page
+    assert 'name="viewport"' in page
+
+
+def test_the_report_finds_the_pretraining_behind_a_continued_classifier(tmp_path):
+    for name, start in (("pretrain", None), ("head", "pretrain"), ("norms", "head")):
+        (tmp_path / name).mkdir()
+        options = {"pretrained": str(tmp_path / start / "w.pth")} if start else {"mask_ratio": 0.75}
+        (tmp_path / name / "config.json").write_text(json.dumps({"options": options}))
+    configs = [report.config_beside(tmp_path / name / "w.pth") for name in ("head", "norms")]
+    assert report.pretrainings(configs) == {tmp_path / "pretrain"}
+    (tmp_path / "pretrain" / "config.json").write_text(json.dumps(configs[1]))  # in a circle
+    assert report.pretrainings(configs) == set()

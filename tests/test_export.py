@@ -1,0 +1,149 @@
+"""export.py and lib/onnxfile.py: the exported file is the network, or it is not written."""
+
+import json
+import shutil
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from conftest import ROOT, run_script
+
+import export
+import mae
+from lib import data, onnxfile, weights
+from lib.files import UserError, sha256_of
+
+
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+def test_less_precision_gives_a_smaller_file_that_agrees(precision, runs, folder, tmp_path):
+    out = tmp_path / "small.onnx"
+    process = run_script(
+        "export.py", "--weights", runs / "full" / "vit-mae-classifier-wt.pth", "--data", folder,
+        "--cache-dir", runs / "cache", "--precision", precision, "--out", out,
+        "--allowed-fall", 0.1,
+    )  # fmt: skip
+    assert "macro AUC" in process.stdout
+    assert list(tmp_path.iterdir()) == [out]
+    assert out.stat().st_size < (runs / "classifier.onnx").stat().st_size
+    metadata = {p.key: p.value for p in onnx.load(out).metadata_props}
+    assert metadata["precision"] == precision
+    assert json.loads(metadata["class_names"]) == ["axion", "cdm", "no_sub"]
+    images = np.array(data.load(folder, runs / "cache").images[::10, None])
+    whole, reduced = (
+        export.run_session(path, images)[0] for path in (runs / "classifier.onnx", out)
+    )
+    assert reduced.dtype == np.float32
+    assert np.allclose(reduced.sum(1), 1, atol=1e-2)
+    model, _ = weights.load_classifier(runs / "full" / "vit-mae-classifier-wt.pth")
+    with torch.no_grad():
+        expected = export.Probabilities(model).eval()(torch.from_numpy(images)).numpy()
+    assert 0 < np.abs(reduced - expected).mean() < 0.05
+    assert whole.shape == reduced.shape
+
+
+def test_int8_multiplies_in_eight_bits_and_hands_on_floats(runs, folder, tmp_path):
+    out = tmp_path / "int8.onnx"
+    shutil.copy(runs / "classifier.onnx", out)
+    images = np.array(data.load(folder, runs / "cache").images[:16, None])
+    export.reduce_precision(out, "int8", images, {})
+    proto = onnx.load(out)
+    made_by = {name: node for node in proto.graph.node for name in node.output}
+    gemms = [node for node in proto.graph.node if node.op_type == "Gemm"]
+    depth = json.loads((runs / "full" / "config.json").read_text())["model"]["depth"]
+    assert len(gemms) == 4 * depth + 2  # of attention, MLP and head
+    for node in gemms:
+        assert (
+            made_by[node.input[0]].op_type == made_by[node.input[1]].op_type == "DequantizeLinear"
+        )
+    quantised = {n.input[0] for n in proto.graph.node if n.op_type == "QuantizeLinear"}
+    assert not any(node.output[0] in quantised for node in gemms)
+
+
+@pytest.fixture
+def exported_already(runs, monkeypatch):
+    """In place of exporting, copy what the runs have exported."""
+
+    def copy(model, path, metadata):
+        shutil.copy(runs / "classifier.onnx", path)
+
+    monkeypatch.setattr(export, "write_onnx", copy)
+
+
+def test_an_export_that_loses_auc_is_not_left(
+    exported_already, runs, folder, tmp_path, monkeypatch
+):
+    values = iter((0.99, 0.98))
+    monkeypatch.setattr(export, "largest_difference", lambda *_: 0.0)
+    monkeypatch.setattr(export, "macro_auc", lambda *_: next(values))
+    with pytest.raises(UserError, match="--allowed-fall"):
+        export.main([
+            "--weights", str(runs / "head" / "vit-mae-classifier-wt.pth"), "--data", str(folder),
+            "--cache-dir", str(runs / "cache"), "--out", str(tmp_path / "x.onnx"),
+            "--precision", "float16",
+        ])  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
+def test_exported_maps_are_those_of_pytorch(runs, folder):
+    dataset = data.load(folder, runs / "cache")
+    images = np.array(dataset.images[:5, None])
+    residual, score = export.run_session(runs / "reconstruction.onnx", images, batch=2)
+    network, transform, _ = weights.load_mae(runs / "pretrain" / "vit-mae-wt.pth")
+    masks = mae.complementary_masks(network.num_patches, 0.75, export.ROUNDS)
+    with torch.no_grad():
+        expected, squared = network.eval().residual(transform(torch.from_numpy(images)), masks)
+    assert np.allclose(residual, expected.numpy(), atol=1e-4)
+    assert np.allclose(score, squared.mean((1, 2, 3)).numpy(), rtol=1e-3)
+
+
+def test_exported_file_equals_pytorch_and_carries_its_identity(runs, folder):
+    path = runs / "classifier.onnx"
+    onnx.checker.check_model(str(path), full_check=True)
+    metadata = {p.key: p.value for p in onnx.load(path).metadata_props}
+    assert json.loads(metadata["class_names"]) == ["axion", "cdm", "no_sub"]
+    proto = onnx.load(path)
+    assert (proto.ir_version, proto.opset_import[0].version) == (10, 20)
+    assert (ROOT / "LICENSE").read_text().startswith(metadata["licence"])
+    strategies = ("head", "layernorm", "full")
+    digests = {sha256_of(runs / s / "vit-mae-classifier-wt.pth"): s for s in strategies}
+    strategy = digests[metadata["weights_sha256"]]
+    files = [runs / s / "vit-mae-classifier-wt.pth" for s in strategies]
+    aucs = [weights.load_classifier(f)[1]["run"]["best"]["validation_macro_auc"] for f in files]
+    assert aucs[strategies.index(strategy)] == max(aucs)
+    model, _ = weights.load_classifier(runs / strategy / "vit-mae-classifier-wt.pth")
+    images = np.array(data.load(folder, runs / "cache").images[:21, None])
+    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    for count in (1, 7, 21):
+        (got,) = session.run(None, {"images": images[:count]})
+        with torch.no_grad():
+            expected = model.eval()(torch.from_numpy(images[:count])).softmax(1).numpy()
+        assert got.shape == (count, 3)
+        assert np.abs(got - expected).max() < 1e-4
+
+
+def test_exporting_leaves_the_network_as_it_was(tmp_path):
+    network = mae.Classifier(patch_size=16, embed_dim=32, depth=2, num_heads=2).eval()
+    export.write_onnx(export.Probabilities(network).eval(), tmp_path / "x.onnx", {})
+    assert {block.attn.form for block in network.blocks} == {"fused"}
+    assert not any(isinstance(module, export.FlatLinear) for module in network.modules())
+
+
+def test_a_differing_export_is_not_left(exported_already, runs, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "largest_difference", lambda *_: 2e-4)
+    out = tmp_path / "bad.onnx"
+    with pytest.raises(UserError, match=r"2\.0e-04"):
+        export.main([
+            "--weights", str(runs / "head" / "vit-mae-classifier-wt.pth"), "--data", str(folder),
+            "--cache-dir", str(runs / "cache"), "--out", str(out),
+        ])  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_with_weights_in_another_file_is_refused(runs, tmp_path):
+    proto = onnx.load(runs / "classifier.onnx")
+    path = tmp_path / "outside.onnx"
+    onnx.save(proto, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    with pytest.raises(UserError, match=r"outside\.onnx"):
+        onnxfile.open_classifier(path)

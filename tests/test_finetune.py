@@ -1,0 +1,417 @@
+"""Fine-tuning: what each strategy changes, what it reads, and what its shortcuts leave equal."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    assert_user_error,
+    finetuning,
+    history_of,
+    pretraining,
+    run_script,
+    tensors_in,
+)
+from torch import nn
+
+import evaluate
+import finetune
+import mae
+import pretrain
+import simulate
+from lib import data, lenses, loader, metrics, optim, plots, weights
+from lib.augment import augment
+from mae import Classifier
+
+CPU = torch.device("cpu")
+CLASSIFIER, PRETRAINED = "vit-mae-classifier-wt.pth", "vit-mae-wt.pth"
+
+
+def images_of(dataset, rows):
+    return torch.from_numpy(np.array(dataset.images[rows]))[:, None]
+
+
+# What learns
+
+
+@pytest.mark.parametrize("strategy", finetune.STRATEGIES)
+def test_a_strategy_changes_what_it_says_and_nothing_else(strategy, runs):
+    before = tensors_in(runs / "pretrain" / PRETRAINED)
+    after = tensors_in(runs / strategy / CLASSIFIER)
+    shared = [name for name in after if name in before]
+    changed = {name for name in shared if not torch.equal(before[name], after[name])}
+    norms = {name for name in shared if "norm" in name}
+    expected = {
+        "head": set(),
+        "layernorm": norms,
+        "full": set(shared) - {"pos_embed"},
+    }
+    unused = {"cls_token"}  # mean pooling: its gradient only flows through attention
+    assert changed - unused == expected[strategy] - unused
+
+
+@pytest.mark.parametrize("strategy", finetune.STRATEGIES)
+def test_parameters_that_a_strategy_does_not_train_are_frozen(strategy):
+    model = Classifier(patch_size=16, embed_dim=32, depth=1, num_heads=2)
+    learning = finetune.learning_parameters(model, strategy)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        name for name, _ in learning
+    }
+    for name, parameter in learning:
+        assert model.get_parameter(name) is parameter
+
+
+def test_layers_near_the_input_learn_more_slowly():
+    model = Classifier(depth=3)
+    depth = len(model.blocks)
+    layers = [
+        finetune.layer_of(name, depth)
+        for name in ("patch_embed.proj.weight", "blocks.0.norm1.bias", "blocks.2.mlp.fc1.weight",
+                     "norm.weight", "fc.0.weight")
+    ]  # fmt: skip
+    assert layers == [0, 1, 3, 4, 4]
+    groups = optim.parameter_groups(
+        finetune.all_parameters(model), 0.05, lambda name: 0.5 ** (4 - finetune.layer_of(name, 3))
+    )
+    assert {group["lr_scale"] for group in groups} == {0.5**k for k in range(5)}
+    decayed = [p for g in groups if g["weight_decay"] for p in g["params"]]
+    assert all(p.ndim > 1 for p in decayed)
+    assert sum(len(g["params"]) for g in groups) == len(finetune.all_parameters(model))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "pretrained", "scales"),
+    [("full", True, {1.0, 0.5, 0.25, 0.125}), ("full", False, {1.0}), ("layernorm", True, {1.0})],
+)
+def test_layer_decay_of_the_command_line_reaches_the_optimisers(
+    strategy, pretrained, scales, packed, runs, tmp_path, monkeypatch
+):
+    used, update = [], optim.update
+
+    def spying(loss, optimizers, *more):
+        used.append([(g["lr"], g["lr_scale"]) for o in optimizers for g in o.param_groups])
+        return update(loss, optimizers, *more)
+
+    monkeypatch.setattr("lib.loop.update", spying)
+    start = runs / "pretrain" / PRETRAINED if pretrained else "none"
+    finetune.main(finetuning(
+        packed, tmp_path / "run", start, strategy, "--layer-decay", 0.5, "--epochs", 1,
+        "--patch-size", 16, "--embed-dim", 32, "--depth", 2, "--num-heads", 2,
+    ))  # fmt: skip
+    assert used
+    for step in used:
+        assert {scale for _, scale in step} == scales
+        largest = max(lr for lr, _ in step)
+        assert all(lr == pytest.approx(scale * largest) for lr, scale in step)
+
+
+def test_batchnorm_statistics_are_those_of_the_training_images():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3), nn.Dropout(0.4))
+    inputs = torch.randn(512, 5) * 3 + 1
+    inputs[256:] += 20  # rows come sorted by class, and classes differ
+    model[1].running_mean.fill_(100.0)
+    random_state = torch.get_rng_state()
+    finetune.reestimate_batchnorm(model, lambda rows: model(inputs[rows]), np.arange(512))
+    outputs = model[0](inputs)
+    assert torch.allclose(model[1].running_mean, outputs.mean(0), atol=1e-4)
+    assert torch.allclose(model[1].running_var, outputs.var(0), rtol=0.02)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert model[1].momentum == 0.1
+
+
+# What is read
+
+
+@pytest.mark.parametrize("strategy", finetune.STRATEGIES)
+def test_fine_tuning_never_reads_a_test_image(
+    strategy, packed, runs, tmp_path, rows_read, no_pictures
+):
+    pretrained = runs / "pretrain" / PRETRAINED
+    finetune.main(finetuning(packed, tmp_path / "run", pretrained, strategy))
+    parts = data.split(data.load(packed))
+    assert rows_read == set(np.concatenate([parts["train"], parts["validation"]]).tolist())
+
+
+@pytest.mark.parametrize("strategy", ["head", "full"])
+def test_images_without_their_labels_are_not_read(strategy, packed, runs, tmp_path, rows_read):
+    pretrained = runs / "pretrain" / PRETRAINED
+    finetune.main(finetuning(packed, tmp_path / "run", pretrained, strategy, "--labels", 0.2))
+    dataset = data.load(packed)
+    parts = data.split(dataset)
+    rows = data.fraction_of_each_class(dataset.labels, parts["train"], 0.2, seed=0)
+    assert len(rows) == pytest.approx(0.2 * len(parts["train"]), abs=2)
+    assert rows_read == set(np.concatenate([rows, parts["validation"]]).tolist())
+
+
+@pytest.mark.parametrize("start", ["pretrain", "head"])
+@pytest.mark.parametrize("strategy", finetune.STRATEGIES)
+def test_a_weights_file_is_opened_once(
+    strategy, start, packed, runs, tmp_path, monkeypatch, no_pictures
+):
+    opened, load = [], torch.load
+
+    def spying(file, **options):
+        opened.append(Path(getattr(file, "name", file)))
+        return load(file, **options)
+
+    monkeypatch.setattr(torch, "load", spying)
+    path = runs / start / (PRETRAINED if start == "pretrain" else CLASSIFIER)
+    finetune.main(finetuning(packed, tmp_path / "run", path, strategy, "--epochs", 1))
+    assert opened == [path]
+
+
+# Shortcuts
+
+
+@pytest.mark.parametrize("pool", mae.POOLINGS)
+def test_stored_features_are_those_of_the_whole_network(pool, packed):
+    dataset = data.load(packed)
+    rows = np.array([7, 299, 150, 3])
+    torch.manual_seed(0)
+    transform = loader.fit_transform(dataset.images, np.arange(300), "log")
+    sizes = {"patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    model = Classifier(**sizes, pool=pool, transform=transform).train()
+    model.temperature.fill_(2.0)
+    read = loader.batch_reader(dataset.images, CPU)
+    stored = finetune.stored_features(model, read, rows, 300)
+    with torch.no_grad():
+        images = images_of(dataset, rows)
+        assert torch.allclose(stored[rows], model.eval().features(images), atol=1e-5)
+        assert torch.allclose(model.fc(stored[rows]) / 2.0, model(images), atol=1e-5)
+    others = np.setdiff1d(np.arange(300), rows)
+    assert not stored[others].any()  # they are not computed
+
+
+def test_a_head_that_learned_from_stored_features_answers_alike_on_images(
+    packed, runs, tmp_path, monkeypatch
+):
+    kept, store = [], finetune.stored_features
+
+    def spying(*arguments):
+        kept.append(store(*arguments))
+        return kept[-1]
+
+    monkeypatch.setattr(finetune, "stored_features", spying)
+    pretrained = runs / "pretrain" / PRETRAINED
+    finetune.main(finetuning(packed, tmp_path / "run", pretrained, "head"))
+    model, _ = weights.load_classifier(tmp_path / "run" / CLASSIFIER)
+    dataset = data.load(packed)
+    rows = data.split(dataset)["validation"]
+    with torch.no_grad():
+        logits = model.eval()(images_of(dataset, rows))
+        assert torch.allclose(model.fc(kept[0][rows]) / model.temperature, logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dropout", "kept"), [(0.5, 8), (0.75, 4), (0.9, 2), (0.99, 1)])
+def test_patch_dropout_keeps_as_many_patches_as_it_says_until_half_of_the_steps(dropout, kept):
+    model = Classifier(patch_size=16, embed_dim=32, depth=1, num_heads=2)  # 16 patches
+    for progress in (0.0, 0.25, finetune.ALL_PATCHES_FROM - 1e-9):
+        ids = finetune.patches_to_keep(model, 200, dropout, progress, CPU)
+        assert ids.shape == (200, kept)
+        assert all(len(set(row)) == kept and set(row) <= set(range(16)) for row in ids.tolist())
+    assert len(ids.unique(dim=0)) > 1
+    assert set(ids.flatten().tolist()) == set(range(16))
+    for progress in (finetune.ALL_PATCHES_FROM, 0.9):
+        assert finetune.patches_to_keep(model, 200, dropout, progress, CPU) is None
+    assert finetune.patches_to_keep(model, 50, 0.0, 0.0, CPU) is None
+
+
+@pytest.mark.parametrize("strategy", ["layernorm", "full"])
+def test_training_sees_fewer_tokens_in_the_first_half_of_its_steps_and_validation_all(
+    strategy, packed, runs, tmp_path, monkeypatch
+):
+    tokens, forward = {True: [], False: []}, mae.Block.forward
+
+    def spying(block, x, context=0):
+        tokens[block.training].append(x.shape[1])
+        return forward(block, x, context)
+
+    monkeypatch.setattr(mae.Block, "forward", spying)
+    finetune.main(finetuning(
+        packed, tmp_path / "run", runs / "pretrain" / PRETRAINED, strategy,
+        "--patch-dropout", 0.75, "--epochs", 2,
+    ))  # fmt: skip
+    steps = history_of(tmp_path / "run")[-1]["step"]
+    blocks, class_token = 2, 1
+    half = -(-steps // 2)
+    expected = [4 + class_token] * half + [16 + class_token] * (steps - half)
+    assert tokens[True] == np.repeat(expected, blocks).tolist()
+    assert set(tokens[False]) == {16 + class_token}
+
+
+# What is left
+
+
+def test_the_weights_with_the_best_validation_are_kept(runs):
+    for strategy in finetune.STRATEGIES:
+        lines = (runs / strategy / "metrics.jsonl").read_text().splitlines()
+        best = max((json.loads(line) for line in lines), key=lambda x: x["validation_macro_auc"])
+        path = runs / strategy / CLASSIFIER
+        model, content = weights.load_classifier(path)
+        assert content["run"]["best"] == best
+        model.temperature.fill_(1.0)  # fitted afterwards; it reorders images a little
+        dataset = data.load(runs.parent.parent / content["run"]["data"], runs / "cache")
+        rows = data.split(dataset)["validation"]
+        probabilities = evaluate.predict_probabilities(model, dataset.images, rows, CPU)
+        auc = np.mean(metrics.auc_by_class(probabilities, dataset.labels[rows]))
+        assert auc == pytest.approx(best["validation_macro_auc"], abs=0.02)
+
+
+def test_the_temperature_is_fitted_on_images_disturbed_as_in_validation(packed, runs, tmp_path):
+    finetune.main(finetuning(
+        packed, tmp_path / "run", runs / "pretrain" / PRETRAINED, "full",
+        "--augment", "halfturn,noise", "--epochs", 1,
+    ))  # fmt: skip
+    model, _ = weights.load_classifier(tmp_path / "run" / CLASSIFIER)
+    dataset = data.load(packed)
+    rows = data.split(dataset)["validation"]
+    fitted = {}
+    for kinds in (("noise",), ()):
+        with loader.fixed_random_numbers(), torch.no_grad():
+            images = augment(images_of(dataset, rows), kinds)
+            logits = model.eval().fc(model.features(images)).numpy()
+        fitted[kinds] = metrics.fit_temperature(logits, dataset.labels[rows])
+    assert model.temperature.item() == pytest.approx(fitted["noise",], rel=1e-4)
+    assert model.temperature.item() != pytest.approx(fitted[()], rel=1e-3)
+
+
+def test_the_weights_are_there_if_the_picture_fails(packed, runs, tmp_path, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(plots, "classifier_curves", fails)
+    pretrained = runs / "pretrain" / PRETRAINED
+    with pytest.raises(RuntimeError, match="no font"):
+        finetune.main(finetuning(packed, tmp_path / "run", pretrained, "head", "--epochs", 1))
+    assert weights.load_classifier(tmp_path / "run" / CLASSIFIER)
+    assert not (tmp_path / "run" / "checkpoint.pth").exists()
+
+
+# Options
+
+
+def test_the_steps_of_a_run_on_few_images_are_enough(packed, runs, tmp_path, monkeypatch):
+    monkeypatch.setitem(finetune.DEFAULTS["head"], "epochs", 2)
+    monkeypatch.setitem(finetune.DEFAULTS["head"], "fewest_steps", 30)
+    finetune.main([
+        "--data", str(packed), "--pretrained", str(runs / "pretrain" / PRETRAINED),
+        "--strategy", "head", "--out", str(tmp_path / "head"), "--quiet",
+    ])  # fmt: skip
+    last = history_of(tmp_path / "head")[-1]
+    assert (last["epoch"], last["step"]) == (30, 30)
+
+
+def test_defaults_follow_the_strategy_and_what_it_starts_from_but_not_over_what_is_given(runs):
+    encoder = weights.read(runs / "pretrain" / PRETRAINED)
+    classifier = weights.read(runs / "head" / CLASSIFIER)
+    for strategy, defaults in finetune.DEFAULTS.items():
+        assert finetune.strategy_defaults(strategy, None) == defaults
+        assert finetune.strategy_defaults(strategy, encoder) == defaults
+        continuing = finetune.strategy_defaults(strategy, classifier)
+        assert continuing == defaults | finetune.CONTINUING[strategy]
+        assert continuing["lr"] < defaults["lr"]
+    args = finetune.parse_args(
+        ["--data", "d", "--out", "o", "--pretrained", "none", "--strategy", "full", "--lr", "0.5"]
+    )
+    finetune.fill_in_defaults(args, None, 10**6)
+    defaults = finetune.DEFAULTS["full"]
+    assert args.lr == 0.5
+    assert args.epochs == defaults["epochs"]
+    assert (args.batch_size, args.augment) == (defaults["batch_size"], defaults["augment"])
+    assert args.patch_dropout == defaults["patch_dropout"]
+
+
+def test_augmentation_is_refused_where_the_head_learns_alone(packed, runs, tmp_path):
+    pretrained = runs / "pretrain" / PRETRAINED
+    arguments = finetuning(packed, tmp_path / "run", pretrained, "head", "--augment", "noise")
+    assert_user_error(run_script("finetune.py", *arguments, check=False), "--augment")
+    arguments = finetuning(
+        packed, tmp_path / "run", pretrained, "full", "--augment", "noise,shift,rotate"
+    )
+    run_script("finetune.py", *arguments)
+    assert tensors_in(tmp_path / "run" / CLASSIFIER)
+
+
+# The whole of it
+
+
+def test_the_unit_of_the_data_changes_nothing(tmp_path, monkeypatch, no_pictures):
+    rows = np.random.default_rng(0).permutation(120)
+    parts = {"train": rows[:96], "validation": rows[96:108], "test": rows[108:]}
+    monkeypatch.setattr(data, "split", lambda dataset: parts)  # other content is split otherwise
+    results = {}
+    for unit in (1.0, 1e-3, 255.0):
+        out = tmp_path / f"unit-{unit}"
+        images = [
+            (name, np.float32(unit) * batch, mass)
+            for name, batch, mass in lenses.simulate("Model_II", 40, seed=4, progress=False)
+        ]
+        simulate.write_packed(out, images, 40, "Model_II", "scaled")
+        pretrain.main(pretraining(out, out / "mae"))
+        finetune.main(finetuning(out, out / "full", out / "mae" / PRETRAINED, "full"))
+        model, _ = weights.load_classifier(out / "full" / CLASSIFIER)
+        dataset = data.load(out)
+        results[unit] = evaluate.predict_probabilities(model, dataset.images, parts["test"], CPU)
+    assert np.abs(results[1e-3] - results[1.0]).max() < 2e-3
+    assert np.abs(results[255.0] - results[1.0]).max() < 2e-3
+
+
+@pytest.mark.skipif(not os.environ.get("HEAVY"), reason="takes minutes: set HEAVY=1")
+def test_a_head_on_a_pretrained_encoder_tells_the_classes_apart(tmp_path):
+    """Two seeds gave a test accuracy of 0.954 and 0.955 and a macro AUC of 0.997."""
+    images, encoder, head = tmp_path / "lenses", tmp_path / "mae", tmp_path / "head"
+    simulate.main(["--per-class", "3000", "--out", str(images)])
+    pretrain.main(["--data", str(images), "--out", str(encoder), "--epochs", "12"])
+    finetune.main(["--data", str(images), "--out", str(head), "--strategy", "head", "--epochs",
+                   "30", "--pretrained", str(encoder / PRETRAINED)])  # fmt: skip
+    model, _ = weights.load_classifier(head / CLASSIFIER)
+    dataset = data.load(images)
+    rows = data.split(dataset)["test"]
+    probabilities = evaluate.predict_probabilities(model, dataset.images, rows, CPU)
+    assert metrics.accuracy(probabilities, dataset.labels[rows]) > 0.92
+    assert np.mean(metrics.auc_by_class(probabilities, dataset.labels[rows])) > 0.985
+
+
+# What a run leaves, and what another starts from
+
+
+@pytest.mark.parametrize("strategy", ["head", "layernorm", "full", "scratch"])
+def test_fine_tuning_leaves_what_it_promises(strategy, runs):
+    out = runs / strategy
+    assert sorted(os.listdir(out)) == [
+        ".lock", "config.json", "curves.png", "metrics.jsonl", "vit-mae-classifier-wt.pth",
+    ]  # fmt: skip
+    model, content = weights.load_classifier(out / CLASSIFIER)
+    assert content["class_names"] == ["axion", "cdm", "no_sub"]
+    pretrained = weights.load_mae(runs / "pretrain" / PRETRAINED)[0]
+    taken = torch.equal(model.blocks[0].attn.qkv.weight, pretrained.blocks[0].attn.qkv.weight)
+    assert taken == (strategy in ("head", "layernorm"))
+
+
+def test_the_temperature_is_fitted_on_validation_and_part_of_the_weights(runs, folder):
+    model, _ = weights.load_classifier(runs / "full" / CLASSIFIER)
+    dataset = data.load(folder, runs / "cache")
+    rows = data.split(dataset)["validation"]
+    model.eval()
+    with torch.no_grad():
+        logits = model(images_of(dataset, rows)).numpy()
+    assert model.temperature != 1
+    assert metrics.fit_temperature(logits, dataset.labels[rows]) == pytest.approx(1.0, abs=0.02)
+
+
+def test_fine_tuning_may_start_from_a_classifier(runs, folder, tmp_path):
+    common = ("--data", folder, "--cache-dir", runs / "cache", "--out", tmp_path / "run",
+              "--pretrained", runs / "head" / CLASSIFIER)  # fmt: skip
+    refused = run_script("finetune.py", *common, "--strategy", "full", "--pool", "cls", check=False)
+    assert_user_error(refused, "--pool")
+    run_script("finetune.py", *common, "--strategy", "layernorm", "--epochs", 1, "--lr", 1e-9)
+    before, after = (
+        weights.load_classifier(r / CLASSIFIER)[0].state_dict()
+        for r in (runs / "head", tmp_path / "run")
+    )
+    for name in ("fc.0.weight", "fc.4.bias", "blocks.0.norm1.weight"):
+        assert torch.allclose(before[name], after[name], atol=1e-6), name

@@ -1,0 +1,175 @@
+"""Batches on their way to the network, their order and memory, and the transform's constants."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import finetuning, pretraining
+
+import finetune
+import pretrain
+from lib import data, lenses, loader, readers
+
+CPU = torch.device("cpu")
+
+
+def test_results_come_in_the_order_of_the_rows_whatever_the_batch():
+    rows = np.array([5, 3, 9, 9, 0, 7, 1])
+    for batch_size in (1, 3, 7, 100):
+        results = loader.in_batches(lambda batch: torch.from_numpy(2 * batch), rows, batch_size)
+        assert results.dtype == torch.float32
+        assert results.tolist() == [10, 6, 18, 18, 0, 14, 2]
+
+
+def test_fixed_random_numbers_are_the_same_each_time_and_leave_the_others_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    drawn = []
+    for _ in range(2):
+        with loader.fixed_random_numbers():
+            drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_rows_in_blocks_are_all_there_and_read_together():
+    rows = np.flatnonzero(np.random.default_rng(0).random(100_000) < 0.8)
+    order = loader.shuffled(rows, np.random.default_rng(1), in_blocks=True)
+    assert np.array_equal(np.sort(order), rows)
+    assert np.array_equal(order, loader.shuffled(rows, np.random.default_rng(1), in_blocks=True))
+    together = loader.READ_BLOCK * loader.BLOCKS_TOGETHER
+    position = np.searchsorted(rows, order)
+    first = position[:together] // loader.READ_BLOCK
+    assert len(np.unique(first)) == loader.BLOCKS_TOGETHER
+    # Mixed: neighbours in the order come from different blocks, and classes from all over.
+    assert (np.diff(first) == 0).mean() < 0.05
+    assert abs(position[:together].mean() - len(rows) / 2) < len(rows) / 10
+
+
+@pytest.mark.parametrize("script", [pretrain, finetune])
+def test_images_that_do_not_fit_into_memory_are_trained_on_all_the_same(
+    script, packed, runs, tmp_path, monkeypatch, rows_read, no_pictures
+):
+    monkeypatch.setattr(script, "larger_than_memory", lambda _: True)
+    monkeypatch.setattr(loader, "READ_BLOCK", 4)
+    monkeypatch.setattr(loader, "BLOCKS_TOGETHER", 2)
+    monkeypatch.setattr(loader, "FORGET_AFTER", 10)
+    in_blocks, shuffled = [], loader.shuffled
+
+    def spying(rows, rng, blocks):
+        in_blocks.append(blocks)
+        return shuffled(rows, rng, blocks)
+
+    monkeypatch.setattr("lib.loop.shuffled", spying)
+    arguments = pretraining(packed, tmp_path / "run")
+    if script is finetune:
+        pretrained = runs / "pretrain" / "vit-mae-wt.pth"
+        arguments = finetuning(packed, tmp_path / "run", pretrained, "full")
+    script.main(arguments)
+    rows = data.split(data.load(packed))["train"]
+    assert set(rows[rows >= 200]) <= rows_read  # no_sub, which pre-training takes
+    assert in_blocks
+    assert all(in_blocks)
+
+
+def test_larger_than_memory_compares_with_this_machine():
+    assert not loader.larger_than_memory(np.zeros(10))
+    assert loader.larger_than_memory(np.broadcast_to(np.float32(0), (10**9, 150, 150)))
+
+
+# Memory
+
+
+def batches_that_return_memory(images, monkeypatch):
+    """Of a pass over 2000 rows, 64 at a time: after how many batches memory was returned."""
+    batches, returned = 0, []
+    monkeypatch.setattr(loader, "forget_pages", lambda _: returned.append(batches))
+    read = loader.batch_reader(images, CPU)
+    for start in range(0, 2000, 64):
+        batches += 1
+        read(np.arange(start, min(start + 64, 2000)))
+    return returned
+
+
+def test_rows_from_everywhere_do_not_keep_a_whole_file_mapped(monkeypatch):
+    # Where a kernel maps 2 MB for each row, 64 rows a batch are a gigabyte after eight batches.
+    images = np.broadcast_to(np.float32(0), (10**8, 2, 2))
+    returned = batches_that_return_memory(images, monkeypatch)
+    assert returned[0] <= 8
+    assert np.diff(returned).max() <= 8
+
+
+def test_a_file_that_is_small_as_a_whole_stays_mapped(monkeypatch):
+    assert batches_that_return_memory(np.zeros((2000, 2, 2), np.float32), monkeypatch) == []
+
+
+def test_a_data_set_kept_on_the_device_gives_the_same_batches(packed):
+    images = data.load(packed).images
+    rows = np.array([250, 3, 299, 3])
+    batch = loader.reader_of_stored(images, CPU)(rows)
+    assert torch.equal(batch, loader.batch_reader(images, CPU)(rows))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_looking_at_images_from_everywhere_leaves_no_pages_behind(tmp_path):
+    """Mapped pages of a file count as the process's memory until they are returned."""
+
+    def resident():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("RssFile")).split()[1]) * 1024
+
+    images = np.lib.format.open_memmap(
+        tmp_path / "images.npy", "w+", dtype=np.float32, shape=(4000, 64, 64)
+    )
+    images[:] = np.random.default_rng(0).random((4000, 1, 1))
+    images.flush()
+    del images
+    mapped = readers.read_npy(tmp_path / "images.npy")
+    before = resident()
+    loader.fit_transform(mapped, np.arange(4000), "log")
+    assert resident() - before < 16e6  # of 66 MB
+
+
+# Constants of the transform
+
+
+def test_transform_constants_come_from_the_training_rows_alone(packed):
+    dataset = data.load(packed)
+    rows = data.split(dataset)["train"]
+    images = np.array(dataset.images)
+    before = loader.fit_transform(images, rows, "log")
+    others = np.setdiff1d(np.arange(len(images)), rows)
+    images[others] = 1e6
+    assert loader.fit_transform(images, rows, "log") == before
+    images[rows] *= 2
+    assert loader.fit_transform(images, rows, "log") != before
+
+
+@pytest.mark.parametrize("kind", ["log", "linear"])
+def test_transform_constants_withstand_hot_pixels_and_bad_images(kind, packed):
+    dataset = data.load(packed)
+    rows = data.split(dataset)["train"]
+    images = np.array(dataset.images)
+    before = loader.fit_transform(images, rows, kind)
+    assert before.pop("kind") == kind
+    images[rows[::50], :6] = -99.0  # a sentinel border
+    images[rows[100], 3, 3] = 1e9
+    images[rows, 5, 5] = 1e4  # a hot pixel of the camera
+    after = loader.fit_transform(images, rows, kind)
+    assert after.pop("kind") == kind
+    assert after == pytest.approx(before, rel=0.05, abs=0.01 * before["softening"])
+
+
+def test_the_noise_of_simulated_images_is_measured():
+    noisy, clean = (
+        np.concatenate([
+            batch for _, batch, _ in lenses.simulate("Model_II", 5, 0, noise, progress=False)
+        ])
+        for noise in (True, False)
+    )  # fmt: skip
+    background, _ = lenses.noise_of(lenses.INSTRUMENTS["Model_II"], 0.0)
+    assert loader.noise_level(noisy) == pytest.approx(background, rel=0.2)  # photons add to it
+    assert loader.noise_level(clean) < 0.01 * background

@@ -1,0 +1,405 @@
+"""The training loop: it learns, it survives, and it gives the same weights again."""
+
+import argparse
+import contextlib
+import importlib
+import multiprocessing.forkserver
+import os
+import random
+import resource
+import signal
+import termios
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import (
+    HUNG,
+    PICTURES,
+    ROOT,
+    TINY_NETWORK,
+    assert_same_tensors,
+    assert_user_error,
+    finetuning,
+    history_of,
+    pretraining,
+    run_script,
+    sigterm_at,
+    tensors_in,
+)
+from torch import nn
+
+import finetune
+from lib import files, loop, optim, plots
+from lib.files import UserError
+from lib.run import open_run
+
+KILLS = int(os.environ.get("KILLS", "3"))
+WEIGHTS = {"pretrain": "vit-mae-wt.pth", "finetune": "vit-mae-classifier-wt.pth"}
+
+
+# The loop with a model of its own: a line through points.
+
+
+def fit_line(out, validate=None, score=None, spoil=lambda rows, loss: loss, rows=40, **changed):
+    """Fit a line to 40 points.
+
+    `spoil(rows, loss)` gives the loss that the loop gets. Returns what `loop.fit` returns, and the
+    calls of the loss: [(rows, progress, whether the model was in training mode)].
+    """
+    given = {"out": out, "epochs": 3, "batch_size": 8, "validations": None, "lr": 0.1, "seed": 0,
+             "precision": "float32", "quiet": True, "resume": False, "data": "points"}  # fmt: skip
+    dataset = SimpleNamespace(fingerprint="f", origin="", class_names=(), labels=[])
+    torch.manual_seed(0)
+    x = torch.randn(40, 2)
+    y = x @ torch.tensor([1.0, -2.0]) + 0.5
+    model, calls = nn.Linear(2, 1), []
+
+    def batch_loss(batch, progress):
+        calls.append((batch.tolist(), progress, model.training))
+        return {"loss": spoil(batch, F.mse_loss(model(x[batch])[:, 0], y[batch]))}
+
+    def whole_loss():
+        assert not model.training
+        with torch.no_grad():
+            return {"loss": F.mse_loss(model(x)[:, 0], y).item()}
+
+    groups = optim.parameter_groups(model.named_parameters(), 0.0)
+    with open_run(argparse.Namespace(**given | changed), dataset, {}) as run:
+        result = loop.fit(
+            model, groups, batch_loss, validate or (lambda: whole_loss()), np.arange(rows), run,
+            torch.device("cpu"), score=score,
+        )  # fmt: skip
+    return *result, calls
+
+
+def test_the_loss_falls_and_the_history_says_so(tmp_path):
+    state, history, precision, _ = fit_line(tmp_path, epochs=40, lr=0.3)
+    assert precision.name == "float32"
+    losses = [line["validation_loss"] for line in history]
+    assert losses[-1] < 0.01 * losses[0]
+    assert torch.allclose(state["weight"], torch.tensor([[1.0, -2.0]]), atol=0.1)
+    expected = [{k: v for k, v in line.items() if k != "seconds"} for line in history]
+    assert history_of(tmp_path) == expected
+    assert history[-1]["epoch"] == 40
+    assert history[-1]["step"] == 200
+
+
+def test_every_row_is_seen_once_an_epoch_in_another_order(tmp_path):
+    *_, calls = fit_line(tmp_path)
+    assert all(training for *_, training in calls)
+    assert [progress for _, progress, _ in calls] == pytest.approx([i / 15 for i in range(15)])
+    epochs = [sum((rows for rows, *_ in calls[i : i + 5]), []) for i in (0, 5, 10)]
+    assert all(sorted(epoch) == list(range(40)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_rows_that_fill_no_batch_wait_for_another_epoch(tmp_path):
+    *_, calls = fit_line(tmp_path / "one", rows=15, epochs=20)
+    assert len(calls) == 20
+    assert {len(rows) for rows, *_ in calls} == {8}
+    assert {row for rows, *_ in calls for row in rows} == set(range(15))
+    *_, calls = fit_line(tmp_path / "two", rows=5)  # fewer than --batch-size
+    assert [sorted(rows) for rows, *_ in calls] == [list(range(5))] * 3
+
+
+@pytest.mark.parametrize(
+    ("epochs", "validations", "expected"),
+    [(3, None, [5, 10, 15]), (1, 2, [3, 5]), (3, 1, [15]), (1, 100, [1, 2, 3, 4, 5])],
+)
+def test_validations_are_spread_over_the_steps(epochs, validations, expected, tmp_path):
+    _, history, *_ = fit_line(tmp_path, epochs=epochs, validations=validations)
+    assert [line["step"] for line in history] == expected
+
+
+def test_many_epochs_are_not_validated_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "MOST_VALIDATIONS", 4)
+    _, history, *_ = fit_line(tmp_path, epochs=8)
+    assert [line["epoch"] for line in history] == [2, 4, 6, 8]
+
+
+def test_training_figures_are_means_since_the_last_validation(tmp_path):
+    numbers = iter(range(15))
+    _, history, *_ = fit_line(tmp_path, spoil=lambda _, loss: 0 * loss + next(numbers))
+    assert [line["train_loss"] for line in history] == [2.0, 7.0, 12.0]
+
+
+def test_the_best_weights_are_returned_if_there_is_a_score_and_else_the_last(tmp_path):
+    seen, states = [], {}
+    take_over = loop.Training.validate
+
+    def spying(training, *arguments):
+        line = take_over(training, *arguments)
+        seen.append({k: v.clone() for k, v in training.model.state_dict().items()})
+        return line
+
+    for score in ("auc", None):
+        scores = iter([0.1, 0.9, 0.3, 0.9, 0.2])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop.Training, "validate", spying)
+            state, history, *_ = fit_line(
+                tmp_path / str(score), epochs=5, score=score,
+                validate=lambda s=scores: {"loss": 0.0, "auc": next(s)},
+            )  # fmt: skip
+        states[score] = state
+        assert [line["validation_auc"] for line in history] == [0.1, 0.9, 0.3, 0.9, 0.2]
+    assert_same_tensors(states["auc"], seen[1])  # the first of the best
+    assert_same_tensors(states[None], seen[-1])
+    assert not torch.equal(seen[1]["weight"], seen[4]["weight"])
+
+
+def test_the_learning_rate_of_a_step_reaches_the_optimisers(tmp_path, monkeypatch):
+    used = []
+
+    def spying(loss, optimizers, *_):
+        loss.backward()
+        used.append([group["lr"] for o in optimizers for group in o.param_groups])
+
+    monkeypatch.setattr(loop, "update", spying)
+    _, history, *_ = fit_line(tmp_path)
+    expected = [optim.learning_rate(step, 15, 0.1) for step in range(15)]
+    assert used == [[lr, lr] for lr in expected]
+    assert [line["lr"] for line in history] == [expected[4], expected[9], expected[14]]
+
+
+def test_batches_that_cannot_be_trained_on_are_named(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="fewer than two training images"):
+        fit_line(tmp_path, rows=1)
+    monkeypatch.setattr(loop.distributed, "world_size", lambda: 3)
+    with pytest.raises(UserError, match="--batch-size 8 cannot be split over 3 processes"):
+        fit_line(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["training loss", "validation loss", "largest weight"])
+def test_figures_that_are_not_finite_are_named_and_never_kept(what, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0)
+    more = {}
+    if what == "validation loss":
+        more["validate"] = lambda: {"loss": float("inf")}
+    elif what == "training loss":
+        losses = iter([1.0, 1.0, float("nan")])
+        more["spoil"] = lambda _, loss: loss * next(losses)
+    else:
+        # The gradient of a good loss may be infinite.
+        monkeypatch.setattr(loop, "update", lambda *_: None)
+        save = loop.Training.save_checkpoint
+
+        def spoiled(training):
+            if training.step == 3:
+                with torch.no_grad():
+                    training.model.weight.fill_(float("inf"))
+            save(training)
+
+        monkeypatch.setattr(loop.Training, "save_checkpoint", spoiled)
+    with pytest.raises(UserError, match=f"the {what} is not finite at step [235]") as error:
+        fit_line(tmp_path, **more)
+    checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    assert str(tmp_path / "checkpoint.pth") in str(error.value)
+    assert torch.isfinite(checkpoint["model"]["weight"]).all()
+
+
+@pytest.mark.parametrize("batch_size", [8, 240])  # in the middle of an epoch, and at its end
+@pytest.mark.parametrize("script", ["pretrain", "finetune"])
+def test_a_loss_that_is_not_finite_stops_the_run(script, batch_size, packed, tmp_path):
+    arguments = ["--data", packed, "--out", tmp_path / "run", "--lr", "1e30", "--epochs", 1,
+                 "--batch-size", batch_size, "--precision", "float32", *TINY_NETWORK]  # fmt: skip
+    if script == "finetune":
+        arguments += ["--pretrained", "none", "--strategy", "full"]
+    process = run_script(f"{script}.py", *arguments, check=False)
+    assert_user_error(process, "not finite at step", "learning rate 1e+30: lower --lr",
+                      "checkpoint: none yet")  # fmt: skip
+    assert process.stderr.splitlines()[-1].startswith("error: ")
+    assert not list((tmp_path / "run").glob("*.pth"))
+
+
+# Resuming
+
+
+RESUMED = ("pretrain", *finetune.STRATEGIES, "continuing")
+
+
+@pytest.mark.parametrize("what", RESUMED)
+def test_an_interrupted_run_resumes_to_bit_identical_weights(
+    what, packed, runs, tmp_path, no_pictures
+):
+    script = "pretrain" if what == "pretrain" else "finetune"
+
+    def arguments(out, *more):
+        if what == "pretrain":
+            return pretraining(packed, out, "--augment", "halfturn,noise,shift,rotate", *more)
+        if what == "continuing":
+            start = runs / "head" / "vit-mae-classifier-wt.pth"
+            return finetuning(packed, out, start, "full", "--patch-dropout", 0.5, *more)
+        start = runs / "pretrain" / "vit-mae-wt.pth"
+        return finetuning(packed, out, start, what, "--validations", 5, *more)
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run_script(f"{script}.py", *arguments(whole))
+    for step in (5, 17):  # in the first epoch, and in the second
+        with sigterm_at(step):
+            stopped = run_script(f"{script}.py", *arguments(cut, "--resume"), check=False)
+        assert stopped.returncode == 143
+        assert f"stopped at step {step} of" in stopped.stderr
+    process = run_script(f"{script}.py", *arguments(cut, "--resume"))
+    assert "resumes at step 17 of" in process.stdout
+    assert_same_tensors(tensors_in(whole / WEIGHTS[script]), tensors_in(cut / WEIGHTS[script]))
+    assert history_of(whole) == history_of(cut)
+
+
+# Processes that are killed, interrupted or out of disk. They are forked from one process that has
+# the scripts loaded, so that each starts at once.
+
+FORKED = multiprocessing.get_context("forkserver")
+LOADED = ["pretrain", "finetune", "export", "simulate", "pytest"]  # all that this file imports
+
+
+def run_forked(script, arguments, output, checkpoint_seconds, largest_file):
+    """Run a script in a process of its own; it draws no pictures."""
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    loop.CHECKPOINT_SECONDS = checkpoint_seconds
+    for name in PICTURES:
+        setattr(plots, name, lambda *_: None)
+    module = importlib.import_module(script)
+    files.run(lambda: module.main(arguments))
+
+
+@pytest.fixture
+def start():
+    """Function that starts a script in a new process, which writes what it says to a file.
+
+    By default it leaves a checkpoint after every step.
+    """
+    with contextlib.chdir(ROOT):
+        FORKED.set_forkserver_preload(LOADED)
+        multiprocessing.forkserver.ensure_running()
+    started = []
+
+    def starting(script, arguments, output, checkpoint_seconds=0, largest_file=None):
+        process = FORKED.Process(
+            target=run_forked,
+            args=(script, arguments, str(output), checkpoint_seconds, largest_file),
+        )
+        process.start()
+        started.append(process)
+        return process
+
+    yield starting
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def code_of(process):
+    process.join(HUNG)
+    return process.exitcode
+
+
+def last_change(path):
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def wait_for_change(path, process, before=None):
+    while last_change(path) in (before, None) and process.is_alive():
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("script", ["pretrain", "finetune"])
+def test_killed_training_resumes_to_bit_identical_weights(
+    script, packed, tmp_path, runs, start, no_pictures
+):
+    epochs = 2 * KILLS  # of 10 or 15 steps, each with a checkpoint: long enough for all kills
+
+    def arguments(out, *more):
+        if script == "pretrain":
+            return pretraining(packed, out, "--epochs", epochs, *more)
+        pretrained = runs / "pretrain" / "vit-mae-wt.pth"
+        return finetuning(packed, out, pretrained, "full", "--epochs", epochs, *more)
+
+    run_script(f"{script}.py", *arguments(tmp_path / "whole"))
+    rng = random.Random(0)
+    out, output = tmp_path / "killed", tmp_path / "output"
+    for _ in range(KILLS):
+        before = last_change(out / "checkpoint.pth")
+        process = start(script, arguments(out, "--resume"), output)
+        wait_for_change(out / "checkpoint.pth", process, before)
+        time.sleep(rng.uniform(0, 0.1))  # then it steps, writes a checkpoint or validates
+        process.kill()
+        assert code_of(process) == -signal.SIGKILL, output.read_text()
+    process = start(script, arguments(out, "--resume"), output, checkpoint_seconds=30)
+    assert code_of(process) == 0, output.read_text()
+    assert "resumes at step" in output.read_text()
+    assert_same_tensors(*(tensors_in(tmp_path / n / WEIGHTS[script]) for n in ("whole", "killed")))
+    assert history_of(tmp_path / "whole") == history_of(out)
+    assert {path.name for path in out.iterdir()} == {
+        path.name for path in (tmp_path / "whole").iterdir()
+    }
+
+
+@pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interruption_leaves_a_checkpoint_and_the_usual_exit_code(
+    kind, code, packed, tmp_path, start
+):
+    out, output = tmp_path / "run", tmp_path / "output"
+    process = start("pretrain", pretraining(packed, out, "--epochs", 1000), output)
+    wait_for_change(out / "checkpoint.pth", process)
+    os.kill(process.pid, kind)
+    assert code_of(process) == code, output.read_text()
+    assert "--resume" in output.read_text()
+    assert "Traceback" not in output.read_text()
+    assert not (out / "vit-mae-wt.pth").exists()
+    assert torch.load(out / "checkpoint.pth", weights_only=True)["step"] > 0
+
+
+def test_a_full_disk_is_a_clear_error_and_old_weights_stay(packed, tmp_path, start, no_pictures):
+    out, output = tmp_path / "run", tmp_path / "output"
+    run_script("pretrain.py", *pretraining(packed, out))
+    before = (out / "vit-mae-wt.pth").read_bytes()
+    process = start("pretrain", pretraining(packed, out), output, largest_file=50_000)
+    assert code_of(process) == 2, output.read_text()
+    assert "Traceback" not in output.read_text()
+    (error,) = [line for line in output.read_text().splitlines() if line.startswith("error: ")]
+    assert "checkpoint" in error
+    assert (out / "vit-mae-wt.pth").read_bytes() == before
+    assert not list(out.glob("*.tmp*"))
+
+
+def test_a_terminal_shows_a_live_line_and_a_file_plain_lines(
+    packed, runs, tmp_path, start, no_pictures
+):
+    def arguments(out):
+        pretrained = runs / "pretrain" / "vit-mae-wt.pth"
+        return finetuning(packed, out, pretrained, "full", "--epochs", 8)
+
+    terminal, seen_by_script = os.openpty()
+    termios.tcsetwinsize(terminal, (40, 150))
+    process = start(
+        "finetune", arguments(tmp_path / "one"), os.ttyname(seen_by_script), checkpoint_seconds=30
+    )
+    shown = b""
+    os.set_blocking(terminal, False)
+    while process.is_alive():
+        with contextlib.suppress(BlockingIOError):
+            shown += os.read(terminal, 4096)
+            continue
+        time.sleep(0.01)
+    os.close(seen_by_script)
+    with contextlib.suppress(OSError):  # how a terminal ends
+        while part := os.read(terminal, 4096):
+            shown += part
+    os.close(terminal)
+    assert code_of(process) == 0, shown.decode()
+    for part in ("img/s", "epoch=", "loss=", "validation macro_auc=", "<"):
+        assert part in shown.decode(), part
+    plain = run_script("finetune.py", *arguments(tmp_path / "two"))
+    assert "epoch 8/8: train loss" in plain.stdout
+    assert "img/s" not in plain.stdout + plain.stderr

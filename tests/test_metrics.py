@@ -1,0 +1,85 @@
+"""The figures of an evaluation, in cases whose answer is known."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.special import softmax
+
+from lib import metrics
+
+
+def test_auc_and_intervals_are_right_for_a_known_case():
+    rng = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 500)
+    score = rng.normal(labels * 1.0)
+    probabilities = np.stack([1 - score, score], axis=1)
+    # Two unit normals one apart: AUC = Φ(1/√2).
+    expected = 0.5 * (1 + math.erf(0.5))
+    low, high = metrics.bootstrap(
+        lambda rows: metrics.measures(probabilities[rows], labels[rows]), labels, 200, 0,
+        progress=False,
+    )[1]  # fmt: skip
+    assert low < expected < high
+    assert 0.03 < high - low < 0.09
+    perfect = np.eye(3)[np.repeat([0, 1, 2], 5)]
+    assert metrics.measures(perfect, np.repeat([0, 1, 2], 5)).tolist() == [1.0] * 5
+
+
+def test_each_class_has_its_own_auc_and_accuracy_counts_the_largest_probability():
+    labels = np.array([0, 0, 1, 1, 2])
+    probabilities = np.array([
+        [0.8, 0.1, 0.1], [0.2, 0.5, 0.3], [0.3, 0.6, 0.1], [0.1, 0.4, 0.5], [0.1, 0.1, 0.8],
+    ])  # fmt: skip
+    # Class 0: of the six pairs (own, other) five are in order; class 1: five; class 2: all four.
+    assert metrics.auc_by_class(probabilities, labels) == pytest.approx([5 / 6, 5 / 6, 1.0])
+    assert metrics.accuracy(probabilities, labels) == pytest.approx(3 / 5)
+    expected = [5 / 6, 5 / 6, 1.0, (5 / 6 + 5 / 6 + 1) / 3, 3 / 5]
+    assert metrics.measures(probabilities, labels) == pytest.approx(expected)
+
+
+def test_a_bootstrap_draws_within_each_class():
+    labels = np.repeat([0, 1], [30, 3])
+
+    def counts(rows):
+        return np.bincount(labels[rows], minlength=2)
+
+    intervals = metrics.bootstrap(counts, labels, 20, 0, progress=False)
+    assert intervals.tolist() == [[30, 30], [3, 3]]
+    mean = metrics.bootstrap(lambda rows: [rows.mean()], labels, 20, 0, progress=False)
+    again = metrics.bootstrap(lambda rows: [rows.mean()], labels, 20, 0, progress=False)
+    assert mean[0, 0] < mean[0, 1]
+    assert np.array_equal(mean, again)
+
+
+def test_calibration_error_is_that_of_a_known_case():
+    confident = np.array([[0.9, 0.1]] * 10)
+    labels = np.array([0] * 6 + [1] * 4)
+    error, table = metrics.calibration(confident, labels)
+    assert error == pytest.approx(0.3)
+    assert [(round(c, 6), a, n) for c, a, n in table] == [(0.9, 0.6, 10)]
+
+
+def test_the_fitted_temperature_makes_probabilities_calibrated():
+    rng = np.random.default_rng(0)
+    logits = (2 * rng.standard_normal((20_000, 3))).astype(np.float32)
+    cumulative = softmax(logits.astype(np.float64), axis=1).cumsum(axis=1)
+    labels = (rng.random((20_000, 1)) > cumulative).sum(axis=1).clip(max=2)
+    assert metrics.fit_temperature(logits, labels) == pytest.approx(1.0, abs=0.05)
+    assert metrics.fit_temperature(4 * logits, labels) == pytest.approx(4.0, abs=0.2)
+
+
+def test_the_temperature_stays_in_its_range():
+    low, high = metrics.TEMPERATURE_RANGE
+    perfect, labels = np.eye(3, dtype=np.float32), np.arange(3)
+    assert metrics.fit_temperature(perfect, labels) == pytest.approx(low, rel=0.01)
+    wrong = labels[::-1]
+    assert metrics.fit_temperature(100 * perfect, wrong) == pytest.approx(high, rel=0.01)
+
+
+def test_the_fitted_temperature_is_that_of_a_case_solved_by_hand():
+    """Two classes, logits ±3, 80 % right: sigmoid(6 / T) = 0.8, so T = 6 / log 4."""
+    logits = np.tile(np.float32([3, -3]), (10, 1))
+    labels = np.array([0] * 8 + [1] * 2)
+    expected = 6 / math.log(4)
+    assert metrics.fit_temperature(logits, labels) == pytest.approx(expected, rel=1e-4)

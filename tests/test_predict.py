@@ -1,0 +1,160 @@
+"""predict.py: every kind of file is read, and what cannot be read is listed."""
+
+import csv
+import os
+import shutil
+
+import numpy as np
+import pytest
+from conftest import assert_user_error, run_code, run_script
+
+
+def read_csv(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_prediction_reads_every_kind_and_lists_what_it_cannot(runs, folder, tmp_path, lens_image):
+    cutouts = tmp_path / "cutouts" / "night" / "field"
+    cutouts.mkdir(parents=True)
+    np.save(cutouts / "plain.npy", lens_image)
+    shutil.copy(next((folder / "axion").glob("*.npy")), cutouts / "axion.npy")
+    np.save(cutouts / "stack.npy", np.stack([lens_image] * 3))
+    np.save(cutouts / "channel.npy", np.stack([lens_image] * 2)[:, None])
+    np.save(cutouts / "nan.npy", np.full((64, 64), np.nan))
+    np.save(cutouts / "small.npy", lens_image[:32, :32])
+    (cutouts / "broken.npy").write_bytes(b"no image")
+    out = tmp_path / "predictions.csv"
+    arguments = ("--model", runs / "classifier.onnx", "--out", out, "--batch-size", 3)
+    process = run_script("predict.py", *arguments, tmp_path / "cutouts", check=False)
+    assert process.returncode == 1
+    assert "Traceback" not in process.stderr
+    rows = read_csv(out)
+    assert list(rows[0]) == ["file", "axion", "cdm", "no_sub", "prediction"]
+    names = [os.path.basename(row["file"]) for row in rows]
+    assert sorted(names) == sorted(
+        ["axion.npy", "channel.npy[0]", "channel.npy[1]", "plain.npy", "stack.npy[0]",
+         "stack.npy[1]", "stack.npy[2]"]
+    )  # fmt: skip
+    for row in rows:
+        probabilities = {name: float(row[name]) for name in ("axion", "cdm", "no_sub")}
+        assert sum(probabilities.values()) == pytest.approx(1, abs=1e-5)
+        assert row["prediction"] == max(probabilities, key=probabilities.get)
+    by_name = dict(zip(names, rows, strict=True))
+    assert float(by_name["plain.npy"]["cdm"]) == pytest.approx(
+        float(by_name["stack.npy[2]"]["cdm"]), abs=1e-5
+    )
+    errors = read_csv(tmp_path / "predictions.csv.errors.csv")
+    assert sorted(os.path.basename(row["file"]) for row in errors) == [
+        "broken.npy", "nan.npy", "small.npy",
+    ]  # fmt: skip
+
+    good = run_script("predict.py", *arguments, cutouts / "plain.npy")
+    assert good.returncode == 0
+    assert not (tmp_path / "predictions.csv.errors.csv").exists()
+
+
+def test_prediction_reads_npz_and_crops_when_asked(runs, tmp_path, lens_image):
+    np.savez_compressed(tmp_path / "two.npz", first=lens_image, second=np.stack([lens_image] * 2))
+    np.save(tmp_path / "large.npy", np.pad(lens_image, ((3, 3), (5, 5))))
+    command = ("predict.py", "--model", runs / "classifier.onnx", "--out", tmp_path / "p.csv")
+    process = run_script(*command, tmp_path, check=False)
+    assert process.returncode == 1
+    assert "--crop" in process.stderr
+    names = [row["file"] for row in read_csv(tmp_path / "p.csv")]
+    assert names == [f"{tmp_path}/two.npz:{n}" for n in ("first", "second[0]", "second[1]")]
+    run_script(*command, "--crop", tmp_path)
+    rows = read_csv(tmp_path / "p.csv")
+    assert len(rows) == 4
+    same = [float(row["axion"]) for row in rows]  # all are the same image
+    assert max(same) - min(same) < 1e-5
+
+
+def test_prediction_reads_fits(runs, tmp_path, lens_image):
+    fits = pytest.importorskip("astropy.io.fits")
+    table = fits.BinTableHDU.from_columns([fits.Column("x", "E", array=np.zeros(3))])
+    units = [fits.PrimaryHDU(), table, fits.ImageHDU(lens_image.astype(">f4"))]
+    for name in ("one.fits", "two.fits.gz"):
+        fits.HDUList(units).writeto(tmp_path / name)
+    fits.PrimaryHDU(np.zeros((2, 3, 4))).writeto(tmp_path / "cube.fits")
+    (tmp_path / "text.fits").write_text("no FITS")
+    np.save(tmp_path / "z.npy", lens_image)
+    process = run_script("predict.py", "--model", runs / "classifier.onnx", "--out",
+                         tmp_path / "p.csv", tmp_path, check=False)  # fmt: skip
+    assert process.returncode == 1, process.stderr
+    rows = read_csv(tmp_path / "p.csv")
+    assert [row["file"] for row in rows] == [
+        str(tmp_path / n) for n in ("one.fits", "two.fits.gz", "z.npy")
+    ]
+    assert len({row["axion"] for row in rows}) == 1
+    errors = (tmp_path / "p.csv.errors.csv").read_text()
+    assert "cube.fits: not a usable FITS image" in errors
+    assert "text.fits: not a usable FITS image" in errors
+
+
+def test_fits_without_astropy_says_what_to_install(runs, tmp_path):
+    (tmp_path / "one.fits").write_bytes(b"SIMPLE")
+    process = run_code(
+        f"import sys; sys.argv = ['predict.py', '--model', {str(runs / 'classifier.onnx')!r}, "
+        f"'--out', {str(tmp_path / 'p.csv')!r}, {str(tmp_path / 'one.fits')!r}]\n"
+        "import predict\nfrom lib import files\nfiles.run(predict.main)",
+        without=("astropy",), check=False,
+    )  # fmt: skip
+    assert process.returncode == 1
+    assert "pip install astropy" in process.stderr
+
+
+def test_prediction_draws_a_sheet_with_maps(runs, folder, tmp_path):
+    maps = runs / "reconstruction.onnx"
+    process = run_script(
+        "predict.py", "--model", runs / "classifier.onnx", "--maps", maps, "--out",
+        tmp_path / "p.csv", "--sheet", tmp_path / "sheet.png", "--sheet-images", 5, folder / "cdm",
+    )  # fmt: skip
+    assert "the 5 most confident" in process.stdout
+    assert (tmp_path / "sheet.png").stat().st_size > 5000
+    rows = read_csv(tmp_path / "p.csv")
+    assert list(rows[0]) == ["file", "axion", "cdm", "no_sub", "prediction", "residual"]
+    assert all(float(row["residual"]) > 0 for row in rows)
+    refused = run_script(
+        "predict.py", "--model", runs / "classifier.onnx", "--maps", runs / "classifier.onnx",
+        "--out", tmp_path / "q.csv", folder / "cdm", check=False,
+    )  # fmt: skip
+    assert_user_error(refused, "--what reconstruction")
+
+
+def test_prediction_of_a_large_stack_stays_small(runs, tmp_path):
+    count = int(os.environ.get("PREDICT_IMAGES", "10000"))
+    stack = np.lib.format.open_memmap(
+        tmp_path / "stack.npy", mode="w+", dtype=np.float32, shape=(count, 64, 64)
+    )  # a sparse file: zeros that take no disk
+    stack[-1] = np.nan
+    del stack
+    code = (
+        "import resource, predict\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "code = predict.main()\n"
+        "print('grew', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+        "raise SystemExit(code)\n"
+    )
+    process = run_code(
+        code, "--model", runs / "classifier.onnx", "--out", tmp_path / "out.csv",
+        tmp_path / "stack.npy", check=False,
+    )  # fmt: skip
+    assert process.returncode == 1  # the last image
+    grew = int(process.stdout.split("grew")[1])  # KiB
+    assert grew < 100 * 1024, "the stack (160 MB or more) should not be held in memory"
+    with (tmp_path / "out.csv").open() as file:
+        assert sum(1 for _ in file) == count
+
+
+@pytest.mark.parametrize("content", [b"", b"no onnx", b"\x08\x07" * 50])
+def test_a_model_that_is_none_is_named(content, tmp_path, lens_image):
+    np.save(tmp_path / "one.npy", lens_image)
+    model = tmp_path / "model.onnx"
+    model.write_bytes(content)
+    process = run_script(
+        "predict.py", "--model", model, "--out", tmp_path / "x.csv", tmp_path / "one.npy",
+        check=False,
+    )  # fmt: skip
+    assert_user_error(process, model)
+    assert not (tmp_path / "x.csv").exists()

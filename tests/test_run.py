@@ -1,0 +1,167 @@
+"""The folder of a training: who may write into it, what it says, and what a run resumes from."""
+
+import argparse
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import assert_user_error, pretraining, run_script, sigterm_at
+
+from lib import data, distributed, weights
+from lib.files import UserError
+from lib.run import Run, open_run
+
+DATASET = SimpleNamespace(
+    fingerprint="f" * 64, origin="a test", class_names=("a", "b"), labels=[0, 1]
+)
+
+
+def options(out, **changed):
+    given = {"out": out, "resume": False, "lr": 0.1, "augment": ("noise",), "data": Path("lenses"),
+             "cache_dir": None, "quiet": True, "device": "cpu", "pretrained": "none"}  # fmt: skip
+    return argparse.Namespace(**given | changed)
+
+
+def with_checkpoint(out, **settings):
+    """Leave a checkpoint in `out`."""
+    with open_run(options(out), DATASET, {}, **settings) as run:
+        run.save_checkpoint({"step": 3})
+
+
+def resumed(out, dataset=DATASET, **changed):
+    """The checkpoint that a run into `out` resumes from."""
+    settings = changed.pop("settings", {})
+    return Run(options(out, resume=True, **changed), dataset, **settings).checkpoint
+
+
+def test_a_second_run_into_the_same_folder_is_refused(packed, tmp_path):
+    out = tmp_path / "run"
+    with open_run(options(out), DATASET, {}):
+        before = (out / "config.json").read_text()
+        second = run_script("pretrain.py", *pretraining(packed, out), check=False)
+        assert_user_error(second, out, "choose another --out")
+        assert (out / "config.json").read_text() == before
+    with open_run(options(out), DATASET, {}):  # free again
+        pass
+
+
+def test_a_checkpoint_is_read_only_on_demand(tmp_path):
+    assert resumed(tmp_path) is None
+    with_checkpoint(tmp_path)
+    assert resumed(tmp_path)["step"] == 3
+    assert Run(options(tmp_path), DATASET).checkpoint is None
+
+
+class Executes:
+    """Pickles as a call that prints."""
+
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+BROKEN = {
+    "empty": lambda path: path.write_bytes(b""),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "text": lambda path: path.write_text("no checkpoint"),
+    "a list": lambda path: torch.save([1], path),
+    "no settings": lambda path: torch.save({"step": 1}, path),
+    "settings of another kind": lambda path: torch.save({"settings": [1]}, path),
+    "hostile": lambda path: torch.save({"settings": Executes()}, path),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_checkpoint_that_cannot_be_read_is_named_with_the_remedy(how, tmp_path, capsys):
+    with_checkpoint(tmp_path)
+    path = tmp_path / "checkpoint.pth"
+    BROKEN[how](path)
+    with pytest.raises(UserError) as error:
+        resumed(tmp_path)
+    assert str(error.value) == f"{path} cannot be read: delete it and start again"
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_only_the_same_settings_are_resumed(tmp_path):
+    with_checkpoint(tmp_path, pretrained_sha256="abc")
+    same = {"settings": {"pretrained_sha256": "abc"}}
+    assert resumed(tmp_path, **same)["step"] == 3
+    other_data = SimpleNamespace(fingerprint="0" * 64)
+    for named, changed in (
+        ("lr = 0.1", {"lr": 0.2}),
+        ("augment", {"augment": ()}),
+        ("new_option = None", {"new_option": 1}),
+        ("data_fingerprint", {"dataset": other_data}),
+        ("pretrained_sha256 = abc", {"settings": {"pretrained_sha256": "def"}}),
+    ):
+        with pytest.raises(UserError, match=f"--resume.* has {named}"):
+            resumed(tmp_path, **{**same, **changed})
+
+
+def test_options_that_do_not_change_the_weights_may_change(tmp_path):
+    with_checkpoint(tmp_path)
+    others = {"quiet": False, "device": "auto", "data": Path("elsewhere"), "cache_dir": Path("c"),
+              "pretrained": Path("moved.pth")}  # fmt: skip
+    assert resumed(tmp_path, **others)["step"] == 3
+
+
+def test_resume_with_other_settings_names_the_setting_and_changes_nothing(packed, tmp_path):
+    out = tmp_path / "run"
+    with sigterm_at(3):
+        run_script("pretrain.py", *pretraining(packed, out), check=False)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    assert out / "checkpoint.pth" in before
+    refused = run_script(
+        "pretrain.py", *pretraining(packed, out, "--lr", "0.5", "--resume"), check=False
+    )
+    assert_user_error(refused, "lr = 0.002", "0.5", "--resume")
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_the_configuration_says_how_to_repeat_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/pretrain.py", "--data", "my lenses"])
+    with open_run(options(tmp_path), DATASET, {"depth": 4}, {"kind": "log"}):
+        pass
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["command"] == "python pretrain.py --data 'my lenses'"
+    assert config["options"]["data"] == "lenses"
+    assert config["options"]["augment"] == ["noise"]
+    assert config["data"] == {"origin": "a test", "fingerprint": "f" * 64,
+                              "class_names": ["a", "b"], "images": 2}  # fmt: skip
+    assert (config["model"], config["transform"]) == ({"depth": 4}, {"kind": "log"})
+    assert config["versions"]["torch"] == torch.__version__
+
+
+def test_the_weights_take_the_place_of_the_checkpoint(tmp_path, monkeypatch):
+    with_checkpoint(tmp_path)
+    with open_run(options(tmp_path), DATASET, {}, pretrained_sha256="abc") as run:
+
+        def fails(*_):
+            raise UserError("is the disk full?")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(weights, "save", fails)
+            with pytest.raises(UserError, match="full"):
+                run.save_weights("w.pth", {}, {}, (), precision="float32")
+        assert run.checkpoint_path.exists()  # else hours would be lost
+        state = {"x": torch.ones(2)}
+        run.save_weights("w.pth", state, {"depth": 4}, ("a", "b"), precision="float32")
+    assert not run.checkpoint_path.exists()
+    content = weights.read(tmp_path / "w.pth").content
+    assert content["run"] == {
+        "lr": 0.1, "augment": ["noise"], "data_fingerprint": "f" * 64, "split": data.SPLIT,
+        "pretrained_sha256": "abc", "precision": "float32", "data": "lenses",
+    }  # fmt: skip
+
+
+def test_the_main_process_alone_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    with open_run(options(tmp_path), DATASET, {}) as run:
+        run.write_metrics([{"epoch": 1}])
+        run.save_checkpoint({"step": 1})
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    with open_run(options(tmp_path), DATASET, {}) as run:
+        run.write_metrics([{"epoch": 1}, {"epoch": 2}])
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1}\n{"epoch": 2}\n'

@@ -1,0 +1,145 @@
+"""Weights files: written whole or not at all, read exactly, and checked before they are used."""
+
+import os
+import sys
+
+import pytest
+import torch
+
+from lib import files, weights
+from lib.files import UserError
+from mae import MAE, Classifier
+
+TINY = {"patch_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2}
+CLASS_NAMES = ("a", "b", "c")
+
+
+@pytest.fixture
+def mae_file(tmp_path):
+    """A weights file of an MAE: (path, network)."""
+    config = {**TINY, "decoder_embed_dim": 8, "decoder_num_heads": 2}
+    network = MAE(**config)
+    config["transform"] = {"kind": "asinh", "softening": 0.5}
+    path = tmp_path / "mae.pth"
+    run = {"lr": 0.1, "augment": ("noise",)}
+    weights.save(path, network.state_dict(), config, CLASS_NAMES, run)
+    return path, network
+
+
+@pytest.fixture
+def classifier_file(tmp_path):
+    """A weights file of a classifier: (path, network)."""
+    config = {**TINY, "num_classes": 3, "pool": "stats"}
+    network = Classifier(**config)
+    path = tmp_path / "classifier.pth"
+    weights.save(path, network.state_dict(), config, CLASS_NAMES, {})
+    return path, network
+
+
+def spoiled(path, spoil):
+    """The file at `path` after `spoil` has changed its content."""
+    content = torch.load(path, weights_only=True)
+    spoil(content)
+    torch.save(content, path.with_name("spoiled.pth"))
+    return path.with_name("spoiled.pth")
+
+
+def test_what_is_saved_is_read(mae_file, classifier_file):
+    path, network = mae_file
+    loaded, transform, content = weights.load_mae(path)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert (transform.kind, transform.softening) == ("asinh", 0.5)
+    assert content["class_names"] == list(CLASS_NAMES)
+    assert content["run"] == {"lr": 0.1, "augment": ["noise"]}
+    path, network = classifier_file
+    loaded, _ = weights.load_classifier(path)
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_an_opened_file_says_what_it_is(mae_file, classifier_file):
+    for (path, _), is_classifier in ((mae_file, False), (classifier_file, True)):
+        opened = weights.read(path)
+        assert opened.is_classifier == is_classifier
+        assert opened.sha256 == files.sha256_of(path)
+        assert opened.path == path
+    with pytest.raises(UserError, match=r"classifier\.pth"):
+        weights.load_mae(classifier_file[0])
+    with pytest.raises(UserError, match=r"mae\.pth"):
+        weights.load_classifier(mae_file[0])
+
+
+def test_a_failed_write_names_the_file_and_leaves_the_old_one(mae_file, monkeypatch):
+    path, network = mae_file
+    before = path.read_bytes()
+
+    def half(_, temporary):
+        temporary.write_bytes(before[:100])
+        raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(UserError, match=r"mae\.pth: is the disk full"):
+        weights.save(path, network.state_dict(), {}, [], {})
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == ["mae.pth"]
+
+
+class Touches:
+    """Pickles as a call that leaves a file behind."""
+
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def test_weights_of_strangers_are_not_executed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Touches()}, tmp_path / "hostile.pth")
+    with pytest.raises(UserError, match=r"hostile\.pth"):
+        weights.load_mae(tmp_path / "hostile.pth")
+    assert not (tmp_path / "executed").exists()
+    torch.load(tmp_path / "hostile.pth", weights_only=False)
+    assert (tmp_path / "executed").exists()  # where nothing stops it
+
+
+WRONG_WEIGHTS = {
+    "missing tensor": (lambda c: c["model"].pop("norm.weight"), r"norm\.weight is missing"),
+    "unexpected tensor": (lambda c: c["model"].update(x=torch.zeros(1)), "unexpected tensor 'x'"),
+    "other shape": (lambda c: c["model"].update(cls_token=torch.zeros(1)), "cls_token should have"),
+    "no tensor": (lambda c: c["model"].update(cls_token="text"), "cls_token should have"),
+    "NaN": (lambda c: c["model"]["norm.bias"].fill_(float("nan")), r"norm\.bias has NaN"),
+    "huge network": (lambda c: c["config"].update(embed_dim=10**9), "embed_dim"),
+    "many patches": (lambda c: c["config"].update(img_size=4096, patch_size=1), "128×128 patches"),
+    "unknown option": (lambda c: c["config"].update(colour=1), "colour"),
+    "no configuration": (lambda c: c.pop("config"), "'config' is missing"),
+    "no transform": (lambda c: c["config"].pop("transform"), "no usable transform"),
+    "other transform": (lambda c: c["config"].update(transform={"kind": "cube"}), "transform"),
+    "class names": (lambda c: c.update(class_names=[1, 2]), "class names must be text"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_WEIGHTS)
+def test_weights_that_do_not_fit_are_refused_by_name(name, mae_file):
+    spoil, reason = WRONG_WEIGHTS[name]
+    path = spoiled(mae_file[0], spoil)
+    with pytest.raises(UserError, match=rf"spoiled\.pth.*{reason}"):
+        weights.load_mae(path)
+
+
+def test_a_classifier_needs_a_name_for_each_class(classifier_file):
+    path = spoiled(classifier_file[0], lambda c: c["class_names"].pop())
+    with pytest.raises(UserError, match=r"spoiled\.pth: the number of class names is wrong"):
+        weights.load_classifier(path)
+
+
+def test_files_that_hold_no_weights_are_named(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"cannot read weights .*missing\.pth"):
+        weights.read(tmp_path / "missing.pth")
+    (tmp_path / "text.pth").write_text("no weights")
+    torch.save([1, 2], tmp_path / "list.pth")
+    for name in ("text.pth", "list.pth"):
+        with pytest.raises(UserError, match=rf"{name}: not a weights file"):
+            weights.read(tmp_path / name)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(UserError, match=r"x\.safetensors needs safetensors: pip install"):
+        weights.read(tmp_path / "x.safetensors", num_heads=2)
