@@ -55,11 +55,11 @@ def test_make_reproduce_runs_on_a_folder_and_does_nothing_twice(python, folder, 
     ("goal", "expected"),
     [
         (("reproduce", "BASELINE=1"), {
-            "simulate.py", "pack.py", "pretrain.py", "finetune.py", "evaluate.py",
+            "simulate.py", "data.py", "pretrain.py", "finetune.py", "evaluate.py",
             "reconstruct.py", "export.py", "predict.py",
         }),
         (("study", "UNSEEN=x"), {
-            "simulate.py", "pack.py", "experiments/study.py", "experiments/results.py",
+            "simulate.py", "data.py", "experiments/study.py", "experiments/results.py",
         }),
         (("real", "REAL=Makefile"), {
             "simulate.py", "pretrain.py", "finetune.py", "experiments/real_images.py",

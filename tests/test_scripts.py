@@ -79,7 +79,7 @@ def mistakes(runs, folder, tmp_path):
             np.save(two / name / f"{i}.npy", np.random.default_rng([i, len(name)]).random((64, 64)))
     full = ("--strategy", "full")
     return {
-        "nothing to pack": ("pack.py", ("--data", tmp_path / "gone"), "gone"),
+        "nothing to pack": ("data.py", ("--data", tmp_path / "gone"), "gone"),
         "no images a class": ("simulate.py", (*out, "--per-class", 0), "--per-class"),
         "simulated already": ("simulate.py", ("--out", small, "--per-class", 1), small),
         "no such class": ("pretrain.py", (*cache, *out, "--classes", "wdm"), "wdm"),
