@@ -64,7 +64,8 @@ def _accept_any_output():
         if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # a stream that is read and written
+                stream.reconfigure(errors="backslashreplace")
 
 
 def _say(text):

@@ -12,6 +12,7 @@ import torch
 
 from lib import data, distributed, weights
 from lib.files import UserError, make_folder, write_json, write_text
+from lib.readers import is_hidden
 
 # Options that do not change the weights: a run may be resumed under others.
 FREE_OPTIONS = {
@@ -44,8 +45,8 @@ class Run:
 
     def _refuse_to_overwrite(self):
         """UserError if the folder holds what this run would replace unasked."""
-        others = [p for p in self.out.glob("*.pth")
-                  if p not in (self.weights_path, self.checkpoint_path)]  # fmt: skip
+        own = (self.weights_path, self.checkpoint_path)
+        others = [p for p in self.out.glob("*.pth") if p not in own and not is_hidden(p.name)]
         if others:
             raise UserError(f"{self.out} holds {others[0].name} of another run: choose another --out")
         if self.args.resume or self.args.overwrite:
@@ -145,4 +146,9 @@ def _locked(out):
         except OSError as error:  # some network file systems have no locks
             print(f"{out} cannot be locked ({error.strerror}): let no other run write into it",
                   file=sys.stderr)  # fmt: skip
-        yield
+        try:
+            yield
+        finally:
+            if [path.name for path in out.iterdir()] == [".lock"]:  # a mistake: nothing was begun
+                (out / ".lock").unlink()
+                out.rmdir()

@@ -58,8 +58,9 @@ def test_evaluation_is_of_the_test_part_alone(evaluation, runs, folder):
     assert result["images"] == len(rows)
     expected = metrics.auc_by_class(probabilities, labels)
     for name, auc in zip(dataset.class_names, expected, strict=True):
-        assert result[name]["value"] == pytest.approx(auc, abs=0.02)
-        assert result[name]["low"] <= result[name]["value"] <= result[name]["high"]
+        figure = result["auc"][name]
+        assert figure["value"] == pytest.approx(auc, abs=0.02)
+        assert figure["low"] <= figure["value"] <= figure["high"]
     assert result["accuracy"]["value"] == pytest.approx(
         (probabilities.argmax(1) == labels).mean(), abs=0.04
     )
@@ -80,7 +81,7 @@ def test_classes_in_another_order_give_the_same_figures(levels):
         state[name] = state[name][order]
     (levels / "shifted").mkdir()
     shifted = levels / "shifted" / "vit-mae-classifier-wt.pth"
-    weights.save(shifted, state, content["config"], SHIFTED, content["run"])
+    weights.save(shifted, state, content["config"], SHIFTED, content["run"], np.array([1], dtype=np.uint64))
 
     out = levels / "evaluation"
     process = run_script("evaluate.py", "--data", levels / "data", "--weights", path, shifted,
@@ -92,9 +93,9 @@ def test_classes_in_another_order_give_the_same_figures(levels):
     counts = np.bincount(dataset.labels[data.split(dataset)["test"]])
     for name in ("sorted", "shifted"):
         result = whole["results"][name]
-        assert list(result)[:5] == [*sorted(LEVELS), "macro", "accuracy"]
+        assert list(result["auc"]) == sorted(LEVELS)
         for class_name in LEVELS:
-            assert result[class_name]["value"] > 0.95, (name, class_name)
+            assert result["auc"][class_name]["value"] > 0.95, (name, class_name)
         assert result["accuracy"]["value"] > 0.9
         # Nearly all images are on the diagonal, which lies in the order of the data.
         matrix = np.array(whole["confusion"][name])
@@ -111,7 +112,7 @@ def test_figures_are_written_before_they_are_printed(levels, tmp_path):
         def write(self, text):
             raise BrokenPipeError(32, "Broken pipe")
 
-    with contextlib.redirect_stdout(Closed()), pytest.raises(BrokenPipeError):
+    with contextlib.redirect_stdout(Closed()):
         evaluate.main([
             "--data", str(levels / "data"), "--out", str(tmp_path / "out"), "--resamples", "5",
             "--weights", str(levels / "sorted" / "vit-mae-classifier-wt.pth"),

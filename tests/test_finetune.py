@@ -279,14 +279,14 @@ def test_the_temperature_is_fitted_on_images_disturbed_as_in_validation(packed, 
     assert model.temperature.item() != pytest.approx(fitted[()], rel=1e-3)
 
 
-def test_the_weights_are_there_if_the_picture_fails(packed, runs, tmp_path, monkeypatch):
+def test_the_weights_are_there_if_the_picture_fails(packed, runs, tmp_path, monkeypatch, capsys):
     def fails(*_):
         raise RuntimeError("no font")
 
     monkeypatch.setattr(plots, "classifier_curves", fails)
     pretrained = runs / "pretrain" / PRETRAINED
-    with pytest.raises(RuntimeError, match="no font"):
-        finetune.main(finetuning(packed, tmp_path / "run", pretrained, "head", "--epochs", 1))
+    finetune.main(finetuning(packed, tmp_path / "run", pretrained, "head", "--epochs", 1))
+    assert "not shown" in capsys.readouterr().err
     assert weights.load_classifier(tmp_path / "run" / CLASSIFIER)
     assert not (tmp_path / "run" / "checkpoint.pth").exists()
 

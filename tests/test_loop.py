@@ -51,7 +51,8 @@ def fit_line(out, validate=None, score=None, spoil=lambda rows, loss: loss, rows
     calls of the loss: [(rows, progress, whether the model was in training mode)].
     """
     given = {"out": out, "epochs": 3, "batch_size": 8, "validations": None, "lr": 0.1, "seed": 0,
-             "precision": "float32", "quiet": True, "resume": False, "data": "points"}  # fmt: skip
+             "precision": "float32", "quiet": True, "resume": False, "overwrite": True,
+             "data": "points"}  # fmt: skip
     dataset = SimpleNamespace(fingerprint="f", origin="", class_names=(), labels=[])
     torch.manual_seed(0)
     x = torch.randn(40, 2)
@@ -68,7 +69,7 @@ def fit_line(out, validate=None, score=None, spoil=lambda rows, loss: loss, rows
             return {"loss": F.mse_loss(model(x)[:, 0], y).item()}
 
     groups = optim.parameter_groups(model.named_parameters(), 0.0)
-    with open_run(argparse.Namespace(**given | changed), dataset, {}) as run:
+    with open_run(argparse.Namespace(**given | changed), dataset, "w.pth") as run:
         result = loop.fit(
             model, groups, batch_loss, validate or (lambda: whole_loss()), np.arange(rows), run,
             torch.device("cpu"), score=score,
@@ -364,7 +365,8 @@ def test_a_full_disk_is_a_clear_error_and_old_weights_stay(packed, tmp_path, sta
     out, output = tmp_path / "run", tmp_path / "output"
     run_script("pretrain.py", *pretraining(packed, out))
     before = (out / "vit-mae-wt.pth").read_bytes()
-    process = start("pretrain", pretraining(packed, out), output, largest_file=50_000)
+    again = pretraining(packed, out, "--overwrite")
+    process = start("pretrain", again, output, largest_file=50_000)
     assert code_of(process) == 2, output.read_text()
     assert "Traceback" not in output.read_text()
     (error,) = [line for line in output.read_text().splitlines() if line.startswith("error: ")]

@@ -61,7 +61,7 @@ def test_every_validation_hides_the_same_patches():
     assert len(one.argsort(1).unique(dim=0)) == 5  # and others of each image
 
 
-def test_the_weights_are_there_if_the_pictures_fail(packed, tmp_path, monkeypatch):
+def test_the_weights_are_there_if_the_pictures_fail(packed, tmp_path, monkeypatch, capsys):
     def fails(*_):
         raise RuntimeError("no font")
 
@@ -69,8 +69,8 @@ def test_the_weights_are_there_if_the_pictures_fail(packed, tmp_path, monkeypatc
     for name in ("loss_curves", "reconstructions"):
         with monkeypatch.context() as patch:
             patch.setattr(plots, name, fails)
-            with pytest.raises(RuntimeError, match="no font"):
-                pretrain.main(pretraining(packed, out, "--epochs", 1))
+            pretrain.main(pretraining(packed, out, "--epochs", 1))
+        assert "not shown" in capsys.readouterr().err
         assert tensors_in(out / "vit-mae-wt.pth")
         assert not (out / "checkpoint.pth").exists()
         (out / "vit-mae-wt.pth").unlink()
@@ -91,7 +91,7 @@ def test_a_checkpoint_that_cannot_be_read_stops_the_run(packed, tmp_path):
     out.mkdir()
     (out / "checkpoint.pth").write_bytes(b"half a checkpoint")
     refused = run_script("pretrain.py", *pretraining(packed, out, "--resume"), check=False)
-    assert_user_error(refused, out / "checkpoint.pth", "delete it and start again")
+    assert_user_error(refused, out / "checkpoint.pth", "--overwrite")
     (out / "checkpoint.pth").unlink()
     run_script("pretrain.py", *pretraining(packed, out, "--resume", "--epochs", 1))
     assert (out / "vit-mae-wt.pth").exists()

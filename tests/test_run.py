@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_user_error, pretraining, run_script, sigterm_at
@@ -20,30 +21,32 @@ DATASET = SimpleNamespace(
 
 def options(out, **changed):
     given = {"out": out, "resume": False, "lr": 0.1, "augment": ("noise",), "data": Path("lenses"),
-             "cache_dir": None, "quiet": True, "device": "cpu", "pretrained": "none"}  # fmt: skip
+             "cache_dir": None, "quiet": True, "device": "cpu", "pretrained": "none",
+             "overwrite": False}  # fmt: skip
     return argparse.Namespace(**given | changed)
 
 
 def with_checkpoint(out, **settings):
     """Leave a checkpoint in `out`."""
-    with open_run(options(out), DATASET, {}, **settings) as run:
+    with open_run(options(out), DATASET, "w.pth", **settings) as run:
         run.save_checkpoint({"step": 3})
 
 
 def resumed(out, dataset=DATASET, **changed):
     """The checkpoint that a run into `out` resumes from."""
     settings = changed.pop("settings", {})
-    return Run(options(out, resume=True, **changed), dataset, **settings).checkpoint
+    return Run(options(out, resume=True, **changed), dataset, "w.pth", **settings).checkpoint
 
 
 def test_a_second_run_into_the_same_folder_is_refused(packed, tmp_path):
     out = tmp_path / "run"
-    with open_run(options(out), DATASET, {}):
+    with open_run(options(out), DATASET, "w.pth") as run:
+        run.write_config()
         before = (out / "config.json").read_text()
         second = run_script("pretrain.py", *pretraining(packed, out), check=False)
         assert_user_error(second, out, "choose another --out")
         assert (out / "config.json").read_text() == before
-    with open_run(options(out), DATASET, {}):  # free again
+    with open_run(options(out), DATASET, "w.pth"):  # free again
         pass
 
 
@@ -51,7 +54,7 @@ def test_a_checkpoint_is_read_only_on_demand(tmp_path):
     assert resumed(tmp_path) is None
     with_checkpoint(tmp_path)
     assert resumed(tmp_path)["step"] == 3
-    assert Run(options(tmp_path), DATASET).checkpoint is None
+    assert Run(options(tmp_path, overwrite=True), DATASET, "w.pth").checkpoint is None
 
 
 class Executes:
@@ -79,7 +82,7 @@ def test_a_checkpoint_that_cannot_be_read_is_named_with_the_remedy(how, tmp_path
     BROKEN[how](path)
     with pytest.raises(UserError) as error:
         resumed(tmp_path)
-    assert str(error.value) == f"{path} cannot be read: delete it and start again"
+    assert str(error.value) == f"{path} cannot be read: give --overwrite to start again"
     assert "executed" not in capsys.readouterr().out
 
 
@@ -121,8 +124,8 @@ def test_resume_with_other_settings_names_the_setting_and_changes_nothing(packed
 
 def test_the_configuration_says_how_to_repeat_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/somewhere/pretrain.py", "--data", "my lenses"])
-    with open_run(options(tmp_path), DATASET, {"depth": 4}, {"kind": "log"}):
-        pass
+    with open_run(options(tmp_path), DATASET, "w.pth") as run:
+        run.write_config(model={"depth": 4}, transform={"kind": "log"})
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["command"] == "python pretrain.py --data 'my lenses'"
     assert config["options"]["data"] == "lenses"
@@ -135,7 +138,9 @@ def test_the_configuration_says_how_to_repeat_the_run(tmp_path, monkeypatch):
 
 def test_the_weights_take_the_place_of_the_checkpoint(tmp_path, monkeypatch):
     with_checkpoint(tmp_path)
-    with open_run(options(tmp_path), DATASET, {}, pretrained_sha256="abc") as run:
+    seen = np.array([2**64 - 1, 3, 3], dtype=np.uint64)
+    again = options(tmp_path, overwrite=True)
+    with open_run(again, DATASET, "w.pth", pretrained_sha256="abc") as run:
 
         def fails(*_):
             raise UserError("is the disk full?")
@@ -143,25 +148,28 @@ def test_the_weights_take_the_place_of_the_checkpoint(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(weights, "save", fails)
             with pytest.raises(UserError, match="full"):
-                run.save_weights("w.pth", {}, {}, (), precision="float32")
+                run.save_weights({}, {}, seen, number_format="float32")
         assert run.checkpoint_path.exists()  # else hours would be lost
         state = {"x": torch.ones(2)}
-        run.save_weights("w.pth", state, {"depth": 4}, ("a", "b"), precision="float32")
+        run.save_weights(state, {"depth": 4}, seen, number_format="float32")
     assert not run.checkpoint_path.exists()
-    content = weights.read(tmp_path / "w.pth").content
+    opened = weights.read(tmp_path / "w.pth")
+    assert opened.seen.tolist() == [3, 2**64 - 1] or opened.seen.tolist() == [2**64 - 1, 3]
+    content = opened.content
     assert content["run"] == {
         "lr": 0.1, "augment": ["noise"], "data_fingerprint": "f" * 64, "split": data.SPLIT,
-        "pretrained_sha256": "abc", "precision": "float32", "data": "lenses",
+        "pretrained_sha256": "abc", "number_format": "float32", "data": "lenses",
     }  # fmt: skip
 
 
 def test_the_main_process_alone_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "is_main", lambda: False)
-    with open_run(options(tmp_path), DATASET, {}) as run:
+    with open_run(options(tmp_path), DATASET, "w.pth") as run:
+        run.write_config()
         run.write_metrics([{"epoch": 1}])
         run.save_checkpoint({"step": 1})
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
-    with open_run(options(tmp_path), DATASET, {}) as run:
+    with open_run(options(tmp_path), DATASET, "w.pth") as run:
         run.write_metrics([{"epoch": 1}, {"epoch": 2}])
     assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1}\n{"epoch": 2}\n'

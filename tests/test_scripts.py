@@ -24,7 +24,7 @@ from test_predict import read_csv
 
 from lib import weights
 
-SCRIPTS = ("simulate", "pack", "pretrain", "finetune", "evaluate", "reconstruct", "export",
+SCRIPTS = ("simulate", "data", "pretrain", "finetune", "evaluate", "reconstruct", "export",
            "predict")  # fmt: skip
 EXPERIMENTS = ("study", "results", "bench", "real_images")
 MODULES = [path.stem for path in sorted((ROOT / "lib").glob("*.py"))]
@@ -43,13 +43,13 @@ def test_help_shows_an_example_and_defaults(script):
 
 @pytest.mark.parametrize(
     ("script", "option"),
-    [("pack", "--device"), ("simulate", "--device"), ("export", "--device"), ("predict", "--seed")],
+    [("data", "--device"), ("simulate", "--device"), ("export", "--device"), ("predict", "--seed")],
 )
 def test_options_that_would_do_nothing_are_refused(script, option):
     process = run_script(f"{script}.py", "--help")
     assert option not in process.stdout
     parse_args = importlib.import_module(script).parse_args
-    given = {"pack": ["--data", "x"], "simulate": ["--out", "x"],
+    given = {"data": ["--data", "x"], "simulate": ["--out", "x"],
              "export": ["--weights", "x", "--out", "x"],
              "predict": ["--model", "x", "--out", "x", "x"]}[script]  # fmt: skip
     parse_args(given)

@@ -3,6 +3,7 @@
 import os
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from mae import MAE, Classifier
 
 TINY = {"patch_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2}
 CLASS_NAMES = ("a", "b", "c")
+SEEN = np.array([1, 2**63 + 1], dtype=np.uint64)
 
 
 @pytest.fixture
@@ -22,7 +24,7 @@ def mae_file(tmp_path):
     config["transform"] = {"kind": "asinh", "softening": 0.5}
     path = tmp_path / "mae.pth"
     run = {"lr": 0.1, "augment": ("noise",)}
-    weights.save(path, network.state_dict(), config, CLASS_NAMES, run)
+    weights.save(path, network.state_dict(), config, CLASS_NAMES, run, SEEN)
     return path, network
 
 
@@ -32,7 +34,7 @@ def classifier_file(tmp_path):
     config = {**TINY, "num_classes": 3, "pool": "stats"}
     network = Classifier(**config)
     path = tmp_path / "classifier.pth"
-    weights.save(path, network.state_dict(), config, CLASS_NAMES, {})
+    weights.save(path, network.state_dict(), config, CLASS_NAMES, {}, SEEN)
     return path, network
 
 
@@ -80,7 +82,7 @@ def test_a_failed_write_names_the_file_and_leaves_the_old_one(mae_file, monkeypa
 
     monkeypatch.setattr(torch, "save", half)
     with pytest.raises(UserError, match=r"mae\.pth: is the disk full"):
-        weights.save(path, network.state_dict(), {}, [], {})
+        weights.save(path, network.state_dict(), {}, [], {}, SEEN)
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == ["mae.pth"]
 
