@@ -107,6 +107,7 @@ bench: $(PEERS)/ready
 test: $(READY)
 	$(PY) -m pytest -q tests
 
+test-heavy: export HEAVY := 1
 test-heavy: export KILLS := 20
 test-heavy: export FUZZED_FILES := 200000
 test-heavy: export PREDICT_IMAGES := 200000

@@ -182,7 +182,7 @@ def summary(lab, strategy, path, dataset):
 
 def pretraining_epochs(lab):
     """Epochs of the study's default pre-training on its own data."""
-    args = pretrain.parse_args(["--data", "", "--out", "", *lab.pretraining])
+    args = pretrain.parse_args(["--data", "unused", "--out", "unused", *lab.pretraining])
     rows = data.split(lab.dataset)["train"]
     images = len(pretrain.rows_to_learn_from(lab.dataset, rows, args.classes))
     return pretrain.epochs_for(args, images)
@@ -308,7 +308,7 @@ def choices(lab):
 
     add("defaults", "base", seed)
     default = finetune.parse_args(
-        ["--data", "", "--out", "", "--pretrained", "none", "--strategy", "full"]
+        ["--data", "unused", "--out", "unused", "--pretrained", "none", "--strategy", "full"]
     )
     start = pretrained(lab, "base", seed)
     for pool in POOLINGS:

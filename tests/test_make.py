@@ -1,6 +1,7 @@
 """The Makefile: what it calls exists, and `make reproduce` leaves all and then does nothing."""
 
 import importlib
+import re
 import shlex
 import subprocess
 import sys
@@ -71,11 +72,9 @@ def test_make_calls_scripts_with_options_that_they_have(goal, expected, tmp_path
     """Asks make what it would do in an empty folder of runs, and parses each command."""
     said = make("-n", *goal, "PY=python", f"RUNS={tmp_path / 'runs'}").replace("\\\n", " ")
     called = set()
-    for line in said.splitlines():
-        words = shlex.split(line, comments=True)
-        if len(words) > 1 and words[0].endswith("python") and words[1].endswith(".py"):
-            script, *arguments = words[1:]
-            module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-            module.parse_args(arguments)
-            called.add(script)
+    # Inside a recipe of several commands a script follows a semicolon.
+    for script, arguments in re.findall(r"(?:^|;\s+|bench/bin/)python (\S+\.py)([^;\n]*)", said, re.M):
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        module.parse_args(shlex.split(arguments))
+        called.add(script)
     assert called == expected

@@ -7,6 +7,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -167,7 +168,7 @@ def test_command(command, place, monkeypatch):
     # Into new folders: those of the fixture stay as they are.
     if "--out" in words:
         out = words.index("--out") + 1
-        words[out] = f"new-{len(words)}-{os.path.basename(words[out])}"
+        words[out] = f"new-{zlib.crc32(command.encode())}-{os.path.basename(words[out])}"
     words += SHORTER.get(script, [])
     if launcher == "torchrun":
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

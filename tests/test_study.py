@@ -11,6 +11,7 @@ from conftest import TINY_DECODER, TINY_NETWORK
 import evaluate
 import finetune
 import pretrain
+import simulate
 from experiments import results, study
 from lib import lenses, residuals
 from lib.files import UserError
@@ -20,6 +21,15 @@ TINY = {
     "MISTAKES_PER_CLASS": 40, "STRENGTH_BINS": 2, "OTHER_EPOCHS": (1, 1, 1),
     "OTHER_MODELS": (("Model_III", 100, 8),),
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unseen(tmp_path_factory):
+    """Packed images that no study here trains on."""
+    out = tmp_path_factory.mktemp("unseen") / "packed"
+    batches = lenses.simulate("Model_II", 20, seed=4, progress=False)
+    simulate.write_packed(out, batches, 20, "Model_II", "unseen")
+    return out
 
 
 @pytest.fixture
@@ -39,8 +49,8 @@ def tiny_study(packed, tmp_path, monkeypatch, no_pictures):
     return main
 
 
-def test_every_experiment_leaves_its_rows_its_picture_and_its_table(tiny_study, packed):
-    kept_in = tiny_study("--seeds", 0, "--unseen", packed)
+def test_every_experiment_leaves_its_rows_its_picture_and_its_table(tiny_study, unseen):
+    kept_in = tiny_study("--seeds", 0, "--unseen", unseen)
     tables = (kept_in / "tables.md").read_text()
     for name in study.EXPERIMENTS:
         content = json.loads((kept_in / f"{name}.json").read_text())
@@ -57,8 +67,8 @@ def test_every_experiment_leaves_its_rows_its_picture_and_its_table(tiny_study, 
             assert row["run"] in tables
 
 
-def test_runs_that_are_there_are_not_repeated(tiny_study, packed, tmp_path, monkeypatch):
-    both = ("--only", "without_labels", "strategies", "--unseen", packed)
+def test_runs_that_are_there_are_not_repeated(tiny_study, unseen, tmp_path, monkeypatch):
+    both = ("--only", "without_labels", "strategies", "--unseen", unseen)
     kept_in = tiny_study("--seeds", 0, 1, *both)
     files = [kept_in / f"{name}.json" for name in both[1:3]]
     first = [results.read(file)["rows"] for file in files]
