@@ -3,7 +3,7 @@
 #   BASELINE=1                   also from random weights
 #   PER_CLASS                    simulated images of a class, without DATA
 #   PRETRAINING, FINETUNING      more options for pretrain.py and finetune.py, such as "--seed 1"
-# make study [DATA=folder]       the experiments behind the tables in docs/results/; takes hours
+# make study [DATA=folder]       the experiments of docs/results/, in runs/study/results; hours
 #   SEEDS="0 1 2"                with -j its parts run side by side
 # make real REAL=file.npz        a classifier for 8-bit pictures, and its answers on real images
 # make bench                     the table of speeds, in runs/bench
@@ -23,7 +23,8 @@ PEERS := .venv-bench
 quoted = '$(subst ','\'',$(1))'
 
 # Without DATA the images are simulated; a folder given with DATA is packed once into runs/cache.
-ifdef DATA
+ifneq ($(origin DATA),undefined)
+$(if $(strip $(value DATA)),,$(error DATA is empty: name a folder, or leave it out to simulate))
 FOLDER := $(call quoted,$(value DATA))
 INPUT = --data $(FOLDER) --cache-dir $(RUNS)/cache
 FEWER_INPUT = $(INPUT)
@@ -47,8 +48,8 @@ MAPS := $(RUNS)/reconstruction.onnx
 $(foreach name,RUNS MODEL,$(if $(filter 1,$(words $($(name)))),,\
   $(error $(name) must be one path without spaces, got "$($(name))")))
 
-# A file of the options of each stage, rewritten only when they change: what was made with others
-# is older than it, and made again.
+# One file per stage holds its options and is rewritten when they change. make then repeats every
+# stage that is older.
 OPTIONS := $(RUNS)/options
 pretraining_options = $(PRETRAINING)
 finetuning_options = $(FINETUNING)
@@ -67,7 +68,7 @@ SEEDS ?= 0 1 2
 STUDY_PARTS := $(SEEDS:%=all-%) $(SEEDS:%=fewer-%)
 
 study: $(STUDY_PARTS:%=study-%)
-	$(PY) experiments/results.py --out docs/results $(STUDY_PARTS:%=$(RUNS)/study/results-%)
+	$(PY) experiments/results.py --out $(RUNS)/study/results $(STUDY_PARTS:%=$(RUNS)/study/results-%)
 
 study-all-%: $(RUNS)/dataset.json
 	$(PY) experiments/study.py $(INPUT) --out $(RUNS)/study/all-$* --results $(RUNS)/study/results-all-$* \
@@ -92,20 +93,21 @@ $(PICTURES)/dataset.json: $(RUNS)/data/dataset.json
 	$(PY) experiments/real_images.py pictures --any --data $(RUNS)/data --out $(PICTURES)
 
 $(PICTURES)-pretrain/vit-mae-wt.pth: $(PICTURES)/dataset.json
-	$(drop_outdated)
-	$(PY) pretrain.py --data $(PICTURES) --out $(@D) --resume
+	@$(mode) set -x; \
+	$(PY) pretrain.py --data $(PICTURES) --out $(@D) $$mode
 
 $(PICTURES)-full/vit-mae-classifier-wt.pth: $(PICTURES)-pretrain/vit-mae-wt.pth
-	$(drop_outdated)
+	@$(mode) set -x; \
 	$(PY) finetune.py --data $(PICTURES) --pretrained $< --strategy full --epochs 12 \
-	  --out $(@D) --resume
+	  --out $(@D) $$mode
 
 # In an environment of its own, with the peers.
 bench: $(PEERS)/ready
 	$(PEERS)/bin/python experiments/bench.py --out $(RUNS)/bench
 
+# A process per core; each test file stays in one, since its tests share what they trained.
 test: $(READY)
-	$(PY) -m pytest -q tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n auto --dist loadfile tests
 
 test-heavy: export HEAVY := 1
 test-heavy: export KILLS := 20
@@ -135,13 +137,15 @@ $(OPTIONS)/%: FORCE
 # A simulated data set of (images a class, seed). It replaces one of another number of images, and
 # nothing else.
 define simulate
-@origin='"origin": "simulate.py Model_II, $(1) a class, seed $(2),'; \
+@origin='"origin": "simulate.py Model_II, $(1) a class, seed $(2), noise-free"'; \
 if [ -e $@ ] && grep -qF "$$origin" $@; then exit 0; fi; \
 if [ -e $@ ]; then \
   if ! grep -qE '"origin": "simulate.py Model_II, [0-9]+ a class, seed $(2),' $@; then \
     echo 'error: $(@D) was not simulated by make: name it with DATA, or remove it' >&2; exit 1; fi; \
-  rm -rf $(@D); fi; \
-$(PY) simulate.py --model Model_II --per-class $(call quoted,$(1)) --seed $(2) --out $(@D)
+  fi; \
+rm -rf $(@D).new; \
+$(PY) simulate.py --model Model_II --per-class $(call quoted,$(1)) --seed $(2) --out $(@D).new && \
+rm -rf $(@D) && mv $(@D).new $(@D)
 endef
 
 $(RUNS)/data/dataset.json: FORCE | $(READY)
@@ -150,10 +154,11 @@ $(RUNS)/data/dataset.json: FORCE | $(READY)
 $(RUNS)/data-fewer/dataset.json: FORCE | $(READY)
 	$(call simulate,10000,10)
 
-# Removes a run that began before what it depends on changed; any other is there to resume.
-define drop_outdated
-@for file in $^; do if [ -e $(@D)/config.json ] && [ $$file -nt $(@D)/config.json ]; then \
-  echo "$(@D) is older than $$file: it is trained again"; rm -rf $(@D); fi; done
+# Start of a training's recipe: a run that started before one of its inputs changed is replaced, any
+# other is resumed. The script knows whether the run is still alive.
+define mode
+mode=--resume; for file in $^; do if [ -e $(@D)/config.json ] && [ $$file -nt $(@D)/config.json ]; then \
+  echo "$(@D) is older than $$file: it is trained again"; mode=--overwrite; fi; done;
 endef
 
 # Rewritten only when the data changed, so a changed folder is trained on again.
@@ -161,21 +166,21 @@ $(RUNS)/dataset.json: $(SIMULATED) FORCE | $(READY)
 	$(PY) data.py $(INPUT) --out $@
 
 $(PRETRAINED): $(RUNS)/dataset.json $(OPTIONS)/pretraining | $(READY)
-	$(drop_outdated)
-	$(PY) pretrain.py $(INPUT) --out $(@D) --resume $(PRETRAINING)
+	@$(mode) set -x; \
+	$(PY) pretrain.py $(INPUT) --out $(@D) $$mode $(PRETRAINING)
 
 $(HEAD) $(FULL): $(RUNS)/%/vit-mae-classifier-wt.pth: $(PRETRAINED) $(OPTIONS)/finetuning
-	$(drop_outdated)
-	$(PY) finetune.py $(INPUT) --pretrained $(PRETRAINED) --strategy $* --out $(@D) --resume $(FINETUNING)
+	@$(mode) set -x; \
+	$(PY) finetune.py $(INPUT) --pretrained $(PRETRAINED) --strategy $* --out $(@D) $$mode $(FINETUNING)
 
 # The LayerNorms continue from the trained head.
 $(LAYERNORM): $(HEAD) $(OPTIONS)/finetuning
-	$(drop_outdated)
-	$(PY) finetune.py $(INPUT) --pretrained $(HEAD) --strategy layernorm --out $(@D) --resume $(FINETUNING)
+	@$(mode) set -x; \
+	$(PY) finetune.py $(INPUT) --pretrained $(HEAD) --strategy layernorm --out $(@D) $$mode $(FINETUNING)
 
 $(SCRATCH): $(RUNS)/dataset.json $(OPTIONS)/finetuning | $(READY)
-	$(drop_outdated)
-	$(PY) finetune.py $(INPUT) --pretrained none --strategy full --out $(@D) --resume $(FINETUNING)
+	@$(mode) set -x; \
+	$(PY) finetune.py $(INPUT) --pretrained none --strategy full --out $(@D) $$mode $(FINETUNING)
 
 $(RUNS)/evaluation/metrics.json: $(STRATEGIES) $(if $(BASELINE),$(SCRATCH)) $(OPTIONS)/evaluation
 	$(PY) evaluate.py $(INPUT) --weights $(filter %.pth,$^) --out $(@D)
@@ -192,6 +197,7 @@ $(MODEL): $(STRATEGIES)
 # A few images to predict on: freshly simulated, or those of a packed data set, or the first of every
 # class folder.
 $(RUNS)/samples/.ready: | $(READY)
+	rm -rf $(RUNS)/samples
 	$(PY) simulate.py --model Model_II --per-class 5 --seed 1 --layout folder --out $(RUNS)/samples
 	touch $@
 
@@ -201,7 +207,8 @@ $(MAPS): $(PRETRAINED)
 $(RUNS)/predictions.csv: $(MODEL) $(MAPS) $(SIMULATED_SAMPLES) $(OPTIONS)/predictions
 	folder=$(FOLDER); set --; \
 	if [ -f "$$folder/dataset.json" ]; then set -- "$$folder/images.npy"; else \
-	  for class in "$$folder"/*/; do n=0; for file in "$$class"*.npy; do \
+	  for class in "$$folder"/*/; do n=0; for file in "$$class"*.[nN][pP][yY]; do \
 	    if [ $$n -lt 5 ] && [ -f "$$file" ]; then set -- "$$@" "$$file"; n=$$((n + 1)); fi; \
 	  done; done; fi; \
-	$(PY) predict.py --model $(MODEL) --maps $(MAPS) --sheet $(@D)/sheet.png --out $@ -- "$$@"
+	$(PY) predict.py --model $(MODEL) --maps $(MAPS) --sheet $(@D)/sheet.png --out $@ -- "$$@" \
+	  || [ $$? -eq 1 ]  # 1: some files could not be read, which predict.py says

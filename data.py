@@ -8,7 +8,7 @@ import argparse
 
 from lib import options
 from lib.data import load, split
-from lib.files import path_argument, read_json, run, write_json
+from lib.files import UserError, path_argument, read_json, run, write_json
 
 EXAMPLE = "example: python data.py --data lenses"
 
@@ -38,8 +38,13 @@ def main(argv=None):
     for class_name, by_part in counts.items():
         print(f"  {class_name}: " + ", ".join(f"{n} {part}" for part, n in by_part.items()))
     if args.out:
+        if args.data.resolve() in args.out.resolve().parents:
+            raise UserError(f"--out {args.out} lies inside the data: choose another file")
         description = {"fingerprint": dataset.fingerprint, "img_size": size, "images": counts}
-        if not args.out.exists() or read_json(args.out) != description:
+        before = read_json(args.out) if args.out.exists() else description.keys()
+        if not description.keys() <= set(before):
+            raise UserError(f"{args.out} is no description of a data set: choose another file")
+        if before != description:
             write_json(args.out, description)
 
 

@@ -40,6 +40,8 @@ def evaluate(args):
     dataset = data.load(args.data, args.cache_dir)
     device = resolve_device(args.device)
     make_folder(args.out)
+    if (args.out / "scores.csv").exists():
+        raise UserError(f"{args.out} holds the results of reconstruct.py: choose another --out")
     results, curves, matrices, reliability, mistakes = {}, {}, {}, {}, {}
     class_names = list(dataset.class_names)
     for name, path in zip(names_of_runs(args.weights), args.weights, strict=True):
@@ -68,6 +70,7 @@ def evaluate(args):
         args.out / "metrics.json",
         {
             "data": {"origin": dataset.origin, "fingerprint": dataset.fingerprint},
+            "weights": {name: str(path) for name, path in zip(results, args.weights, strict=True)},
             "split": args.split,
             "intervals": f"95 %, {args.resamples} bootstrap resamples, seed {args.seed}",
             "class_names": class_names,

@@ -30,6 +30,7 @@ from lib.convert import to_hugging_face
 from lib.files import UserError, atomic_directory, atomic_write, path_argument, run, write_json
 from lib.metrics import auc_by_class
 from lib.onnxfile import open_session
+from lib.residuals import mask_ratio_of
 from mae import Block, IntensityTransform, complementary_masks, set_attention_form
 
 EXAMPLE = """examples:
@@ -42,7 +43,6 @@ TOLERANCE = 1e-4  # on probabilities in float32, and on residuals relative to th
 CHECKED_BATCHES = (1, 7, 256)
 ROUNDS = 2  # of complementary masks in a residual
 WIDE_OPERATIONS = ["Sub", "Div", "Log", "Clip", "Max", "Sqrt", "Asinh"]  # kept in float32
-RANGE_IMAGES = 3000  # training images that the range of pixels is taken from
 AUC_IMAGES = 3000  # validation images on which lower precision is judged
 
 
@@ -283,15 +283,19 @@ def some_images(dataset, rows, count, seed):
     return dataset.images[np.resize(rows, count)][:, None]
 
 
-def range_of_pixels(dataset, rows):
-    """What the pixels of images like the training images (rows) lie within, see lib.data."""
-    chosen = rows[:: max(1, len(rows) // RANGE_IMAGES)]
-    extremes = [(image.min(), image.max()) for image in (dataset.images[row] for row in chosen)]
-    return data.pixel_range(np.array(extremes, dtype=np.float64))
-
-
 def best_on_validation(opened):
     """Index of the weights with the best validation macro AUC, then the lowest loss."""
+
+    first = opened[0]
+    for other in opened[1:]:
+        same = (
+            other.content["run"].get("data_fingerprint") == first.content["run"].get("data_fingerprint")
+            and other.content["class_names"] == first.content["class_names"]
+        )
+        if not same:
+            raise UserError(
+                f"{first.path} and {other.path} were validated on different data: export one of them"
+            )
 
     def rank(i):
         best = opened[i].content["run"].get("best")
@@ -307,10 +311,7 @@ def load_model(args):
     opened = [weights.read(path) for path in args.weights]
     if args.what == "reconstruction":
         mae, transform = weights.mae_of(opened[0])
-        if transform is None:
-            raise UserError(f"{opened[0].path}: its configuration has no usable transform")
-        mask_ratio = opened[0].content["run"].get("mask_ratio", 0.75)
-        return Residuals(mae, transform, mask_ratio).eval(), opened[0]
+        return Residuals(mae, transform, mask_ratio_of(opened[0].content)).eval(), opened[0]
     classifiers = [weights.classifier_of(file) for file in opened]
     best = best_on_validation(opened) if len(opened) > 1 else 0
     return Probabilities(classifiers[best]).eval(), opened[best]
@@ -333,6 +334,8 @@ def export(args):
         export_to_hugging_face(args)
         return
     options.check_output(args.out, [*args.weights, args.data])
+    if args.out.suffix.lower() in (".pth", ".npy", ".npz", ".csv", ".json"):
+        raise UserError(f"--out {args.out} has the suffix of another kind of file: name an .onnx file")
     model, opened = load_model(args)
     content = opened.content
     dataset, parts = load_images(args, content, model.img_size)
@@ -346,7 +349,7 @@ def export(args):
         "precision": args.precision,
         "weights_sha256": opened.sha256,
         "data_fingerprint": str(content["run"].get("data_fingerprint")),
-        "pixel_range": json.dumps(range_of_pixels(dataset, parts["train"])),
+        "pixel_range": json.dumps(content["run"].get("pixel_range")),
         "run": json.dumps(content["run"]),
     }
     with atomic_write(args.out) as temporary:

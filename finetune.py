@@ -51,6 +51,7 @@ CONTINUING = {
                   "patch_dropout": 0.0},
     "full": {"lr": 2e-4, "epochs": 1, "fewest_steps": 300, "patch_dropout": 0.0},
 }
+LAYER_DECAY = 0.75  # of a pre-trained network that is trained as a whole
 ALL_PATCHES_FROM = 0.5  # of the steps: patch dropout ends here
 BATCHNORM_IMAGES = 2048  # training images that BatchNorm's statistics are computed from
 OTHER_SIZE = ": pre-train on images of this size"
@@ -141,6 +142,7 @@ def train(args, dataset, rows, validation, source, run):
     run.save_weights(
         model.state_dict(), config, np.concatenate([seen, source.seen]) if source else seen,
         number_format=precision.name,
+        pixel_range=data.pixel_range(data.extremes_of(dataset, rows)),
         best=max(history, key=lambda line: line["validation_macro_auc"]),
     )  # fmt: skip
     plots.attempt(plots.classifier_curves, args.out / "curves.png", history)
@@ -156,10 +158,42 @@ def fill_in_defaults(args, source, images):
         args.epochs = optim.enough_epochs(
             defaults["epochs"], defaults["fewest_steps"], images, args.batch_size
         )
-    if args.batch_size == 1 or images == 1:
+    if args.batch_size == 1:
         raise UserError("--batch-size must be at least 2: BatchNorm needs several images a step")
-    if args.augment and args.strategy == "head":
-        raise UserError("--augment: the head learns from stored features; use another --strategy")
+    if args.strategy == "head":
+        for name in ("augment", "patch_dropout"):
+            if getattr(args, name):
+                raise UserError(
+                    f"--{name.replace('_', '-')}: the head learns from stored features; use another "
+                    "--strategy"
+                )
+    decays = args.strategy == "full" and source is not None
+    if args.layer_decay not in (None, 1) and not decays:
+        raise UserError("--layer-decay needs --strategy full and pre-trained weights")
+    args.layer_decay = (args.layer_decay or LAYER_DECAY) if decays else 1.0
+    fill_in_network(args, source)
+
+
+def fill_in_network(args, source):
+    """Set the options of the network to those of `source`, or to the defaults without one.
+
+    Raises UserError if an option that was given says something else than the weights.
+    """
+    network = dict(options.NETWORK)
+    if source is not None:
+        config = source.content["config"]
+        kind = config.get("transform", {"kind": args.transform or network["transform"]})["kind"]
+        network |= {**config, "transform": kind}
+    for name in options.NETWORK:
+        value = getattr(args, name)
+        if source is None and value is not None:
+            continue
+        if value not in (None, network[name]):
+            raise UserError(
+                f"--{name.replace('_', '-')} {value}: the network of {args.pretrained} has "
+                f"{network[name]}; leave the option out"
+            )
+        setattr(args, name, network[name])
 
 
 def strategy_defaults(strategy, source):
@@ -183,6 +217,7 @@ def build_classifier(args, source, dataset, train_rows):
         config = {"img_size": dataset.img_size, **sizes, **classes, "transform": new_transform()}
         return options.new_network(Classifier, config), config
     content = source.content
+    data.check_unit(dataset, train_rows, content["run"])
     if source.is_classifier:
         model = weights.classifier_of(source)
         data.check_split(content["run"])
@@ -246,12 +281,10 @@ def learning_parameters(model, strategy):
 def layer_decay(args, model):
     """Function from a parameter's name to the factor of its learning rate.
 
-    In a pre-trained network that learns as a whole, the rate of a block is --layer-decay times that
-    of the next one.
+    The rate of a block is --layer-decay times that of the next one.
     """
-    decay = args.layer_decay if args.strategy == "full" and args.pretrained != "none" else 1.0
     depth = len(model.blocks)
-    return lambda name: decay ** (depth + 1 - layer_of(name, depth))
+    return lambda name: args.layer_decay ** (depth + 1 - layer_of(name, depth))
 
 
 def layer_of(name, depth):
@@ -347,8 +380,9 @@ def parse_args(argv=None):
         help="how the patch tokens are summarised for the head",
     )  # fmt: skip
     group.add_argument(
-        "--layer-decay", type=float, default=0.75,
-        help="learning rate of a block over that of the next one (full, pre-trained)",
+        "--layer-decay", type=float, default=None,
+        help="learning rate of a block over that of the next one (full, pre-trained; default: "
+        f"{LAYER_DECAY})",
     )  # fmt: skip
     group.add_argument(
         "--patch-dropout", type=float, default=None,
@@ -359,7 +393,6 @@ def parse_args(argv=None):
         "--labels", type=float, default=1.0, help="fraction of the training labels to use"
     )
     options.add_model_arguments(parser)
-    parser.set_defaults(num_heads=None)  # a foreign MAE may tell its own
     args = parser.parse_args(argv)
     options.check_numbers(args)
     if args.pretrained != "none":
@@ -367,7 +400,6 @@ def parse_args(argv=None):
         return args
     if args.strategy != "full":
         raise UserError("--pretrained none leaves nothing to freeze: use --strategy full")
-    args.num_heads = args.num_heads or options.NUM_HEADS
     return args
 
 

@@ -230,7 +230,7 @@ class Encoder(nn.Module):
     def check_images(self, images):
         expected = (self.in_chans, self.img_size, self.img_size)
         if images.dim() != 4 or tuple(images.shape[1:]) != expected:
-            raise ValueError(f"expected images (B, {expected}), got {tuple(images.shape)}")
+            raise ValueError(f"expected images {('B', *expected)}, got {tuple(images.shape)}")
 
     def encode(self, patches, ids_keep=None):
         """Encode patches (B, N, p²C), all of them or those in `ids_keep` (B, n).

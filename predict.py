@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.cutouts import find_files, read_images
+from lib.cutouts import SUFFIXES, find_files, read_images, within
 from lib.files import (
     UserError,
     atomic_write,
@@ -36,21 +36,6 @@ EXAMPLE = """examples:
       --sheet sheet.png --maps runs/reconstruction.onnx"""
 BATCH_SIZE = 32  # small enough that a layer's outputs stay in a CPU's cache
 NAMED_OTHERS = 5  # of the files that are not read
-
-
-def within(bounds, images, errors):
-    """Pass on the (name, image) pairs with pixels within bounds; append the others to `errors`."""
-    low, high = bounds
-    for name, image in images:
-        smallest, largest = float(image.min()), float(image.max())
-        if low <= smallest and largest <= high:
-            yield name, image
-        else:
-            reason = (
-                f"pixels from {smallest:.3g} to {largest:.3g}, far outside the training images "
-                f"({low:.3g} to {high:.3g}): another unit, sentinel values or hot pixels?"
-            )
-            errors.append((name, f"{name}: {reason}"))
 
 
 def batches_of(images, batch_size):
@@ -114,6 +99,8 @@ def predict(args):
     files, others, errors = find_files(args.paths)
     if not files and not errors:
         raise UserError("no .npy, .npz or FITS files found under the given paths")
+    if args.out.name.lower().endswith((*SUFFIXES, ".pth", ".onnx")):
+        raise UserError(f"--out {args.out} has the suffix of another kind of file: name a .csv file")
     outputs = {"--out": args.out, "the errors file": errors_path_of(args.out)}
     if args.sheet:
         outputs["--sheet"] = args.sheet

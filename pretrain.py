@@ -83,6 +83,7 @@ def train(args, dataset, rows, validation, run):
         state, {**config, "transform": constants},
         dataset.hashes[np.concatenate([rows, validation])],
         number_format=precision.name, last=history[-1],
+        pixel_range=data.pixel_range(data.extremes_of(dataset, rows)),
     )  # fmt: skip
     plots.attempt(
         plots.loss_curves, args.out / "loss.png", history, "reconstruction error (masked patches)"
@@ -143,6 +144,7 @@ def parse_args(argv=None):
     options.add_training_arguments(parser)
     parser.set_defaults(lr=2e-3)
     options.add_model_arguments(parser)
+    parser.set_defaults(**options.NETWORK)
     group = parser.add_argument_group("masked autoencoder")
     group.add_argument("--mask-ratio", type=float, default=0.75, help="fraction of patches to hide")
     group.add_argument("--decoder-embed-dim", type=int, default=96, help="width of the decoder")

@@ -14,8 +14,8 @@ import torch
 
 from lib import data, lenses, options, plots
 from lib.device import resolve_device
-from lib.files import atomic_write, make_folder, one_line, path_argument, run, write_json
-from lib.residuals import measure, residual_reader, scores_of
+from lib.files import UserError, atomic_write, make_folder, one_line, path_argument, run, write_json
+from lib.residuals import mask_ratio_of, measure, residual_reader, scores_of
 
 EXAMPLE = """example:
   python reconstruct.py --data lenses --weights runs/pretrain/vit-mae-wt.pth --out runs/residuals"""
@@ -25,7 +25,7 @@ EXAMPLE = """example:
 def reconstruct(args):
     dataset = data.load(args.data, args.cache_dir)
     device = resolve_device(args.device)
-    content, residuals, seen = residual_reader(
+    content, residuals, transformed = residual_reader(
         args.weights, dataset, device, args.mask_ratio, args.rounds, args.seed
     )
     rows = data.rows_to_evaluate(dataset, content, args.split == "all")
@@ -35,6 +35,8 @@ def reconstruct(args):
         trained_on = list(dataset.class_names)
     has_substructure = ~np.isin(np.array(dataset.class_names)[labels], trained_on)
     make_folder(args.out)
+    if (args.out / "comparison.md").exists():
+        raise UserError(f"{args.out} holds the results of evaluate.py: choose another --out")
 
     scores = scores_of(residuals, rows)
     write_scores(args.out / "scores.csv", rows, labels, scores, dataset.class_names)
@@ -43,7 +45,9 @@ def reconstruct(args):
             scores, has_substructure, labels, dataset.class_names, args.resamples, args.seed
         )
         result = {"auc": measured, "trained_on": trained_on, "images": len(rows)}
-        result |= {"masks": f"{args.rounds} rounds, {args.mask_ratio} hidden, seed {args.seed}"}
+        ratio = mask_ratio_of(content) if args.mask_ratio is None else args.mask_ratio
+        result |= {"masks": f"{args.rounds} rounds, {ratio} hidden, seed {args.seed}"}
+        result |= {"weights": str(args.weights), "data_fingerprint": dataset.fingerprint}
         write_json(args.out / "metrics.json", result)
         lines = [f"{one_line(name)}: {as_text(auc)}" for name, auc in measured["classes"].items()]
         text = "\n".join([f"all substructure: {as_text(measured['all'])}", *lines])
@@ -57,7 +61,7 @@ def reconstruct(args):
     for show, *what in (
         (print, text),
         (plots.score_histogram, args.out / "scores.png", scores, labels, dataset.class_names),
-        (draw_maps, args.out / "maps.png", dataset, rows, scores, seen, residuals),
+        (draw_maps, args.out / "maps.png", dataset, rows, scores, transformed, residuals),
     ):
         plots.attempt(show, *what)
 
@@ -78,7 +82,7 @@ def write_scores(path, rows, labels, scores, class_names):
             writer.writerow([row, class_names[label], f"{score:.6g}"])
 
 
-def draw_maps(path, dataset, rows, scores, seen, residuals):
+def draw_maps(path, dataset, rows, scores, transformed, residuals):
     """Of each class the images at a tenth, a half and nine tenths of its scores, and their maps."""
     labels, chosen = dataset.labels[rows], []
     for label in np.unique(labels):
@@ -87,7 +91,7 @@ def draw_maps(path, dataset, rows, scores, seen, residuals):
     chosen = np.concatenate(chosen)
     plots.residual_maps(
         path,
-        seen(rows[chosen])[:, 0].cpu().numpy(),
+        transformed(rows[chosen])[:, 0].cpu().numpy(),
         residuals(rows[chosen])[0][:, 0].cpu().numpy(),
         [f"{dataset.class_names[labels[i]]}, score {scores[i]:.2g}" for i in chosen],
         lenses.marks_of(dataset, rows[chosen]),
@@ -103,7 +107,10 @@ def parse_args(argv=None):
         "--weights", type=path_argument, required=True, metavar="PTH", help="weights of pretrain.py"
     )
     options.add_test_arguments(parser)
-    parser.add_argument("--mask-ratio", type=float, default=0.75, help="share of patches hidden")
+    parser.add_argument(
+        "--mask-ratio", type=float, default=None,
+        help="fraction of patches to hide (default: that of the training)",
+    )  # fmt: skip
     parser.add_argument(
         "--rounds", type=int, default=2, help="sets of complementary masks to average over"
     )

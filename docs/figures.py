@@ -33,8 +33,7 @@ def overview_of(args):
     data.check_size(args.classifier, classifier, dataset)
     if content["class_names"] != list(dataset.class_names):
         raise UserError(f"{args.classifier} is of other classes than {args.data}")
-    data.check_split(content["run"])
-    test = data.split(dataset)["test"]
+    test = data.rows_to_evaluate(dataset, content, whole=False)
     rows = np.array([test[dataset.labels[test] == k][0] for k in range(len(dataset.class_names))])
 
     mae.eval().to(device)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lib.cutouts import read_images
+from lib.cutouts import read_images, within
 from lib.files import UserError, one_line, run
-from lib.onnxfile import open_classifier
+from lib.onnxfile import open_classifier, pixel_range
 
 
 def main():
@@ -19,7 +19,8 @@ def main():
     model, *files = map(Path, sys.argv[1:])
     session, class_names, img_size = open_classifier(model)
     errors, others = [], []
-    for name, image in read_images(files, img_size, errors, others):  # (64, 64), raw pixels
+    images = within(pixel_range(session), read_images(files, img_size, errors, others), errors)
+    for name, image in images:  # (64, 64), raw pixels
         (probabilities,) = session.run(["probabilities"], {"images": image[None, None]})
         row = probabilities[0]
         if not all(0 <= p <= 1 for p in row):

@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lib import plots, tables
 from lib.files import UserError, path_argument, read_json, run, write_json, write_text
 
-EXAMPLE = "example: python experiments/results.py runs/study/results-0 runs/study/results-1"
+EXAMPLE = """example:
+  python experiments/results.py runs/study/results-0 runs/study/results-1 --out runs/results"""
 
 FIGURES = ("AUC", "%", "error")  # keys of a row with one of these in them are measured
 HOW = ("command", "commit", "precision")  # how rows were made
@@ -167,7 +168,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("folders", type=path_argument, nargs="+", help="folders that study.py had as --results")
     parser.add_argument(
-        "--out", type=path_argument, default=Path("docs/results"),
+        "--out", type=path_argument, default=Path("runs/results"),
         help="folder of the joined results (default: %(default)s)",
     )  # fmt: skip
     return parser.parse_args(argv)

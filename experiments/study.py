@@ -35,7 +35,7 @@ EXAMPLE = """examples:
   python experiments/study.py --data lenses --out runs/study
   python experiments/study.py --data lenses --out runs/study --only labels mask_ratio --seeds 0"""
 
-STRATEGIES = ("head", "layernorm", "full")
+STRATEGIES = tuple(finetune.STRATEGIES)
 # Epochs from scratch that cost at least as much processor time as pre-training and fine-tuning.
 SCRATCH_EPOCHS = 8
 LABEL_SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -67,16 +67,18 @@ class Lab(NamedTuple):
 # Runs
 
 
-def trained(script, out, arguments, file, source=""):
+def trained(script, out, arguments, file, fingerprint, source=""):
     """Weights file of a run of `script`; an identical run that is finished is not repeated.
 
-    `source` identifies the weights that the run starts from. A run of other options, of other
-    defaults or of another source is replaced.
+    `fingerprint` identifies the data, `source` the weights that the run starts from. A run of other
+    options, defaults, data or source is replaced.
     """
     argv = [*map(str, arguments), "--out", str(out), "--resume"]
     given = {k: str(v) for k, v in vars(script.parse_args(argv)).items()}
-    defaults = [getattr(script, name, None) for name in ("DEFAULTS", "CONTINUING")]
-    identity = hashlib.sha256(json.dumps([given, defaults, source]).encode()).hexdigest()
+    constants = ("DEFAULTS", "CONTINUING", "EPOCHS", "FEWEST_STEPS")
+    defaults = [getattr(script, name, None) for name in constants]
+    identity = json.dumps([given, defaults, fingerprint, source])
+    identity = hashlib.sha256(identity.encode()).hexdigest()
     marker = out / "study.json"
     if marker.exists() and read_json(marker).get("identity") != identity:
         shutil.rmtree(out)
@@ -92,8 +94,13 @@ def pretrained(lab, name, seed, *options, images=None):
     arguments = ["--data", images or lab.data, "--seed", seed, *lab.common, *lab.pretraining]
     return trained(
         pretrain, lab.out / name / f"seed{seed}" / "pretrain", [*arguments, *options],
-        "vit-mae-wt.pth",
+        "vit-mae-wt.pth", fingerprint_of(lab, images),
     )  # fmt: skip
+
+
+def fingerprint_of(lab, images):
+    """Identity of the study's data set, or of the one that stands in its place."""
+    return (data.load(images) if images else lab.dataset).fingerprint
 
 
 def finetuned(lab, name, seed, strategy, start, *options, images=None):
@@ -103,14 +110,22 @@ def finetuned(lab, name, seed, strategy, start, *options, images=None):
     """
     if strategy == "layernorm":
         start = finetuned(lab, name, seed, "head", start, images=images)
-    arguments = ["--data", images or lab.data, "--seed", seed, *lab.common, *lab.finetuning]
+    finetuning = lab.finetuning if start == "none" else without_network(lab.finetuning)
+    arguments = ["--data", images or lab.data, "--seed", seed, *lab.common, *finetuning]
     source = "" if start == "none" else sha256_of(start)
     folder = strategy if start != "none" else "scratch"
     return trained(
         finetune, lab.out / name / f"seed{seed}" / folder,
         [*arguments, "--pretrained", start, "--strategy", strategy, *options],
-        "vit-mae-classifier-wt.pth", source,
+        "vit-mae-classifier-wt.pth", fingerprint_of(lab, images), source,
     )  # fmt: skip
+
+
+def without_network(arguments):
+    """Options without those of the network, which weights decide; all of them take a value."""
+    flags = {f"--{name.replace('_', '-')}" for name in options.NETWORK}
+    pairs = zip(arguments[::2], arguments[1::2], strict=True)
+    return [word for pair in pairs if pair[0] not in flags for word in pair]
 
 
 def cached_result(measure):
@@ -149,7 +164,7 @@ def measured(lab, path, dataset, whole):
 def residual_auc(lab, path, dataset, whole):
     """AUC of an MAE's residual, which needs no labels: all substructure, and each kind of it."""
     content, residuals_of, _ = residuals.residual_reader(
-        path, dataset, lab.device, mask_ratio=0.75, rounds=2, seed=0
+        path, dataset, lab.device, mask_ratio=None, rounds=2, seed=0
     )
     rows = data.rows_to_evaluate(dataset, content, whole)
     labels, smooth = dataset.labels[rows], dataset.class_names.index("no_sub")
@@ -492,7 +507,9 @@ def parse_args(argv=None):
     )
     options.add_data_arguments(parser)
     parser.add_argument("--out", type=path_argument, required=True, help="folder of the runs")
-    parser.add_argument("--results", type=path_argument, default=Path("docs/results"), help="what is kept")
+    parser.add_argument(
+        "--results", type=path_argument, help="folder of rows, tables and pictures (default: <out>/results)"
+    )
     parser.add_argument(
         "--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="experiments"
     )
@@ -513,6 +530,7 @@ def parse_args(argv=None):
     )  # fmt: skip
     options.add_device_argument(parser)
     args = parser.parse_args(argv)
+    args.results = args.results or args.out / "results"
     if min(args.seeds) < 0:
         raise UserError("--seeds must not be negative")
     return args

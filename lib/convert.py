@@ -69,16 +69,16 @@ def from_foreign(state, num_heads):
     those of an MAE with square patches.
     """
     renamed = {our_name(name): tensor for name, tensor in state.items()}
-    for name in [name for name in renamed if ".attn.q." in name]:
-        parts = [renamed.pop(name.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
-        renamed[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
     try:
+        for name in [name for name in renamed if ".attn.q." in name]:
+            parts = [renamed.pop(name.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
+            renamed[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
         embed_dim, in_chans, patch_size, _ = renamed["patch_embed.proj.weight"].shape
         patches = renamed["pos_embed"].shape[1] - 1
         depth = 1 + max(int(n.split(".")[1]) for n in renamed if n.startswith("blocks."))
         decoder = [int(n.split(".")[1]) for n in renamed if n.startswith("decoder_blocks.")]
         hidden = renamed["blocks.0.mlp.fc1.weight"].shape[0]
-    except (KeyError, ValueError, AttributeError) as error:
+    except (KeyError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         raise UserError(f"not a masked autoencoder: {error} is missing") from None
     config = {
         "img_size": patch_size * round(patches**0.5), "patch_size": patch_size,

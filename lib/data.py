@@ -4,7 +4,7 @@ Folder layout:  <root>/<class>/*.npy, one square image a file; the folders name 
 Packed layout:  images.npy (N, H, H) float32, labels.npy (N,), hashes.npy (N,), dataset.json.
 
 A folder is packed once, into a cache whose name is a fingerprint of the folder's files (names,
-sizes, inodes and times), so a changed folder is packed again. A cache never deletes anything.
+sizes, inodes and times), so a changed folder is packed again. Old packed copies are not deleted.
 """
 
 import hashlib
@@ -22,7 +22,9 @@ from lib.readers import forget_pages, is_hidden, read_npy
 
 FORMAT = 2
 CHECK_BLOCK = 4096  # images whose pixels are checked together
-OUTLYING = 30  # see `far_outside`
+HASHED_IMAGES = 100  # whose content is compared with their hashes when a data set is opened
+OUTLYING = 30  # see `pixel_range`
+RANGE_IMAGES = 2000  # that a range of pixels is computed from
 SHOWN_NAMES = 3  # of files that are not read
 PARTS = ("train", "validation", "test")
 OTHER_NAMES_OF_PARTS = ("training", "val", "valid", "dev", "testing")
@@ -37,7 +39,7 @@ class Dataset(NamedTuple):
     hashes : (N,) uint64, of the images' content; copies have the same.
     class_names : names of the classes, sorted as the folders are.
     fingerprint : identity of images and labels.
-    origin : where the images came from, in words.
+    origin : description of the images' source.
     """
 
     images: np.ndarray
@@ -76,7 +78,7 @@ class PackedWriter:
         images = np.ascontiguousarray(images, dtype="<f4")
         self.file.write(images)
         for image in images:
-            digest = hashlib.blake2b(image, digest_size=16).digest()
+            digest = digest_of(image)
             self.fingerprint.update(digest + label.to_bytes(4, "little"))
             self.hashes[self.count] = int.from_bytes(digest[:8], "little")
             self.labels[self.count] = label
@@ -96,6 +98,16 @@ class PackedWriter:
             "origin": self.origin,
         }
         write_json(self.folder / "dataset.json", description)
+
+
+def digest_of(image):
+    """Hash of the content of an image (H, H) little-endian float32, 16 bytes."""
+    return hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest()
+
+
+def hash_of(image):
+    """The hash of an image that `Dataset.hashes` holds: the first 8 bytes of its digest."""
+    return int.from_bytes(digest_of(image)[:8], "little")
 
 
 def require_space(folder, needed):
@@ -127,6 +139,8 @@ def list_classes(root):
     for folder in folders:
         entries = [entry for entry in sorted(folder.iterdir()) if not is_hidden(entry.name)]
         for entry in entries:
+            if entry.exists() and not entry.is_file() and not entry.is_dir():
+                raise UserError(f"{entry} is no regular file: remove it")
             if entry.is_dir() and any(f.suffix.lower() == ".npy" for f in entry.rglob("*")):
                 raise UserError(
                     f"class folder {folder} has images in its sub-folder {entry.name}: put the "
@@ -179,8 +193,14 @@ def _pack(class_files, packed, origin, progress):
                 extremes[i] = image.min(), image.max()
             writer.close()
     except (OSError, UserError):
-        if not (packed / "dataset.json").exists():  # else another process packed the same folder
+        if not (packed / "dataset.json").exists():
             raise
+        return  # another process packed the same folder
+    labelled_twice = images_of_several_classes(writer.hashes, writer.labels)
+    if len(labelled_twice):
+        print(f"{len(labelled_twice)} images stand in more than one class, such as "
+              f"{paths[labelled_twice[0]][0]}: remove the copies with the wrong label",
+              file=sys.stderr)  # fmt: skip
     outliers = far_outside(extremes)
     if len(outliers):
         low, high = np.median(extremes, axis=0)
@@ -194,22 +214,39 @@ def _pack(class_files, packed, origin, progress):
         )
 
 
+def images_of_several_classes(hashes, labels):
+    """Rows of images whose copies have another label."""
+    _, image = np.unique(hashes, return_inverse=True)
+    lowest, highest = np.full(image.max() + 1, labels.max()), np.zeros(image.max() + 1, labels.dtype)
+    np.minimum.at(lowest, image, labels)
+    np.maximum.at(highest, image, labels)
+    return np.flatnonzero((lowest < highest)[image])
+
+
 def far_outside(extremes):
     """Rows of `extremes` (n, 2), minimum and maximum of each image, beyond `pixel_range`."""
-    low, high = pixel_range(extremes)
+    low, high, _ = pixel_range(extremes)
     return np.flatnonzero((extremes[:, 0] < low) | (extremes[:, 1] > high))
 
 
 def pixel_range(extremes):
-    """(low, high) of pixels that are not far outside images with these `extremes` (n, 2).
+    """[low, high, faintest] of images that are not far outside those with these `extremes` (n, 2).
 
-    The distance allowed beyond the median image is its range of pixels and OUTLYING times the
-    spread between the quartiles.
+    Pixels lie between low and high. The distance allowed beyond the median image is its range of
+    pixels and OUTLYING times the spread between the quartiles. The brightest pixel of an image is
+    at least `faintest`, a tenth of that of the faintest image.
     """
     low, high = np.median(extremes, axis=0)
     lower, upper = np.quantile(extremes, [0.25, 0.75], axis=0)
     allowed = high - low + OUTLYING * (upper - lower)
-    return float(low - allowed[0]), float(high + allowed[1])
+    faintest = low + (extremes[:, 1].min() - low) / 10
+    return [float(low - allowed[0]), float(high + allowed[1]), float(faintest)]
+
+
+def extremes_of(dataset, rows):
+    """Minimum and maximum (n, 2) of up to RANGE_IMAGES of the rows."""
+    chosen = rows[:: max(1, len(rows) // RANGE_IMAGES)]
+    return np.array([(image.min(), image.max()) for image in map(dataset.images.__getitem__, chosen)])
 
 
 def _folder_fingerprint(class_files):
@@ -245,6 +282,8 @@ def load(path, cache_dir=None, progress=True):
         return _open_packed(path)
     class_files, others = list_classes(path)
     cache_dir = Path(cache_dir) if cache_dir else path / ".packed"
+    if cache_dir.resolve().parent == path.resolve() and not is_hidden(cache_dir.name):
+        raise UserError(f"--cache-dir {cache_dir} would become a class of {path}: choose another")
     packed = cache_dir / _folder_fingerprint(class_files)[:32]
     if not (packed / "dataset.json").exists():
         _pack(class_files, packed, origin=f"folder {path.name}", progress=progress)
@@ -282,6 +321,9 @@ def _open_packed(folder):
         if not np.isfinite(images[start : start + CHECK_BLOCK]).all():
             raise UserError(f"{folder}/images.npy has NaN or infinite pixels: rebuild the data set")
         forget_pages(images)
+    for row in range(0, n, max(1, n // HASHED_IMAGES)):
+        if hash_of(images[row]) != hashes[row]:
+            raise UserError(f"{folder}/images.npy was changed after packing: rebuild the data set")
     origin = str(description.get("origin", ""))
     return Dataset(images, labels, hashes, tuple(class_names), fingerprint, origin)
 
@@ -315,8 +357,8 @@ def split(dataset):
 def _parts_of_few(hashes):
     """Parts (n,) of a small class: test has the largest hash, validation the next, train the rest.
 
-    The part of an image then depends on the others. Weights know the images that they have seen,
-    so an image that changes its part is found out when they are scored.
+    The part of an image then depends on the others. Weights store the hashes of the images that
+    they have seen, so scoring detects an image whose part has changed.
     """
     values = np.unique(hashes)
     return np.where(hashes == values[-1], 2, np.where(hashes == values[-2], 1, 0))
@@ -343,10 +385,11 @@ def fraction_of_each_class(labels, rows, fraction, seed):
 
 
 def rows_to_evaluate(dataset, content, whole):
-    """The rows that weights may be scored on: the test part, or with `whole` all rows.
+    """The rows on which weights may be scored: the test part, or with `whole` all rows.
 
     `content` is that of the weights file. Raises UserError if the weights were trained under
-    another split, or if any of the rows was among their training or validation images.
+    another split, if any of the rows was among their training or validation images, or if the data
+    is in another unit.
     """
     if whole:
         rows = np.arange(len(dataset.labels))
@@ -355,11 +398,33 @@ def rows_to_evaluate(dataset, content, whole):
         rows = split(dataset)["test"]
     overlap = int(np.isin(dataset.hashes[rows], content["seen"].numpy().view(np.uint64)).sum())
     if overlap:
+        remedy = (
+            "use --split test or other images" if whole
+            else "a class or its split has changed since then: train again on this data"
+        )  # fmt: skip
         raise UserError(
             f"--split {'all' if whole else 'test'}: the weights were trained on {overlap} of these "
-            f"{len(rows)} images; use --split test or other images"
+            f"{len(rows)} images; {remedy}"
         )
+    check_unit(dataset, rows, content["run"])
     return rows
+
+
+def check_unit(dataset, rows, run):
+    """UserError if most of some rows have pixels far outside the training images of weights."""
+    low, high, faintest = run.get("pixel_range") or (-np.inf, np.inf, -np.inf)
+    names = run.get("classes", ["all"])  # that an MAE was trained on
+    if names != ["all"]:
+        rows = rows[np.isin(np.array(dataset.class_names)[dataset.labels[rows]], names)]
+    if not len(rows):
+        return
+    lowest, highest = extremes_of(dataset, rows).T
+    outside = (lowest < low) | (highest > high) | (highest < faintest)
+    if outside.mean() > 0.5:
+        raise UserError(
+            f"{outside.mean():.0%} of the images have pixels far outside those that the weights "
+            f"were trained on ({low:.3g} to {high:.3g}): are they in another unit?"
+        )
 
 
 def check_split(run):

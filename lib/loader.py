@@ -17,7 +17,7 @@ TRANSFORM_IMAGES = 2000  # training images that the transform's constants are co
 OUTLYING_PIXELS = 0.001  # of an image, at either end, that its statistics leave out
 SOFTENING = 0.01  # of the mean intensity: where the logarithm becomes linear, unless noise does
 READ_BLOCK, BLOCKS_TOGETHER = 256, 64  # images, where not all of them fit into memory
-MAPPED_BYTES = 2**21  # what a kernel may map for each image that is read
+MAPPED_BYTES = 2**21  # pages that a kernel may map per image read
 FORGET_AFTER = 2**30  # bytes that may stay mapped
 
 
@@ -94,7 +94,7 @@ def shuffled(rows, rng, in_blocks=False):
 def fixed_random_numbers():
     """In this block torch draws the same numbers (on the CPU) every time; its state is restored."""
     with torch.random.fork_rng([]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed GPUs, too
         yield
 
 
@@ -104,7 +104,7 @@ def fixed_random_numbers():
 def fit_transform(images, rows, kind, augmentations=()):
     """Constants of `mae.IntensityTransform` from training images (rows of `images`), as a dict.
 
-    They follow the unit of the data. The offset is the 0.1 % quantile of an image; the softening is
+    They scale with the unit of the data. The offset is the 0.1 % quantile of an image; the softening is
     a fixed fraction of the mean above it, or the noise if that is larger; mean and std are those of
     the transformed pixels. Each is computed image by image, without the image's 0.1 % faintest and
     brightest pixels, and the median over images is taken: hot pixels and a few bad images change

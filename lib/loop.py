@@ -1,6 +1,6 @@
 """The one training loop.
 
-`fit` knows nothing of masks or classes: it gets the parameters that learn, a function that computes
+`fit` knows nothing of masks or classes: it gets the trainable parameters, a function that computes
 the loss of a batch, and a function that validates.
 """
 
@@ -116,7 +116,7 @@ class Training:
         for name in ("step", "history", "best", "sums", "steps_since_validation"):
             setattr(self, name, checkpoint[name])
         torch.set_rng_state(checkpoint["rng"])
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and checkpoint["cuda_rng"] is not None:
             torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.device)
         return checkpoint["elapsed"]
 
@@ -196,7 +196,8 @@ def check_batch(batch_size, rows):
         raise UserError("fewer than two training images: give a larger data set")
     if batch_size % distributed.world_size():
         raise UserError(
-            f"--batch-size {batch_size} cannot be split over {distributed.world_size()} processes"
+            f"a batch of {batch_size} images cannot be split over {distributed.world_size()} "
+            "processes: choose another --batch-size"
         )
 
 

@@ -53,15 +53,16 @@ def open_classifier(path, device="auto"):
 
 
 def pixel_range(session):
-    """(low, high) that the pixels of images like the training images lie within.
+    """(low, high, faintest) of the training images, see `data.pixel_range`.
 
-    Without bounds for files of versions that did not write any.
+    Returns infinite bounds if the file states none.
     """
     try:
-        low, high = json.loads(session.get_modelmeta().custom_metadata_map["pixel_range"])
-        return float(low), float(high)
+        stated = json.loads(session.get_modelmeta().custom_metadata_map["pixel_range"])
+        low, high, faintest = map(float, stated)
+        return low, high, faintest
     except (KeyError, TypeError, ValueError):
-        return -math.inf, math.inf
+        return -math.inf, math.inf, -math.inf
 
 
 def open_maps(path, img_size, device="auto"):

@@ -8,7 +8,7 @@ from lib.files import UserError, path_argument
 from lib.weights import LARGEST
 from mae import TRANSFORM_KINDS
 
-NUM_HEADS = 4
+NETWORK = {"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4, "transform": "log"}
 LARGEST_SEED = 2**63 - 1  # of torch
 MOST_VALIDATIONS = 50  # unless --validations says otherwise
 
@@ -38,19 +38,18 @@ def add_device_argument(group):
 
 
 def add_model_arguments(parser):
-    """The geometry of a network that starts from random weights."""
+    """The geometry of a network that starts from random weights; defaults are NETWORK's."""
     group = parser.add_argument_group("network")
-    group.add_argument("--patch-size", type=int, default=8, help="side of a patch in pixels")
-    group.add_argument("--embed-dim", type=int, default=128, help="width of the encoder")
-    group.add_argument("--depth", type=int, default=4, help="blocks of the encoder")
-    group.add_argument(
-        "--num-heads", type=int, default=NUM_HEADS,
-        help=f"attention heads of the encoder (default: {NUM_HEADS})",
-    )  # fmt: skip
-    group.add_argument(
-        "--transform", choices=TRANSFORM_KINDS, default="log",
-        help="intensity scale that the network sees",
-    )  # fmt: skip
+
+    def add(name, text, **more):
+        default = f"(default: {NETWORK[name.replace('-', '_')]})"
+        group.add_argument(f"--{name}", help=f"{text} {default}", **more)
+
+    add("patch-size", "side of a patch in pixels", type=int)
+    add("embed-dim", "width of the encoder", type=int)
+    add("depth", "blocks of the encoder", type=int)
+    add("num-heads", "attention heads of the encoder", type=int)
+    add("transform", "intensity scale that the network sees", choices=TRANSFORM_KINDS)
 
 
 def add_training_arguments(parser):
@@ -80,10 +79,11 @@ def add_training_arguments(parser):
         help="number format of training; auto: bfloat16 where the machine is fast in it",
     )  # fmt: skip
     add_device_argument(group)
-    group.add_argument(
+    either = group.add_mutually_exclusive_group()
+    either.add_argument(
         "--resume", action="store_true", help="resume from the run's checkpoint, if there is one"
     )
-    group.add_argument(
+    either.add_argument(
         "--overwrite", action="store_true", help="replace a finished or stopped run in --out"
     )
     group.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -121,14 +121,14 @@ def check_numbers(args):
                 raise UserError(f"--{name.replace('_', '-')} must be {expected}, got {value}")
 
     counts = ("epochs", "batch_size", "validations", "patch_size", "embed_dim", "num_heads",
-              "decoder_embed_dim", "decoder_num_heads", "resamples", "rounds", "sheet_images",
-              "per_class", "repeats", "files", "auc_per_class")  # fmt: skip
+              "decoder_embed_dim", "decoder_num_heads", "resamples", "rounds", "per_class",
+              "repeats", "files", "auc_per_class")  # fmt: skip
     check(counts, lambda value: value >= 1, "at least 1")
     check(("resamples",), lambda value: value <= 1_000_000, "at most 1,000,000")
     check(("rounds",), lambda value: value <= 100, "at most 100")
     check(("seed",), lambda value: 0 <= value <= LARGEST_SEED, f"from 0 to {LARGEST_SEED}")
     check(("depth", "decoder_depth"), lambda value: value >= 0, "at least 0")
-    check(("weight_decay", "allowed_fall"), lambda value: 0 <= value < math.inf, "at least 0")
+    check(("weight_decay",), lambda value: 0 <= value < math.inf, "at least 0")
     check(("lr", "mlp_ratio"), lambda value: 0 < value < math.inf, "positive")
     check(("mask_ratio",), lambda value: 0 < value < 1, "between 0 and 1")
     check(("layer_decay", "labels"), lambda value: 0 < value <= 1, "in (0, 1]")
@@ -137,11 +137,9 @@ def check_numbers(args):
 
 
 def check_output(out, inputs):
-    """UserError if the file `out` is one of the `inputs`, or lies in one; None is skipped."""
-    if not out.exists():
-        return
+    """UserError if the file `out` is one of the `inputs`; None is skipped."""
     for path in inputs:
-        if path is not None and path.resolve() in (out.resolve(), *out.resolve().parents):
+        if path is not None and path.resolve() == out.resolve():
             raise UserError(f"--out {out} would overwrite what is read from {path}: choose another")
 
 

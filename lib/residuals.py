@@ -9,8 +9,13 @@ from lib.metrics import bootstrap
 from mae import complementary_masks
 
 
+def mask_ratio_of(content):
+    """The mask ratio that an MAE was trained with, from the content of its weights file."""
+    return content["run"].get("mask_ratio", 0.75)
+
+
 def residual_reader(path, dataset, device, mask_ratio, rounds, seed):
-    """Load an MAE and apply it to rows of `dataset`.
+    """Load an MAE and apply it to rows of `dataset`; None for the mask ratio of its training.
 
     Returns (the weights file's content, function from rows to `MAE.residual`, function from rows
     to the images (b, 1, H, W) that the network sees). Raises UserError as `weights.load_mae` does,
@@ -21,12 +26,13 @@ def residual_reader(path, dataset, device, mask_ratio, rounds, seed):
     mae.eval().to(device)
     transform.to(device)
     read = batch_reader(dataset.images, device)
-    masks = complementary_masks(mae.num_patches, mask_ratio, rounds, seed)
+    ratio = mask_ratio_of(content) if mask_ratio is None else mask_ratio
+    masks = complementary_masks(mae.num_patches, ratio, rounds, seed)
 
-    def seen(batch):
+    def transformed(batch):
         return transform(read(batch))
 
-    return content, lambda batch: mae.residual(seen(batch), masks), seen
+    return content, lambda batch: mae.residual(transformed(batch), masks), transformed
 
 
 def scores_of(residuals, rows):

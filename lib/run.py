@@ -35,7 +35,7 @@ class Run:
         self.weights_path, self.checkpoint_path = self.out / file, self.out / "checkpoint.pth"
         options = {k: v for k, v in vars(args).items() if k not in FREE_OPTIONS}
         described = {"data_fingerprint": dataset.fingerprint, "split": data.SPLIT}
-        # As a weights file keeps them, so that settings can be compared.
+        # Through JSON, as in a weights file, so that both compare equal.
         self.settings = json.loads(json.dumps({**options, **described, **settings}))
         self._refuse_to_overwrite()
         self.checkpoint = self._checkpoint_to_resume() if args.resume else None
@@ -44,11 +44,17 @@ class Run:
             self._require_same_settings(weights.read(self.weights_path).content["run"])
 
     def _refuse_to_overwrite(self):
-        """UserError if the folder holds what this run would replace unasked."""
+        """UserError if the folder holds what this run would replace without --overwrite."""
         own = (self.weights_path, self.checkpoint_path)
         others = [p for p in self.out.glob("*.pth") if p not in own and not is_hidden(p.name)]
         if others:
             raise UserError(f"{self.out} holds {others[0].name} of another run: choose another --out")
+        if self.checkpoint_path.exists():
+            theirs = self._read_checkpoint().get("weights_file", self.weights_path.name)
+            if theirs != self.weights_path.name:
+                raise UserError(
+                    f"{self.out} holds a stopped run of another script: choose another --out"
+                )
         if self.args.resume or self.args.overwrite:
             return
         for path, state in ((self.checkpoint_path, "stopped"), (self.weights_path, "finished")):
@@ -62,28 +68,42 @@ class Run:
         """The run's checkpoint, or None; UserError if it is broken or of other settings."""
         if not self.checkpoint_path.exists():
             return None
-        try:
-            checkpoint = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
-            before = dict(checkpoint["settings"])
-        except Exception:  # torch raises many kinds for a broken file
+        checkpoint = self._read_checkpoint()
+        if not isinstance(checkpoint.get("settings"), dict) or "step" not in checkpoint:
             raise UserError(
-                f"{self.checkpoint_path} cannot be read: give --overwrite to start again"
-            ) from None
-        self._require_same_settings(before)
+                f"{self.checkpoint_path} cannot be read: give --overwrite instead of --resume to "
+                "start again"
+            )
+        self._require_same_settings(checkpoint["settings"])
         return checkpoint
+
+    def _read_checkpoint(self):
+        """The content of the checkpoint; {} if it cannot be read."""
+        try:
+            content = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
+        except Exception:  # torch raises many kinds for a broken file
+            return {}
+        return content if isinstance(content, dict) else {}
 
     def _require_same_settings(self, before):
         for name, value in self.settings.items():
             if before.get(name) != value:
                 raise UserError(
                     f"--resume: the run in {self.out} has {name} = {before.get(name)}, now it is "
-                    f"{value}: use the same settings, or --overwrite to start again"
+                    f"{value}: use the same settings, or --overwrite instead of --resume"
                 )
 
     def write_config(self, **more):
-        """Write `config.json`: the command, its options, the data and the versions."""
+        """Write `config.json`: the command, its options, the data and the versions.
+
+        From here on the folder is of this run: with --overwrite the replaced run is removed.
+        """
         if not distributed.is_main():
             return
+        if self.args.overwrite:
+            for pattern in ("*.pth", "*.png", "metrics.jsonl"):
+                for path in self.out.glob(pattern):
+                    path.unlink()
         dataset = self.dataset
         options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
         versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -103,10 +123,11 @@ class Run:
 
     def save_checkpoint(self, state):
         if distributed.is_main():
-            weights.save_tensors(self.checkpoint_path, {"settings": self.settings, **state})
+            about = {"settings": self.settings, "weights_file": self.weights_path.name}
+            weights.save_tensors(self.checkpoint_path, {**about, **state})
 
     def save_weights(self, state, config, seen, **outcome):
-        """Write the weights file, after which the checkpoint is not needed any more.
+        """Write the weights file and remove the checkpoint.
 
         `seen` are the hashes of all images that the weights were trained or validated on.
         """
@@ -121,8 +142,11 @@ def open_run(args, dataset, file, **settings):
     """Create and lock the folder --out, resume or start in it, and yield its `Run`.
 
     `settings` are added to `Run.settings`. Raises UserError if another run holds the folder, or if
-    it holds what the run would overwrite unasked.
+    it holds what the run would replace without --overwrite.
     """
+    folder = Path(args.data).resolve()
+    if folder in args.out.resolve().parents and not (folder / "dataset.json").exists():
+        raise UserError(f"--out {args.out} lies inside the data: choose a folder outside of it")
     with _locked(args.out):
         run = Run(args, dataset, file, **settings)
         if run.is_finished and distributed.is_main():
@@ -134,6 +158,7 @@ def open_run(args, dataset, file, **settings):
 def _locked(out):
     """Hold a folder. The lock belongs to the process, so a killed process leaves none behind."""
     out = Path(out)
+    is_new = not out.exists()
     make_folder(out)
     if not distributed.is_main():
         yield
@@ -149,6 +174,7 @@ def _locked(out):
         try:
             yield
         finally:
-            if [path.name for path in out.iterdir()] == [".lock"]:  # a mistake: nothing was begun
+            if [path.name for path in out.iterdir()] == [".lock"]:  # the run failed before it wrote anything
                 (out / ".lock").unlink()
-                out.rmdir()
+                if is_new:
+                    out.rmdir()

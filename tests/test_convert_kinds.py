@@ -137,8 +137,10 @@ def test_colour_images_are_refused(packed, tmp_path):
 def test_random_weights_have_the_default_heads():
     common = ["--data", "d", "--out", "o"]
     arguments = [*common, "--strategy", "full", "--pretrained"]
-    assert finetune.parse_args([*arguments, "none"]).num_heads == 4
-    assert finetune.parse_args([*arguments, "none", "--num-heads", "2"]).num_heads == 2
+    for given, expected in (((), 4), (("--num-heads", "2"), 2)):
+        args = finetune.parse_args([*arguments, "none", *given])
+        finetune.fill_in_network(args, None)
+        assert args.num_heads == expected
     assert finetune.parse_args([*arguments, "mae.pth"]).num_heads is None
     assert pretrain.parse_args(common).num_heads == 4
 

@@ -237,7 +237,9 @@ def test_classes_in_another_order_are_found_by_name(packed):
 
 
 def test_a_read_only_data_folder_works_with_the_cache_elsewhere(folder, tmp_path):
-    root = shutil.copytree(folder, tmp_path / "data")
+    root = shutil.copytree(
+        folder, tmp_path / "data", ignore=shutil.ignore_patterns(".packed")
+    )
     bound = bound_by_permissions()
     for path in (root, *root.iterdir()):
         path.chmod(0o500)

@@ -159,7 +159,9 @@ def test_a_head_reads_no_image_again(in_two_processes):
 
 def test_a_batch_that_cannot_be_split_is_named(in_two_processes):
     out, _, errors, _ = in_two_processes
-    assert [*errors] == ["--batch-size 7 cannot be split over 2 processes"] * 2
+    assert [*errors] == [
+        "a batch of 7 images cannot be split over 2 processes: choose another --batch-size"
+    ] * 2
     assert not list((out / "odd").glob("*.pth"))
 
 

@@ -8,7 +8,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, TINY_NETWORK, assert_user_error, run_script
 
 import export
 import mae
@@ -147,3 +147,17 @@ def test_a_model_with_weights_in_another_file_is_refused(runs, tmp_path):
     onnx.save(proto, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
     with pytest.raises(UserError, match=r"outside\.onnx"):
         onnxfile.open_classifier(path)
+
+
+def test_classifiers_validated_on_different_data_are_not_compared(runs, packed, tmp_path):
+    run_script("finetune.py", "--data", packed, "--pretrained", "none", "--strategy", "full",
+               "--epochs", 1, "--labels", 0.5, "--out", tmp_path / "other", *TINY_NETWORK)  # fmt: skip
+    other = tmp_path / "other" / "vit-mae-classifier-wt.pth"
+    content = torch.load(other, weights_only=True)
+    content["run"]["data_fingerprint"] = "elsewhere"
+    torch.save(content, other)
+    refused = run_script(
+        "export.py", "--weights", runs / "full" / "vit-mae-classifier-wt.pth", other, "--out",
+        tmp_path / "x.onnx", check=False,
+    )  # fmt: skip
+    assert_user_error(refused, "validated on different data")

@@ -98,8 +98,8 @@ def test_layer_decay_of_the_command_line_reaches_the_optimisers(
     monkeypatch.setattr("lib.loop.update", spying)
     start = runs / "pretrain" / PRETRAINED if pretrained else "none"
     finetune.main(finetuning(
-        packed, tmp_path / "run", start, strategy, "--layer-decay", 0.5, "--epochs", 1,
-        "--patch-size", 16, "--embed-dim", 32, "--depth", 2, "--num-heads", 2,
+        packed, tmp_path / "run", start, strategy, "--epochs", 1,
+        *(("--layer-decay", 0.5) if len(scales) > 1 else ()), "--patch-size", 16, "--embed-dim", 32, "--depth", 2, "--num-heads", 2,
     ))  # fmt: skip
     assert used
     for step in used:
@@ -415,3 +415,44 @@ def test_fine_tuning_may_start_from_a_classifier(runs, folder, tmp_path):
     )
     for name in ("fc.0.weight", "fc.4.bias", "blocks.0.norm1.weight"):
         assert torch.allclose(before[name], after[name], atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--patch-size", 8), ("--embed-dim", 64), ("--depth", 9), ("--num-heads", 1),
+     ("--transform", "asinh")],
+)  # fmt: skip
+def test_an_option_of_the_network_that_the_weights_contradict_is_refused(
+    option, value, packed, runs, tmp_path
+):
+    refused = run_script(
+        "finetune.py",
+        *finetuning(packed, tmp_path / "run", runs / "pretrain" / PRETRAINED, "full", option, value),
+        check=False,
+    )  # fmt: skip
+    assert_user_error(refused, f"{option} {value}", "leave the option out")
+
+
+@pytest.mark.parametrize("strategy", ["head", "layernorm"])
+def test_a_layer_decay_that_would_do_nothing_is_refused(strategy, packed, runs, tmp_path):
+    pretrained = runs / "pretrain" / PRETRAINED
+    command = finetuning(packed, tmp_path / "run", pretrained, strategy, "--layer-decay", 0.5)
+    assert_user_error(run_script("finetune.py", *command, check=False), "--layer-decay")
+
+
+def test_images_in_another_unit_than_the_weights_are_refused(packed, runs, tmp_path):
+    dataset = data.load(packed)
+    (tmp_path / "counts").mkdir()
+    writer = data.PackedWriter(tmp_path / "counts", (300, 64, 64), dataset.class_names, "counts")
+    for image, label in zip(dataset.images, dataset.labels.tolist(), strict=True):
+        writer.append(1000 * image[None], label)
+    writer.close()
+    for script, command in (
+        ("finetune.py", finetuning(tmp_path / "counts", tmp_path / "run",
+                                   runs / "pretrain" / PRETRAINED, "full")),
+        ("evaluate.py", ("--data", tmp_path / "counts", "--out", tmp_path / "e", "--weights",
+                         runs / "full" / CLASSIFIER)),
+        ("reconstruct.py", ("--data", tmp_path / "counts", "--out", tmp_path / "r", "--weights",
+                            runs / "pretrain" / PRETRAINED)),
+    ):  # fmt: skip
+        assert_user_error(run_script(script, *command, check=False), "another unit")

@@ -12,7 +12,7 @@ from conftest import TINY_DECODER, TINY_NETWORK, run_script
 
 from lib import loop
 
-HOSTILE = ("", "-1", "0", "1", "nan", "inf", "1e-300", "9" * 20, "é\n$\"'", "\udcff", "/dev/zero",
+HOSTILE = ("", "-1", "0", "1", "nan", "inf", "1e-300", "9" * 20, "é\n$\"'", "\udcff", "FIFO",
            "a" * 300)  # fmt: skip
 SMALL = ("--patch-size", "8", *TINY_NETWORK[2:])
 
@@ -47,6 +47,7 @@ def place(tmp_path_factory):
         for i in range(16):
             np.save(root / "data" / name / f"{i}.npy", rng.random((16, 16)) + level)
     np.save(root / "one.npy", rng.random((16, 16)))
+    os.mkfifo(root / "fifo")  # nothing ever comes out of it
     run = ("--data", root / "data", "--epochs", 1, "--batch-size", 8, "--quiet")
     mae, classifier = root / "mae" / "vit-mae-wt.pth", root / "full" / "vit-mae-classifier-wt.pth"
     run_script("pretrain.py", *run, "--out", root / "mae", *SMALL, *TINY_DECODER)
@@ -105,6 +106,7 @@ def test_no_value_of_any_option_ends_in_a_traceback(script, place, monkeypatch, 
     for option in options:
         for value in HOSTILE:
             before = sorted(os.listdir(place))
+            value = str(place / "fifo") if value == "FIFO" else value
             process = run_script(f"{script}.py", *command, f"{option}={value}", check=False,
                                  folder=tmp_path)  # fmt: skip
             what = f"{option}={value!r}: {process.returncode} {process.stdout} {process.stderr}"

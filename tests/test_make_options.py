@@ -17,15 +17,16 @@ import json, os, sys, pathlib
 log, script, *words = sys.argv[1:]
 def option(name):
     return words[words.index(name) + 1]
-out = pathlib.Path(option("--out"))
+out = pathlib.Path(option("--out").removesuffix(".new"))
 with open(log, "a") as file:
     file.write(json.dumps([script, out.name, words]) + "\\n")
 def write(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
 if script == "simulate.py":
-    assert not out.exists() or "folder" in words
-    origin = f"simulate.py Model_II, {option('--per-class')} a class, seed {option('--seed')}, x"
+    out = pathlib.Path(option("--out"))
+    assert not out.exists()
+    origin = f"simulate.py Model_II, {option('--per-class')} a class, seed {option('--seed')}, noise-free"
     write(out / "dataset.json", json.dumps({"origin": origin}, indent=2))
     write(out / "images.npy", "")
 elif script == "data.py":
@@ -35,6 +36,9 @@ elif script == "data.py":
         write(out, text)
 elif script in ("pretrain.py", "finetune.py"):
     name = "vit-mae-wt.pth" if script == "pretrain.py" else "vit-mae-classifier-wt.pth"
+    if "--overwrite" in words:
+        for file in out.glob("*"):
+            file.unlink()
     assert not (out / name).exists(), "a finished run is not trained on"
     if not (out / "config.json").exists() or "--stop" not in words:
         write(out / "config.json", "")

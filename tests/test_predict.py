@@ -126,7 +126,8 @@ def test_prediction_of_a_large_stack_stays_small(runs, tmp_path):
     count = int(os.environ.get("PREDICT_IMAGES", "10000"))
     stack = np.lib.format.open_memmap(
         tmp_path / "stack.npy", mode="w+", dtype=np.float32, shape=(count, 64, 64)
-    )  # a sparse file: zeros that take no disk
+    )
+    stack[:, 32, 32] = 2  # a sparse file, but for one page an image
     stack[-1] = np.nan
     del stack
     code = (

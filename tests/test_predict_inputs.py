@@ -462,12 +462,14 @@ def test_closed_and_full_outputs_cost_no_result(models, tmp_path):
 def test_images_in_another_unit_or_with_sentinels_are_refused(runs, lens_image, tmp_path):
     bordered = lens_image.copy()
     bordered[:6] = -99
-    for name, image in {"good": lens_image, "counts": 255 * lens_image, "border": bordered}.items():
+    images = {"good": lens_image, "counts": 255 * lens_image, "border": bordered,
+              "faint": lens_image / 255, "blank": 0 * lens_image}  # fmt: skip
+    for name, image in images.items():
         np.save(tmp_path / f"{name}.npy", image)
     process = run_script("predict.py", "--model", runs / "classifier.onnx", "--out",
                          tmp_path / "p.csv", tmp_path, check=False)  # fmt: skip
     assert process.returncode == 1
     assert (tmp_path / "p.csv").read_text().count(".npy") == 1
     errors = (tmp_path / "p.csv.errors.csv").read_text()
-    assert errors.count("far outside the training images") == 2
+    assert errors.count("unlike those of the training images") == 4
     assert "border.npy: pixels from -99" in errors

@@ -82,7 +82,7 @@ def test_a_checkpoint_that_cannot_be_read_is_named_with_the_remedy(how, tmp_path
     BROKEN[how](path)
     with pytest.raises(UserError) as error:
         resumed(tmp_path)
-    assert str(error.value) == f"{path} cannot be read: give --overwrite to start again"
+    assert str(error.value) == f"{path} cannot be read: give --overwrite instead of --resume to start again"
     assert "executed" not in capsys.readouterr().out
 
 
@@ -141,6 +141,10 @@ def test_the_weights_take_the_place_of_the_checkpoint(tmp_path, monkeypatch):
     seen = np.array([2**64 - 1, 3, 3], dtype=np.uint64)
     again = options(tmp_path, overwrite=True)
     with open_run(again, DATASET, "w.pth", pretrained_sha256="abc") as run:
+        assert run.checkpoint_path.exists()
+        run.write_config()
+        assert not run.checkpoint_path.exists()  # of the run that is replaced
+        run.save_checkpoint({"step": 1})
 
         def fails(*_):
             raise UserError("is the disk full?")
