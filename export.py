@@ -2,7 +2,7 @@
 
 A classifier gives calibrated probabilities; `--what reconstruction` exports an MAE, which gives
 residual maps and scores. The intensity transform is in the graph; class names and origin are in the
-metadata. The file is compared with PyTorch on images of the data before it takes its name. A file
+metadata. The file is compared with PyTorch on images of the data before it is written. A file
 that differs, or that loses AUC in lower precision, is not written.
 """
 

@@ -244,7 +244,7 @@ def build_classifier(args, source, dataset, train_rows):
     return model, config
 
 
-# A strategy says which parameters learn: (name, parameter) pairs.
+# A strategy gives the trainable parameters: (name, parameter) pairs.
 
 
 def head_parameters(model):
@@ -369,7 +369,7 @@ def parse_args(argv=None):
     )  # fmt: skip
     parser.add_argument(
         "--strategy", choices=STRATEGIES, required=True,
-        help="what learns; it decides the defaults of --lr, --batch-size, --epochs, --augment "
+        help="which parameters are trained; sets the defaults of --lr, --batch-size, --epochs, --augment "
         "and --patch-dropout",
     )  # fmt: skip
     options.add_training_arguments(parser)

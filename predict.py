@@ -1,10 +1,10 @@
 """Classify images with an exported model; needs the folder lib, onnxruntime and numpy only.
 
 Reads .npy, .npz and (with astropy) FITS files, single images or stacks (N, H, W). Writes a CSV
-with a row an image: file, the probability of each class, prediction. Files that cannot be read are
+with one row per image: file, the probability of each class, prediction. Files that cannot be read are
 listed in <out>.errors.csv; then the exit code is 1, and the others are predicted. In folders,
 hidden files do not count, and files of other kinds are named at the end. The CSV is UTF-8; bytes
-of a file name that are not UTF-8 stand in it as escapes such as \\xff.
+of file names that are not UTF-8 are written as escapes such as \\xff.
 """
 
 import argparse
@@ -120,7 +120,7 @@ def predict(args):
             scores = maps_of(images)[1] if maps_of else [None] * len(names)
             for name, image, row, score in zip(names, images, probabilities, scores, strict=True):
                 if not np.isfinite(row).all():
-                    errors.append((name, f"{name}: too extreme pixels: no finite probabilities"))
+                    errors.append((name, f"{name}: the network gives no finite probabilities for such pixels"))
                     continue
                 prediction = class_names[int(row.argmax())]
                 counts[prediction] += 1

@@ -1,7 +1,7 @@
 """Simulate lens images of the classes no_sub, cdm and axion, as the DeepLense benchmark has them.
 
-Model_I has a camera of its own with photon noise, Model_II is seen by Euclid and Model_III by the
-Hubble Space Telescope. The physics is in lib/lenses.py.
+Model_I has its own camera with photon noise, Model_II models Euclid and Model_III the Hubble
+Space Telescope. The physics is in lib/lenses.py.
 """
 
 import argparse

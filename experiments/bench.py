@@ -495,7 +495,7 @@ def time_to_auc(bench):
 
 
 def peer_seconds_to_auc(dataset, test, batch, bench, limit):
-    """Seconds that Hugging Face's ViT trains for until it is as good; looking is not counted.
+    """Seconds that Hugging Face's ViT trains for until it is as good; the time for evaluation is not counted.
 
     Infinite if that would be `limit` or more. It is as large as our default network and sees the
     same log-scaled images.

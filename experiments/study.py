@@ -1,4 +1,4 @@
-"""Experiments that explain the figures: what pre-training buys, what decides it, where it fails.
+"""Experiments that explain the figures: what pre-training gains, what decides it, where it fails.
 
 Every experiment trains with the project's own scripts, one run a folder in --out. Finished runs are
 not repeated, and a stopped run resumes. The results are kept in --results (see results.py). Nothing

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 KINDS = ("halfturn", "noise", "shift", "rotate")
-SYMMETRIES = ("halfturn",)  # give another image of the same class; validation does without
+SYMMETRIES = ("halfturn",)  # map an image to another of its class; not applied in validation
 BACKGROUND_RANGE = (-4.0, -2.0)  # log10 of the background's rms over the image's peak
 PEAK_ELECTRONS_RANGE = (3.0, 5.0)  # log10 of the electrons in the brightest pixel
 LARGEST_SHIFT = 1.5  # pixels
@@ -18,7 +18,7 @@ def disturbances(kinds):
 
 
 def augment(images, kinds, batch_size=None, part=slice(None)):
-    """Change raw images (b, C, H, W) at random, as `kinds`, some of KINDS, say.
+    """Augment raw images (b, C, H, W) at random; `kinds` is a subset of KINDS.
 
     The images may be the `part`, a slice, of a batch of `batch_size`. Random numbers are drawn for
     the whole batch, from torch's global generator, so the result does not depend on how many

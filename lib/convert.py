@@ -62,7 +62,7 @@ def our_name(name):
 
 
 def from_foreign(state, num_heads):
-    """State dict of an MAE elsewhere -> (our state dict, arguments of `mae.MAE`).
+    """State dict of a foreign MAE -> (our state dict, arguments of `mae.MAE`).
 
     Sizes are read off the tensors; only `num_heads`, of the encoder, cannot be. Without a decoder
     in the state the arguments are those of `mae.Encoder`. Raises UserError if the tensors are not

@@ -94,9 +94,9 @@ def local_slice(batch_size):
 def gather(own):
     """The whole batch from each process's part (b, ...); gradients flow to the own part.
 
-    Behind this point every process computes the same gradients from the whole batch. In front of
-    it each has the gradients of its part only, and DDP averages them over the processes: they are
-    multiplied by world_size here, to get their sum.
+    Downstream, every process computes the same gradients from the whole batch. Upstream, each has
+    the gradients of its own part, which DDP averages over the processes; they are multiplied by
+    world_size here, to get their sum.
     """
     if world_size() == 1:
         return own
@@ -150,6 +150,6 @@ def averaged(model, batch_loss):
     """`batch_loss` whose backward pass averages the gradients of `model` over the processes."""
     if world_size() == 1:
         return batch_loss
-    # The patch embedding's gradient has another memory layout than its weights; that is harmless.
+    # The patch embedding's gradient has a different memory layout from its weights; harmless.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return DistributedDataParallel(_Loss(model, batch_loss), forward_sync_buffers=False)

@@ -24,13 +24,13 @@ class UserError(Exception):
 def run(main):
     """Run a script's `main` and exit: 0, or one line on stderr and 2 for a user's mistake.
 
-    No text stops a script: a terminal of another encoding shows backslash escapes, and a pipe that
-    nobody reads any more ends it without a word.
+    Any text can be printed: characters that the terminal lacks become backslash escapes, and a
+    closed pipe ends the script silently.
     """
     _accept_any_output()
     try:
         code = main()
-        with contextlib.suppress(BrokenPipeError):  # all is done, whoever reads of it
+        with contextlib.suppress(BrokenPipeError):  # the work is done, even if nobody reads the output
             sys.stdout.flush()
     except UserError as error:
         _say(f"error: {error}")
@@ -95,7 +95,7 @@ def readable(text):
 
 
 def one_line(text):
-    """`readable`, with what is not printable, such as a newline in a file name, as escapes (\\n)."""
+    """`readable`, with unprintable characters, such as a newline in a file name, become escapes (\\n)."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in readable(text))
 
 

@@ -1,7 +1,7 @@
 """The physics of the simulator: the three classes of the DeepLense benchmark.
 
 A galaxy (singular isothermal ellipsoid, 10¹² M☉, z = 0.5) and an external shear bend the light of
-an elliptical Sérsic source (z = 1). The classes differ in what else bends it:
+an elliptical Sérsic source (z = 1). The classes differ in their additional deflectors:
 
     no_sub  nothing
     cdm     25 point masses between 10⁶ and 10¹⁰ M☉ around the ring
@@ -10,8 +10,8 @@ an elliptical Sérsic source (z = 1). The classes differ in what else bends it:
 The lens is fixed, so a `no_sub` image has two free parameters: the source's position. Angles are
 in arcsec; x runs along columns and y along rows, both zero at the image's centre.
 
-The published images come from mwt5345/DeepLenseSim with lenstronomy 1.9.2. Whatever that pair does
-to an image is repeated here, oddities included, and is marked "quirk" with its source.
+The published images come from mwt5345/DeepLenseSim with lenstronomy 1.9.2. Their behaviour
+is reproduced, oddities included, and marked "quirk" with its source.
 """
 
 import math
@@ -48,7 +48,7 @@ VORTEX_MASS, VORTEX_POINTS = 3e10, 100
 AXION_LOG_MASS_RANGE = (-24.0, -22.0)  # log10 of eV
 VORTEX_LENGTH, VORTEX_REFERENCE_MASS = 0.06, 1e-22  # arcsec (de Broglie wavelength) at eV
 
-BATCH = 1000  # images drawn together
+BATCH = 1000  # images per random stream
 CHUNK = 32  # images rendered at once: few enough that the temporaries stay in the CPU's cache
 
 

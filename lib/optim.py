@@ -1,4 +1,4 @@
-"""What changes the parameters: Muon for matrices, AdamW for vectors, groups and schedule.
+"""Muon for matrices, AdamW for vectors; parameter groups and the learning-rate schedule.
 
 torch has a Muon of its own, but it always computes in bfloat16, which is hundreds of times slower
 on a CPU without the units, and it takes one matrix at a time.
@@ -36,7 +36,7 @@ def _directly(x):
 
 
 def _by_gram(x):
-    """The same with the products in the Gram matrix's size: 1.35 times faster a Muon step on a CPU."""
+    """The same, with products of the Gram matrix's size; makes a Muon step 1.35 times faster on a CPU."""
     a, b, c = QUINTIC
     gram, product = torch.bmm(x, x.mT), None
     for iteration in range(ITERATIONS):

@@ -61,7 +61,7 @@ def add_training_arguments(parser):
         help="passes over the training images (default: depends on the script and strategy; more "
         "for a small data set)",
     )  # fmt: skip
-    group.add_argument("--batch-size", type=int, default=64, help="images a step")
+    group.add_argument("--batch-size", type=int, default=64, help="images per step")
     group.add_argument("--lr", type=float, default=None, help="largest learning rate")
     group.add_argument("--weight-decay", type=float, default=0.05, help="on matrices")
     group.add_argument(
@@ -98,7 +98,7 @@ def add_test_arguments(parser):
         help="the test part, or all images of data that training never saw",
     )  # fmt: skip
     group.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
-    group.add_argument("--seed", type=int, default=0, help="of everything random here")
+    group.add_argument("--seed", type=int, default=0, help="random seed")
     add_device_argument(group)
 
 

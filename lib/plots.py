@@ -21,7 +21,7 @@ plt.rcParams.update({"figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3, "f
 def attempt(show, *what):
     """Call `show(*what)` when the results are written: failing to show them is one line on stderr.
 
-    Nothing that is only looked at may end a run.
+    A failed picture must not end a run.
     """
     try:
         show(*what)
@@ -279,7 +279,7 @@ def dots(path, runs):
             error, y, xerr=[deviation for _, (_, deviation) in lines], fmt="o", ms=4,
             label=label_of(name),
         )  # fmt: skip
-    axes.set(xscale="log", xlabel="1 − AUC (left is better; what is below 1e-6 is drawn there)")
+    axes.set(xscale="log", xlabel="1 − AUC (left is better; values below 1e-6 are drawn at 1e-6)")
     axes.set_yticks(range(len(runs)), [label_of(name) for name in runs])
     axes.invert_yaxis()
     axes.legend(bbox_to_anchor=(1, 1), loc="upper left")

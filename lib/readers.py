@@ -1,4 +1,4 @@
-"""Read image files that others made: `.npy`, `.npz` and FITS; numpy alone, astropy for FITS.
+"""Read image files from untrusted sources: `.npy`, `.npz` and FITS; numpy alone, astropy for FITS.
 
 Nothing here executes what a file asks for. `read_npy` checks a header before it allocates memory,
 and an object array goes through `_unpickle`, which knows numpy's own arrays and numbers only and

@@ -1,4 +1,4 @@
-"""Weights files: written atomically, opened once, loaded with suspicion.
+"""Weights files: written atomically, opened once, checked when loaded.
 
 A weights file is `{"model": state dict, "config": arguments of the constructor and of the intensity
 transform, "class_names": [...], "run": what it was trained on and how, "seen": hashes of the images
@@ -130,7 +130,7 @@ def _safetensors(path):
 
 
 def _converted(path, content, num_heads):
-    """The content of a foreign MAE's checkpoint, as this project would have written it."""
+    """The content of a foreign MAE's checkpoint, converted to this project's format."""
     model_name = None
     if isinstance(content, dict):
         options = content.get("args")
