@@ -69,6 +69,8 @@ def finetune(args):
     source = None
     if args.pretrained != "none":
         source = weights.read(args.pretrained, args.num_heads, foreign=True)
+        if args.pretrained.resolve().parent == args.out.resolve():
+            raise UserError(f"--out {args.out} holds the weights to start from: choose another")
     fill_in_defaults(args, source, len(rows))
     started_from = source.sha256 if source else "none"
     with open_run(

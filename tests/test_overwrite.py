@@ -76,3 +76,15 @@ def test_a_fine_tuning_does_not_write_into_a_pretraining(packed, tmp_path):
         process = finetune(packed, tmp_path, *more, check=False)
         assert_user_error(process, tmp_path, "vit-mae-wt.pth", "--out")
     assert content(tmp_path) == before
+
+
+def test_a_fine_tuning_does_not_replace_the_weights_that_it_starts_from(packed, tmp_path):
+    finetune(packed, tmp_path / "run")
+    before = content(tmp_path / "run")
+    process = run_script(
+        "finetune.py", "--data", packed, "--out", tmp_path / "run", "--strategy", "head",
+        "--pretrained", tmp_path / "run" / "vit-mae-classifier-wt.pth", *FAST, "--overwrite",
+        check=False,
+    )  # fmt: skip
+    assert_user_error(process, "--out", "start from")
+    assert content(tmp_path / "run") == before
