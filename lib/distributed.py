@@ -6,7 +6,6 @@ own part of the images, so the result does not depend on the number of processes
 """
 
 import contextlib
-import gc
 import os
 import warnings
 from datetime import timedelta
@@ -65,7 +64,6 @@ def process_group(device_name):
             ) from None
         raise
     finally:
-        gc.collect()  # DDP objects must not outlive their group
         dist.destroy_process_group()
 
 
