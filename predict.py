@@ -26,6 +26,7 @@ from lib.files import (
     one_line,
     path_argument,
     readable,
+    reason_of,
     run,
 )
 from lib.onnxfile import open_classifier, open_maps, pixel_range, run_model
@@ -207,7 +208,7 @@ def try_to_draw(draw_sheet, path, shown, class_names, maps_of):
         warnings.simplefilter("ignore")  # a name may have letters that the font lacks
         draw_sheet(path, images[:, 0], maps, names, [entry[4] for entry in shown], classes)
     except Exception as error:  # matplotlib raises many kinds
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        reason = reason_of(error)
         return f"--sheet {path}: cannot be drawn: {reason}"
     return None
 

@@ -207,9 +207,9 @@ def _pack(class_files, packed, origin, progress):
         example = outliers[0]
         print(
             f"{len(outliers)} images are far outside the rest, such as {paths[example][0]} with "
-            f"pixels from {extremes[example, 0]:.3g} to {extremes[example, 1]:.3g}; half of the "
-            f"images lie within {low:.3g} to {high:.3g}. Sentinel values or hot pixels? Repair or "
-            "remove them.",
+            f"pixels from {extremes[example, 0]:.3g} to {extremes[example, 1]:.3g}; those of "
+            f"the median image go from {low:.3g} to {high:.3g}. Sentinel values or hot pixels? "
+            "Repair or remove them.",
             file=sys.stderr,
         )
 

@@ -94,6 +94,12 @@ def readable(text):
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def reason_of(error):
+    """The first line of an exception's text, or its type if it has none."""
+    lines = str(error).splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
 def one_line(text):
     """`readable`, with unprintable characters, such as a newline in a file name, become escapes (\\n)."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in readable(text))

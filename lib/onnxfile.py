@@ -7,7 +7,7 @@ import math
 import numpy as np
 import onnxruntime
 
-from lib.files import UserError
+from lib.files import UserError, reason_of
 
 
 def open_session(path, device="auto"):
@@ -83,7 +83,7 @@ def run_model(session, images, path):
     try:
         outputs = session.run(None, {session.get_inputs()[0].name: images})
     except Exception as error:  # onnxruntime raises many kinds
-        reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+        reason = reason_of(error)
         raise UserError(
             f"{path} fails on {len(images)} images; a smaller --batch-size may help: {reason}"
         ) from None
@@ -98,5 +98,5 @@ def _named_errors(path):
     try:
         yield
     except Exception as error:  # onnxruntime raises many kinds
-        reason = str(error).splitlines()[0][:150] if str(error) else type(error).__name__
+        reason = reason_of(error)
         raise UserError(f"{path} is not a model of export.py: {reason}") from None

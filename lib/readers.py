@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.files import UserError
+from lib.files import UserError, reason_of
 
 MAX_PICKLE_BYTES = 64 * 2**20  # an axion file is one image and a number
 MAX_PICKLE_OPCODES = 100_000  # a stack of images takes about 20 an image
@@ -163,7 +163,7 @@ def _named_errors(path, kind):
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:  # the system's, not a parser's
             raise UserError(f"cannot read {path}: {error.strerror}") from None
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        reason = reason_of(error)
         raise UserError(f"{path}: not a usable {kind}: {reason}") from None
 
 

@@ -19,6 +19,9 @@ FREE_OPTIONS = {
     "out", "resume", "overwrite", "quiet", "device", "data", "cache_dir", "pretrained"
 }  # fmt: skip
 
+# What a training leaves beside its weights.
+LEFT = ("metrics.jsonl", "loss.png", "reconstructions.png", "curves.png")
+
 
 class Run:
     """A training's folder, to which the main process alone writes.
@@ -41,7 +44,8 @@ class Run:
         self.checkpoint = self._checkpoint_to_resume() if args.resume else None
         self.is_finished = args.resume and not self.checkpoint and self.weights_path.exists()
         if self.is_finished:
-            self._require_same_settings(weights.read(self.weights_path).content["run"])
+            kept = weights.read(self.weights_path).content["run"]  # the settings and the outcome
+            self._require_same_settings({name: kept.get(name) for name in self.settings})
 
     def _refuse_to_overwrite(self):
         """UserError if the folder holds what this run would replace without --overwrite."""
@@ -86,11 +90,11 @@ class Run:
         return content if isinstance(content, dict) else {}
 
     def _require_same_settings(self, before):
-        for name, value in self.settings.items():
-            if before.get(name) != value:
+        for name in sorted(before.keys() | self.settings.keys()):
+            if before.get(name) != self.settings.get(name):
                 raise UserError(
                     f"--resume: the run in {self.out} has {name} = {before.get(name)}, now it is "
-                    f"{value}: use the same settings, or --overwrite instead of --resume"
+                    f"{self.settings.get(name)}: use the same settings, or --overwrite instead of --resume"
                 )
 
     def write_config(self, **more):
@@ -101,9 +105,8 @@ class Run:
         if not distributed.is_main():
             return
         if self.args.overwrite:
-            for pattern in ("*.pth", "*.png", "metrics.jsonl"):
-                for path in self.out.glob(pattern):
-                    path.unlink()
+            for path in (self.weights_path, self.checkpoint_path, *map(self.out.joinpath, LEFT)):
+                path.unlink(missing_ok=True)
         dataset = self.dataset
         options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
         versions = {"python": platform.python_version(), "torch": torch.__version__}

@@ -14,6 +14,8 @@ import threading
 import numpy as np
 import pytest
 from conftest import HUNG, ROOT
+from test_examples import CHROMIUM, CHROMIUM_OPTIONS
+from test_examples import needs_node as needs_packages
 from test_predict_inputs import write_models
 from test_readers_kinds import MIXED, ONE_IMAGE, STACKS, objects
 
@@ -23,16 +25,6 @@ EXAMPLES = ROOT / "examples"
 SIDE = 8
 IMAGE = np.random.default_rng(0).random((SIDE, SIDE))
 needs_node = pytest.mark.skipif(not shutil.which("node"), reason="needs Node.js")
-needs_packages = pytest.mark.skipif(
-    not shutil.which("node") or not (EXAMPLES / "node_modules").is_dir(),
-    reason="needs Node.js and `npm ci` in examples/",
-)
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-CHROMIUM_OPTIONS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--virtual-time-budget=60000", "--timeout=60000", "--dump-dom",
-)  # fmt: skip
 
 KINDS = ("?", "i1", "u1", *(order + kind for order in "<>" for kind in
          ("f2", "f4", "f8", "i2", "i4", "i8", "u2", "u4", "u8")))  # fmt: skip

@@ -88,3 +88,10 @@ def test_a_fine_tuning_does_not_replace_the_weights_that_it_starts_from(packed, 
     )  # fmt: skip
     assert_user_error(process, "--out", "start from")
     assert content(tmp_path / "run") == before
+
+
+def test_overwrite_removes_what_the_run_left_and_nothing_else(packed, tmp_path):
+    pretrain(packed, tmp_path)
+    (tmp_path / "mine.png").write_bytes(b"a picture of the user")
+    pretrain(packed, tmp_path, "--overwrite")
+    assert (tmp_path / "mine.png").read_bytes() == b"a picture of the user"

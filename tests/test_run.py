@@ -97,6 +97,7 @@ def test_only_the_same_settings_are_resumed(tmp_path):
         ("new_option = None", {"new_option": 1}),
         ("data_fingerprint", {"dataset": other_data}),
         ("pretrained_sha256 = abc", {"settings": {"pretrained_sha256": "def"}}),
+        ("pretrained_sha256 = abc", {"settings": {}}),  # a setting that is gone
     ):
         with pytest.raises(UserError, match=f"--resume.* has {named}"):
             resumed(tmp_path, **{**same, **changed})
