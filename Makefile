@@ -41,7 +41,8 @@ PRETRAINED := $(RUNS)/pretrain/vit-mae-wt.pth
 HEAD := $(RUNS)/head/vit-mae-classifier-wt.pth
 LAYERNORM := $(RUNS)/layernorm/vit-mae-classifier-wt.pth
 FULL := $(RUNS)/full/vit-mae-classifier-wt.pth
-STRATEGIES := $(HEAD) $(LAYERNORM) $(FULL)
+RESIDUAL := $(RUNS)/residual/vit-mae-classifier-wt.pth
+STRATEGIES := $(HEAD) $(LAYERNORM) $(FULL) $(RESIDUAL)
 SCRATCH := $(RUNS)/scratch/vit-mae-classifier-wt.pth
 MODEL := $(RUNS)/classifier.onnx
 MAPS := $(RUNS)/reconstruction.onnx
@@ -169,7 +170,7 @@ $(PRETRAINED): $(RUNS)/dataset.json $(OPTIONS)/pretraining | $(READY)
 	@$(mode) set -x; \
 	$(PY) pretrain.py $(INPUT) --out $(@D) $$mode $(PRETRAINING)
 
-$(HEAD) $(FULL): $(RUNS)/%/vit-mae-classifier-wt.pth: $(PRETRAINED) $(OPTIONS)/finetuning
+$(HEAD) $(FULL) $(RESIDUAL): $(RUNS)/%/vit-mae-classifier-wt.pth: $(PRETRAINED) $(OPTIONS)/finetuning
 	@$(mode) set -x; \
 	$(PY) finetune.py $(INPUT) --pretrained $(PRETRAINED) --strategy $* --out $(@D) $$mode $(FINETUNING)
 

@@ -96,7 +96,9 @@ def predict_probabilities(model, images, rows, device):
     """Class probabilities (n, K) of rows of the raw `images` (N, H, W), in float32."""
     read = batch_reader(images, device)
     model.eval().to(device)
-    return in_batches(lambda batch: model(read(batch)).softmax(dim=1), rows).numpy()
+    return in_batches(
+        lambda batch: model(read(batch)).softmax(dim=1), rows, bar="evaluation"
+    ).numpy()
 
 
 def figures(probabilities, labels, class_names, args):

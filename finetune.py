@@ -1,7 +1,10 @@
-"""Fine-tune a classifier on all classes: the head alone, every LayerNorm, or the whole network.
+"""Fine-tune a classifier on all classes: head, LayerNorms, whole network, or residual maps.
 
-Leaves in --out: vit-mae-classifier-wt.pth (weights of the best validation macro AUC), config.json,
-metrics.jsonl and curves.png (loss, accuracy and AUC).
+The strategies `head`, `layernorm` and `full` put a head on the pre-trained encoder. `residual`
+keeps the whole MAE as it is and trains a small network on what it does not explain of an image.
+
+Leaves in --out: vit-mae-classifier-wt.pth (weights of the best validation macro AUC; for `residual`
+the last ones), config.json, metrics.jsonl and curves.png (loss, accuracy and AUC).
 """
 
 import argparse
@@ -11,25 +14,21 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from lib import data, distributed, metrics, optim, options, plots, weights
-from lib.augment import augment, disturbances
+from lib.augment import SYMMETRIES
 from lib.device import resolve_device
 from lib.files import UserError, run
-from lib.loader import (
-    EVALUATION_BATCH,
-    batch_reader,
-    fit_transform,
-    fixed_random_numbers,
-    in_batches,
-    larger_than_memory,
-)
+from lib.loader import fit_transform, fixed_random_numbers, in_batches, larger_than_memory
 from lib.loop import fit
+from lib.residuals import mask_ratio_of
 from lib.run import open_run
-from mae import POOLINGS, Classifier, random_masking
+from lib.strategies import STRATEGIES, freeze_others, reestimate_batchnorm
+from mae import MAE, POOLINGS, Classifier, ResidualClassifier
 
 EXAMPLE = """examples:
+  python finetune.py --data lenses --strategy residual --out runs/residual \\
+      --pretrained runs/pretrain/vit-mae-wt.pth
   python finetune.py --data lenses --strategy full --out runs/full \\
       --pretrained runs/pretrain/vit-mae-wt.pth
   python finetune.py --data lenses --strategy full --out runs/scratch --pretrained none"""
@@ -43,6 +42,8 @@ DEFAULTS = {
                   "augment": ("halfturn",), "patch_dropout": 0.5},
     "full": {"lr": 3e-3, "batch_size": 128, "epochs": 6, "fewest_steps": 1000,
              "augment": ("halfturn",), "patch_dropout": 0.5},
+    "residual": {"lr": 3e-3, "batch_size": 64, "epochs": 4, "fewest_steps": 1000,
+                 "augment": ("halfturn",), "patch_dropout": 0.0},
 }  # fmt: skip
 # What differs when continuing from a classifier: its head is already trained, so use small steps.
 CONTINUING = {
@@ -50,10 +51,14 @@ CONTINUING = {
     "layernorm": {"lr": 3e-4, "batch_size": 128, "epochs": 1, "fewest_steps": 300,
                   "patch_dropout": 0.0},
     "full": {"lr": 2e-4, "epochs": 1, "fewest_steps": 300, "patch_dropout": 0.0},
+    "residual": {"lr": 3e-4, "epochs": 1, "fewest_steps": 300},
 }
+# Validation figure that decides which weights are kept; None: the last ones are. The AUC of
+# `residual` soon reaches 1 and says no more.
+SCORES = {"head": "macro_auc", "layernorm": "macro_auc", "full": "macro_auc", "residual": None}
+RESIDUAL_VALIDATIONS = 4  # its epochs may be many and short
+DEFAULT_POOL = "stats"
 LAYER_DECAY = 0.75  # of a pre-trained network that is trained as a whole
-ALL_PATCHES_FROM = 0.5  # of the steps: patch dropout ends here
-BATCHNORM_IMAGES = 2048  # training images that BatchNorm's statistics are computed from
 OTHER_SIZE = ": pre-train on images of this size"
 
 
@@ -85,67 +90,45 @@ def train(args, dataset, rows, validation, source, run):
     torch.manual_seed(args.seed)
     model, config = build_classifier(args, source, dataset, rows)
     model.to(device)
+    run.write_config(model=config)
     labels = torch.from_numpy(np.array(dataset.labels)).to(device)
-    read = batch_reader(dataset.images, device)
-    learning = learning_parameters(model, args.strategy)
-
-    if args.strategy == "head":
-        # The encoder is frozen: compute its output once, not every epoch.
-        trained = model.fc
-        stored = stored_features(model, read, np.concatenate([rows, validation]), len(labels))
-
-        def features_of(batch):
-            return stored[batch]
-
-        def training_features(batch, _):
-            return stored[batch]
-    else:
-        trained = model
-
-        def features_of(batch):
-            return model.features(augment(read(batch), disturbances(args.augment)))
-
-        def training_features(batch, progress):
-            part = distributed.local_slice(len(batch))
-            ids_keep = patches_to_keep(model, len(batch), args.patch_dropout, progress, device)
-            images = augment(read(batch[part]), args.augment, len(batch), part)
-            own = model.features(images, None if ids_keep is None else ids_keep[part])
-            return distributed.gather(own)
+    way = STRATEGIES[args.strategy](
+        model, dataset, np.concatenate([rows, validation]), args, run, device
+    )
+    freeze_others(model, way.learning)
 
     def batch_loss(batch, progress):
-        logits = model.fc(training_features(batch, progress)).float()
-        target = labels[batch]
+        logits, target = way.training_logits(batch, progress).float(), labels[batch]
         correct = (logits.detach().argmax(dim=1) == target).float().mean()
         return {"loss": F.cross_entropy(logits, target), "accuracy": correct}
 
-    def logits_of(batch):
-        return model.fc(features_of(batch))
-
     def validate():
         with fixed_random_numbers():
-            reestimate_batchnorm(trained, logits_of, rows)
-            logits = in_batches(logits_of, validation)
+            reestimate_batchnorm(way.trained, way.logits, rows)
+            logits = in_batches(way.logits, validation)
         return validation_figures(logits, labels[validation].cpu())
 
-    groups = optim.parameter_groups(learning, args.weight_decay, layer_decay(args, model))
-    run.write_config(model=config)
+    groups = optim.parameter_groups(way.learning, args.weight_decay, layer_decay(args, model))
     state, history, precision = fit(
-        trained, groups, batch_loss, validate, rows, run, device, score="macro_auc",
+        way.trained, groups, batch_loss, validate, rows, run, device, score=SCORES[args.strategy],
         in_blocks=args.strategy != "head" and larger_than_memory(dataset.images),
     )  # fmt: skip
-    trained.load_state_dict(state)
-    trained.eval()
+    way.trained.load_state_dict(state)
+    way.trained.eval()
     with fixed_random_numbers():
-        logits = in_batches(logits_of, validation)
+        logits = in_batches(way.logits, validation)
     if not distributed.is_main():
         return
     model.temperature.fill_(metrics.fit_temperature(logits.numpy(), dataset.labels[validation]))
     seen = dataset.hashes[np.concatenate([rows, validation])]
+    best = history[-1]
+    if SCORES[args.strategy]:
+        best = max(history, key=lambda line: line["validation_macro_auc"])
     run.save_weights(
         model.state_dict(), config, np.concatenate([seen, source.seen]) if source else seen,
         number_format=precision.name,
         pixel_range=data.pixel_range(data.extremes_of(dataset, rows)),
-        best=max(history, key=lambda line: line["validation_macro_auc"]),
+        best=best,
     )  # fmt: skip
     plots.attempt(plots.classifier_curves, args.out / "curves.png", history)
 
@@ -162,18 +145,32 @@ def fill_in_defaults(args, source, images):
         )
     if args.batch_size == 1:
         raise UserError("--batch-size must be at least 2: BatchNorm needs several images a step")
-    if args.strategy == "head":
-        for name in ("augment", "patch_dropout"):
-            if getattr(args, name):
-                raise UserError(
-                    f"--{name.replace('_', '-')}: the head learns from stored features; use another "
-                    "--strategy"
-                )
+    if args.strategy == "residual":
+        args.validations = args.validations or min(args.epochs, RESIDUAL_VALIDATIONS)
+    check_strategy(args)
     decays = args.strategy == "full" and source is not None
     if args.layer_decay not in (None, 1) and not decays:
         raise UserError("--layer-decay needs --strategy full and pre-trained weights")
     args.layer_decay = (args.layer_decay or LAYER_DECAY) if decays else 1.0
     fill_in_network(args, source)
+
+
+def check_strategy(args):
+    """UserError, naming the flag, for options that the strategy has no use for."""
+    if args.patch_dropout and args.strategy not in ("layernorm", "full"):
+        raise UserError("--patch-dropout: all patches are needed; use --strategy layernorm or full")
+    if args.strategy == "head" and args.augment:
+        raise UserError("--augment: the head learns from stored features; use another --strategy")
+    if args.strategy == "residual":
+        if set(args.augment) - set(SYMMETRIES):
+            raise UserError(
+                f"--augment: residual maps are computed once, so only {', '.join(SYMMETRIES)} or "
+                "none is possible; use another --strategy"
+            )
+        if args.pool:
+            raise UserError("--pool: there are no patch tokens; leave it out or use another --strategy")
+    elif not args.pool:
+        args.pool = DEFAULT_POOL
 
 
 def fill_in_network(args, source):
@@ -185,7 +182,7 @@ def fill_in_network(args, source):
     if source is not None:
         config = source.content["config"]
         kind = config.get("transform", {"kind": args.transform or network["transform"]})["kind"]
-        network |= {**config, "transform": kind}
+        network |= {**config.get("mae", config), "transform": kind}
     for name in options.NETWORK:
         value = getattr(args, name)
         if source is None and value is not None:
@@ -205,15 +202,18 @@ def strategy_defaults(strategy, source):
 
 
 def build_classifier(args, source, dataset, train_rows):
-    """The `Classifier` that training starts from, and the arguments of its constructor.
+    """The network that training starts from, and the arguments of its constructor.
 
-    `source` is None for random weights; an opened MAE, of which the encoder is taken; or an opened
-    classifier, which is taken whole, head included. UserError where data and weights do not fit.
+    `source` is None for random weights; an opened MAE, of which the encoder is taken (`residual`:
+    all of it); or an opened classifier, which is taken whole, head included. UserError where data,
+    weights and strategy do not fit.
     """
     def new_transform():
         return fit_transform(dataset.images, train_rows, args.transform, args.augment)
 
-    classes = {"num_classes": len(dataset.class_names), "pool": args.pool}
+    classes = {"num_classes": len(dataset.class_names)}
+    if args.strategy != "residual":
+        classes["pool"] = args.pool
     if source is None:
         sizes = {n: getattr(args, n) for n in ("patch_size", "embed_dim", "depth", "num_heads")}
         config = {"img_size": dataset.img_size, **sizes, **classes, "transform": new_transform()}
@@ -221,63 +221,59 @@ def build_classifier(args, source, dataset, train_rows):
     content = source.content
     data.check_unit(dataset, train_rows, content["run"])
     if source.is_classifier:
-        model = weights.classifier_of(source)
-        data.check_split(content["run"])
-        data.check_size(source.path, model, dataset, OTHER_SIZE)
-        if content["class_names"] != list(dataset.class_names) or model.pool != args.pool:
-            raise UserError(
-                f"{source.path} tells {', '.join(content['class_names'])} apart with --pool "
-                f"{model.pool}; start from an MAE for other classes or another --pool"
-            )
-        model.temperature.fill_(1.0)
-        return model, content["config"]
+        return continued_classifier(args, source, dataset), content["config"]
     pretrained, transform = weights.encoder_of(source)
     data.check_size(source.path, pretrained, dataset, OTHER_SIZE)
-    sizes = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
-    config = {name: content["config"][name] for name in sizes if name in content["config"]}
     if transform is None:  # a checkpoint from elsewhere
-        config |= {**classes, "transform": new_transform()}
+        transform = new_transform()
     else:
         data.check_split(content["run"])
-        config |= {**classes, "transform": content["config"]["transform"]}
+        transform = content["config"]["transform"]
+    if args.strategy == "residual":
+        return residual_classifier(source, pretrained, {**classes, "transform": transform})
+    sizes = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
+    config = {name: content["config"][name] for name in sizes if name in content["config"]}
+    config |= {**classes, "transform": transform}
     model = Classifier(**config)
     encoder = {k: v for k, v in pretrained.state_dict().items() if k in model.state_dict()}
     model.load_state_dict({**model.state_dict(), **encoder})
     return model, config
 
 
-# A strategy gives the trainable parameters: (name, parameter) pairs.
+def continued_classifier(args, source, dataset):
+    """The classifier of an opened weights file, to be trained further; see `build_classifier`."""
+    content = source.content
+    model = weights.classifier_of(source)
+    data.check_split(content["run"])
+    data.check_size(source.path, model, dataset, OTHER_SIZE)
+    if isinstance(model, ResidualClassifier) != (args.strategy == "residual"):
+        other = "residual" if isinstance(model, ResidualClassifier) else "head, layernorm or full"
+        raise UserError(f"{source.path} is a classifier of --strategy {other}: continue with that")
+    if content["class_names"] != list(dataset.class_names):
+        raise UserError(
+            f"{source.path} tells {', '.join(content['class_names'])} apart; start from an MAE for "
+            "other classes"
+        )
+    if args.pool and model.pool != args.pool:
+        raise UserError(
+            f"{source.path} has --pool {model.pool}; start from an MAE for another --pool"
+        )
+    model.temperature.fill_(1.0)
+    return model
 
 
-def head_parameters(model):
-    return [(f"fc.{name}", parameter) for name, parameter in model.fc.named_parameters()]
-
-
-def layernorm_parameters(model):
-    norms = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
-    inside = [(f"{n}.{k}", p) for n, m in norms for k, p in m.named_parameters()]
-    return inside + head_parameters(model)
-
-
-def all_parameters(model):
-    return [(name, p) for name, p in model.named_parameters() if name != "pos_embed"]
-
-
-STRATEGIES = {
-    "head": head_parameters,
-    "layernorm": layernorm_parameters,
-    "full": all_parameters,
-}
-
-
-def learning_parameters(model, strategy):
-    """The parameters that a strategy trains; all others are frozen."""
-    learning = STRATEGIES[strategy](model)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for _, parameter in learning:
-        parameter.requires_grad_(True)
-    return learning
+def residual_classifier(source, mae, more):
+    """The `ResidualClassifier` around an `MAE`, and its arguments; `more` of them are given."""
+    if not isinstance(mae, MAE):
+        raise UserError(f"{source.path} has no decoder, which --strategy residual needs")
+    sizes = {k: v for k, v in source.content["config"].items() if k != "transform"}
+    config = {"mae": sizes, "mask_ratio": mask_ratio_of(source.content), **more}
+    try:
+        model = ResidualClassifier(**config)
+    except ValueError as error:
+        raise UserError(f"--strategy residual: {error}; use another strategy") from None
+    model.mae.load_state_dict(mae.state_dict())
+    return model, config
 
 
 def layer_decay(args, model):
@@ -285,6 +281,8 @@ def layer_decay(args, model):
 
     The rate of a block is --layer-decay times that of the next one.
     """
+    if args.layer_decay == 1:
+        return lambda name: 1.0
     depth = len(model.blocks)
     return lambda name: args.layer_decay ** (depth + 1 - layer_of(name, depth))
 
@@ -296,55 +294,6 @@ def layer_of(name, depth):
     if name.startswith("blocks."):
         return int(name.split(".")[1]) + 1
     return depth + 1
-
-
-# Parts of a step
-
-
-def stored_features(model, read, rows, count):
-    """Pooled encoder outputs (count, d) on the device; only `rows` are computed."""
-    model.eval()
-    computed = in_batches(lambda batch: model.features(read(batch)), rows)
-    device = model.cls_token.device
-    features = torch.zeros(count, computed.shape[1], device=device)
-    features[rows] = computed.to(device)
-    return features
-
-
-def patches_to_keep(model, images, dropout, progress, device):
-    """Random patches (images, n) that a training step sees; None for all of them.
-
-    `progress` is the fraction of the steps done: from ALL_PATCHES_FROM on no patch is dropped.
-    """
-    if not dropout or progress >= ALL_PATCHES_FROM:
-        return None
-    keep = max(1, round(model.num_patches * (1 - dropout)))
-    ids_keep, _ = random_masking(torch.rand(images, model.num_patches, device=device), keep)
-    return ids_keep
-
-
-@torch.no_grad()
-def reestimate_batchnorm(model, forward, rows):
-    """Recompute BatchNorm's running statistics from training rows, with dropout off.
-
-    The bias in front of a BatchNorm has no gradient, so Adam lets it drift, and running means lag
-    behind it: without this, validation may look like chance while training goes well.
-    """
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d)]
-    momenta = [norm.momentum for norm in norms]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # an average over all batches
-        norm.train()
-    # Rows may be sorted by class: every batch must hold all classes, or variances are too small.
-    chosen = np.random.default_rng(0).permutation(rows)[:BATCHNORM_IMAGES]
-    batch = min(EVALUATION_BATCH, len(chosen))
-    for start in range(0, len(chosen) - batch + 1, batch):
-        forward(chosen[start : start + batch])
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    model.eval()
 
 
 def validation_figures(logits, target):
@@ -378,8 +327,9 @@ def parse_args(argv=None):
     parser.set_defaults(batch_size=None, augment=None)
     group = parser.add_argument_group("classifier")
     group.add_argument(
-        "--pool", choices=POOLINGS, default="stats",
-        help="how the patch tokens are summarised for the head",
+        "--pool", choices=POOLINGS, default=None,
+        help="how the patch tokens are summarised for the head (default: "
+        f"{DEFAULT_POOL}; residual has none)",
     )  # fmt: skip
     group.add_argument(
         "--layer-decay", type=float, default=None,

@@ -3,9 +3,11 @@
 The method is that of He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners"
 (arXiv:2111.06377): cut an image into patches, hide most of them, encode only the visible ones,
 and let a small decoder predict the pixels of the hidden ones. Afterwards the decoder is dropped
-and the encoder carries a classifier.
+and the encoder carries a classifier. Or the whole MAE is kept, and a small convolutional network
+classifies what it does not explain of an image.
 
-Reading order: positions -> patches -> one transformer block -> `Encoder` -> `MAE` -> `Classifier`.
+Reading order: positions -> patches -> one transformer block -> `Encoder` -> `MAE` -> `Classifier`
+-> `ResidualClassifier`.
 Parameter names and layout are those of the reference implementation (facebookresearch/mae), so
 weights travel in both directions. Shapes in comments: B images, C channels, H = W pixels a side,
 p pixels a side of a patch, N = (H/p)² patches, D embedding width.
@@ -21,6 +23,9 @@ LAYER_NORM_EPS = 1e-6
 ATTENTION_FORMS = ("fused", "plain")
 TRANSFORM_KINDS = ("log", "asinh", "sqrt", "linear")
 POOLINGS = {"mean": 1, "cls": 1, "both": 2, "stats": 4}  # and their widths, in encoder widths
+MAP_SCALE = 0.1  # where residuals, in units of the transformed image, are compressed
+LARGEST_MASK_RATIO = 0.99  # of residual maps: what is visible must take turns over the image
+MAP_WIDTHS = (24, 48, 96, 96)  # channels of the stages that look at a residual map
 
 
 def sincos_positions(dim, grid_size):
@@ -373,20 +378,23 @@ class MAE(Encoder):
         """
         self.check_images(images)
         patches = patchify(images, self.patch_size)
-        residual = squared = torch.zeros_like(patches)
-        times_hidden = patches.new_zeros(self.num_patches, 1)
+        differences, places = [], []
         for visible, hidden in masks:
             hidden = hidden.to(patches.device)
             ids_keep = visible.to(patches.device).expand(patches.shape[0], -1)
             ids_removed = hidden.expand(patches.shape[0], -1)
             pred = self.decode(self.encode(patches, ids_keep), ids_keep, ids_removed)
             own = patches[:, hidden]
-            difference = own - self.pixels(pred, own)
-            residual = residual.index_add(1, hidden, difference)
-            squared = squared.index_add(1, hidden, difference.square())
-            times_hidden = times_hidden.index_add(0, hidden, patches.new_ones(len(hidden), 1))
+            differences.append(own - self.pixels(pred, own))
+            places.append(hidden)
+        # Every patch is hidden equally often: sorted by patch, (B, N, times hidden, p²C).
+        places = torch.cat(places)
+        keys = places * len(places) + torch.arange(len(places), device=places.device)
+        order = keys.argsort()
+        by_patch = torch.cat(differences, dim=1)[:, order].unflatten(1, (self.num_patches, -1))
         p, c = self.patch_size, self.in_chans
-        return tuple(unpatchify(total / times_hidden, p, c) for total in (residual, squared))
+        residual, squared = by_patch.mean(dim=2), by_patch.square().mean(dim=2)
+        return unpatchify(residual, p, c), unpatchify(squared, p, c)
 
 
 class IntensityTransform(nn.Module):
@@ -417,10 +425,20 @@ class IntensityTransform(nn.Module):
         return (x - self.mean) / self.std
 
 
+def new_head(width, num_classes):
+    """The classification head, (B, width) -> (B, num_classes)."""
+    return nn.Sequential(
+        nn.Linear(width, 64),
+        nn.BatchNorm1d(64),
+        nn.ReLU(),
+        nn.Dropout(0.4),
+        nn.Linear(64, num_classes),
+    )
+
+
 class Classifier(Encoder):
     """Encoder and classification head over raw images (B, C, H, W): logits (B, num_classes).
 
-    The head is Linear(d, 64) -> BatchNorm1d(64) -> ReLU -> Dropout(0.4) -> Linear(64, classes).
     `transform` is a dict of the arguments of `IntensityTransform`. `pool` says what the head sees:
     "mean" of the patch tokens, the "cls" token, "both" side by side, or "stats": mean, standard
     deviation, minimum and maximum of the patch tokens, since substructure dents few patches of
@@ -447,13 +465,7 @@ class Classifier(Encoder):
         self.pool = pool
         self.transform = IntensityTransform(**(transform or {}))
         self.register_buffer("temperature", torch.ones(()))
-        self.fc = nn.Sequential(
-            nn.Linear(embed_dim * POOLINGS[pool], 64),
-            nn.BatchNorm1d(64),
-            nn.ReLU(),
-            nn.Dropout(0.4),
-            nn.Linear(64, num_classes),
-        )
+        self.fc = new_head(embed_dim * POOLINGS[pool], num_classes)
         self.apply(_init_weights)
 
     def features(self, images, ids_keep=None):
@@ -475,3 +487,72 @@ class Classifier(Encoder):
 
     def forward(self, images, ids_keep=None):
         return self.fc(self.features(images, ids_keep)) / self.temperature
+
+
+class MapClassifier(nn.Module):
+    """Residual maps (B, C, H, W) to logits (B, num_classes).
+
+    Each stage halves the side before BatchNorm and ReLU, which so see a quarter of the pixels.
+    """
+
+    def __init__(self, in_chans, num_classes):
+        super().__init__()
+        stages = []
+        for before, after in zip((in_chans, *MAP_WIDTHS), MAP_WIDTHS, strict=False):
+            stages += [
+                nn.Conv2d(before, after, 3, padding=1, bias=False),
+                nn.MaxPool2d(2),
+                nn.BatchNorm2d(after),
+                nn.ReLU(),
+            ]
+        # With the channels last in memory, convolutions take half the time on a CPU.
+        self.stages = nn.Sequential(*stages).to(memory_format=torch.channels_last)
+        self.fc = new_head(MAP_WIDTHS[-1], num_classes)
+
+    def forward(self, maps):
+        x = torch.asinh(maps.float() / MAP_SCALE)  # linear for weak residuals, logarithmic beyond
+        return self.fc(self.stages(x).mean(dim=(2, 3)))
+
+
+class ResidualClassifier(nn.Module):
+    """Classify what a frozen MAE of smooth lenses does not explain of raw images (B, C, H, W).
+
+    The MAE predicts every patch from the others, see `MAE.residual`; a `MapClassifier` sees image
+    minus prediction, where the substructure is nearly all that is left. Lens, shear and source are
+    symmetric under half a turn, so the logits (B, num_classes) are the mean over a map and the
+    same map turned. They are divided by `temperature`, see `Classifier`.
+
+    Parameters
+    ----------
+    mae : arguments of the `MAE`, a dict.
+    transform : arguments of `IntensityTransform`, a dict.
+    mask_ratio, rounds : of `complementary_masks`.
+
+    Raises ValueError for images of fewer than 16 pixels a side and for impossible masks.
+    """
+
+    def __init__(self, mae, transform, num_classes=3, mask_ratio=0.75, rounds=1):
+        super().__init__()
+        self.mae = MAE(**mae)
+        self.img_size = self.mae.img_size
+        if self.img_size < 2 ** len(MAP_WIDTHS):
+            raise ValueError(f"images must be at least {2 ** len(MAP_WIDTHS)} pixels wide")
+        if not 0 < mask_ratio <= LARGEST_MASK_RATIO or rounds < 1:
+            raise ValueError(f"no residual maps at mask ratio {mask_ratio} and {rounds} rounds")
+        self.masks = complementary_masks(self.mae.num_patches, mask_ratio, rounds)
+        self.transform = IntensityTransform(**transform)
+        self.network = MapClassifier(self.mae.in_chans, num_classes)
+        self.register_buffer("temperature", torch.ones(()))
+        self.mae.requires_grad_(False)
+
+    def maps(self, images):
+        """Residual maps (B, C, H, W) of raw images."""
+        residual, _ = self.mae.residual(self.transform(images), self.masks)
+        return residual
+
+    def logits(self, maps):
+        """Logits (B, num_classes) of residual maps, before the temperature."""
+        return (self.network(maps) + self.network(maps.flip(2, 3))) / 2
+
+    def forward(self, images):
+        return self.logits(self.maps(images)) / self.temperature

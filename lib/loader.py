@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from lib import distributed
 from lib.augment import augment
@@ -56,14 +57,16 @@ def reader_of_stored(images, device):
 
 
 @torch.no_grad()
-def in_batches(function, rows, batch_size=EVALUATION_BATCH):
+def in_batches(function, rows, batch_size=EVALUATION_BATCH, bar=None):
     """Concatenate the results of `function` over batches of rows (float32, on the CPU).
 
-    Several processes share the batches, and each gets the whole result.
+    Several processes share the batches, and each gets the whole result. `bar` is the text of a
+    live bar on a terminal; None for none.
     """
     parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     own = parts[distributed.rank() :: distributed.world_size()]
-    results = [function(part).float().cpu() for part in own]
+    shown = tqdm(own, desc=bar, unit="batch", leave=False, disable=None if bar else True)
+    results = [function(part).float().cpu() for part in shown]
     return torch.cat(distributed.gather_list(results))
 
 

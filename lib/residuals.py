@@ -2,11 +2,15 @@
 
 import numpy as np
 from sklearn.metrics import roc_auc_score
+from tqdm import tqdm
 
-from lib import data, weights
+from lib import data, distributed, weights
+from lib.files import atomic_write
 from lib.loader import batch_reader, in_batches
 from lib.metrics import bootstrap
 from mae import complementary_masks
+
+MAPS_TOGETHER = 2048  # that are kept in memory while they are computed
 
 
 def mask_ratio_of(content):
@@ -37,7 +41,43 @@ def residual_reader(path, dataset, device, mask_ratio, rounds, seed):
 
 def scores_of(residuals, rows):
     """Mean squared residual of each image, (n,)."""
-    return in_batches(lambda batch: residuals(batch)[1].mean(dim=(1, 2, 3)), rows).numpy()
+    return in_batches(
+        lambda batch: residuals(batch)[1].mean(dim=(1, 2, 3)), rows, bar="residuals"
+    ).numpy()
+
+
+def stored_maps(maps_of, rows, path, img_size, quiet=False):
+    """Maps of `rows` as one array (n, H, H) float16, mapped from the file `path`.
+
+    The file is made unless it is there. `maps_of` gives maps (b, 1, H, H) of rows (b,); several
+    processes share the work, the main one writes.
+    """
+    if not distributed.from_main(path.exists):
+        if distributed.is_main():
+            data.require_space(path.parent, 2 * len(rows) * img_size**2)
+            with atomic_write(path) as temporary, temporary.open("wb") as file:
+                _write_maps(file, maps_of, rows, img_size, quiet)
+        else:
+            _write_maps(None, maps_of, rows, img_size, quiet=True)
+        distributed.wait()
+    return np.load(path, mmap_mode="r")
+
+
+def _write_maps(file, maps_of, rows, img_size, quiet):
+    """Write an array of maps into an open file; without a file only compute this process's part."""
+    shape = (len(rows), img_size, img_size)
+    if file:
+        header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+    largest = float(np.finfo(np.float16).max)
+    with tqdm(
+        total=len(rows), desc="residual maps", unit="img", disable=True if quiet else None
+    ) as bar:
+        for start in range(0, len(rows), MAPS_TOGETHER):
+            part = in_batches(maps_of, rows[start : start + MAPS_TOGETHER])
+            if file:
+                file.write(part.clamp(-largest, largest).half().numpy())
+            bar.update(len(part))
 
 
 def auc_by_kind(scores, has_substructure, labels, class_names):

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import platform
 import shlex
@@ -29,6 +30,7 @@ class Run:
     args : the script's options.
     file : name of the weights file that the run leaves.
     settings : what decides the weights; a run is resumed under the same settings only.
+    maps_path : where the residual maps of these settings are kept until the run is finished.
     checkpoint : state to resume from, or None.
     is_finished : whether --resume found nothing left to do.
     """
@@ -40,6 +42,8 @@ class Run:
         described = {"data_fingerprint": dataset.fingerprint, "split": data.SPLIT}
         # Through JSON, as in a weights file, so that both compare equal.
         self.settings = json.loads(json.dumps({**options, **described, **settings}))
+        identity = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+        self.maps_path = self.out / f"maps-{identity[:16]}.npy"
         self._refuse_to_overwrite()
         self.checkpoint = self._checkpoint_to_resume() if args.resume else None
         self.is_finished = args.resume and not self.checkpoint and self.weights_path.exists()
@@ -107,6 +111,9 @@ class Run:
         if self.args.overwrite:
             for path in (self.weights_path, self.checkpoint_path, *map(self.out.joinpath, LEFT)):
                 path.unlink(missing_ok=True)
+        for path in self.out.glob("maps-*.npy"):
+            if self.args.overwrite or path != self.maps_path:  # of a run that was stopped
+                path.unlink()
         dataset = self.dataset
         options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
         versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -137,6 +144,7 @@ class Run:
         run = {**self.settings, **outcome, "data": str(self.args.data)}
         weights.save(self.weights_path, state, config, self.dataset.class_names, run, seen)
         self.checkpoint_path.unlink(missing_ok=True)
+        self.maps_path.unlink(missing_ok=True)
         print(f"weights in {self.weights_path}")
 
 

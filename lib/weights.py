@@ -17,11 +17,11 @@ import torch
 
 from lib.convert import from_foreign, heads_told
 from lib.files import UserError, atomic_write, read_json, sha256_of
-from mae import MAE, Classifier, Encoder, IntensityTransform
+from mae import MAE, Classifier, Encoder, IntensityTransform, ResidualClassifier
 
 LARGEST = {"embed_dim": 4096, "decoder_embed_dim": 4096, "depth": 64, "decoder_depth": 64}
 LARGEST |= {"img_size": 4096, "patch_size": 512, "mlp_ratio": 16}
-LARGEST |= {"num_heads": 64, "decoder_num_heads": 64, "num_classes": 10_000}
+LARGEST |= {"num_heads": 64, "decoder_num_heads": 64, "num_classes": 10_000, "rounds": 100}
 MOST_PATCHES_A_SIDE = 128
 
 
@@ -171,7 +171,7 @@ def load_mae(path):
 
 
 def load_classifier(path):
-    """The `Classifier` of a weights file and the file's content; UserError."""
+    """The `classifier_of` a weights file and the file's content; UserError."""
     opened = read(path)
     return classifier_of(opened), opened.content
 
@@ -199,9 +199,9 @@ def encoder_of(opened):
 
 
 def classifier_of(opened):
-    """The `Classifier` of opened `Weights`; UserError as `mae_of` raises it."""
+    """The `Classifier` or `ResidualClassifier` of opened `Weights`; UserError as in `mae_of`."""
     config = opened.content["config"]
-    model = _build(opened, Classifier, config)
+    model = _build(opened, ResidualClassifier if "mae" in config else Classifier, config)
     if len(opened.content["class_names"]) != config.get("num_classes"):
         raise UserError(f"{opened.path}: the number of class names is wrong; train again")
     return model
@@ -209,6 +209,22 @@ def classifier_of(opened):
 
 def _build(opened, kind, arguments):
     path = opened.path
+    _check_sizes(path, arguments)
+    try:
+        model = kind(**arguments)
+    except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
+        raise UserError(f"{path}: no {kind.__name__} has its configuration: {error}") from None
+    check_state(path, model, opened.content["model"])
+    model.load_state_dict(opened.content["model"])
+    return model
+
+
+def _check_sizes(path, arguments):
+    """UserError for a configuration whose network would be too large, or not for these images."""
+    nested = arguments.get("mae", {})
+    if not isinstance(nested, dict):
+        raise UserError(f"{path}: mae = {nested!r} in its configuration is no configuration")
+    arguments = {**arguments, **nested}
     for name, limit in LARGEST.items():
         value = arguments.get(name, 1)
         if not isinstance(value, int | float) or not 0 <= value <= limit:
@@ -220,13 +236,6 @@ def _build(opened, kind, arguments):
     side = max(arguments.get("img_size", 64), 1) // max(arguments.get("patch_size", 8), 1)
     if side > MOST_PATCHES_A_SIDE:
         raise UserError(f"{path}: its configuration asks for more than 128×128 patches")
-    try:
-        model = kind(**arguments)
-    except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
-        raise UserError(f"{path}: no {kind.__name__} has its configuration: {error}") from None
-    check_state(path, model, opened.content["model"])
-    model.load_state_dict(opened.content["model"])
-    return model
 
 
 def check_state(path, model, state):

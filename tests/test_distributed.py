@@ -53,7 +53,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
 import finetune, pretrain
-from lib import distributed, files, loop
+from lib import distributed, files, loop, strategies
 
 def gradients():
     # Of two layers, one in front of the gathering and one behind it.
@@ -84,7 +84,7 @@ def take_step(training, loss_of, batch, *arguments):
     steps.append([batch.tolist(), list(reading)])
     return loss
 
-pretrain.batch_reader = finetune.batch_reader = batch_reader
+pretrain.batch_reader = strategies.batch_reader = batch_reader
 loop.Training.take_step = take_step
 trainings = json.loads(Path(sys.argv[2]).read_text())
 seen, error = {}, None
@@ -112,6 +112,7 @@ def trainings(packed, runs, out):
         "head": ("finetune", finetuning(packed, out / "head", start, "head")),
         "layernorm": ("finetune", finetuning(packed, out / "layernorm", start, "layernorm")),
         "full": ("finetune", finetuning(packed, out / "full", start, "full", *kinds)),
+        "residual": ("finetune", finetuning(packed, out / "residual", start, "residual")),
     }
 
 
@@ -133,7 +134,7 @@ def in_two_processes(packed, runs, tmp_path_factory):
     return out, *zip(*results, strict=True)
 
 
-@pytest.mark.parametrize("name", ["pretrain", "head", "layernorm", "full"])
+@pytest.mark.parametrize("name", ["pretrain", "head", "layernorm", "full", "residual"])
 def test_two_processes_train_as_one_does(
     name, packed, runs, in_two_processes, tmp_path, no_pictures
 ):

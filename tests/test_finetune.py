@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from conftest import (
     history_of,
     pretraining,
     run_script,
+    sigterm_at,
     tensors_in,
 )
 from torch import nn
@@ -22,7 +24,7 @@ import finetune
 import mae
 import pretrain
 import simulate
-from lib import data, lenses, loader, metrics, optim, plots, weights
+from lib import data, lenses, loader, metrics, optim, plots, strategies, weights
 from lib.augment import augment
 from mae import Classifier
 
@@ -41,6 +43,9 @@ def images_of(dataset, rows):
 def test_a_strategy_changes_what_it_says_and_nothing_else(strategy, runs):
     before = tensors_in(runs / "pretrain" / PRETRAINED)
     after = tensors_in(runs / strategy / CLASSIFIER)
+    if strategy == "residual":  # it keeps the MAE whole
+        after = {name.removeprefix("mae."): t for name, t in after.items() if "mae." in name}
+        assert after.keys() == before.keys()
     shared = [name for name in after if name in before]
     changed = {name for name in shared if not torch.equal(before[name], after[name])}
     norms = {name for name in shared if "norm" in name}
@@ -48,15 +53,20 @@ def test_a_strategy_changes_what_it_says_and_nothing_else(strategy, runs):
         "head": set(),
         "layernorm": norms,
         "full": set(shared) - {"pos_embed"},
+        "residual": set(),
     }
     unused = {"cls_token"}  # mean pooling: its gradient only flows through attention
     assert changed - unused == expected[strategy] - unused
 
 
-@pytest.mark.parametrize("strategy", finetune.STRATEGIES)
-def test_parameters_that_a_strategy_does_not_train_are_frozen(strategy):
+@pytest.mark.parametrize(
+    "learning_of",
+    [strategies.head_parameters, strategies.layernorm_parameters, strategies.all_parameters],
+)
+def test_parameters_that_a_strategy_does_not_train_are_frozen(learning_of):
     model = Classifier(patch_size=16, embed_dim=32, depth=1, num_heads=2)
-    learning = finetune.learning_parameters(model, strategy)
+    learning = learning_of(model)
+    strategies.freeze_others(model, learning)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         name for name, _ in learning
     }
@@ -74,12 +84,12 @@ def test_layers_near_the_input_learn_more_slowly():
     ]  # fmt: skip
     assert layers == [0, 1, 3, 4, 4]
     groups = optim.parameter_groups(
-        finetune.all_parameters(model), 0.05, lambda name: 0.5 ** (4 - finetune.layer_of(name, 3))
+        strategies.all_parameters(model), 0.05, lambda name: 0.5 ** (4 - finetune.layer_of(name, 3))
     )
     assert {group["lr_scale"] for group in groups} == {0.5**k for k in range(5)}
     decayed = [p for g in groups if g["weight_decay"] for p in g["params"]]
     assert all(p.ndim > 1 for p in decayed)
-    assert sum(len(g["params"]) for g in groups) == len(finetune.all_parameters(model))
+    assert sum(len(g["params"]) for g in groups) == len(strategies.all_parameters(model))
 
 
 @pytest.mark.parametrize(
@@ -115,7 +125,7 @@ def test_batchnorm_statistics_are_those_of_the_training_images():
     inputs[256:] += 20  # rows come sorted by class, and classes differ
     model[1].running_mean.fill_(100.0)
     random_state = torch.get_rng_state()
-    finetune.reestimate_batchnorm(model, lambda rows: model(inputs[rows]), np.arange(512))
+    strategies.reestimate_batchnorm(model, lambda rows: model(inputs[rows]), np.arange(512))
     outputs = model[0](inputs)
     assert torch.allclose(model[1].running_mean, outputs.mean(0), atol=1e-4)
     assert torch.allclose(model[1].running_var, outputs.var(0), rtol=0.02)
@@ -136,7 +146,7 @@ def test_fine_tuning_never_reads_a_test_image(
     assert rows_read == set(np.concatenate([parts["train"], parts["validation"]]).tolist())
 
 
-@pytest.mark.parametrize("strategy", ["head", "full"])
+@pytest.mark.parametrize("strategy", ["head", "full", "residual"])
 def test_images_without_their_labels_are_not_read(strategy, packed, runs, tmp_path, rows_read):
     pretrained = runs / "pretrain" / PRETRAINED
     finetune.main(finetuning(packed, tmp_path / "run", pretrained, strategy, "--labels", 0.2))
@@ -159,6 +169,8 @@ def test_a_weights_file_is_opened_once(
         return load(file, **options)
 
     monkeypatch.setattr(torch, "load", spying)
+    if strategy == "residual" and start == "head":
+        start = "residual"  # no other classifier can be continued so
     path = runs / start / (PRETRAINED if start == "pretrain" else CLASSIFIER)
     finetune.main(finetuning(packed, tmp_path / "run", path, strategy, "--epochs", 1))
     assert opened == [path]
@@ -177,7 +189,7 @@ def test_stored_features_are_those_of_the_whole_network(pool, packed):
     model = Classifier(**sizes, pool=pool, transform=transform).train()
     model.temperature.fill_(2.0)
     read = loader.batch_reader(dataset.images, CPU)
-    stored = finetune.stored_features(model, read, rows, 300)
+    stored = strategies.stored_features(model, read, rows, 300)
     with torch.no_grad():
         images = images_of(dataset, rows)
         assert torch.allclose(stored[rows], model.eval().features(images), atol=1e-5)
@@ -189,13 +201,13 @@ def test_stored_features_are_those_of_the_whole_network(pool, packed):
 def test_a_head_that_learned_from_stored_features_answers_alike_on_images(
     packed, runs, tmp_path, monkeypatch
 ):
-    kept, store = [], finetune.stored_features
+    kept, store = [], strategies.stored_features
 
     def spying(*arguments):
         kept.append(store(*arguments))
         return kept[-1]
 
-    monkeypatch.setattr(finetune, "stored_features", spying)
+    monkeypatch.setattr(strategies, "stored_features", spying)
     pretrained = runs / "pretrain" / PRETRAINED
     finetune.main(finetuning(packed, tmp_path / "run", pretrained, "head"))
     model, _ = weights.load_classifier(tmp_path / "run" / CLASSIFIER)
@@ -209,15 +221,15 @@ def test_a_head_that_learned_from_stored_features_answers_alike_on_images(
 @pytest.mark.parametrize(("dropout", "kept"), [(0.5, 8), (0.75, 4), (0.9, 2), (0.99, 1)])
 def test_patch_dropout_keeps_as_many_patches_as_it_says_until_half_of_the_steps(dropout, kept):
     model = Classifier(patch_size=16, embed_dim=32, depth=1, num_heads=2)  # 16 patches
-    for progress in (0.0, 0.25, finetune.ALL_PATCHES_FROM - 1e-9):
-        ids = finetune.patches_to_keep(model, 200, dropout, progress, CPU)
+    for progress in (0.0, 0.25, strategies.ALL_PATCHES_FROM - 1e-9):
+        ids = strategies.patches_to_keep(model, 200, dropout, progress, CPU)
         assert ids.shape == (200, kept)
         assert all(len(set(row)) == kept and set(row) <= set(range(16)) for row in ids.tolist())
     assert len(ids.unique(dim=0)) > 1
     assert set(ids.flatten().tolist()) == set(range(16))
-    for progress in (finetune.ALL_PATCHES_FROM, 0.9):
-        assert finetune.patches_to_keep(model, 200, dropout, progress, CPU) is None
-    assert finetune.patches_to_keep(model, 50, 0.0, 0.0, CPU) is None
+    for progress in (strategies.ALL_PATCHES_FROM, 0.9):
+        assert strategies.patches_to_keep(model, 200, dropout, progress, CPU) is None
+    assert strategies.patches_to_keep(model, 50, 0.0, 0.0, CPU) is None
 
 
 @pytest.mark.parametrize("strategy", ["layernorm", "full"])
@@ -247,7 +259,7 @@ def test_training_sees_fewer_tokens_in_the_first_half_of_its_steps_and_validatio
 
 
 def test_the_weights_with_the_best_validation_are_kept(runs):
-    for strategy in finetune.STRATEGIES:
+    for strategy in ("head", "layernorm", "full"):  # residual keeps the last ones
         lines = (runs / strategy / "metrics.jsonl").read_text().splitlines()
         best = max((json.loads(line) for line in lines), key=lambda x: x["validation_macro_auc"])
         path = runs / strategy / CLASSIFIER
@@ -376,10 +388,80 @@ def test_a_head_on_a_pretrained_encoder_tells_the_classes_apart(tmp_path):
     assert np.mean(metrics.auc_by_class(probabilities, dataset.labels[rows])) > 0.985
 
 
+# Residual maps
+
+
+def test_residual_maps_are_computed_once_and_are_gone_when_the_run_is_finished(
+    packed, runs, tmp_path, monkeypatch, no_pictures
+):
+    computed, whole = [], mae.MAE.residual
+
+    def spying(network, images, masks):
+        computed.append(len(images))
+        return whole(network, images, masks)
+
+    monkeypatch.setattr(mae.MAE, "residual", spying)
+    command = finetuning(packed, tmp_path / "run", runs / "pretrain" / PRETRAINED, "residual")
+    with sigterm_at(3):
+        assert run_script("finetune.py", *command, check=False).returncode == 143
+    parts = data.split(data.load(packed))
+    rows = len(parts["train"]) + len(parts["validation"])
+    assert sum(computed) == rows
+    (maps,) = (tmp_path / "run").glob("maps-*.npy")
+    stored = np.load(maps)
+    assert stored.shape == (rows, 64, 64)
+    run_script("finetune.py", *command, "--resume")
+    assert sum(computed) == rows
+    assert not list((tmp_path / "run").glob("maps-*.npy"))
+    model, _ = weights.load_classifier(tmp_path / "run" / CLASSIFIER)
+    with torch.no_grad():
+        maps = model.maps(images_of(data.load(packed), parts["train"][:9]))
+    assert np.allclose(stored[:9], maps[:, 0].numpy(), rtol=1e-3, atol=1e-4)  # float16
+
+
+def test_residual_maps_of_other_settings_are_not_taken(packed, runs, tmp_path, no_pictures):
+    start = runs / "pretrain" / PRETRAINED
+
+    def command(seed):
+        return finetuning(packed, tmp_path / "run", start, "residual", "--labels", 0.3, "--seed", seed)
+
+    # Stopped while the maps were computed, so that there is no checkpoint yet.
+    with mock.patch("finetune.fit", side_effect=KeyboardInterrupt):
+        run_script("finetune.py", *command(1), check=False)
+    (left,) = (tmp_path / "run").glob("maps-*.npy")
+    with sigterm_at(1):
+        run_script("finetune.py", *command(2), check=False)
+    (other,) = (tmp_path / "run").glob("maps-*.npy")
+    assert other != left
+
+
+@pytest.mark.parametrize(
+    ("start", "more", "named"),
+    [("head", (), "head, layernorm or full"), ("pretrain", ("--augment", "noise"), "--augment"),
+     ("pretrain", ("--pool", "cls"), "--pool"), ("pretrain", ("--patch-dropout", 0.5), "--patch-dropout"),
+     ("none", (), "--pretrained none")],
+)  # fmt: skip
+def test_what_residual_maps_cannot_do_is_refused(start, more, named, packed, runs, tmp_path):
+    path = {"head": runs / "head" / CLASSIFIER, "pretrain": runs / "pretrain" / PRETRAINED}
+    command = finetuning(packed, tmp_path / "run", path.get(start, start), "residual", *more)
+    assert_user_error(run_script("finetune.py", *command, check=False), named)
+
+
+def test_a_classifier_of_residual_maps_continues_as_such_only(packed, runs, tmp_path):
+    start = runs / "residual" / CLASSIFIER
+    refused = run_script(
+        "finetune.py", *finetuning(packed, tmp_path / "run", start, "full"), check=False
+    )
+    assert_user_error(refused, "--strategy residual")
+    run_script("finetune.py", *finetuning(packed, tmp_path / "on", start, "residual", "--lr", 1e-9))
+    before, after = tensors_in(start), tensors_in(tmp_path / "on" / CLASSIFIER)
+    assert torch.allclose(before["network.fc.4.bias"], after["network.fc.4.bias"], atol=1e-6)
+
+
 # What a run leaves, and what another starts from
 
 
-@pytest.mark.parametrize("strategy", ["head", "layernorm", "full", "scratch"])
+@pytest.mark.parametrize("strategy", [*finetune.STRATEGIES, "scratch"])
 def test_fine_tuning_leaves_what_it_promises(strategy, runs):
     out = runs / strategy
     assert sorted(os.listdir(out)) == [
@@ -388,8 +470,9 @@ def test_fine_tuning_leaves_what_it_promises(strategy, runs):
     model, content = weights.load_classifier(out / CLASSIFIER)
     assert content["class_names"] == ["axion", "cdm", "no_sub"]
     pretrained = weights.load_mae(runs / "pretrain" / PRETRAINED)[0]
-    taken = torch.equal(model.blocks[0].attn.qkv.weight, pretrained.blocks[0].attn.qkv.weight)
-    assert taken == (strategy in ("head", "layernorm"))
+    blocks = model.mae.blocks if strategy == "residual" else model.blocks
+    taken = torch.equal(blocks[0].attn.qkv.weight, pretrained.blocks[0].attn.qkv.weight)
+    assert taken == (strategy in ("head", "layernorm", "residual"))
 
 
 def test_the_temperature_is_fitted_on_validation_and_part_of_the_weights(runs, folder):

@@ -10,6 +10,7 @@ from mae import (
     MAE,
     Classifier,
     IntensityTransform,
+    ResidualClassifier,
     complementary_masks,
     patchify,
     put,
@@ -202,6 +203,36 @@ def test_the_residual_of_a_patch_does_not_depend_on_what_stands_in_it():
     elsewhere = (other - residual).abs()
     elsewhere[patch] = 0
     assert elsewhere.max() > 1e-6  # the other patches are predicted from it
+
+
+def residual_classifier(**more):
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    return ResidualClassifier(sizes, {"kind": "linear"}, **more).eval()
+
+
+def test_a_classifier_of_residual_maps_sees_the_maps_and_both_their_turns():
+    model = residual_classifier()
+    images = torch.randn(3, 1, 32, 32)
+    residual, _ = model.mae.residual(images, complementary_masks(16, 0.75, rounds=1))
+    assert torch.equal(model.maps(images), residual)
+    turned = (model.network(residual) + model.network(residual.rot90(2, (2, 3)))) / 2
+    model.temperature.fill_(2.0)
+    assert torch.allclose(model(images), turned / 2, atol=1e-5)
+    assert not any(p.requires_grad for p in model.mae.parameters())
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"rounds": 0}, {"mask_ratio": 1.0}, {"mask_ratio": 0.999}, {"mask_ratio": -1}]
+)
+def test_impossible_masks_of_a_classifier_of_residual_maps_are_refused(wrong):
+    with pytest.raises(ValueError, match="mask ratio"):
+        residual_classifier(**wrong)
+
+
+def test_images_too_small_for_the_stages_are_refused():
+    with pytest.raises(ValueError, match="at least 16"):
+        ResidualClassifier({"img_size": 8, "patch_size": 4}, {"kind": "linear"})
 
 
 def test_stats_pooling_is_mean_spread_and_extremes_of_the_patch_tokens():

@@ -42,7 +42,7 @@ def test_make_reproduce_runs_on_a_folder_and_does_nothing_twice(python, folder, 
                f"FINETUNING=--epochs 2 {small}"]  # fmt: skip
     printed = make(*command)
     out = tmp_path / "runs"
-    for run in ("head", "layernorm", "full", "scratch"):
+    for run in ("head", "layernorm", "full", "residual", "scratch"):
         assert (out / run / "vit-mae-classifier-wt.pth").exists()
     assert (out / "classifier.onnx").exists()
     assert len(read_csv(out / "predictions.csv")) == 15

@@ -54,10 +54,10 @@ else:
     write(out, "")
 """
 ALL = ["data.py dataset.json", "pretrain.py pretrain", "finetune.py head", "finetune.py layernorm",
-       "finetune.py full", "evaluate.py evaluation", "reconstruct.py residuals",
+       "finetune.py full", "finetune.py residual", "evaluate.py evaluation", "reconstruct.py residuals",
        "export.py classifier.onnx", "export.py reconstruction.onnx", "predict.py predictions.csv"]  # fmt: skip
 FINETUNED = ["finetune.py head", "finetune.py layernorm", "finetune.py full",
-             "evaluate.py evaluation", "export.py classifier.onnx", "predict.py predictions.csv"]  # fmt: skip
+             "finetune.py residual", "evaluate.py evaluation", "export.py classifier.onnx", "predict.py predictions.csv"]  # fmt: skip
 
 
 @pytest.fixture
