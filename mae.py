@@ -378,20 +378,27 @@ class MAE(Encoder):
         """
         self.check_images(images)
         patches = patchify(images, self.patch_size)
-        differences, places = [], []
+        b = patches.shape[0]
+        by_size = {}  # masks of one size go through the network together
         for visible, hidden in masks:
-            hidden = hidden.to(patches.device)
-            ids_keep = visible.to(patches.device).expand(patches.shape[0], -1)
-            ids_removed = hidden.expand(patches.shape[0], -1)
-            pred = self.decode(self.encode(patches, ids_keep), ids_keep, ids_removed)
-            own = patches[:, hidden]
-            differences.append(own - self.pixels(pred, own))
-            places.append(hidden)
+            by_size.setdefault(len(visible), []).append((visible, hidden))
+        differences, places = [], []
+        for group in by_size.values():
+            visible, hidden = (torch.stack(ids).to(patches.device) for ids in zip(*group, strict=True))
+            m = len(group)
+            repeated = patches.expand(m, -1, -1, -1).flatten(0, 1)  # (m·B, N, p²C)
+            ids_keep, ids_removed = (
+                ids.unsqueeze(1).expand(-1, b, -1).flatten(0, 1) for ids in (visible, hidden)
+            )
+            pred = self.decode(self.encode(repeated, ids_keep), ids_keep, ids_removed)
+            own = take(repeated, ids_removed)
+            difference = (own - self.pixels(pred, own)).unflatten(0, (m, b))
+            differences.append(difference.transpose(0, 1).flatten(1, 2))  # (B, m·(N - n), p²C)
+            places.append(hidden.flatten())
         # Every patch is hidden equally often: sorted by patch, (B, N, times hidden, p²C).
         places = torch.cat(places)
         keys = places * len(places) + torch.arange(len(places), device=places.device)
-        order = keys.argsort()
-        by_patch = torch.cat(differences, dim=1)[:, order].unflatten(1, (self.num_patches, -1))
+        by_patch = torch.cat(differences, dim=1)[:, keys.argsort()].unflatten(1, (self.num_patches, -1))
         p, c = self.patch_size, self.in_chans
         residual, squared = by_patch.mean(dim=2), by_patch.square().mean(dim=2)
         return unpatchify(residual, p, c), unpatchify(squared, p, c)

@@ -19,7 +19,7 @@ EXAMPLE = """example:
 
 FIGURES = ("AUC", "%", "error")  # keys of a row with one of these in them are measured
 HOW = ("command", "commit", "precision")  # how rows were made
-DRAWN = {"x", "label", "logarithmic", "y"}  # see `draw`
+DRAWN = {"x", "label", "logarithmic", "y", "kinds"}  # see `draw`
 
 
 def by_run(rows):
@@ -64,7 +64,7 @@ def draw(path, rows, drawn):
     """The picture of an experiment: a dot a run or, as `drawn` says, a figure against a quantity.
 
     `drawn` is None or {"x": key of a row, "label": its label or None where every kind has its own,
-    "logarithmic": bool, "y": the figure}.
+    "logarithmic": bool, "y": the figure, "kinds": which ones are drawn, None for all}.
     """
     if drawn is None:
         plots.dots(path, {
@@ -75,6 +75,8 @@ def draw(path, rows, drawn):
     series = {}
     for run_name, figures in by_run(rows).items():
         row = next(row for row in rows if row["run"] == run_name)
+        if drawn["kinds"] and row["kind"] not in drawn["kinds"]:
+            continue
         series.setdefault(row["kind"], []).append((row[drawn["x"]], *figures[drawn["y"]][:2]))
     plots.series(path, series, drawn["label"], drawn["y"], drawn["logarithmic"])
 

@@ -177,13 +177,13 @@ def residual_auc(lab, path, dataset, whole):
 def chain(lab, name, seed, strategies=STRATEGIES, pretraining=(), finetuning=(), images=None):
     """Pre-train and fine-tune by each strategy; one dict of what came out.
 
-    `finetuning` are options for the strategies that train the encoder.
+    `finetuning` are options of the strategies that train the encoder.
     """
     start = pretrained(lab, name, seed, *pretraining, images=images)
     _, _, content = weights.load_mae(start)
     row = {"reconstruction error": content["run"]["last"]["validation_loss"]}
     for strategy in strategies:
-        options = () if strategy == "head" else finetuning
+        options = () if strategy in ("head", "residual") else finetuning
         path = finetuned(lab, name, seed, strategy, start, *options, images=images)
         row |= summary(lab, strategy, path, data.load(images) if images else lab.dataset)
     return row
@@ -212,7 +212,7 @@ def on_all_classes(lab):
 
 
 def strategies(lab):
-    """The three strategies, on the test split and on unseen images."""
+    """Every strategy, on the test split and on unseen images."""
     rows = []
     for seed in lab.seeds:
         start = pretrained(lab, "base", seed)
@@ -266,7 +266,8 @@ def without_labels(lab):
 def labels(lab):
     """Part of the training labels: how many does pre-training save?
 
-    "All classes": pre-trained on the images of all classes, without their labels.
+    The MAE has seen images that are known to be smooth. "All classes": pre-trained on the images of
+    all classes, without their labels.
     All runs validate on the whole validation part, three times, whatever labels they train on.
     """
     rows = []
@@ -275,6 +276,8 @@ def labels(lab):
         smooth = pretrained(lab, "base", seed)
         everything = pretrained(lab, "all-classes", seed, *on_all_classes(lab))
         starts = {
+            "residual": ("base", "residual", smooth),
+            "residual, all classes": ("all-classes", "residual", everything),
             "head": ("base", "head", smooth),
             "full": ("base", "full", smooth),
             "full, all classes": ("all-classes", "full", everything),
@@ -413,7 +416,9 @@ def instruments(lab):
         size = ("--patch-size", patch_size)
         kind = f"{model}, {per_class} a class"
         for seed in lab.seeds:
-            row = chain(lab, model, seed, ("head", "full"), pretraining + size, finetuning, images)
+            row = chain(
+                lab, model, seed, ("head", "full", "residual"), pretraining + size, finetuning, images
+            )
             path = finetuned(lab, model, seed, "full", "none", *longer, *size, images=images)
             row |= summary(lab, "scratch", path, data.load(images))
             rows.append({"run": kind, "seed": seed, **row})
@@ -484,8 +489,9 @@ EXPERIMENTS = {
 }  # fmt: skip
 # What pictures draw against what; the other experiments' have a dot a run.
 DRAWN = {
-    "labels": {"x": "labels", "label": "training labels", "logarithmic": True, "y": "macro AUC"},
-    "mistakes": {"x": "strength", "label": None, "logarithmic": False, "y": "AUC"},
+    "labels": {"x": "labels", "label": "training labels", "logarithmic": True, "y": "accuracy %",
+               "kinds": ["residual", "full", "head", "scratch"]},
+    "mistakes": {"x": "strength", "label": None, "logarithmic": False, "y": "AUC", "kinds": None},
 }
 
 

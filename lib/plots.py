@@ -287,20 +287,23 @@ def dots(path, runs):
 
 
 def series(path, lines, x_label, y_label, logarithmic):
-    """1 − AUC against a quantity; `lines`: {name: [(x, AUC, its deviation), ...]}.
+    """How far a figure is from its best against a quantity, logarithmic.
 
-    Without an `x_label` every line has a panel and its name, the quantity, stands below it.
+    `lines` is {name: [(x, figure, its deviation), ...]}; `y_label` names the figure, an AUC or, if
+    it ends in %, a percentage. Without an `x_label` every line has a panel and its name, the quantity, stands below it.
     """
     panels = 1 if x_label else len(lines)
+    best, least = (100, 0.01) if y_label.endswith("%") else (1, 1e-6)
     figure, axes = plt.subplots(1, panels, figsize=(1 + 5 * panels, 4), squeeze=False)
     for i, (name, points) in enumerate(lines.items()):
-        x, auc, deviation = np.transpose(points)
+        x, value, deviation = np.transpose(points)
+        missing = np.maximum(best - value, least)
         panel = axes[0, i % panels]
         label = label_of(name)
-        panel.errorbar(x, np.maximum(1 - auc, 1e-6), yerr=deviation, marker="o", ms=4, label=label)
+        panel.errorbar(x, missing, yerr=deviation, marker="o", ms=4, label=label)
         panel.set(
             xscale="log" if logarithmic else "linear", yscale="log", xlabel=x_label or label,
-            ylabel=f"1 − {y_label} (lower is better)",
+            ylabel=f"{best} − {y_label} (lower is better)",
         )  # fmt: skip
     if x_label:
         axes[0, 0].legend()
