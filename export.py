@@ -40,6 +40,9 @@ EXAMPLE = """examples:
 OPSET, IR_VERSION = 20, 10  # onnxruntime reads them since 1.18 of May 2024
 LICENCE = "MIT"
 TOLERANCE = 1e-4  # on probabilities in float32, and on residuals relative to the largest
+# Familiarity is a rank among the validation images, which the rounding of float32 changes a little:
+# 0.03 of it counts as 1e-4 of the others.
+ROUGH = {"familiarity": 300.0}
 CHECKED_BATCHES = (1, 7, 256)
 ROUNDS = 2  # of complementary masks in a residual
 WIDE_OPERATIONS = ["Sub", "Div", "Log", "Clip", "Max", "Sqrt", "Asinh"]  # kept in float32
@@ -47,17 +50,23 @@ AUC_IMAGES = 3000  # validation images on which lower precision is judged
 
 
 class Probabilities(nn.Module):
-    """Raw images (B, 1, H, W) to class probabilities (B, classes)."""
+    """Raw images (B, 1, H, W) to class probabilities (B, classes) and familiarity (B,).
 
-    outputs = ("probabilities",)
+    `familiarity` is a `Familiarity`; without one there is no such output.
+    """
 
-    def __init__(self, classifier):
+    def __init__(self, classifier, familiarity=None):
         super().__init__()
         self.classifier, self.img_size = classifier, classifier.img_size
+        self.familiarity = familiarity
+        self.outputs = ("probabilities", "familiarity") if familiarity else ("probabilities",)
 
     def forward(self, images):
         probabilities = self.classifier(images).softmax(dim=1)
-        return probabilities + zero_or_nan(images).flatten(1)
+        probabilities = probabilities + zero_or_nan(images).flatten(1)
+        if self.familiarity is None:
+            return probabilities
+        return probabilities, self.familiarity(images)
 
 
 class Residuals(nn.Module):
@@ -179,12 +188,14 @@ def reduce_precision(path, precision, images, metadata):
     range is wider.
     int8: the linear layers of blocks and head multiply 8-bit weights and activations, whose ranges
     come from `images` (n, 1, H, W); their outputs and everything else are float32.
+    What computes the familiarity stays in float32, which it needs.
     """
+    kept = nodes_for_familiarity_alone(onnx.load(path).graph)
     if precision == "float16":
         proto = convert_float_to_float16(
-            onnx.load(path), keep_io_types=True, op_block_list=WIDE_OPERATIONS
+            onnx.load(path), keep_io_types=True, op_block_list=WIDE_OPERATIONS, node_block_list=kept
         )
-        skip_round_trips(proto.graph)
+        skip_round_trips(proto.graph, kept)
         OnnxModel(proto).prune_graph()
         OnnxModel(proto).topological_sort()
         del proto.graph.value_info[:]  # the old types
@@ -194,7 +205,7 @@ def reduce_precision(path, precision, images, metadata):
             logging.disable(logging.WARNING)  # hints that do not apply here
             quantize_static(
                 path, quantised, CalibrationImages(images), quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=["Gemm"], per_channel=True,
+                op_types_to_quantize=["Gemm"], per_channel=True, nodes_to_exclude=kept,
                 extra_options={"OpTypesToExcludeOutputQuantization": ["Gemm"]},
             )  # fmt: skip
             proto = onnx.load(quantised)
@@ -204,13 +215,33 @@ def reduce_precision(path, precision, images, metadata):
     save_proto(proto, path, metadata)
 
 
-def skip_round_trips(graph):
+def nodes_for_familiarity_alone(graph):
+    """Names of the nodes that the output `familiarity` needs and the other outputs do not."""
+    makers = {name: node for node in graph.node for name in node.output}
+
+    def needed(outputs):
+        names, left = set(), list(outputs)
+        while left:
+            node = makers.get(left.pop())
+            if node is not None and node.name not in names:
+                names.add(node.name)
+                left += node.input
+        return names
+
+    outputs = {value.name for value in graph.output}
+    own = outputs & {"familiarity"}
+    return sorted(needed(own) - needed(outputs - own))
+
+
+def skip_round_trips(graph, wide_nodes):
     """Feed nodes that compute in float32 from the float32 behind a float16 copy, where there is one.
 
     The converter puts such a copy behind the input and behind every node that stays in float32.
     """
     wide = {value.name for value in graph.input}
-    wide |= {name for node in graph.node if node.op_type in WIDE_OPERATIONS for name in node.output}
+    for node in graph.node:
+        if node.op_type in WIDE_OPERATIONS or node.name in wide_nodes:
+            wide |= set(node.output)
     casts = [node for node in graph.node if node.op_type == "Cast"]
     copied = {cast.output[0]: cast.input[0] for cast in casts if cast.input[0] in wide}
     restored = {
@@ -236,8 +267,8 @@ def run_session(path, images, batch=256):
 def largest_difference(model, path, images):
     """Largest difference between onnxruntime and PyTorch on `images` (256, 1, H, W).
 
-    Where outputs exceed one, it is relative to the largest of them. The images are fed in batches
-    of 1, 7 and 256.
+    Where outputs exceed one, it is relative to the largest of them; see also ROUGH. The images are
+    fed in batches of 1, 7 and 256.
     """
     with torch.no_grad():
         expected = model(torch.from_numpy(images))
@@ -245,8 +276,10 @@ def largest_difference(model, path, images):
     worst = 0.0
     for batch in CHECKED_BATCHES:
         count = min(7 * batch, len(images))
-        for got, right in zip(run_session(path, images[:count], batch), expected, strict=True):
-            difference = np.abs(got - right[:count]).max() / max(1.0, np.abs(right).max())
+        outputs = zip(model.outputs, run_session(path, images[:count], batch), expected, strict=True)
+        for name, got, right in outputs:
+            largest = ROUGH.get(name, max(1.0, np.abs(right).max()))
+            difference = np.abs(got - right[:count]).max() / largest
             worst = max(worst, float(np.nan_to_num(difference, nan=np.inf)))
     return worst
 
@@ -314,7 +347,8 @@ def load_model(args):
         return Residuals(mae, transform, mask_ratio_of(opened[0].content)).eval(), opened[0]
     classifiers = [weights.classifier_of(file) for file in opened]
     best = best_on_validation(opened) if len(opened) > 1 else 0
-    return Probabilities(classifiers[best]).eval(), opened[best]
+    known = weights.familiarity_in(opened[best].path, opened[best].content)
+    return Probabilities(classifiers[best], known).eval(), opened[best]
 
 
 def export_to_hugging_face(args):
@@ -350,6 +384,7 @@ def export(args):
         "weights_sha256": opened.sha256,
         "data_fingerprint": str(content["run"].get("data_fingerprint")),
         "pixel_range": json.dumps(content["run"].get("pixel_range")),
+        "familiarity_images": str(familiarity_images(content)),
         "run": json.dumps(content["run"]),
     }
     with atomic_write(args.out) as temporary:
@@ -381,6 +416,11 @@ def export(args):
     print(f"{opened.path} -> {args.out}")
 
 
+def familiarity_images(content):
+    """How many images the familiarity of a weights file was calibrated on; 0 if it has none."""
+    return (content.get("familiarity") or {"config": {}})["config"].get("calibration", 0)
+
+
 def described(precision, path, images):
     one, many = latency(path, images)
     size = path.stat().st_size / 1e6
@@ -391,7 +431,7 @@ def macro_auc(path, dataset, rows, content):
     """Macro AUC of an exported classifier on rows of a data set."""
     order = data.class_order(content["class_names"], dataset, path)
     labels = order[dataset.labels[rows]]
-    (probabilities,) = run_session(path, dataset.images[rows][:, None])
+    probabilities, *_ = run_session(path, dataset.images[rows][:, None])
     return float(np.mean(auc_by_class(probabilities, labels)))
 
 

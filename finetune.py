@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lib import data, distributed, metrics, optim, options, plots, weights
-from lib.augment import SYMMETRIES
+from lib import data, distributed, familiarity, metrics, optim, options, plots, weights
+from lib.augment import SYMMETRIES, disturbances
 from lib.device import resolve_device
 from lib.files import UserError, run
 from lib.loader import fit_transform, fixed_random_numbers, in_batches, larger_than_memory
@@ -42,7 +42,7 @@ DEFAULTS = {
                   "augment": ("halfturn",), "patch_dropout": 0.5},
     "full": {"lr": 3e-3, "batch_size": 128, "epochs": 6, "fewest_steps": 1000,
              "augment": ("halfturn",), "patch_dropout": 0.5},
-    "residual": {"lr": 3e-3, "batch_size": 64, "epochs": 4, "fewest_steps": 1000,
+    "residual": {"lr": 3e-3, "batch_size": 64, "epochs": 2, "fewest_steps": 1000,
                  "augment": ("halfturn",), "patch_dropout": 0.0},
 }  # fmt: skip
 # What differs when continuing from a classifier: its head is already trained, so use small steps.
@@ -68,7 +68,7 @@ def finetune(args):
     if len(dataset.class_names) < 2:
         raise UserError(f"{args.data} has one class only: a classifier needs at least two")
     parts = data.split(dataset)
-    rows, validation = parts["train"], parts["validation"]
+    rows = parts["train"]
     if args.labels < 1:
         rows = data.fraction_of_each_class(dataset.labels, rows, args.labels, args.seed)
     source = None
@@ -82,11 +82,12 @@ def finetune(args):
         args, dataset, "vit-mae-classifier-wt.pth", pretrained_sha256=started_from
     ) as run:
         if not run.is_finished:
-            train(args, dataset, rows, validation, source, run)
+            train(args, dataset, rows, parts, source, run)
 
 
-def train(args, dataset, rows, validation, source, run):
-    device = resolve_device(args.device)
+def train(args, dataset, rows, parts, source, run):
+    """Train on the labelled `rows` of the training part, and save the weights."""
+    device, validation = resolve_device(args.device), parts["validation"]
     torch.manual_seed(args.seed)
     model, config = build_classifier(args, source, dataset, rows)
     model.to(device)
@@ -117,15 +118,19 @@ def train(args, dataset, rows, validation, source, run):
     way.trained.eval()
     with fixed_random_numbers():
         logits = in_batches(way.logits, validation)
+        # It needs no labels, so it may see all images of the training part.
+        known = familiarity.fit(
+            dataset, parts["train"], validation, config["transform"], disturbances(args.augment)
+        )
     if not distributed.is_main():
         return
     model.temperature.fill_(metrics.fit_temperature(logits.numpy(), dataset.labels[validation]))
-    seen = dataset.hashes[np.concatenate([rows, validation])]
+    seen = dataset.hashes[np.concatenate([parts["train"], validation])]
     best = history[-1]
     if SCORES[args.strategy]:
         best = max(history, key=lambda line: line["validation_macro_auc"])
     run.save_weights(
-        model.state_dict(), config, np.concatenate([seen, source.seen]) if source else seen,
+        model.state_dict(), config, np.concatenate([seen, source.seen]) if source else seen, known,
         number_format=precision.name,
         pixel_range=data.pixel_range(data.extremes_of(dataset, rows)),
         best=best,

@@ -1,7 +1,8 @@
 """Classify images with an exported model; needs the folder lib, onnxruntime and numpy only.
 
 Reads .npy, .npz and (with astropy) FITS files, single images or stacks (N, H, W). Writes a CSV
-with one row per image: file, the probability of each class, prediction. Files that cannot be read are
+with one row per image: file, the probability of each class, prediction, familiarity. An image that
+is unlike the training images has the prediction "unfamiliar". Files that cannot be read are
 listed in <out>.errors.csv; then the exit code is 1, and the others are predicted. In folders,
 hidden files do not count, and files of other kinds are named at the end. The CSV is UTF-8; bytes
 of file names that are not UTF-8 are written as escapes such as \\xff.
@@ -29,13 +30,21 @@ from lib.files import (
     reason_of,
     run,
 )
-from lib.onnxfile import open_classifier, open_maps, pixel_range, run_model
+from lib.onnxfile import (
+    LEAST_FAMILIARITY,
+    can_refuse,
+    classify,
+    open_classifier,
+    open_maps,
+    pixel_range,
+)
 
 EXAMPLE = """examples:
   python predict.py --model runs/classifier.onnx --out predictions.csv cutouts/
   python predict.py --model runs/classifier.onnx --out predictions.csv cutouts/ \\
       --sheet sheet.png --maps runs/reconstruction.onnx"""
 BATCH_SIZE = 32  # small enough that a layer's outputs stay in a CPU's cache
+UNFAMILIAR = "unfamiliar"  # prediction for an image unlike the training images
 NAMED_OTHERS = 5  # of the files that are not read
 
 
@@ -109,27 +118,33 @@ def predict(args):
     check_outputs(outputs, [*files, *models])
     ours = {identity(path) for path in (*outputs.values(), *models)}
     others = [str(path) for path in others if identity(path) not in ours]
-    counts, shown = dict.fromkeys(class_names, 0), []
-
-    bounds = pixel_range(session)
+    has_familiarity = len(session.get_outputs()) > 1
+    guarded = can_refuse(session, args.least_familiarity)
+    counts, shown = dict.fromkeys([*class_names, *([UNFAMILIAR] if guarded else [])], 0), []
 
     def rows():
-        yield ["file", *class_names, "prediction", *(["residual"] if maps_of else [])]
-        images_read = within(bounds, read_images(files, img_size, errors, others, args.crop), errors)
+        more = (["familiarity"] if has_familiarity else []) + (["residual"] if maps_of else [])
+        yield ["file", *class_names, "prediction", *more]
+        images_read = scaled(read_images(files, img_size, errors, others, args.crop), args.scale)
+        if not guarded:
+            images_read = within(pixel_range(session), images_read, errors)
         for names, images in progress(batches_of(images_read, args.batch_size)):
-            (probabilities,) = run_model(session, images, args.model)
-            scores = maps_of(images)[1] if maps_of else [None] * len(names)
-            for name, image, row, score in zip(names, images, probabilities, scores, strict=True):
+            probabilities, familiarity = classify(session, images, args.model)
+            scores = maps_of(images)[1] if maps_of else None
+            for i, (name, row) in enumerate(zip(names, probabilities, strict=True)):
                 if not np.isfinite(row).all():
                     errors.append((name, f"{name}: the network gives no finite probabilities for such pixels"))
                     continue
-                prediction = class_names[int(row.argmax())]
+                known = not guarded or familiarity[i] >= args.least_familiarity
+                prediction = class_names[int(row.argmax())] if known else UNFAMILIAR
                 counts[prediction] += 1
                 if args.sheet:
-                    entry = (float(row.max()), sum(counts.values()), name, image.copy(), row)
+                    rank = (known, float(row.max()), sum(counts.values()))
+                    entry = (rank, name, images[i].copy(), row, prediction)
                     keep_largest(shown, entry, args.sheet_images)
                 line = [name, *(f"{p:.6f}" for p in row), prediction]
-                yield line if score is None else [*line, f"{score:.6g}"]
+                line += [f"{familiarity[i]:.6f}"] if has_familiarity else []
+                yield line + ([f"{scores[i]:.6g}"] if maps_of else [])
 
     # All results are written before anything is printed.
     write_csv(args.out, rows())
@@ -143,6 +158,10 @@ def predict(args):
     if args.sheet and not sheet_error:
         print(one_line(f"the {len(shown)} most confident in {args.sheet}"
                        if shown else f"nothing to draw in {args.sheet}"))  # fmt: skip
+    if not guarded:
+        print(one_line(unguarded(args, has_familiarity)), file=sys.stderr)
+    elif counts[UNFAMILIAR]:
+        print(one_line(about_unfamiliar(counts, args.least_familiarity)), file=sys.stderr)
     if others:
         print(one_line(not_read(others)), file=sys.stderr)
     if errors:
@@ -151,6 +170,38 @@ def predict(args):
     if sheet_error:
         raise UserError(f"{sheet_error}; the predictions are in {args.out}")
     return 1 if errors else 0
+
+
+def scaled(images, factor):
+    """The (name, image) pairs with their pixels multiplied by `factor`."""
+    for name, image in images:
+        yield name, image if factor == 1 else image * np.float32(factor)
+
+
+def about_unfamiliar(counts, least):
+    """One line on images that are unlike the training images, with the remedies."""
+    total = sum(counts.values())
+    usual = f"; {least:.1%} of ordinary images are, too" if counts[UNFAMILIAR] <= 3 * least * total else ""
+    return (
+        f"{counts[UNFAMILIAR]} of {total} images are unlike the training images: their probabilities "
+        f"mean nothing. Other units? --scale. Noise, another orientation or centre? Train with "
+        f"--augment{usual}"
+    )
+
+
+def unguarded(args, has_familiarity):
+    """One line on why unlike images are not told apart."""
+    if args.least_familiarity == 0:
+        return "--least-familiarity 0: images unlike the training images are classified, too"
+    if has_familiarity:
+        return (
+            f"{args.model} was calibrated on too few images to refuse at --least-familiarity "
+            f"{args.least_familiarity:g}: images unlike the training images are classified, too"
+        )
+    return (
+        f"{args.model} gives no familiarity: images unlike the training images are classified, too; "
+        "export it again"
+    )
 
 
 def errors_path_of(out):
@@ -199,14 +250,16 @@ def sheet_drawer(path):
 
 def try_to_draw(draw_sheet, path, shown, class_names, maps_of):
     """Draw the sheet; returns None, or why that failed."""
-    shown.sort(key=lambda entry: (-entry[0], entry[1]))
-    images = np.stack([entry[3] for entry in shown])
-    names = [one_line(os.path.basename(entry[2])).replace("$", r"\$") for entry in shown]
+    shown.sort(key=lambda entry: (-entry[0][0], -entry[0][1], entry[0][2]))
+    images = np.stack([entry[2] for entry in shown])
+    names = [one_line(os.path.basename(entry[1])).replace("$", r"\$") for entry in shown]
+    predictions = [one_line(entry[4]).replace("$", r"\$") for entry in shown]
     classes = [one_line(name).replace("$", r"\$") for name in class_names]
     try:
         maps = maps_of(images)[0][:, 0] if maps_of else None
         warnings.simplefilter("ignore")  # a name may have letters that the font lacks
-        draw_sheet(path, images[:, 0], maps, names, [entry[4] for entry in shown], classes)
+        rows = [entry[3] for entry in shown]
+        draw_sheet(path, images[:, 0], maps, names, rows, classes, predictions)
     except Exception as error:  # matplotlib raises many kinds
         reason = reason_of(error)
         return f"--sheet {path}: cannot be drawn: {reason}"
@@ -223,6 +276,17 @@ def parse_args(argv=None):
     parser.add_argument(
         "--crop", action="store_true", help="use the centre of images larger than the network's"
     )
+    parser.add_argument(
+        "--scale", type=float, default=1.0, metavar="FACTOR",
+        help="multiply all pixels, where images are in another unit than the training images "
+        "(default: 1)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--least-familiarity", type=float, default=LEAST_FAMILIARITY, metavar="SHARE",
+        help="images that are stranger than all but this share of validation images get the "
+        f'prediction "{UNFAMILIAR}"; so do as many ordinary ones; 0 turns it off '
+        f"(default: {LEAST_FAMILIARITY:g})",
+    )  # fmt: skip
     group = parser.add_argument_group("pictures")
     group.add_argument(
         "--maps", type=path_argument, metavar="FILE.onnx",
@@ -246,6 +310,10 @@ def parse_args(argv=None):
     for flag, value in (("batch-size", args.batch_size), ("sheet-images", args.sheet_images)):
         if value < 1:
             raise UserError(f"--{flag} must be at least 1, got {value}")
+    if not 0 <= args.least_familiarity < 1:
+        raise UserError(f"--least-familiarity must be in [0, 1), got {args.least_familiarity}")
+    if not 0 < args.scale < np.inf:
+        raise UserError(f"--scale must be positive, got {args.scale}")
     return args
 
 

@@ -36,20 +36,43 @@ def open_session(path, device="auto"):
     return session, height
 
 
+LEAST_FAMILIARITY = 0.01  # below it an image is unlike the training images
+
+
 def open_classifier(path, device="auto"):
     """Returns (onnxruntime session, class names, image size) of an exported classifier.
 
-    Raises UserError as `open_session` does, and for a file that holds no classifier.
+    Its outputs are probabilities and, unless the file is an old one, familiarity. Raises UserError as `open_session` does, and for a file that holds no classifier.
     """
     session, img_size = open_session(path, device)
     with _named_errors(path):
         class_names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
-        (model_output,) = session.get_outputs()
+        outputs = session.get_outputs()
+        names = [output.name for output in outputs]
+        if names not in (["probabilities"], ["probabilities", "familiarity"]):
+            raise ValueError("other outputs than probabilities and familiarity")
         if not all(isinstance(name, str) for name in class_names):
             raise ValueError("metadata of another kind")
-        if model_output.shape[1] != len(class_names):
+        if outputs[0].shape[1] != len(class_names):
             raise ValueError("another number of outputs than class names")
     return session, class_names, img_size
+
+
+def can_refuse(session, least_familiarity):
+    """Whether any image can be less familiar than that: among n images the least is 1/(1 + n)."""
+    if len(session.get_outputs()) < 2:
+        return False
+    try:
+        images = int(session.get_modelmeta().custom_metadata_map["familiarity_images"])
+    except (KeyError, ValueError):
+        return False
+    return 1 / (1 + images) < least_familiarity
+
+
+def classify(session, images, path):
+    """(probabilities (b, classes), familiarity (b,) or None) of images (b, 1, H, H); UserError."""
+    probabilities, *familiarity = run_model(session, images, path)
+    return probabilities, familiarity[0] if familiarity else None
 
 
 def pixel_range(session):

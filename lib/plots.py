@@ -215,8 +215,11 @@ def _circles(panel, marks):
     )
 
 
-def contact_sheet(path, images, maps, names, probabilities, class_names):
-    """Images (n, H, W), raw, with name, prediction and probabilities; their maps beside them."""
+def contact_sheet(path, images, maps, names, probabilities, class_names, predictions):
+    """Images (n, H, W), raw, with name, prediction and probabilities; their maps beside them.
+
+    A prediction that is no class is red.
+    """
     panels = 1 if maps is None else 2
     columns = 4 if maps is not None else 8
     rows = -(-len(images) // columns)
@@ -227,13 +230,15 @@ def contact_sheet(path, images, maps, names, probabilities, class_names):
     for panel in axes.flat:
         panel.set_axis_off()
     limit = None if maps is None else max(np.quantile(np.abs(maps), 0.995), 1e-12)
-    for i, (image, name, row) in enumerate(zip(images, names, probabilities, strict=True)):
+    entries = zip(images, names, probabilities, predictions, strict=True)
+    for i, (image, name, row, prediction) in enumerate(entries):
         line, column = divmod(i, columns)
         panel = axes[line, panels * column]
         panel.imshow(_stretched(image), cmap="magma", origin="lower")
         each = "\n".join(f"{label_of(n)} {p:.3f}" for n, p in zip(class_names, row, strict=True))
-        title = f"{label_of(name[-24:])}\n{label_of(class_names[int(np.argmax(row))])}"
-        panel.set_title(title, fontsize=7, fontweight="bold")
+        title = f"{label_of(name[-24:])}\n{label_of(prediction)}"
+        colour = "black" if prediction in class_names else "crimson"
+        panel.set_title(title, fontsize=7, fontweight="bold", color=colour)
         panel.text(0.02, 0.02, each, fontsize=6, color="white", transform=panel.transAxes)
         if maps is not None:
             drawn = axes[line, 2 * column + 1].imshow(

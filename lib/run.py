@@ -136,13 +136,15 @@ class Run:
             about = {"settings": self.settings, "weights_file": self.weights_path.name}
             weights.save_tensors(self.checkpoint_path, {**about, **state})
 
-    def save_weights(self, state, config, seen, **outcome):
+    def save_weights(self, state, config, seen, familiarity=None, **outcome):
         """Write the weights file and remove the checkpoint.
 
-        `seen` are the hashes of all images that the weights were trained or validated on.
+        `seen` are the hashes of all images that the weights were trained or validated on. For
+        `familiarity` see `weights.save`.
         """
         run = {**self.settings, **outcome, "data": str(self.args.data)}
-        weights.save(self.weights_path, state, config, self.dataset.class_names, run, seen)
+        class_names = self.dataset.class_names
+        weights.save(self.weights_path, state, config, class_names, run, seen, familiarity)
         self.checkpoint_path.unlink(missing_ok=True)
         self.maps_path.unlink(missing_ok=True)
         print(f"weights in {self.weights_path}")

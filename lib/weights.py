@@ -2,7 +2,8 @@
 
 A weights file is `{"model": state dict, "config": arguments of the constructor and of the intensity
 transform, "class_names": [...], "run": what it was trained on and how, "seen": hashes of the images
-that training and validation saw, int64}`. It holds plain tensors, numbers and text, which
+that training and validation saw, int64}`. A classifier's has also "familiarity": {"model", "config"}
+of a `familiarity.Familiarity`. All are plain tensors, numbers and text, which
 `torch.load(weights_only=True)` reads.
 """
 
@@ -16,12 +17,14 @@ import numpy as np
 import torch
 
 from lib.convert import from_foreign, heads_told
+from lib.familiarity import Familiarity
 from lib.files import UserError, atomic_write, read_json, sha256_of
 from mae import MAE, Classifier, Encoder, IntensityTransform, ResidualClassifier
 
 LARGEST = {"embed_dim": 4096, "decoder_embed_dim": 4096, "depth": 64, "decoder_depth": 64}
 LARGEST |= {"img_size": 4096, "patch_size": 512, "mlp_ratio": 16}
 LARGEST |= {"num_heads": 64, "decoder_num_heads": 64, "num_classes": 10_000, "rounds": 100}
+LARGEST |= {"components": 1024, "known": 16, "calibration": 10_000_000}
 MOST_PATCHES_A_SIDE = 128
 
 
@@ -45,17 +48,29 @@ class Weights(NamedTuple):
 # Writing
 
 
-def save(path, model_state, config, class_names, run, seen):
-    """Write a weights file. `run` must be plain (numbers, text, lists, dicts); `seen` (n,) uint64
-    are hashes of the images that training and validation saw, see `data.Dataset`."""
+def save(path, model_state, config, class_names, run, seen, familiarity=None):
+    """Write a weights file.
+
+    `run` must be plain (numbers, text, lists, dicts); `seen` (n,) uint64 are hashes of the images
+    that training and validation saw, see `data.Dataset`; `familiarity` is a `Familiarity` and its
+    arguments, or None.
+    """
     content = {
-        "model": {name: tensor.detach().cpu().clone() for name, tensor in model_state.items()},
+        "model": plain(model_state),
         "config": config,
         "class_names": list(class_names),
         "run": json.loads(json.dumps(run)),
         "seen": torch.from_numpy(np.unique(seen).view(np.int64)),
     }
+    if familiarity:
+        guard, arguments = familiarity
+        content["familiarity"] = {"model": plain(guard.state_dict()), "config": arguments}
     save_tensors(path, content)
+
+
+def plain(state):
+    """A copy of a state dict in the CPU's memory."""
+    return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
 
 
 def save_tensors(path, content):
@@ -183,7 +198,7 @@ def mae_of(opened):
     the configuration says.
     """
     arguments = {k: v for k, v in opened.content["config"].items() if k != "transform"}
-    model = _build(opened, MAE, arguments)
+    model = _build(opened.path, MAE, arguments, opened.content["model"])
     constants = opened.content["config"].get("transform")
     try:
         return model, constants and IntensityTransform(**constants)
@@ -195,27 +210,38 @@ def encoder_of(opened):
     """`mae_of`; of a foreign file without a decoder the `Encoder` alone, and None."""
     if "decoder_embed_dim" in opened.content["config"] or opened.content["run"]:
         return mae_of(opened)
-    return _build(opened, Encoder, opened.content["config"]), None
+    return _build(opened.path, Encoder, opened.content["config"], opened.content["model"]), None
 
 
 def classifier_of(opened):
     """The `Classifier` or `ResidualClassifier` of opened `Weights`; UserError as in `mae_of`."""
     config = opened.content["config"]
-    model = _build(opened, ResidualClassifier if "mae" in config else Classifier, config)
+    kind = ResidualClassifier if "mae" in config else Classifier
+    model = _build(opened.path, kind, config, opened.content["model"])
     if len(opened.content["class_names"]) != config.get("num_classes"):
         raise UserError(f"{opened.path}: the number of class names is wrong; train again")
     return model
 
 
-def _build(opened, kind, arguments):
-    path = opened.path
+def familiarity_in(path, content):
+    """The `Familiarity` in the content of a classifier's weights file; None if it has none."""
+    kept = content.get("familiarity")
+    if kept is None:
+        return None
+    if not (isinstance(kept, dict) and isinstance(kept.get("model"), dict)
+            and isinstance(kept.get("config"), dict)):  # fmt: skip
+        raise UserError(f"{path}: its familiarity is no familiarity; train again")
+    return _build(path, Familiarity, kept["config"], kept["model"]).eval()
+
+
+def _build(path, kind, arguments, state):
     _check_sizes(path, arguments)
     try:
         model = kind(**arguments)
     except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
         raise UserError(f"{path}: no {kind.__name__} has its configuration: {error}") from None
-    check_state(path, model, opened.content["model"])
-    model.load_state_dict(opened.content["model"])
+    check_state(path, model, state)
+    model.load_state_dict(state)
     return model
 
 
