@@ -135,7 +135,7 @@ def predict(args):
                 if not np.isfinite(row).all():
                     errors.append((name, f"{name}: the network gives no finite probabilities for such pixels"))
                     continue
-                known = not guarded or familiarity[i] >= args.least_familiarity
+                known = bool(not guarded or familiarity[i] >= args.least_familiarity)
                 prediction = class_names[int(row.argmax())] if known else UNFAMILIAR
                 counts[prediction] += 1
                 if args.sheet:
