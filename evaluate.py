@@ -1,7 +1,8 @@
 """Evaluate classifiers on the test split: accuracy, AUC with intervals, ROC, confusion matrix.
 
 Leaves in --out: metrics.json, comparison.md (the table, beside the published rows), roc.png,
-confusion_matrix.png, reliability.png, mistakes.png, and report.html with all of it in one file.
+confusion_matrix.png, reliability.png, familiarity.png, mistakes.png, and report.html with all of it
+in one file.
 """
 
 import argparse
@@ -14,6 +15,7 @@ from lib import data, metrics, options, plots, report, tables, weights
 from lib.device import resolve_device
 from lib.files import UserError, make_folder, path_argument, run, write_json, write_text
 from lib.loader import batch_reader, in_batches
+from lib.onnxfile import LEAST_FAMILIARITY
 
 EXAMPLE = """example:
   python evaluate.py --data lenses --out runs/evaluation \\
@@ -42,7 +44,7 @@ def evaluate(args):
     make_folder(args.out)
     if (args.out / "scores.csv").exists():
         raise UserError(f"{args.out} holds the results of reconstruct.py: choose another --out")
-    results, curves, matrices, reliability, mistakes = {}, {}, {}, {}, {}
+    results, curves, matrices, reliability, mistakes, familiarities = {}, {}, {}, {}, {}, {}
     class_names = list(dataset.class_names)
     for name, path in zip(names_of_runs(args.weights), args.weights, strict=True):
         model, content = weights.load_classifier(path)
@@ -55,6 +57,10 @@ def evaluate(args):
         results[name]["calibration_error"], reliability[name] = metrics.calibration(
             probabilities, labels
         )
+        known = weights.familiarity_in(path, content)
+        if known is not None:
+            familiarities[name] = familiarity_of(known, dataset.images, rows, device)
+            results[name] |= refusals(familiarities[name], probabilities, labels)
         mistakes[name] = most_confident_mistakes(probabilities, labels, rows)
         matrices[name] = confusion_matrix(
             labels, probabilities.argmax(axis=1), labels=range(len(class_names))
@@ -82,10 +88,11 @@ def evaluate(args):
     best = max(results, key=lambda name: results[name]["macro"]["value"])
     paths = dict(zip(results, args.weights, strict=True))
     for show, *what in (
-        (print, table),
+        (print, "\n".join([table, *map(about_refusals, results, results.values())])),
         (plots.roc_curves, args.out / "roc.png", curves),
         (plots.confusion_matrices, args.out / "confusion_matrix.png", matrices, class_names),
         (plots.reliability, args.out / "reliability.png", reliability),
+        (plots.familiarity, args.out / "familiarity.png", familiarities, LEAST_FAMILIARITY),
         (plots.mistakes, args.out / "mistakes.png", dataset.images, mistakes[best], class_names),
         (report.write, args.out, paths, results, class_names, best, published_rows(class_names)),
     ):
@@ -101,16 +108,41 @@ def predict_probabilities(model, images, rows, device):
     ).numpy()
 
 
+def familiarity_of(known, images, rows, device):
+    """Familiarity (n,) of rows of the raw `images` (N, H, W)."""
+    read = batch_reader(images, device)
+    known.to(device)
+    return in_batches(lambda batch: known(read(batch)), rows, bar="familiarity").numpy()
+
+
+def refusals(familiarity, probabilities, labels):
+    """{"unfamiliar": share of the images, "familiar_accuracy": of the others, None without any}."""
+    answered = familiarity >= LEAST_FAMILIARITY
+    right = probabilities.argmax(axis=1) == labels
+    return {
+        "unfamiliar": float(1 - answered.mean()),
+        "familiar_accuracy": float(right[answered].mean()) if answered.any() else None,
+    }
+
+
+def about_refusals(name, result):
+    """One line on how many images predict.py would refuse to classify."""
+    if "unfamiliar" not in result:
+        return f"{name}: no familiarity; train again to have unlike images told apart"
+    text = f"{name}: {result['unfamiliar']:.2%} of the images are unfamiliar"
+    if result["familiar_accuracy"] is None:
+        return text
+    return f"{text}; of the others {result['familiar_accuracy']:.2%} are classified rightly"
+
+
 def figures(probabilities, labels, class_names, args):
     """{"auc": {class name: figure}, "macro": figure, "accuracy": figure, "images": n}.
 
     A figure is {"value", "low", "high"}.
     """
     values = metrics.measures(probabilities, labels)
-    intervals = metrics.bootstrap(
-        lambda chosen: metrics.measures(probabilities[chosen], labels[chosen]),
-        labels, args.resamples, args.seed,
-    )  # fmt: skip
+    measure = metrics.measures_of_counts(probabilities, labels)
+    intervals = metrics.bootstrap(measure, labels, args.resamples, args.seed)
     *aucs, macro, accuracy = (
         {"value": value, "low": low, "high": high}
         for value, (low, high) in zip(values.tolist(), intervals.tolist(), strict=True)

@@ -33,6 +33,7 @@ SCALE_SHARE = 0.2  # of them, which only say how large a strangeness is usual
 PCA_PIXELS = 8e7  # in the images that the principal components come from
 IMAGES_A_NUMBER = 20  # at least so many images for each number that is fitted from them
 RIDGE = 1e-6
+LEAST_VARIANCE = 1e-10  # of a logarithm in float32, whose rounding is about 1e-7
 TINY = 1e-12
 HIGH_QUANTILE = 0.999
 
@@ -48,11 +49,13 @@ class Familiarity(nn.Module):
     components, known : principal components, and how many of them the polynomial takes.
     calibration : number of images that it was calibrated on.
 
-    The buffers are filled by `fit`.
+    The buffers are filled by `fit`. Raises ValueError for a unit that is not positive.
     """
 
     def __init__(self, transform, img_size, unit, components, known, calibration):
         super().__init__()
+        if not 0 < unit < math.inf:
+            raise ValueError(f"unit must be positive, got {unit}")
         self.transform = IntensityTransform(**transform)
         self.unit, self.known = unit, known
         self.levels = levels_of(img_size)
@@ -238,13 +241,13 @@ def fit(dataset, rows, validation, transform, augmentations=()):
     model.double()
     left, terms = model.inputs(measured, energies)
     for g, own in enumerate(left[:, -sum(model.sizes) :].split(model.sizes, dim=1)):
-        first_whitening = whitening(own, 1e-7)
+        first_whitening = whitening(own, 1e-7, LEAST_VARIANCE)
         whitened = own @ first_whitening
         spread = regression(terms, (whitened.square() + 1e-3).log())
         getattr(model, f"whitening_{g}").copy_(first_whitening)
         getattr(model, f"spread_{g}").copy_(spread)
         whitened = model.without_spread(g, whitened, terms).clamp(-8, 8)
-        getattr(model, f"second_whitening_{g}").copy_(whitening(whitened, 0.0))
+        getattr(model, f"second_whitening_{g}").copy_(whitening(whitened))
     model.float()
 
     distance = model.distances(*(t.float() for t in measured_of(model, images_of, for_scale)))
@@ -286,8 +289,13 @@ def regression(inputs, targets):
     return torch.linalg.solve(gram, inputs.T @ targets)
 
 
-def whitening(values, ridge):
-    """Matrix (k, k) that gives values (n, k) unit covariance about zero."""
+def whitening(values, ridge=0.0, least=TINY):
+    """Matrix (k, k) that gives values (n, k) unit covariance about zero.
+
+    A share `ridge` of each variance, and `least`, are added to it.
+    """
     covariance = values.T @ values / len(values)
-    variances, directions = torch.linalg.eigh(covariance + ridge * covariance.diagonal().diag())
-    return directions / variances.clamp_min(RIDGE**2 * variances.max().clamp_min(TINY)).sqrt()
+    variances, directions = torch.linalg.eigh(
+        covariance + (ridge * covariance.diagonal() + least).diag()
+    )
+    return directions / variances.clamp_min(least).sqrt()

@@ -29,6 +29,39 @@ def measures(probabilities, labels):
     return np.array([*aucs, np.mean(aucs), accuracy(probabilities, labels)])
 
 
+def measures_of_counts(probabilities, labels):
+    """`measures` of images of which each is drawn several times: function from counts (N,)."""
+    classes = range(probabilities.shape[1])
+    aucs_of = [auc_of_counts(probabilities[:, k], labels == k) for k in classes]
+    correct = probabilities.argmax(axis=1) == labels
+
+    def measure(counts):
+        aucs = [auc_of(counts) for auc_of in aucs_of]
+        return np.array([*aucs, np.mean(aucs), np.average(correct, weights=counts)])
+
+    return measure
+
+
+def auc_of_counts(scores, positive):
+    """The AUC of images of which each is drawn several times: function from counts (N,).
+
+    It sorts once, where `roc_auc_score` sorts every time. Equal scores count one half.
+    """
+    order = np.argsort(scores, kind="stable")
+    positive, scores = positive[order], scores[order]
+    starts = np.flatnonzero(np.r_[True, scores[1:] != scores[:-1]])  # of equal scores
+
+    def auc(counts):
+        counts = counts[order]
+        drawn = np.add.reduceat(counts, starts)
+        positives = np.add.reduceat(counts * positive, starts)
+        negatives = drawn - positives
+        below = np.cumsum(negatives) - negatives / 2
+        return (positives * below).sum() / (positives.sum() * negatives.sum())
+
+    return auc
+
+
 def calibration(probabilities, labels, bins=CALIBRATION_BINS):
     """How far confidence is from accuracy (Guo et al. 2017, equation 3).
 
@@ -50,7 +83,7 @@ def calibration(probabilities, labels, bins=CALIBRATION_BINS):
 def bootstrap(statistic, labels, resamples, seed, progress=True):
     """95 % percentile intervals (n, 2) of `statistic`, resampling images within each class.
 
-    `statistic` gives n numbers of a selection of images: indices (N,) -> (n,).
+    `statistic` gives n numbers of how often each image is drawn: counts (N,) -> (n,).
     """
     rng = np.random.default_rng(seed)
     by_class = [np.flatnonzero(labels == k) for k in np.unique(labels)]
@@ -59,7 +92,7 @@ def bootstrap(statistic, labels, resamples, seed, progress=True):
         range(resamples), desc="bootstrap", leave=False, disable=None if progress else True
     ):
         rows = np.concatenate([rng.choice(members, len(members)) for members in by_class])
-        values.append(statistic(rows))
+        values.append(statistic(np.bincount(rows, minlength=len(labels))))
     return np.quantile(values, [0.025, 0.975], axis=0).T
 
 

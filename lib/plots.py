@@ -356,6 +356,23 @@ def reliability(path, runs):
     _save(figure, path)
 
 
+def familiarity(path, values, least):
+    """Share of images below a familiarity, both logarithmic; `values`: {run: familiarity (n,)}.
+
+    Images like the training images lie on the diagonal; `least` is where predictions end.
+    """
+    figure, axes = plt.subplots(figsize=(4.5, 4))
+    diagonal = np.array([1e-4, 1])
+    axes.plot(diagonal, diagonal, color="0.7", linestyle=":", label="like the training images")
+    axes.axvline(least, color="crimson", linewidth=1, label=f"refused below {least:g}")
+    for run_name, own in values.items():
+        share = np.arange(1, len(own) + 1) / len(own)
+        axes.step(np.sort(own), share, where="post", label=label_of(run_name))
+    axes.set(xscale="log", yscale="log", xlabel="familiarity", ylabel="share of images below")
+    axes.legend()
+    _save(figure, path)
+
+
 def mistakes(path, images, chosen, class_names):
     """Images (N, H, W) at `chosen`: [(row, true class, predicted class, probability), ...]."""
     columns = 6

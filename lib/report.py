@@ -43,6 +43,7 @@ def write(folder, weights, results, class_names, best, published):
         picture(folder / "roc.png", "ROC curves, one class against the rest"),
         picture(folder / "confusion_matrix.png", "Confusion matrices"),
         picture(folder / "reliability.png", "Confidence against accuracy"),
+        picture(folder / "familiarity.png", "How many of these images are how familiar"),
         "<h2>Most confident mistakes</h2>",
         picture(folder / "mistakes.png", f"Test images that {best} mistakes"),
     ]

@@ -7,7 +7,7 @@ from tqdm import tqdm
 from lib import data, distributed, weights
 from lib.files import atomic_write
 from lib.loader import batch_reader, in_batches
-from lib.metrics import bootstrap
+from lib.metrics import auc_of_counts, bootstrap
 from mae import complementary_masks
 
 MAPS_TOGETHER = 2048  # that are kept in memory while they are computed
@@ -96,13 +96,16 @@ def measure(scores, has_substructure, labels, class_names, resamples, seed):
     than the MAE was trained on.
     """
 
-    def statistic(rows):
-        every, by_class = auc_by_kind(
-            scores[rows], has_substructure[rows], labels[rows], class_names
-        )
-        return [every, *by_class.values()]
-
     every, by_class = auc_by_kind(scores, has_substructure, labels, class_names)
+    every_of = auc_of_counts(scores, has_substructure)
+    class_of = {}  # smooth images against one class
+    for label in np.unique(labels[has_substructure]):
+        kept = ~has_substructure | (labels == label)
+        class_of[label] = kept, auc_of_counts(scores[kept], has_substructure[kept])
+
+    def statistic(counts):
+        return [every_of(counts), *(auc_of(counts[kept]) for kept, auc_of in class_of.values())]
+
     intervals = bootstrap(statistic, labels, resamples, seed)
     first, *others = (
         {"value": float(value), "low": low, "high": high}

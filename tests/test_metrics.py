@@ -16,10 +16,8 @@ def test_auc_and_intervals_are_right_for_a_known_case():
     probabilities = np.stack([1 - score, score], axis=1)
     # Two unit normals one apart: AUC = Φ(1/√2).
     expected = 0.5 * (1 + math.erf(0.5))
-    low, high = metrics.bootstrap(
-        lambda rows: metrics.measures(probabilities[rows], labels[rows]), labels, 200, 0,
-        progress=False,
-    )[1]  # fmt: skip
+    measure = metrics.measures_of_counts(probabilities, labels)
+    low, high = metrics.bootstrap(measure, labels, 200, 0, progress=False)[1]
     assert low < expected < high
     assert 0.03 < high - low < 0.09
     perfect = np.eye(3)[np.repeat([0, 1, 2], 5)]
@@ -41,15 +39,29 @@ def test_each_class_has_its_own_auc_and_accuracy_counts_the_largest_probability(
 def test_a_bootstrap_draws_within_each_class():
     labels = np.repeat([0, 1], [30, 3])
 
-    def counts(rows):
-        return np.bincount(labels[rows], minlength=2)
+    def by_class(counts):
+        return np.bincount(labels, weights=counts)
 
-    intervals = metrics.bootstrap(counts, labels, 20, 0, progress=False)
+    intervals = metrics.bootstrap(by_class, labels, 20, 0, progress=False)
     assert intervals.tolist() == [[30, 30], [3, 3]]
-    mean = metrics.bootstrap(lambda rows: [rows.mean()], labels, 20, 0, progress=False)
-    again = metrics.bootstrap(lambda rows: [rows.mean()], labels, 20, 0, progress=False)
+
+    def mean_row(counts):
+        return [np.average(np.arange(33), weights=counts)]
+
+    mean = metrics.bootstrap(mean_row, labels, 20, 0, progress=False)
+    again = metrics.bootstrap(mean_row, labels, 20, 0, progress=False)
     assert mean[0, 0] < mean[0, 1]
     assert np.array_equal(mean, again)
+
+
+def test_figures_of_counts_are_those_of_repeated_images():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 200)
+    probabilities = softmax(np.eye(3)[labels] + rng.normal(size=(200, 3)), axis=1).round(2)  # ties
+    measure = metrics.measures_of_counts(probabilities, labels)
+    for counts in (np.ones(200, int), rng.integers(0, 4, 200)):
+        repeated = metrics.measures(np.repeat(probabilities, counts, axis=0), np.repeat(labels, counts))
+        assert measure(counts) == pytest.approx(repeated, abs=1e-12)
 
 
 def test_calibration_error_is_that_of_a_known_case():

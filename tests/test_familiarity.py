@@ -1,0 +1,177 @@
+"""Familiarity: a calibrated p-value that strange images do not have."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_user_error, run_script
+from torch import nn
+
+from lib import data, familiarity, lenses, weights
+
+CLASSIFIER = "vit-mae-classifier-wt.pth"
+LOG = {"kind": "log", "offset": 0.0, "softening": 1e-3, "mean": 1.3, "std": 2.2}
+
+
+def dataset_of(images):
+    images = np.asarray(images, dtype=np.float32)
+    n = len(images)
+    hashes = np.arange(n).astype(np.uint64)
+    return data.Dataset(images, np.zeros(n, np.int64), hashes, ("a",), "", "made here")
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """(Familiarity, its arguments, lenses that it has not seen) of 2,400 simulated lenses."""
+    parts = lenses.simulate("Model_II", 1000, seed=5, progress=False)
+    images = np.random.default_rng(0).permutation(np.concatenate([part for _, part, _ in parts]))
+    rows = np.arange(3000)
+    model, config = familiarity.fit(dataset_of(images), rows[:1800], rows[1800:2400], LOG)
+    return model.eval(), config, torch.from_numpy(images[2400:, None])
+
+
+def familiarity_of(fitted, images):
+    with torch.no_grad():
+        return fitted[0](images).numpy()
+
+
+def test_of_unseen_lenses_the_share_below_a_threshold_is_that_threshold(fitted):
+    values = familiarity_of(fitted, fitted[2])
+    assert values.min() >= 1 / 601
+    assert values.max() <= 1
+    for threshold in (0.02, 0.1, 0.5):  # four binomial errors, of test and calibration
+        error = 4 * (threshold * (1 - threshold) * 2 / 600) ** 0.5
+        assert abs((values < threshold).mean() - threshold) < error
+
+
+STRANGE = {
+    "another unit": lambda x: 255 * x,
+    "noise": lambda x: x + 0.01 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)),
+    "turned": lambda x: x.rot90(1, (2, 3)),
+    "mirrored": lambda x: x.flip(3),
+    "shifted": lambda x: x.roll(5, 3),
+    "blank": torch.zeros_like,
+    "constant": torch.ones_like,
+    "another point spread function": lambda x: nn.functional.avg_pool2d(x, 3, 1, 1),
+    "hot pixel": lambda x: x.index_fill(2, torch.tensor([3]), 50.0),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_strange_images_are_unfamiliar(kind, fitted):
+    values = familiarity_of(fitted, STRANGE[kind](fitted[2][:200]))
+    assert (values < 0.01).mean() > 0.97
+
+
+def test_an_image_with_pixels_that_are_no_numbers_is_as_strange_as_can_be(fitted):
+    images = fitted[2][:2].clone()
+    images[0, 0, 3, 3], images[1, 0, 3, 3] = torch.nan, torch.inf
+    assert familiarity_of(fitted, images) == pytest.approx(1 / 601)
+
+
+def test_it_does_not_depend_on_the_unit_of_its_training_images(fitted):
+    parts = lenses.simulate("Model_II", 100, seed=5, progress=False)
+    images = np.concatenate([part for _, part, _ in parts])
+    rows, values = np.random.default_rng(0).permutation(300), []
+    for unit in (1.0, 2.0**-40):
+        transform = {**LOG, "softening": 1e-3 * unit}
+        scaled = dataset_of(images * np.float32(unit))
+        model, _ = familiarity.fit(scaled, rows[:200], rows[200:250], transform)
+        with torch.no_grad():
+            values.append(model(torch.from_numpy(scaled.images[rows[250:], None])).numpy())
+    assert np.abs(values[0] - values[1]).max() <= 0.03
+
+
+@pytest.mark.parametrize("side", [8, 16, 50])
+@pytest.mark.parametrize("images", [3, 40])
+def test_few_and_small_images_are_fitted_too(images, side):
+    rng = np.random.default_rng(0)
+    everything = dataset_of(rng.random((images + 20, side, side)))
+    rows = np.arange(images + 20)
+    model, config = familiarity.fit(everything, rows[:images], rows[images:], LOG)
+    with torch.no_grad():
+        values = model(torch.from_numpy(everything.images[:, None]))
+    assert torch.isfinite(values).all()
+    assert config["calibration"] == 20
+    assert (values >= 1 / 21).all()
+
+
+def test_statistics_that_hardly_change_do_no_harm():
+    """Integer counts, as of a faint camera: most pixels are zero."""
+    parts = lenses.simulate("Model_II", 400, seed=6, progress=False)
+    images = np.random.default_rng(0).permutation(np.concatenate([part for _, part, _ in parts]))
+    counts, rows = np.round(5 * images), np.arange(1200)
+    model, _ = familiarity.fit(dataset_of(counts), rows[:600], rows[600:900], LOG)
+    with torch.no_grad():
+        values = model(torch.from_numpy(np.float32(counts[900:, None])))
+    assert abs((values < 0.1).float().mean() - 0.1) < 4 * (0.09 * 2 / 300) ** 0.5
+
+
+def test_terms_are_all_monomials_sorted_by_degree():
+    terms = familiarity.monomials(2, 2).tolist()
+    assert terms == [[0, 0], [1, 0], [2, 0], [1, 1], [1, 2], [2, 2]]
+    values = familiarity.products(torch.tensor([[3.0, 5.0]]), familiarity.monomials(2, 2))
+    assert values.tolist() == [[1, 3, 5, 9, 15, 25]]
+
+
+def test_whitened_values_have_unit_covariance():
+    values = torch.randn(500, 3, dtype=torch.float64) @ torch.randn(3, 3, dtype=torch.float64)
+    white = values @ familiarity.whitening(values)
+    assert torch.allclose(white.T @ white / 500, torch.eye(3, dtype=torch.float64), atol=1e-9)
+
+
+# In weights files
+
+
+def test_a_classifier_knows_all_its_training_images_whatever_labels_it_had(packed, runs, tmp_path):
+    run_script("finetune.py", "--data", packed, "--pretrained", runs / "pretrain" / "vit-mae-wt.pth",
+               "--strategy", "head", "--labels", 0.2, "--epochs", 2, "--out", tmp_path / "few")  # fmt: skip
+    dataset = data.load(packed)
+    parts = data.split(dataset)
+    opened = weights.read(tmp_path / "few" / CLASSIFIER)
+    known = np.concatenate([parts["train"], parts["validation"]])
+    assert set(dataset.hashes[known]) <= set(opened.seen)
+    kept = weights.familiarity_in(opened.path, opened.content)
+    again, config = familiarity.fit(
+        dataset, parts["train"], parts["validation"], opened.content["config"]["transform"]
+    )
+    assert config == opened.content["familiarity"]["config"]
+    assert torch.equal(kept.components, again.components)
+    assert torch.equal(kept.strangeness_seen, again.strangeness_seen)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda kept: kept["config"].update(components=10**9),
+        lambda kept: kept["config"].update(components=-1),
+        lambda kept: kept["config"].update(known="x"),
+        lambda kept: kept["config"].update(unit=float("nan")),
+        lambda kept: kept["config"].update(img_size=10**6),
+        lambda kept: kept["model"].pop("mean"),
+        lambda kept: kept["model"].update(mean=torch.zeros(3)),
+        lambda kept: kept["model"]["mean"].fill_(torch.nan),
+        lambda kept: kept.pop("config"),
+    ],
+)
+def test_a_broken_familiarity_is_refused_by_name(damage, packed, runs, tmp_path):
+    content = torch.load(runs / "head" / CLASSIFIER, weights_only=True)
+    damage(content["familiarity"])
+    torch.save(content, tmp_path / "w.pth")
+    process = run_script("evaluate.py", "--data", packed, "--weights", tmp_path / "w.pth", "--out",
+                         tmp_path / "out", "--split", "test", check=False)  # fmt: skip
+    assert_user_error(process, "w.pth")
+
+
+def test_an_evaluation_counts_the_images_that_a_prediction_refuses(packed, runs, tmp_path):
+    content = torch.load(runs / "head" / CLASSIFIER, weights_only=True)
+    content["familiarity"]["model"]["strangeness_seen"] = torch.full((1000,), -1.0)  # all are stranger
+    content["familiarity"]["config"]["calibration"] = 1000
+    torch.save(content, tmp_path / "strange.pth")
+    content.pop("familiarity")
+    torch.save(content, tmp_path / "old.pth")
+    process = run_script("evaluate.py", "--data", packed, "--weights", tmp_path / "strange.pth",
+                         tmp_path / "old.pth", "--out", tmp_path / "out", "--resamples", 5)  # fmt: skip
+    assert "strange.pth: 100.00% of the images are unfamiliar" in process.stdout
+    assert "old.pth: no familiarity" in process.stdout
+    assert "familiarity.png" not in process.stderr
+    assert (tmp_path / "out" / "familiarity.png").exists()
