@@ -2,6 +2,7 @@
 #                                repeats what depends on an option or on data that changed
 #   BASELINE=1                   also from random weights
 #   PER_CLASS                    simulated images of a class, without DATA
+#   CLUSTERS                     kinds to sort images into without labels; 3 without DATA, none with it
 #   PRETRAINING, FINETUNING      more options for pretrain.py and finetune.py, such as "--seed 1"
 # make study [DATA=folder]       the experiments of docs/results/, in runs/study/results; hours
 #   SEEDS="0 1 2"                with -j its parts run side by side
@@ -28,6 +29,7 @@ $(if $(strip $(value DATA)),,$(error DATA is empty: name a folder, or leave it o
 FOLDER := $(call quoted,$(value DATA))
 INPUT = --data $(FOLDER) --cache-dir $(RUNS)/cache
 FEWER_INPUT = $(INPUT)
+CLUSTERS ?=
 else
 FOLDER := $(RUNS)/samples
 INPUT := --data $(RUNS)/data
@@ -35,6 +37,7 @@ SIMULATED_SAMPLES := $(RUNS)/samples/.ready
 SIMULATED := $(RUNS)/data/dataset.json
 FEWER := $(RUNS)/data-fewer/dataset.json
 FEWER_INPUT := --data $(RUNS)/data-fewer
+CLUSTERS ?= 3
 endif
 
 PRETRAINED := $(RUNS)/pretrain/vit-mae-wt.pth
@@ -55,6 +58,7 @@ OPTIONS := $(RUNS)/options
 pretraining_options = $(PRETRAINING)
 finetuning_options = $(FINETUNING)
 evaluation_options = $(if $(BASELINE),with the baseline)
+residuals_options = $(if $(CLUSTERS),--clusters $(call quoted,$(CLUSTERS)))
 predictions_options = $(MODEL) and $(MAPS) of $(FOLDER)
 
 .PHONY: reproduce study real bench test test-heavy clean FORCE
@@ -187,8 +191,8 @@ $(RUNS)/evaluation/metrics.json: $(STRATEGIES) $(if $(BASELINE),$(SCRATCH)) $(OP
 	$(PY) evaluate.py $(INPUT) --weights $(filter %.pth,$^) --out $(@D)
 
 # Without images of two kinds there is no metrics.json.
-$(RUNS)/residuals/.done: $(PRETRAINED)
-	$(PY) reconstruct.py $(INPUT) --weights $(PRETRAINED) --out $(@D)
+$(RUNS)/residuals/.done: $(PRETRAINED) $(OPTIONS)/residuals
+	$(PY) reconstruct.py $(INPUT) --weights $(PRETRAINED) --out $(@D) $(residuals_options)
 	touch $@
 
 # The strategy that is best on validation.

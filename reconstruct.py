@@ -1,24 +1,33 @@
 """Find substructure without labels: what an MAE that has seen smooth lenses only cannot explain.
 
 Every patch of an image is predicted from others, under several masks; the score of an image is the
-mean squared residual. Leaves in --out: scores.csv (row of the data set, class, score), metrics.json
-(AUC of the score against the classes that the MAE was trained on), scores.png and maps.png (images
-above their residuals; the true point masses are marked in data that simulate.py made).
+mean squared residual. --clusters also sorts the images into kinds, by their residual maps alone.
+Leaves in --out: scores.csv (row of the data set, class, score, cluster), metrics.json (AUC of the score
+against the classes that the MAE was trained on, agreement of clusters and classes), scores.png and
+maps.png (images above their residuals; the true point masses are marked in data that simulate.py made).
 """
 
 import argparse
 import csv
+import sys
 
 import numpy as np
 import torch
 
-from lib import data, lenses, options, plots
+from lib import clusters, data, lenses, options, plots
 from lib.device import resolve_device
 from lib.files import UserError, atomic_write, make_folder, one_line, path_argument, run, write_json
-from lib.residuals import mask_ratio_of, measure, residual_reader, scores_of
+from lib.residuals import (
+    mask_ratio_of,
+    measure,
+    residual_reader,
+    scores_and_powers,
+    scores_of,
+)
 
 EXAMPLE = """example:
-  python reconstruct.py --data lenses --weights runs/pretrain/vit-mae-wt.pth --out runs/residuals"""
+  python reconstruct.py --data lenses --weights runs/pretrain/vit-mae-wt.pth --out runs/residuals
+  python reconstruct.py --data lenses --weights runs/pretrain/vit-mae-wt.pth --clusters 3 --out kinds"""
 
 
 @torch.no_grad()
@@ -29,6 +38,9 @@ def reconstruct(args):
         args.weights, dataset, device, args.mask_ratio, args.rounds, args.seed
     )
     rows = data.rows_to_evaluate(dataset, content, args.split == "all")
+    fitted = rows if args.split == "all" or not args.clusters else data.split(dataset)["validation"]
+    if args.clusters:
+        clusters.gaussians_for(args.clusters, len(fitted))  # a mistake ends here, not after minutes
     labels = dataset.labels[rows]
     trained_on = content["run"].get("classes", [])
     if trained_on == ["all"]:
@@ -38,48 +50,83 @@ def reconstruct(args):
     if (args.out / "comparison.md").exists():
         raise UserError(f"{args.out} holds the results of evaluate.py: choose another --out")
 
-    scores = scores_of(residuals, rows)
-    write_scores(args.out / "scores.csv", rows, labels, scores, dataset.class_names)
+    if args.clusters:
+        scores, kinds, found = sort_into_kinds(residuals, rows, fitted, args.clusters, args.seed)
+    else:
+        scores, kinds, found = scores_of(residuals, rows), None, None
+    write_scores(args.out / "scores.csv", rows, labels, scores, dataset.class_names, found)
+    how = dataset.class_names, args.resamples, args.seed
+    result, lines = {}, []
     if has_substructure.any() and not has_substructure.all():
-        measured = measure(
-            scores, has_substructure, labels, dataset.class_names, args.resamples, args.seed
-        )
-        result = {"auc": measured, "trained_on": trained_on, "images": len(rows)}
+        result["auc"] = measured = measure(scores, has_substructure, labels, *how)
+        lines += [f"all substructure: AUC {as_text(measured['all'], 4)}"]
+        lines += [f"{one_line(name)}: AUC {as_text(auc, 4)}"
+                  for name, auc in measured["classes"].items()]  # fmt: skip
+    else:
+        some = "all" if not has_substructure.any() else "none"
+        lines += [
+            f"no AUC: the MAE was trained on {one_line(', '.join(trained_on))}, and {some} of the "
+            "images are of these classes: pre-train on some of the classes to compare"
+        ]
+    if kinds:
+        result["clusters"] = measured = clusters.measure(kinds, found, labels, *how)
+        percent = {name: 100 * value for name, value in measured["accuracy"].items()}
+        lines += [f"{args.clusters} clusters: accuracy {as_text(percent, 2)} %, "
+                  f"overlap left {kinds.overlap:.3f}"]  # fmt: skip
+    if result:
         ratio = mask_ratio_of(content) if args.mask_ratio is None else args.mask_ratio
+        result |= {"trained_on": trained_on, "images": len(rows)}
         result |= {"masks": f"{args.rounds} rounds, {ratio} hidden, seed {args.seed}"}
         result |= {"weights": str(args.weights), "data_fingerprint": dataset.fingerprint}
         write_json(args.out / "metrics.json", result)
-        lines = [f"{one_line(name)}: {as_text(auc)}" for name, auc in measured["classes"].items()]
-        text = "\n".join([f"all substructure: {as_text(measured['all'])}", *lines])
     else:
         (args.out / "metrics.json").unlink(missing_ok=True)  # an earlier call's
-        some = "all" if not has_substructure.any() else "none"
-        text = (
-            f"no AUC: the MAE was trained on {one_line(', '.join(trained_on))}, and {some} of the "
-            "images are of these classes: pre-train on some of the classes to compare"
-        )
     for show, *what in (
-        (print, text),
+        (print, "\n".join(lines)),
+        (warn, clusters.doubt(kinds) if kinds else None),
         (plots.score_histogram, args.out / "scores.png", scores, labels, dataset.class_names),
         (draw_maps, args.out / "maps.png", dataset, rows, scores, transformed, residuals),
     ):
         plots.attempt(show, *what)
 
 
-def as_text(figure):
-    return f"AUC {figure['value']:.4f} ({figure['low']:.4f}–{figure['high']:.4f})"
+def sort_into_kinds(residuals, rows, fitted, count, seed):
+    """Sort the images `rows` into `count` kinds, which are found in the images `fitted`.
+
+    Returns (scores (n,), the `clusters.Kinds`, the kind of each image (n,) int).
+    """
+    if fitted is rows:
+        scores, powers = scores_and_powers(residuals, rows)
+        kinds = clusters.fit(powers, count, seed)
+    else:
+        _, powers = scores_and_powers(residuals, fitted, bar="residuals to find kinds in")
+        kinds = clusters.fit(powers, count, seed)
+        scores, powers = scores_and_powers(residuals, rows)
+    return scores, kinds, clusters.assign(kinds, powers)
 
 
-def write_scores(path, rows, labels, scores, class_names):
-    """A line an image: its row in the data set, its class and its score."""
+def as_text(figure, digits):
+    value, low, high = (f"{figure[name]:.{digits}f}" for name in ("value", "low", "high"))
+    return f"{value} ({low}–{high})"
+
+
+def warn(text):
+    """Print a line on stderr; None is skipped."""
+    if text:
+        print(text, file=sys.stderr)
+
+
+def write_scores(path, rows, labels, scores, class_names, found=None):
+    """A line an image: its row in the data set, its class, its score and, unless None, its cluster."""
     with (
         atomic_write(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["row", "class", "score"])
-        for row, label, score in zip(rows, labels, scores, strict=True):
-            writer.writerow([row, class_names[label], f"{score:.6g}"])
+        writer.writerow(["row", "class", "score"] + ([] if found is None else ["cluster"]))
+        for i, (row, label, score) in enumerate(zip(rows, labels, scores, strict=True)):
+            cluster = [] if found is None else [found[i]]
+            writer.writerow([row, class_names[label], f"{score:.6g}", *cluster])
 
 
 def draw_maps(path, dataset, rows, scores, transformed, residuals):
@@ -114,6 +161,11 @@ def parse_args(argv=None):
     parser.add_argument(
         "--rounds", type=int, default=2, help="sets of complementary masks to average over"
     )
+    parser.add_argument(
+        "--clusters", type=int, default=None, metavar="K",
+        help="sort the images into K kinds without labels. The kinds are found in the validation part "
+        "(with --split all: in the images themselves), and labels only score them (default: none)",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     options.check_numbers(args)
     return args

@@ -26,7 +26,7 @@ import finetune
 import pretrain
 import simulate
 from experiments import results
-from lib import augment, data, lenses, metrics, options, residuals, weights
+from lib import augment, clusters, data, lenses, metrics, options, residuals, weights
 from lib.device import choose_precision, resolve_device
 from lib.files import UserError, make_folder, path_argument, read_json, run, sha256_of, write_json
 from mae import POOLINGS
@@ -46,6 +46,7 @@ OTHER_MODELS = (("Model_I", 6000, 10), ("Model_III", 10000, 8))
 # Of pre-training, fine-tuning, and training from scratch, which costs as much as both.
 OTHER_EPOCHS = (20, 5, 9)
 STRENGTH_BINS = 8
+CLUSTERED_IMAGES = 20_000  # training images that kinds are found in
 RING_WIDTH = 0.3  # arcsec around the Einstein ring
 FRESH_SEED = 1000  # of images simulated for testing; training data has other seeds
 
@@ -174,6 +175,29 @@ def residual_auc(lab, path, dataset, whole):
     return {"residual AUC all": float(every), **columns}
 
 
+@cached_result
+def cluster_accuracy(lab, path, dataset, whole):
+    """Accuracy (%) of kinds that are found in an MAE's residuals, as many as the study has classes.
+
+    They are found in training images of the study, without labels, with the MAE's seed.
+    """
+    content, residuals_of, _ = residuals.residual_reader(
+        path, dataset, lab.device, mask_ratio=None, rounds=2, seed=0
+    )
+    _, residuals_of_own, _ = residuals.residual_reader(
+        path, lab.dataset, lab.device, mask_ratio=None, rounds=2, seed=0
+    )
+    rows, seed = data.rows_to_evaluate(dataset, content, whole), content["run"]["seed"]
+    train = np.random.default_rng(seed).permutation(data.split(lab.dataset)["train"])
+    chosen = np.sort(train[:CLUSTERED_IMAGES])
+    _, powers = residuals.scores_and_powers(residuals_of_own, chosen)
+    kinds = clusters.fit(powers, len(lab.dataset.class_names), seed)
+    _, powers = residuals.scores_and_powers(residuals_of, rows)
+    found, labels = clusters.assign(kinds, powers), dataset.labels[rows]
+    _, class_of = clusters.match(found, labels, kinds.count, len(dataset.class_names))
+    return {"clusters accuracy %": 100 * float((class_of[found] == labels).mean())}
+
+
 def chain(lab, name, seed, strategies=STRATEGIES, pretraining=(), finetuning=(), images=None):
     """Pre-train and fine-tune by each strategy; one dict of what came out.
 
@@ -254,13 +278,19 @@ def test_sets(lab):
 
 
 def without_labels(lab):
-    """Telling substructure from smooth lenses by the reconstruction error, without any label."""
-    return [
-        {"run": where, "seed": seed,
-         **residual_auc(lab, pretrained(lab, "base", seed), images, whole=where != "test")}
-        for seed in lab.seeds
-        for where, images in test_sets(lab).items()
-    ]  # fmt: skip
+    """Telling substructure from smooth lenses, and all kinds apart, by the residual without labels.
+
+    "clusters": kinds that are found in the residuals of training images, scored by the classes.
+    """
+    rows = []
+    for seed in lab.seeds:
+        path = pretrained(lab, "base", seed)
+        for where, images in test_sets(lab).items():
+            whole = where != "test"
+            rows.append({"run": where, "seed": seed,
+                         **residual_auc(lab, path, images, whole),
+                         **cluster_accuracy(lab, path, images, whole)})  # fmt: skip
+    return rows
 
 
 def labels(lab):

@@ -1,10 +1,12 @@
 """What a masked autoencoder that knows smooth lenses cannot explain: residual maps and scores."""
 
 import numpy as np
+import torch
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from lib import data, distributed, weights
+from lib.clusters import octave_powers
 from lib.files import atomic_write
 from lib.loader import batch_reader, in_batches
 from lib.metrics import auc_of_counts, bootstrap
@@ -44,6 +46,21 @@ def scores_of(residuals, rows):
     return in_batches(
         lambda batch: residuals(batch)[1].mean(dim=(1, 2, 3)), rows, bar="residuals"
     ).numpy()
+
+
+def scores_and_powers(residuals, rows, bar="residuals"):
+    """(scores (n,) as of `scores_of`, powers (n, octaves) of the maps, see `octave_powers`).
+
+    The maps are not kept. `bar` is the text of a live bar on a terminal.
+    """
+
+    def of_batch(batch):
+        maps, squared = residuals(batch)
+        powers = torch.from_numpy(octave_powers(maps[:, 0].cpu().numpy()))
+        return torch.cat([squared.mean(dim=(1, 2, 3), keepdim=True).flatten(1).cpu(), powers], dim=1)
+
+    table = in_batches(of_batch, rows, bar=bar).numpy()
+    return table[:, 0], table[:, 1:]
 
 
 def stored_maps(maps_of, rows, path, img_size, quiet=False):

@@ -135,6 +135,23 @@ def test_what_depends_on_an_option_is_repeated(changed, expected, make):
     assert not any("scratch" in word for _, _, words in calls for word in words)
 
 
+@pytest.mark.parametrize(
+    ("options", "clusters"),
+    [((), ["--clusters", "3"]), (("CLUSTERS=",), []), (("DATA",), []),
+     (("DATA", "CLUSTERS=2"), ["--clusters", "2"])],
+)  # fmt: skip
+def test_kinds_are_looked_for_where_their_number_is_known(options, clusters, make, tmp_path):
+    """That is among simulated images, or where the user says it."""
+    data = images(tmp_path / "data", "a", "b")
+    options = [f"DATA={data}" if option == "DATA" else option for option in options]
+    _, calls = make(*options)
+    (words,) = (words for script, _, words in calls if script == "reconstruct.py")
+    assert words[words.index("--out") + 2 :] == clusters
+    _, calls = make(*options, "CLUSTERS=4")
+    assert scripts(calls) == ["reconstruct.py residuals"]
+    assert calls[-1][2][-2:] == ["--clusters", "4"]
+
+
 def test_a_stopped_training_is_resumed_under_its_options_only(make, tmp_path):
     process, _ = make("PRETRAINING=--stop", check=False)
     assert process.returncode != 0
