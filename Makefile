@@ -67,8 +67,9 @@ predictions_options = $(MODEL) and $(MAPS) of $(FOLDER)
 reproduce: $(RUNS)/evaluation/metrics.json $(RUNS)/residuals/.done $(RUNS)/predictions.csv
 	@cat $(RUNS)/evaluation/comparison.md
 
-# UNSEEN=folder also tests on images of another simulator. The parts are independent, so -j runs them
-# side by side. Comparisons at equal compute use fewer images, and the choices one seed.
+# UNSEEN=folder also tests on images of another simulator, CUTOUTS=folder on real cutouts. The parts
+# are independent, so -j runs them side by side. Comparisons at equal compute use fewer images, and
+# the choices one seed.
 SEEDS ?= 0 1 2
 STUDY_PARTS := $(SEEDS:%=all-%) $(SEEDS:%=fewer-%)
 
@@ -78,7 +79,8 @@ study: $(STUDY_PARTS:%=study-%)
 study-all-%: $(RUNS)/dataset.json
 	$(PY) experiments/study.py $(INPUT) --out $(RUNS)/study/all-$* --results $(RUNS)/study/results-all-$* \
 	  --seeds $* $(if $(UNSEEN),--unseen $(call quoted,$(value UNSEEN))) \
-	  --only strategies scratch without_labels mistakes labels
+	  $(if $(CUTOUTS),--cutouts $(call quoted,$(value CUTOUTS))) \
+	  --only strategies scratch without_labels mistakes labels unfamiliar
 
 study-fewer-%: $(RUNS)/dataset.json $(FEWER)
 	$(PY) experiments/study.py $(FEWER_INPUT) --out $(RUNS)/study/fewer-$* --results $(RUNS)/study/results-fewer-$* \

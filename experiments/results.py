@@ -50,8 +50,9 @@ def table(rows):
             return ""
         mean, deviation, seeds = figures[key]
         digits = 2 if key.endswith("%") else 5
-        text = f"{mean:.{digits}f}" if digits == 2 or mean > 0.01 else f"{mean:.2e}"
-        spread = f"{deviation:.{digits}f}" if digits == 2 or mean > 0.01 else f"{deviation:.0e}"
+        tiny = "error" in key and mean <= 0.01
+        text = f"{mean:.2e}" if tiny else f"{mean:.{digits}f}"
+        spread = f"{deviation:.0e}" if tiny else f"{deviation:.{digits}f}"
         return f"{text} ± {spread}" if seeds > 1 else text
 
     runs = by_run(rows)

@@ -25,7 +25,7 @@ import evaluate
 import finetune
 import pretrain
 import simulate
-from experiments import results
+from experiments import kinds, refusals, results
 from lib import augment, clusters, data, lenses, metrics, options, residuals, weights
 from lib.device import choose_precision, resolve_device
 from lib.files import UserError, make_folder, path_argument, read_json, run, sha256_of, write_json
@@ -38,8 +38,13 @@ EXAMPLE = """examples:
 STRATEGIES = tuple(finetune.STRATEGIES)
 # Epochs from scratch that cost at least as much processor time as pre-training and fine-tuning.
 SCRATCH_EPOCHS = 8
-LABEL_SHARES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+LABEL_SHARES = (0.001, 0.003, 0.01, 0.1, 1.0)
 ROBUSTNESS_PER_CLASS = 1000
+ROBUSTNESS_KINDS = (
+    "clean", "Euclid noise", "PSF −20 %", "PSF +20 %", "shifted 1 px", "turned 90°",
+    "turned at random",
+)  # fmt: skip
+UNFAMILIAR_PER_CLASS = 300
 MISTAKES_PER_CLASS = 10000
 # (data model, images a class, patch size)
 OTHER_MODELS = (("Model_I", 6000, 10), ("Model_III", 10000, 8))
@@ -57,6 +62,7 @@ class Lab(NamedTuple):
     data: Path
     dataset: data.Dataset  # what `data` holds
     unseen: data.Dataset | None  # of another simulator, for testing only
+    cutouts: np.ndarray | None  # real ones (n, 64, 64), without labels
     out: Path
     seeds: tuple
     pretraining: tuple  # options of every pretrain.py run
@@ -381,15 +387,15 @@ def choices(lab):
 
 def real_images(lab):
     """Trained on clean images and with augmentation, tested on what a telescope would see."""
-    tests = disturbed_images()
+    tests = {k: kinds.make(k, ROBUSTNESS_PER_CLASS, FRESH_SEED)[0] for k in ROBUSTNESS_KINDS}
     everything = ",".join(augment.KINDS)
     rows, seed = [], lab.seeds[0]
-    for name, folder, kinds in (
+    for name, folder, changes in (
         ("clean images", "base", ""),
         ("--augment halfturn,noise", "augment-noise", "halfturn,noise"),
         (f"--augment {everything}", "augment-all", everything),
     ):
-        options = ["--augment", kinds] if kinds else []
+        options = ["--augment", changes] if changes else []
         start = pretrained(lab, folder, seed, *options)
         path = finetuned(lab, folder, seed, "full", start, *options)
         row = {"run": f"trained with {name}", "seed": seed}
@@ -400,29 +406,32 @@ def real_images(lab):
     return rows
 
 
-def disturbed_images():
-    """{what was done: images (3 · ROBUSTNESS_PER_CLASS, 64, 64)}, the same lenses in each."""
-    euclid = lenses.INSTRUMENTS["Model_II"]
+def unfamiliar(lab):
+    """Images unlike the training images: which does a classifier refuse, and which get right?
 
-    def fresh(psf=1.0):
-        instrument = euclid._replace(psf_fwhm=psf * euclid.psf_fwhm)
-        parts = lenses.simulate(instrument, ROBUSTNESS_PER_CLASS, FRESH_SEED)
-        return np.concatenate([images for _, images, _ in parts])
+    AUC: telling clean images from those of a kind by familiarity, or by what is known without it,
+    the largest probability and the energy (Liu et al. 2020, arXiv:2010.03759). "Held back": a
+    kind that was not looked at until the design of the familiarity was fixed.
+    """
+    networks = {}
+    for seed in lab.seeds:
+        start = pretrained(lab, "base", seed)
+        for strategy in ("full", "residual"):
+            path = finetuned(lab, "base", seed, strategy, start)
+            model, familiarity = known_classifier(path, "unfamiliar")
+            if familiarity is None:
+                raise UserError(f"{path} has no familiarity: remove {path.parent} to train it again")
+            networks[seed, strategy] = model, familiarity
+    images = kinds.every(UNFAMILIAR_PER_CLASS, FRESH_SEED + 2, lab.cutouts)
+    return refusals.rows_of(networks, images, lab.device)
 
-    rng, images = np.random.default_rng(FRESH_SEED), fresh()
-    exposure = torch.from_numpy(images / euclid.copies)
-    noisy = lenses.observe(exposure, euclid, True, rng).numpy() * euclid.copies
-    angle = torch.from_numpy(rng.uniform(0, 2 * np.pi, len(images))).float()
-    turned = augment.move(torch.from_numpy(images)[:, None], angle, torch.zeros(len(images), 2))
-    return {
-        "clean": images,
-        "Euclid noise": noisy,
-        "PSF −20 %": fresh(0.8),
-        "PSF +20 %": fresh(1.2),
-        "shifted 1 px": np.roll(images, 1, axis=2),
-        "turned 90°": np.ascontiguousarray(np.rot90(images, axes=(1, 2))),
-        "turned at random": turned[:, 0].numpy(),
-    }
+
+def known_classifier(path, experiment):
+    """(model, familiarity) of weights for the classes of simulate.py."""
+    model, content = weights.load_classifier(path)
+    if tuple(content["class_names"]) != lenses.CLASS_NAMES:
+        raise UserError(f"{experiment}: the study's data must have the classes of simulate.py")
+    return model, weights.familiarity_in(path, content)
 
 
 def as_dataset(images, per_class):
@@ -466,9 +475,7 @@ def mistakes(lab):
     strengths, rows = substructure_strengths(), []
     for seed in lab.seeds:
         path = finetuned(lab, "base", seed, "full", pretrained(lab, "base", seed))
-        model, content = weights.load_classifier(path)
-        if tuple(content["class_names"]) != lenses.CLASS_NAMES:
-            raise UserError("mistakes: the study's data must have the classes of simulate.py")
+        model, _ = known_classifier(path, "mistakes")
         probabilities = evaluate.predict_probabilities(
             model, images, np.arange(len(images)), lab.device
         )
@@ -514,7 +521,7 @@ EXPERIMENTS = {
     function.__name__: function
     for function in (
         strategies, scratch, without_labels, labels, mask_ratio, pretraining_images, choices,
-        real_images, instruments, mistakes,
+        real_images, unfamiliar, instruments, mistakes,
     )
 }  # fmt: skip
 # What pictures draw against what; the other experiments' have a dot a run.
@@ -553,6 +560,10 @@ def parse_args(argv=None):
         "--unseen", type=path_argument, default=None,
         help="lenstronomy's images, to test on as well (see tests/reference/make_lenstronomy.py)",
     )  # fmt: skip
+    parser.add_argument(
+        "--cutouts", type=path_argument, default=None, metavar="FOLDER",
+        help="real cutouts, FITS or .npy, for the experiment `unfamiliar`; they are only read",
+    )  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each")
     parser.add_argument(
         "--pretraining", default="", metavar="OPTIONS", help="more options of every pretrain.py"
@@ -579,7 +590,8 @@ def main(argv=None):
     cache = ["--cache-dir", str(args.cache_dir)] if args.cache_dir else []
     lab = Lab(
         args.data, data.load(args.data, args.cache_dir),
-        data.load(args.unseen) if args.unseen else None, args.out, tuple(args.seeds),
+        data.load(args.unseen) if args.unseen else None,
+        kinds.read_cutouts(args.cutouts) if args.cutouts else None, args.out, tuple(args.seeds),
         tuple(shlex.split(args.pretraining)), tuple(shlex.split(args.finetuning)),
         ("--precision", precision, "--device", args.device, *cache), device,
     )  # fmt: skip

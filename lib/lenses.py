@@ -68,6 +68,7 @@ class Instrument(NamedTuple):
     background_rms: float = 0.0  # per second, in images of counts
     rescaled: bool = True  # whether deflections are multiplied by `deflection_factor()`
     copies: int = 1  # how often the published images add the noise-free model to itself
+    source_radius: float = SOURCE_RADIUS  # arcsec
 
     @property
     def counts(self):
@@ -195,7 +196,7 @@ def sersic_constants(instrument):
     if amplitude is None:
         flux = 10 ** (-0.4 * (instrument.magnitude - instrument.zero_point))
         profile = 2 * math.pi * n * math.exp(b_n) * b_n ** (-2 * n) * math.gamma(2 * n)
-        amplitude = flux / (SOURCE_RADIUS**2 * profile)
+        amplitude = flux / (instrument.source_radius**2 * profile)
     return amplitude * instrument.pixel_scale**2, b_n
 
 
@@ -256,7 +257,7 @@ def render(source, point_masses, model="Model_II", dtype=torch.float64):
         subtract_point_masses(beta_x, beta_y, point_masses[part], axis, factor)
         major, minor = rotate(beta_x, beta_y, angle)
         radius = (major.square().mul_(q) + minor.square().mul_(1 / q)).sqrt_()
-        radius.clamp_min_(SMALLEST_RADIUS).div_(SOURCE_RADIUS)
+        radius.clamp_min_(SMALLEST_RADIUS).div_(instrument.source_radius)
         if SERSIC_INDEX != 1:
             radius = radius ** (1 / SERSIC_INDEX)
         brightness = radius.sub_(1).mul_(-b_n).exp_().mul_(amplitude)

@@ -59,7 +59,7 @@ def test_make_reproduce_runs_on_a_folder_and_does_nothing_twice(python, folder, 
             "simulate.py", "data.py", "pretrain.py", "finetune.py", "evaluate.py",
             "reconstruct.py", "export.py", "predict.py",
         }),
-        (("study", "UNSEEN=x"), {
+        (("study", "UNSEEN=x", "CUTOUTS=a b"), {
             "simulate.py", "data.py", "experiments/study.py", "experiments/results.py",
         }),
         (("real", "REAL=Makefile"), {

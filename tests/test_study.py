@@ -12,12 +12,12 @@ import evaluate
 import finetune
 import pretrain
 import simulate
-from experiments import results, study
-from lib import lenses, residuals
+from experiments import kinds, results, study
+from lib import lenses, residuals, weights
 from lib.files import UserError
 
 TINY = {
-    "SCRATCH_EPOCHS": 2, "LABEL_SHARES": (0.2, 1.0), "ROBUSTNESS_PER_CLASS": 8,
+    "SCRATCH_EPOCHS": 2, "LABEL_SHARES": (0.2, 1.0), "ROBUSTNESS_PER_CLASS": 8, "UNFAMILIAR_PER_CLASS": 4,
     "MISTAKES_PER_CLASS": 40, "STRENGTH_BINS": 2, "OTHER_EPOCHS": (1, 1, 1),
     "OTHER_MODELS": (("Model_III", 100, 8),),
 }  # fmt: skip
@@ -49,8 +49,8 @@ def tiny_study(packed, tmp_path, monkeypatch, no_pictures):
     return main
 
 
-def test_every_experiment_leaves_its_rows_its_picture_and_its_table(tiny_study, unseen):
-    kept_in = tiny_study("--seeds", 0, "--unseen", unseen)
+def test_every_experiment_leaves_its_rows_its_picture_and_its_table(tiny_study, unseen, folder):
+    kept_in = tiny_study("--seeds", 0, "--unseen", unseen, "--cutouts", folder / "cdm")
     tables = (kept_in / "tables.md").read_text()
     for name in study.EXPERIMENTS:
         content = json.loads((kept_in / f"{name}.json").read_text())
@@ -65,6 +65,35 @@ def test_every_experiment_leaves_its_rows_its_picture_and_its_table(tiny_study, 
                 if "%" in key:
                     assert 0 <= value <= 100, (name, key)
             assert row["run"] in tables
+
+
+def test_every_kind_of_images_is_asked_of_both_strategies(tiny_study):
+    """Real cutouts only where a folder of them is given."""
+    rows = results.read(tiny_study("--seeds", 0, 1, "--only", "unfamiliar") / "unfamiliar.json")["rows"]
+    cutouts = {kind for kind in kinds.HELD_BACK if kind not in kinds.KINDS}
+    expected = {"clean", *kinds.DEVELOPMENT, *kinds.HELD_BACK} - cutouts
+    for strategy in ("full", "residual"):
+        for seed in (0, 1):
+            own = [row for row in rows if (row["seed"], row["strategy"]) == (seed, strategy)]
+            named = {row["run"].removeprefix(f"{strategy}: "): row for row in own}
+            assert {name.removesuffix(" (held back)") for name in named} == expected
+            for name, row in named.items():
+                assert row["held_back"] == name.endswith(" (held back)")
+                assert ("AUC familiarity" in row) == (name != "clean")
+    assert len(rows) == 4 * len(expected)
+
+
+def test_weights_from_before_familiarity_are_named(tiny_study, monkeypatch):
+    monkeypatch.setattr(weights, "familiarity_in", lambda path, content: None)
+    with pytest.raises(UserError, match=r"base.seed0.full.*no familiarity"):
+        tiny_study("--seeds", 0, "--only", "unfamiliar")
+
+
+def test_a_folder_without_cutouts_ends_a_study_before_it_starts(tiny_study, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty"):
+        tiny_study("--only", "unfamiliar", "--cutouts", tmp_path / "empty")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_runs_that_are_there_are_not_repeated(tiny_study, unseen, tmp_path, monkeypatch):
@@ -115,6 +144,8 @@ def test_tables_have_mean_and_deviation_over_seeds():
         "| --- | --- | --- |",
         "| a | 0.99000 ± 0.01000 | 91.00 ± 1.00 |",
     ]
+    small = [{"run": "a", "seed": 0, "AUC": 0.0, "reconstruction error": 0.00123}]
+    assert results.table(small).splitlines()[2] == "| a | 0.00000 | 1.23e-03 |"
 
 
 def kept(folder, name, *rows, commit="abc"):

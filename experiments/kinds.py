@@ -1,0 +1,263 @@
+"""Kinds of images to test a classifier on: like the training images, disturbed, or no lens at all.
+
+`make` gives the images of any kind in KINDS. Clean and disturbed images of one seed show the same
+lenses, freshly simulated with the instrument of Model_II. `scaled` brings cutouts from elsewhere into
+the units of such images. A kind has random numbers of its own, so it does not depend on the others.
+"""
+
+import functools
+import warnings
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from lib import augment, lenses
+from lib.cutouts import FITS_SUFFIXES, find_files, read_arrays
+from lib.files import UserError
+
+EUCLID = lenses.INSTRUMENTS["Model_II"]
+SIDE = EUCLID.pixels
+OVERSAMPLING = 3  # points a pixel's side that a galaxy's brightness is computed at
+CONSTANTS = np.geomspace(1e-4, 10, 50)  # brightness of constant frames
+
+# What the familiarity of lib/familiarity.py was developed on, beside clean images.
+DEVELOPMENT = (
+    "units ×255", "min-max", "noise 0.1 %", "PSF +20 %", "shifted 1 px", "turned 90°", "mirrored",
+    "second source", "blank, zero", "blank, constant", "Gaussian blob",
+)  # fmt: skip
+# Drawn by lot among all kinds before any image was made; not looked at until its design was fixed.
+HELD_BACK = (
+    "units /100", "noise 0.01 %", "noise 1 %", "Euclid noise", "PSF −20 %", "shifted 5 px",
+    "old ring radius", "source radius ×1.5", "uniform noise", "galaxy without a lens",
+    "cutouts as they are", "cutouts, simulated peak", "cutouts, min-max",
+)  # fmt: skip
+
+
+def make(kind, per_class, seed):
+    """Images (n, 64, 64) float32 of a kind, and their labels (n,); None if no class is right.
+
+    Blank frames, which have no random numbers, are fewer than the usual n = 3 · per_class.
+    """
+    rng = np.random.default_rng([seed, *kind.encode()])
+    clean = simulated(EUCLID, per_class, seed)
+    labels = np.repeat(np.arange(len(lenses.CLASS_NAMES)), per_class)
+    if kind in WITHOUT_ANSWER:
+        images, labels = WITHOUT_ANSWER[kind](len(clean), usual_peak(per_class, seed), rng), None
+    elif kind in OTHERWISE_SIMULATED:
+        images = simulated(OTHERWISE_SIMULATED[kind], per_class, seed)
+    elif kind == "second source":
+        images = clean + second_source(per_class, seed, rng)
+    else:
+        images = DISTURBED[kind](clean, rng)
+    return np.array(images, dtype=np.float32), labels
+
+
+def every(per_class, seed, cutouts=None):
+    """Yield (kind, images, labels or None): clean images, then what is unlike them.
+
+    `cutouts` are images (n, 64, 64) from elsewhere, see `read_cutouts`.
+    """
+    for kind in ("clean", *DEVELOPMENT, *HELD_BACK):
+        if kind in KINDS:
+            yield kind, *make(kind, per_class, seed)
+    if cutouts is not None:
+        for kind, images in scaled(cutouts, usual_peak(per_class, seed)).items():
+            yield kind, images, None
+
+
+@functools.lru_cache(maxsize=2)
+def simulated(instrument, per_class, seed):
+    """Lenses (3 · per_class, 64, 64), sorted by class; not to be changed."""
+    parts = lenses.simulate(instrument, per_class, seed, progress=False)
+    images = np.concatenate([images for _, images, _ in parts])
+    images.flags.writeable = False
+    return images
+
+
+def usual_peak(per_class, seed):
+    """Brightest pixel of a clean image, the median over images."""
+    return float(np.median(simulated(EUCLID, per_class, seed).max(axis=(1, 2))))
+
+
+# The same lenses, disturbed: functions of clean images (n, H, W) and random numbers
+
+
+def min_max(images, rng=None):
+    """Images (n, H, W) from 0 to 1, each by itself; constant ones become 0."""
+    low, high = (extreme(images, axis=(1, 2), keepdims=True) for extreme in (np.min, np.max))
+    return (images - low) / np.maximum(high - low, np.finfo(np.float32).tiny)
+
+
+def with_noise(percent):
+    """White noise whose rms is `percent` of an image's peak."""
+
+    def disturb(images, rng):
+        rms = percent / 100 * images.max(axis=(1, 2), keepdims=True)
+        return images + rms * rng.standard_normal(images.shape, dtype=np.float32)
+
+    return disturb
+
+
+def as_observed(images, rng):
+    """With the noise of one observation by Euclid, in the units of the noise-free images."""
+    exposure = torch.from_numpy(images / EUCLID.copies)
+    return EUCLID.copies * lenses.observe(exposure, EUCLID, True, rng).numpy()
+
+
+def turned_at_random(images, rng):
+    angle = torch.from_numpy(rng.uniform(0, 2 * np.pi, len(images))).float()
+    upright = torch.from_numpy(images.copy())[:, None]
+    return augment.move(upright, angle, torch.zeros(len(images), 2))[:, 0].numpy()
+
+
+DISTURBED = {
+    "clean": lambda images, rng: images,
+    "units ×255": lambda images, rng: 255 * images,
+    "units /100": lambda images, rng: images / 100,
+    "min-max": min_max,
+    "noise 0.01 %": with_noise(0.01),
+    "noise 0.1 %": with_noise(0.1),
+    "noise 1 %": with_noise(1),
+    "Euclid noise": as_observed,
+    "shifted 1 px": lambda images, rng: np.roll(images, 1, axis=2),
+    "shifted 5 px": lambda images, rng: np.roll(images, 5, axis=2),
+    "turned 90°": lambda images, rng: np.rot90(images, axes=(1, 2)),
+    "turned at random": turned_at_random,
+    "mirrored": lambda images, rng: images[:, :, ::-1],
+}
+
+
+# The same lenses, simulated otherwise
+
+OTHERWISE_SIMULATED = {
+    "PSF −20 %": EUCLID._replace(psf_fwhm=0.8 * EUCLID.psf_fwhm),
+    "PSF +20 %": EUCLID._replace(psf_fwhm=1.2 * EUCLID.psf_fwhm),
+    "old ring radius": EUCLID._replace(rescaled=False),  # without `deflection_factor`
+    "source radius ×1.5": EUCLID._replace(source_radius=1.5 * EUCLID.source_radius),
+}
+
+
+def second_source(per_class, seed, rng):
+    """What a second source, 0.3 to 1 times as bright and elsewhere, adds to the clean images."""
+    parts = []
+    for class_name in lenses.CLASS_NAMES:
+        for _, (source, point_masses, _) in lenses.draw(class_name, per_class, seed):
+            other = rng.uniform(-lenses.SOURCE_RANGE, lenses.SOURCE_RANGE, source.shape)
+            brightness = EUCLID.copies * rng.uniform(0.3, 1, (len(source), 1, 1))
+            image = lenses.render(other, point_masses, EUCLID, torch.float32).numpy()
+            parts.append(brightness * image)
+    return np.concatenate(parts)
+
+
+# Without a right answer: functions of the number of images, the usual peak and random numbers
+
+
+def blobs(count, peak, rng):
+    """Elliptical Gaussians of 1 to 12 pixels near the centre."""
+    y, x = np.indices((SIDE, SIDE)) - (SIDE - 1) / 2
+
+    def draw(low, high):
+        return rng.uniform(low, high, (count, 1, 1))
+
+    width, ratio, angle = draw(1, 12), draw(0.5, 1), draw(0, np.pi)
+    x, y = x - draw(-4, 4), y - draw(-4, 4)
+    u, v = np.cos(angle) * x + np.sin(angle) * y, -np.sin(angle) * x + np.cos(angle) * y
+    return draw(0.3, 1.3) * peak * np.exp(-0.5 * (ratio * u**2 + v**2 / ratio) / width**2)
+
+
+def galaxies(count, peak, rng):
+    """Galaxies that nothing lenses: an exponential disk and a Sérsic bulge, as Euclid sees them."""
+    axis = (np.arange(OVERSAMPLING * SIDE) + 0.5) / OVERSAMPLING - SIDE / 2
+    y, x = np.meshgrid(axis * EUCLID.pixel_scale, axis * EUCLID.pixel_scale, indexing="ij")
+    blur = lenses.psf_matrix(EUCLID).numpy()
+    images = np.empty((count, SIDE, SIDE))
+    for image in images:
+        x0, y0 = rng.uniform(-lenses.SOURCE_RANGE, lenses.SOURCE_RANGE, 2)
+        angle = rng.uniform(0, np.pi)
+        disk = sersic(x - x0, y - y0, rng.uniform(0.3, 1.5), 1, rng.uniform(0.3, 1), angle)
+        bulge = sersic(x - x0, y - y0, rng.uniform(0.1, 0.4), rng.uniform(2, 4),
+                       rng.uniform(0.7, 1), angle)  # fmt: skip
+        both = disk / disk.sum() + rng.uniform(0.1, 1) * bulge / bulge.sum()
+        pixels = both.reshape(SIDE, OVERSAMPLING, SIDE, OVERSAMPLING).mean(axis=(1, 3))
+        image[:] = blur @ pixels @ blur.T
+    images /= images.max(axis=(1, 2), keepdims=True)
+    return images * peak * rng.uniform(0.3, 1.3, (count, 1, 1))
+
+
+def sersic(x, y, radius, index, ratio, angle):
+    """Brightness of an elliptical Sérsic profile, 1 at the effective `radius`."""
+    u, v = lenses.rotate(x, y, angle)
+    distance = np.sqrt(ratio * u**2 + v**2 / ratio).clip(lenses.SMALLEST_RADIUS)
+    return np.exp(-(1.9992 * index - 0.3271) * ((distance / radius) ** (1 / index) - 1))
+
+
+WITHOUT_ANSWER = {
+    "blank, zero": lambda count, peak, rng: np.zeros((1, SIDE, SIDE)),
+    "blank, constant": lambda count, peak, rng: np.tile(CONSTANTS[:, None, None], (SIDE, SIDE)),
+    "uniform noise": lambda count, peak, rng: rng.uniform(0, peak, (count, SIDE, SIDE)),
+    "Gaussian blob": blobs,
+    "galaxy without a lens": galaxies,
+}
+KINDS = (*DISTURBED, *OTHERWISE_SIMULATED, "second source", *WITHOUT_ANSWER)
+
+
+# Cutouts from elsewhere
+
+
+def read_cutouts(folder):
+    """Images (n, 64, 64) of a folder's files: the centre of each image, and all of it resampled.
+
+    An image is every plane of a .npy or .npz file, and every two-dimensional image of a FITS file,
+    such as its noise map, of at least 64 pixels a side. Pixels that are not finite become 0.
+    UserError if there is none.
+    """
+    files, _, errors = find_files([folder])
+    if errors:
+        raise UserError(errors[0][1])
+    images = []
+    for plane in (plane for file in files for plane in planes_of(file)):
+        if min(plane.shape) < SIDE:  # a point spread function
+            continue
+        plane = np.nan_to_num(np.asarray(plane, np.float32), posinf=0, neginf=0)
+        images.append(centre_of(plane, SIDE))
+        if plane.shape != (SIDE, SIDE):
+            square = torch.from_numpy(centre_of(plane, min(plane.shape)).copy())
+            images.append(F.interpolate(square[None, None], size=SIDE, mode="area")[0, 0].numpy())
+    if not images:
+        raise UserError(f"{folder}: no image of at least {SIDE}×{SIDE} pixels in it")
+    return np.stack(images)
+
+
+def planes_of(file):
+    """The two-dimensional images in a file."""
+    if not file.name.lower().endswith(FITS_SUFFIXES):
+        arrays = [array for _, array in read_arrays(file) if array is not None and array.ndim >= 2]
+        return [plane for array in arrays for plane in array.reshape(-1, *array.shape[-2:])]
+    try:
+        from astropy.io import fits
+    except ImportError:
+        raise UserError(f"{file}: FITS files need astropy: pip install astropy") from None
+    try:
+        with warnings.catch_warnings(), fits.open(file, memmap=False) as units:
+            warnings.simplefilter("ignore")
+            images = [unit for unit in units if unit.is_image and len(unit.shape) == 2]
+            return [np.array(unit.data, np.float32) for unit in images]
+    except Exception as error:  # astropy raises many kinds
+        raise UserError(f"{file}: not a usable FITS file: {error}") from None
+
+
+def centre_of(plane, side):
+    top, left = ((size - side) // 2 for size in plane.shape)
+    return plane[top : top + side, left : left + side]
+
+
+def scaled(cutouts, peak):
+    """{kind: images} of cutouts (n, 64, 64) as they are, with the usual `peak`, and from 0 to 1."""
+    brightest = cutouts.max(axis=(1, 2), keepdims=True)
+    factor = np.divide(peak, brightest, out=np.ones_like(brightest), where=brightest > 0)
+    return {
+        "cutouts as they are": cutouts,
+        "cutouts, simulated peak": cutouts * factor,
+        "cutouts, min-max": min_max(cutouts),
+    }

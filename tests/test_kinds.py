@@ -1,0 +1,280 @@
+"""experiments/kinds.py and refusals.py: each kind is what it says, and the figures are right."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from experiments import kinds, refusals
+from lib import lenses
+from lib.files import UserError
+
+PER_CLASS, SEED = 4, 7
+
+
+def make(kind, seed=SEED):
+    return kinds.make(kind, PER_CLASS, seed)[0]
+
+
+@pytest.fixture(scope="module")
+def clean():
+    return make("clean")
+
+
+def peaks(images):
+    return images.max(axis=(1, 2), keepdims=True)
+
+
+@pytest.mark.parametrize("kind", kinds.KINDS)
+def test_every_kind_has_finite_images_of_its_seed(kind):
+    images, labels = kinds.make(kind, PER_CLASS, SEED)
+    assert images.dtype == np.float32
+    assert images.shape[1:] == (64, 64)
+    assert np.isfinite(images).all()
+    assert images.flags.writeable
+    if kind in kinds.WITHOUT_ANSWER:
+        assert labels is None
+    else:
+        assert labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    if not kind.startswith("blank"):
+        assert len(images) == 12
+        assert not np.array_equal(images, make(kind, SEED + 1))
+    before = images.copy()
+    images += 1  # what was given belongs to the caller
+    assert np.array_equal(make(kind), before)
+
+
+@pytest.mark.parametrize("kind", kinds.KINDS)
+def test_a_kind_does_not_depend_on_those_made_before(kind):
+    first = make(kind)
+    make("Euclid noise")
+    kinds.simulated.cache_clear()
+    assert np.array_equal(make(kind), first)
+
+
+def test_clean_images_are_the_simulators(clean):
+    parts = [images for _, images, _ in lenses.simulate("Model_II", PER_CLASS, SEED, progress=False)]
+    assert np.array_equal(clean, np.concatenate(parts))
+
+
+def test_units(clean):
+    assert np.allclose(make("units ×255"), 255 * clean)
+    assert np.allclose(make("units /100"), clean / 100)
+    images = make("min-max")
+    assert (images.min((1, 2)) == 0).all()
+    assert (images.max((1, 2)) == 1).all()
+    assert np.array_equal(images.argmax(axis=2), clean.argmax(axis=2))
+
+
+@pytest.mark.parametrize("percent", [0.01, 0.1, 1])
+def test_noise_has_its_rms_over_the_peak(clean, percent):
+    noise = (make(f"noise {percent:g} %") - clean) / peaks(clean)
+    assert noise.std(axis=(1, 2)) == pytest.approx(percent / 100, rel=0.05)
+    assert np.abs(noise.mean()) < percent / 1000
+
+
+def test_noise_of_euclid_is_that_of_the_simulator(clean):
+    noise = (make("Euclid noise") - clean) / 2  # of one exposure, of the two that are added
+    background, shot_variance = lenses.noise_of(kinds.EUCLID, clean / 2)
+    assert (noise / np.sqrt(background**2 + shot_variance)).std() == pytest.approx(1, rel=0.02)
+
+
+def test_moves(clean):
+    assert np.array_equal(make("shifted 1 px")[:, :, 1:], clean[:, :, :-1])
+    assert np.array_equal(make("shifted 5 px")[:, :, 5:], clean[:, :, :-5])
+    assert np.array_equal(make("mirrored")[:, :, ::-1], clean)
+    assert np.array_equal(make("turned 90°")[:, ::-1].transpose(0, 2, 1), clean)
+    turned = make("turned at random")
+    assert turned.sum((1, 2)) == pytest.approx(clean.sum((1, 2)), rel=0.02)
+    assert np.abs(turned - clean).max() > 0.1 * clean.max()
+
+
+def test_the_psf_changes_how_sharp_images_are(clean):
+    def sharpness(images):
+        return np.abs(np.diff(images, axis=2)).max()
+
+    wider, narrower = make("PSF +20 %"), make("PSF −20 %")
+    assert sharpness(wider) < sharpness(clean) < sharpness(narrower)
+    for images in (wider, narrower):
+        assert images.sum((1, 2)) == pytest.approx(clean.sum((1, 2)), rel=1e-3)
+
+
+def test_the_old_ring_is_wider_by_the_factor(clean):
+    y, x = (np.indices((64, 64)) - 31.5) * kinds.EUCLID.pixel_scale
+
+    def radius(images):  # mean over the light of all images
+        light = images.sum(axis=0)
+        return (np.hypot(x, y) * light).sum() / light.sum()
+
+    ratio = radius(clean) / radius(make("old ring radius"))
+    assert ratio == pytest.approx(lenses.deflection_factor(), abs=0.06)
+
+
+def test_a_larger_source_is_fainter_and_leaves_the_simulator_as_it_was(clean):
+    images = make("source radius ×1.5")
+    assert (peaks(images) < 0.6 * peaks(clean)).all()
+    assert images.sum() == pytest.approx(clean.sum(), rel=0.3)  # but for the magnification
+    assert np.array_equal(make("clean"), clean)
+
+
+def test_a_second_source_adds_its_light(clean):
+    added = make("second source") - clean
+    assert added.min() > -1e-6
+    share = added.sum((1, 2)) / clean.sum((1, 2))
+    assert ((share > 0.2) & (share < 1.4)).all()
+    usual = np.corrcoef(clean[8:].reshape(4, -1))[np.triu_indices(4, 1)].mean()
+    own = [np.corrcoef(a.ravel(), b.ravel())[0, 1] for a, b in zip(added[8:], clean[8:], strict=True)]
+    assert np.mean(own) < usual + 0.2  # elsewhere, as another lens's source would be
+
+
+def test_frames_without_a_lens(clean):
+    assert make("blank, zero").tolist() == np.zeros((1, 64, 64)).tolist()
+    constant = make("blank, constant")
+    assert (constant == constant[:, :1, :1]).all()
+    assert (np.diff(constant[:, 0, 0]) > 0).all()
+    usual = np.median(clean.max((1, 2)))
+    noise = make("uniform noise")
+    assert 0 <= noise.min() < 0.01 * usual
+    assert 0.99 * usual < noise.max() <= usual
+    for kind in ("Gaussian blob", "galaxy without a lens"):
+        images = make(kind)
+        y, x = np.unravel_index(images.reshape(len(images), -1).argmax(axis=1), (64, 64))
+        assert (np.hypot(y - 31.5, x - 31.5) < 8).all()  # one object near the centre, no ring
+        assert ((0.25 * usual < images.max((1, 2))) & (images.max((1, 2)) < 1.35 * usual)).all()
+        assert images.min() >= 0
+
+
+def test_every_kind_of_the_familiarity_is_tested_and_marked_once():
+    named = [*kinds.DEVELOPMENT, *kinds.HELD_BACK]
+    assert len(set(named)) == len(named)
+    planes = np.random.default_rng(0).random((2, 64, 64), dtype=np.float32)
+    seen = [kind for kind, *_ in kinds.every(1, SEED, planes)]
+    assert seen[0] == "clean"
+    assert sorted(seen[1:]) == sorted(named)
+    assert set(kinds.KINDS) - set(seen) == {"turned at random"}
+    without = [kind for kind, *_ in kinds.every(1, SEED)]
+    assert len(without) == len(seen) - 3
+
+
+# Cutouts
+
+
+def write_fits(path, *planes):
+    fits = pytest.importorskip("astropy.io.fits")
+    units = [fits.PrimaryHDU(), *(fits.ImageHDU(plane) for plane in planes)]
+    fits.HDUList(units).writeto(path)
+
+
+def test_cutouts_are_cropped_and_resampled(tmp_path):
+    rng = np.random.default_rng(0)
+    bands, wide, psf = rng.random((3, 64, 64)), rng.random((132, 128)), rng.random((21, 21))
+    wide[3, 3] = np.nan
+    np.save(tmp_path / "bands.npy", bands)
+    write_fits(tmp_path / "wide.fits", wide, psf)
+    (tmp_path / "README.md").write_text("not an image")
+    before = sorted(tmp_path.iterdir())
+    images = kinds.read_cutouts(tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
+    assert images.shape == (5, 64, 64)
+    assert np.allclose(images[:3], bands)
+    assert np.allclose(images[3], wide[34:98, 32:96])
+    small = np.nan_to_num(wide)[2:130].reshape(64, 2, 64, 2).mean(axis=(1, 3))
+    assert np.allclose(images[4], small, atol=1e-6)
+
+
+def test_cutouts_are_scaled_in_three_ways():
+    rng = np.random.default_rng(0)
+    cutouts = rng.normal(10, 1, (4, 64, 64)).astype(np.float32)
+    cutouts[3] = -1  # constant, and nowhere bright
+    as_they_are, peak, min_max = kinds.scaled(cutouts, 4.0).values()
+    assert np.array_equal(as_they_are, cutouts)
+    assert peak[:3].max((1, 2)) == pytest.approx(4)
+    assert np.allclose(peak[0] / peak[0, 0, 0], cutouts[0] / cutouts[0, 0, 0])
+    assert np.array_equal(peak[3], cutouts[3])
+    assert (min_max[:3].max((1, 2)) == 1).all()
+    assert (min_max.min((1, 2)) == 0).all()
+    assert (min_max[3] == 0).all()
+
+
+def test_a_folder_without_cutouts_is_named(tmp_path):
+    for content in ((), (32, 32)):
+        if content:
+            np.save(tmp_path / "small.npy", np.zeros(content))
+        with pytest.raises(UserError, match=tmp_path.name):
+            kinds.read_cutouts(tmp_path)
+    (tmp_path / "broken.fits").write_bytes(b"SIMPLE  = nothing")
+    with pytest.raises(UserError, match=r"broken\.fits"):
+        kinds.read_cutouts(tmp_path)
+    with pytest.raises(UserError, match="gone"):
+        kinds.read_cutouts(tmp_path / "gone")
+
+
+# Figures
+
+
+class Told(nn.Module):
+    """A network whose output for an image is in the image's first pixels."""
+
+    def __init__(self, start, count):
+        super().__init__()
+        self.part = slice(start, start + count)
+        self.register_buffer("temperature", torch.tensor(2.0))
+
+    def forward(self, images):
+        return images[:, 0, 0, self.part].squeeze(1 if self.part.stop > 3 else ())
+
+
+def telling(logits, familiarity):
+    """Images (n, 4, 4) for which `Told` gives these."""
+    images = np.zeros((len(logits), 4, 4), np.float32)
+    images[:, 0, :3], images[:, 0, 3] = logits, familiarity
+    return images
+
+
+NETWORK = Told(0, 3), Told(3, 1)
+CPU = torch.device("cpu")
+
+
+def test_answers_are_those_of_the_network():
+    logits = np.array([[3, 1, 0], [0, 0, 200]])
+    answers = refusals.answers_of(*NETWORK, telling(logits, [0.5, 0.001]), CPU)
+    assert answers.predicted.tolist() == [0, 2]
+    assert answers.familiarity == pytest.approx([0.5, 0.001])
+    e = np.exp([3.0, 1.0, 0.0])
+    assert answers.softmax[0] == pytest.approx(e[0] / e.sum() - 1)
+    assert -1e-80 < answers.softmax[1] < 0  # not rounded to 0
+    assert answers.energy == pytest.approx([np.log(np.exp([6.0, 2, 0]).sum()), 400])
+
+
+def test_rows_have_the_figures_of_every_network_and_kind():
+    sure, unsure, torn = [9, 0, 0], [1, 0, 0], [0, 0.5, 0.4]
+    images = [
+        ("clean", telling([sure] * 3 + [unsure], [0.9, 0.5, 0.01, 0.009]), np.zeros(4)),
+        ("noise 1 %", telling([unsure, torn, sure, torn], [0.2, 0.2, 0.2, 0.0]), np.zeros(4)),
+        ("min-max", telling([torn] * 2, [0, 0]), np.zeros(2)),
+        ("uniform noise", telling([torn, sure], [0.0, 0.9]), None),
+    ]
+    networks = {(1, "full"): NETWORK, (0, "residual"): NETWORK, (0, "full"): NETWORK}
+    rows = refusals.rows_of(networks, images, CPU)
+    assert [(row["seed"], row["run"]) for row in rows[:5]] == [
+        (0, "full: clean"), (0, "full: noise 1 % (held back)"), (0, "full: min-max"),
+        (0, "full: uniform noise (held back)"), (0, "residual: clean"),
+    ]  # fmt: skip
+    assert len(rows) == 12
+    clean, noise, min_max, uniform = ({k: v for k, v in row.items() if k != "run"} for row in rows[:4])
+    common = {"seed": 0, "strategy": "full"}
+    assert clean == common | {
+        "held_back": False, "answered %": 75, "right of answered %": 100, "accuracy %": 100,
+    }  # fmt: skip
+    # Clean: three that are sure, one that is not; a pair of equals counts a half, of 16 pairs.
+    assert noise == pytest.approx(common | {
+        "held_back": True, "answered %": 75, "right of answered %": 200 / 3, "accuracy %": 50,
+        "AUC familiarity": (4 + 3 * 2) / 16, "AUC softmax": (3 * 3.5 + 2.5) / 16,
+        "AUC energy": (3 * 3.5 + 2.5) / 16,
+    })  # fmt: skip
+    assert min_max == common | {
+        "held_back": False, "answered %": 0, "accuracy %": 0, "AUC familiarity": 1,
+        "AUC softmax": 1, "AUC energy": 1,
+    }  # fmt: skip
+    assert uniform.keys() == min_max.keys() - {"accuracy %"}
+    assert uniform["answered %"] == 50
