@@ -26,7 +26,8 @@ DEVELOPMENT = (
     "units ×255", "min-max", "noise 0.1 %", "PSF +20 %", "shifted 1 px", "turned 90°", "mirrored",
     "second source", "blank, zero", "blank, constant", "Gaussian blob",
 )  # fmt: skip
-# Drawn by lot among all kinds before any image was made; not looked at until its design was fixed.
+# Drawn by lot among all kinds before any image was made, and looked at once, with the design fixed.
+# Afterwards, fewer components and fewer training images were taken, to be faster.
 HELD_BACK = (
     "units /100", "noise 0.01 %", "noise 1 %", "Euclid noise", "PSF −20 %", "shifted 5 px",
     "old ring radius", "source radius ×1.5", "uniform noise", "galaxy without a lens",
