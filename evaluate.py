@@ -92,7 +92,7 @@ def evaluate(args):
         (plots.roc_curves, args.out / "roc.png", curves),
         (plots.confusion_matrices, args.out / "confusion_matrix.png", matrices, class_names),
         (plots.reliability, args.out / "reliability.png", reliability),
-        (plots.familiarity, args.out / "familiarity.png", familiarities, LEAST_FAMILIARITY),
+        (draw_familiarity, args.out / "familiarity.png", familiarities),
         (plots.mistakes, args.out / "mistakes.png", dataset.images, mistakes[best], class_names),
         (report.write, args.out, paths, results, class_names, best, published_rows(class_names)),
     ):
@@ -115,6 +115,13 @@ def familiarity_of(known, images, rows, device):
     return in_batches(lambda batch: known(read(batch)), rows, bar="familiarity").numpy()
 
 
+def draw_familiarity(path, familiarities):
+    """The picture of the familiarities of each run, or none where no run has them."""
+    path.unlink(missing_ok=True)  # an earlier call's
+    if familiarities:
+        plots.familiarity(path, familiarities, LEAST_FAMILIARITY)
+
+
 def refusals(familiarity, probabilities, labels):
     """{"unfamiliar": share of the images, "familiar_accuracy": of the others, None without any}."""
     answered = familiarity >= LEAST_FAMILIARITY
@@ -128,7 +135,7 @@ def refusals(familiarity, probabilities, labels):
 def about_refusals(name, result):
     """One line on how many images predict.py would refuse to classify."""
     if "unfamiliar" not in result:
-        return f"{name}: no familiarity; train again to have unlike images told apart"
+        return f"{name}: no familiarity in its weights, so unlike images are not told apart"
     text = f"{name}: {result['unfamiliar']:.2%} of the images are unfamiliar"
     if result["familiar_accuracy"] is None:
         return text

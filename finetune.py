@@ -124,6 +124,11 @@ def train(args, dataset, rows, parts, source, run):
         )
     if not distributed.is_main():
         return
+    if known is None:
+        print(
+            f"{len(validation)} validation images are too few for a familiarity: the classifier will "
+            "not tell unlike images apart"
+        )
     model.temperature.fill_(metrics.fit_temperature(logits.numpy(), dataset.labels[validation]))
     seen = dataset.hashes[np.concatenate([parts["train"], validation])]
     best = history[-1]

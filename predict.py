@@ -199,8 +199,8 @@ def unguarded(args, has_familiarity):
             f"{args.least_familiarity:g}: images unlike the training images are classified, too"
         )
     return (
-        f"{args.model} gives no familiarity: images unlike the training images are classified, too; "
-        "export it again"
+        f"{args.model} gives no familiarity (few training images, or an old file): images unlike the "
+        "training images are classified, too"
     )
 
 

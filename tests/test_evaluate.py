@@ -129,7 +129,7 @@ def test_the_report_is_one_file_that_loads_nothing(evaluation, runs):
         assert f"<td>{name}</td>" in page
         assert f"{result['macro']['value']:.4f}" in page
     # ROC, confusion, reliability, mistakes; loss and reconstructions; curves of each run.
-    assert page.count("data:image/png;base64,") == 5 + 2 + len(figures)
+    assert page.count("data:image/png;base64,") == 4 + 2 + len(figures)
     config = json.loads((runs / "full" / "config.json").read_text())
     assert html.escape(config["command"]) in page
     for outside in ("http:", "https:", 'src="/', "<script", "<link"):

@@ -6,7 +6,8 @@ import torch
 from conftest import assert_user_error, run_script
 from torch import nn
 
-from lib import data, familiarity, lenses, weights
+import export
+from lib import data, familiarity, lenses, onnxfile, weights
 
 CLASSIFIER = "vit-mae-classifier-wt.pth"
 LOG = {"kind": "log", "offset": 0.0, "softening": 1e-3, "mean": 1.3, "std": 2.2}
@@ -85,14 +86,14 @@ def test_it_does_not_depend_on_the_unit_of_its_training_images(fitted):
 @pytest.mark.parametrize("images", [3, 40])
 def test_few_and_small_images_are_fitted_too(images, side):
     rng = np.random.default_rng(0)
-    everything = dataset_of(rng.random((images + 20, side, side)))
-    rows = np.arange(images + 20)
+    everything = dataset_of(rng.random((images + 100, side, side)))
+    rows = np.arange(images + 100)
     model, config = familiarity.fit(everything, rows[:images], rows[images:], LOG)
     with torch.no_grad():
         values = model(torch.from_numpy(everything.images[:, None]))
-    assert torch.isfinite(values).all()
-    assert config["calibration"] == 20
-    assert (values >= 1 / 21).all()
+    assert config["calibration"] == 100
+    assert (values >= 1 / 101).all()
+    assert familiarity.fit(everything, rows[:images], rows[images + 1 :], LOG) is None
 
 
 def test_statistics_that_hardly_change_do_no_harm():
@@ -119,10 +120,22 @@ def test_whitened_values_have_unit_covariance():
     assert torch.allclose(white.T @ white / 500, torch.eye(3, dtype=torch.float64), atol=1e-9)
 
 
-# In weights files
+# In weights and exported files
 
 
-def test_a_classifier_knows_all_its_training_images_whatever_labels_it_had(packed, runs, tmp_path):
+@pytest.fixture
+def guarded(fitted, runs):
+    """The content of a classifier's weights file with the familiarity of `fitted`."""
+    content = torch.load(runs / "head" / CLASSIFIER, weights_only=True)
+    model, config, _ = fitted
+    content["familiarity"] = {"model": weights.plain(model.state_dict()), "config": dict(config)}
+    return content
+
+
+def test_a_classifier_knows_all_its_training_images_whatever_labels_it_had(
+    packed, runs, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(familiarity, "FEWEST_CALIBRATION", 10)
     run_script("finetune.py", "--data", packed, "--pretrained", runs / "pretrain" / "vit-mae-wt.pth",
                "--strategy", "head", "--labels", 0.2, "--epochs", 2, "--out", tmp_path / "few")  # fmt: skip
     dataset = data.load(packed)
@@ -139,6 +152,14 @@ def test_a_classifier_knows_all_its_training_images_whatever_labels_it_had(packe
     assert torch.equal(kept.strangeness_seen, again.strangeness_seen)
 
 
+def test_a_data_set_that_is_too_small_gets_none_and_says_so(packed, runs, tmp_path):
+    process = run_script("finetune.py", "--data", packed, "--strategy", "head", "--epochs", 2,
+                         "--pretrained", runs / "pretrain" / "vit-mae-wt.pth",
+                         "--out", tmp_path / "head")  # fmt: skip
+    assert "too few for a familiarity" in process.stdout
+    assert "familiarity" not in weights.read(tmp_path / "head" / CLASSIFIER).content
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -153,25 +174,43 @@ def test_a_classifier_knows_all_its_training_images_whatever_labels_it_had(packe
         lambda kept: kept.pop("config"),
     ],
 )
-def test_a_broken_familiarity_is_refused_by_name(damage, packed, runs, tmp_path):
-    content = torch.load(runs / "head" / CLASSIFIER, weights_only=True)
-    damage(content["familiarity"])
-    torch.save(content, tmp_path / "w.pth")
+def test_a_broken_familiarity_is_refused_by_name(damage, guarded, packed, tmp_path):
+    damage(guarded["familiarity"])
+    torch.save(guarded, tmp_path / "w.pth")
     process = run_script("evaluate.py", "--data", packed, "--weights", tmp_path / "w.pth", "--out",
                          tmp_path / "out", "--split", "test", check=False)  # fmt: skip
     assert_user_error(process, "w.pth")
 
 
-def test_an_evaluation_counts_the_images_that_a_prediction_refuses(packed, runs, tmp_path):
-    content = torch.load(runs / "head" / CLASSIFIER, weights_only=True)
-    content["familiarity"]["model"]["strangeness_seen"] = torch.full((1000,), -1.0)  # all are stranger
-    content["familiarity"]["config"]["calibration"] = 1000
-    torch.save(content, tmp_path / "strange.pth")
-    content.pop("familiarity")
-    torch.save(content, tmp_path / "old.pth")
+def test_an_evaluation_counts_the_images_that_a_prediction_refuses(guarded, packed, tmp_path):
+    guarded["familiarity"]["model"]["strangeness_seen"].fill_(-1.0)  # all images are stranger
+    torch.save(guarded, tmp_path / "strange.pth")
+    guarded.pop("familiarity")
+    torch.save(guarded, tmp_path / "old.pth")
     process = run_script("evaluate.py", "--data", packed, "--weights", tmp_path / "strange.pth",
                          tmp_path / "old.pth", "--out", tmp_path / "out", "--resamples", 5)  # fmt: skip
     assert "strange.pth: 100.00% of the images are unfamiliar" in process.stdout
     assert "old.pth: no familiarity" in process.stdout
-    assert "familiarity.png" not in process.stderr
     assert (tmp_path / "out" / "familiarity.png").exists()
+    run_script("evaluate.py", "--data", packed, "--weights", tmp_path / "old.pth", "--out",
+               tmp_path / "out", "--resamples", 5)  # fmt: skip
+    assert not (tmp_path / "out" / "familiarity.png").exists()
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
+def test_an_exported_familiarity_is_that_of_pytorch_in_every_precision(
+    precision, fitted, guarded, packed, tmp_path
+):
+    torch.save(guarded, tmp_path / "w.pth")
+    run_script("export.py", "--data", packed, "--weights", tmp_path / "w.pth", "--out",
+               tmp_path / "c.onnx", "--precision", precision, "--allowed-fall", 1)  # fmt: skip
+    images = np.concatenate([fitted[2][:100], 10 * fitted[2][:5], np.zeros((1, 1, 64, 64))])
+    images = np.float32(images)
+    images[-1, 0, 3, 3] = np.nan
+    _, values = export.run_session(tmp_path / "c.onnx", images)
+    expected = familiarity_of(fitted, torch.from_numpy(images))
+    assert np.abs(values - expected).max() < 0.03
+    assert values[-6:] == pytest.approx(1 / 601)
+    session, *_ = onnxfile.open_classifier(tmp_path / "c.onnx")
+    assert onnxfile.can_refuse(session, 0.01)
+    assert not onnxfile.can_refuse(session, 1 / 601)
