@@ -193,7 +193,8 @@ def test_every_residual_is_image_minus_prediction(monkeypatch, tmp_path):
     image = np.ones((1, 1, 4, 4))
     plots.reconstructions("r", image, image, image - 0.25, ["a"])
     plots.residual_maps("m", image[0], image[0] * 0.25, ["a"])
-    plots.contact_sheet("s", image[0], image[0] * 0.25, ["n"], np.ones((1, 1)), ["a"])
+    plots.contact_sheet("s", image[0], image[0] * 0.25, ["n"], np.ones((1, 1)), ["a"],
+                        ["a"])  # fmt: skip
     panels = {path: [a for a in f.axes if a.images] for path, f in drawn.items()}
     assert np.all(panels["r"][3].images[0].get_array() == 0.25)
     assert np.all(panels["m"][1].images[0].get_array() == 0.25)
