@@ -1,9 +1,10 @@
 """Classify images with an exported model; needs the folder lib, onnxruntime and numpy only.
 
 Reads .npy, .npz and (with astropy) FITS files, single images or stacks (N, H, W). Writes a CSV
-with one row per image: file, the probability of each class, prediction, familiarity. An image that
-is unlike the training images has the prediction "unfamiliar". Files that cannot be read are
-listed in <out>.errors.csv; then the exit code is 1, and the others are predicted. In folders,
+with one row per image: file, the probability of each class, prediction and, if the model gives it,
+familiarity: the share of validation images that are at least as strange. An image that is stranger
+than nearly all of them is "unfamiliar": its probabilities mean nothing. Files that cannot be read
+are listed in <out>.errors.csv; then the exit code is 1, and the others are predicted. In folders,
 hidden files do not count, and files of other kinds are named at the end. The CSV is UTF-8; bytes
 of file names that are not UTF-8 are written as escapes such as \\xff.
 """
@@ -32,11 +33,15 @@ from lib.files import (
 )
 from lib.onnxfile import (
     LEAST_FAMILIARITY,
+    UNFAMILIAR,
     can_refuse,
     classify,
+    has_familiarity,
+    is_unfamiliar,
     open_classifier,
     open_maps,
     pixel_range,
+    unguarded,
 )
 
 EXAMPLE = """examples:
@@ -44,7 +49,6 @@ EXAMPLE = """examples:
   python predict.py --model runs/classifier.onnx --out predictions.csv cutouts/ \\
       --sheet sheet.png --maps runs/reconstruction.onnx"""
 BATCH_SIZE = 32  # small enough that a layer's outputs stay in a CPU's cache
-UNFAMILIAR = "unfamiliar"  # prediction for an image unlike the training images
 NAMED_OTHERS = 5  # of the files that are not read
 
 
@@ -118,12 +122,12 @@ def predict(args):
     check_outputs(outputs, [*files, *models])
     ours = {identity(path) for path in (*outputs.values(), *models)}
     others = [str(path) for path in others if identity(path) not in ours]
-    has_familiarity = len(session.get_outputs()) > 1
     guarded = can_refuse(session, args.least_familiarity)
     counts, shown = dict.fromkeys([*class_names, *([UNFAMILIAR] if guarded else [])], 0), []
 
     def rows():
-        more = (["familiarity"] if has_familiarity else []) + (["residual"] if maps_of else [])
+        more = ["familiarity"] if has_familiarity(session) else []
+        more += ["residual"] if maps_of else []
         yield ["file", *class_names, "prediction", *more]
         images_read = scaled(read_images(files, img_size, errors, others, args.crop), args.scale)
         if not guarded:
@@ -133,9 +137,10 @@ def predict(args):
             scores = maps_of(images)[1] if maps_of else None
             for i, (name, row) in enumerate(zip(names, probabilities, strict=True)):
                 if not np.isfinite(row).all():
-                    errors.append((name, f"{name}: the network gives no finite probabilities for such pixels"))
+                    reason = "the network gives no finite probabilities for such pixels"
+                    errors.append((name, f"{name}: {reason}"))
                     continue
-                known = bool(not guarded or familiarity[i] >= args.least_familiarity)
+                known = not (guarded and is_unfamiliar(familiarity[i], args.least_familiarity))
                 prediction = class_names[int(row.argmax())] if known else UNFAMILIAR
                 counts[prediction] += 1
                 if args.sheet:
@@ -143,7 +148,7 @@ def predict(args):
                     entry = (rank, name, images[i].copy(), row, prediction)
                     keep_largest(shown, entry, args.sheet_images)
                 line = [name, *(f"{p:.6f}" for p in row), prediction]
-                line += [f"{familiarity[i]:.6f}"] if has_familiarity else []
+                line += [f"{familiarity[i]:.6f}"] if familiarity is not None else []
                 yield line + ([f"{scores[i]:.6g}"] if maps_of else [])
 
     # All results are written before anything is printed.
@@ -154,14 +159,16 @@ def predict(args):
         sheet_error = try_to_draw(draw_sheet, args.sheet, shown, class_names, maps_of)
 
     summary = ", ".join(f"{count} {name}" for name, count in counts.items())
-    print(one_line(f"{sum(counts.values())} images in {args.out}: {summary}"))
+    total = sum(counts.values())
+    print(one_line(f"{total} images in {args.out}: {summary}"))
     if args.sheet and not sheet_error:
         print(one_line(f"the {len(shown)} most confident in {args.sheet}"
                        if shown else f"nothing to draw in {args.sheet}"))  # fmt: skip
     if not guarded:
-        print(one_line(unguarded(args, has_familiarity)), file=sys.stderr)
+        print(one_line(unguarded(session, args.model, args.least_familiarity)), file=sys.stderr)
     elif counts[UNFAMILIAR]:
-        print(one_line(about_unfamiliar(counts, args.least_familiarity)), file=sys.stderr)
+        line = about_unfamiliar(counts[UNFAMILIAR], total, args.least_familiarity)
+        print(line, file=sys.stderr)
     if others:
         print(one_line(not_read(others)), file=sys.stderr)
     if errors:
@@ -175,33 +182,22 @@ def predict(args):
 def scaled(images, factor):
     """The (name, image) pairs with their pixels multiplied by `factor`."""
     for name, image in images:
-        yield name, image if factor == 1 else image * np.float32(factor)
+        with np.errstate(over="ignore", invalid="ignore"):  # the network makes no sense of it
+            image = image * factor
+        yield name, image
 
 
-def about_unfamiliar(counts, least):
+def about_unfamiliar(count, total, least):
     """One line on images that are unlike the training images, with the remedies."""
-    total = sum(counts.values())
-    usual = f"; {least:.1%} of ordinary images are, too" if counts[UNFAMILIAR] <= 3 * least * total else ""
-    return (
-        f"{counts[UNFAMILIAR]} of {total} images are unlike the training images: their probabilities "
-        f"mean nothing. Other units? --scale. Noise, another orientation or centre? Train with "
-        f"--augment{usual}"
+    are = "is" if count == 1 else "are"
+    line = (
+        f"{count} of {total} images {are} unlike the training images: the probabilities mean "
+        "nothing. Another unit? Use --scale. Noise, another orientation or another centre? Train "
+        "with --augment."
     )
-
-
-def unguarded(args, has_familiarity):
-    """One line on why unlike images are not told apart."""
-    if args.least_familiarity == 0:
-        return "--least-familiarity 0: images unlike the training images are classified, too"
-    if has_familiarity:
-        return (
-            f"{args.model} was calibrated on too few images to refuse at --least-familiarity "
-            f"{args.least_familiarity:g}: images unlike the training images are classified, too"
-        )
-    return (
-        f"{args.model} gives no familiarity (few training images, or an old file): images unlike the "
-        "training images are classified, too"
-    )
+    if count <= 3 * least * total:
+        line += f" Of images like the training images, {100 * least:g} % count as unlike them, too."
+    return line
 
 
 def errors_path_of(out):
@@ -278,14 +274,13 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--scale", type=float, default=1.0, metavar="FACTOR",
-        help="multiply all pixels, where images are in another unit than the training images "
+        help="multiply all pixels by it: for images in another unit than the training images "
         "(default: 1)",
     )  # fmt: skip
     parser.add_argument(
         "--least-familiarity", type=float, default=LEAST_FAMILIARITY, metavar="SHARE",
-        help="images that are stranger than all but this share of validation images get the "
-        f'prediction "{UNFAMILIAR}"; so do as many ordinary ones; 0 turns it off '
-        f"(default: {LEAST_FAMILIARITY:g})",
+        help=f'predict "{UNFAMILIAR}" for images of less familiarity; it is also the share of '
+        f"ordinary images that get this prediction; 0: for none (default: {LEAST_FAMILIARITY:g})",
     )  # fmt: skip
     group = parser.add_argument_group("pictures")
     group.add_argument(

@@ -2,7 +2,7 @@
 
 import { readFile } from 'node:fs/promises';
 import * as ort from 'onnxruntime-web';
-import { checkFinite, classNames, readImages } from './formats.mjs';
+import { checkImage, describe, judge, readImages } from './formats.mjs';
 
 /** Await an action; if it fails, name the file in one line. */
 async function attempt(name, action) {
@@ -19,23 +19,23 @@ function oneLine(text) {
   return text.replace(/[\x00-\x1f\x7f-\x9f]+/g, ' ');
 }
 
-async function classify(name, image, { session, names, side }) {
-  checkFinite(image);
-  const images = new ort.Tensor('float32', image, [1, 1, side, side]);
-  const { probabilities } = await session.run({ images });
-  checkFinite(probabilities.data, 'no finite probabilities');
-  const best = probabilities.data.indexOf(Math.max(...probabilities.data));
-  const values = names.map((label, i) => `${label}=${probabilities.data[i].toFixed(6)}`);
-  console.log(oneLine(`${name} ${names[best]} ${values.join(' ')}`));
+async function classify(name, image, model) {
+  checkImage(image, model);
+  const images = new ort.Tensor('float32', image, [1, 1, model.side, model.side]);
+  const outputs = await model.session.run({ images });
+  const { prediction, probabilities, familiarity } = judge(outputs, model);
+  const values = model.labels.map((label, i) => `${label}=${probabilities[i].toFixed(6)}`);
+  if (familiarity !== null) values.push(`familiarity=${familiarity.toFixed(6)}`);
+  console.log(oneLine(`${name} ${prediction} ${values.join(' ')}`));
 }
 
 const [path, ...files] = process.argv.slice(2);
 ort.env.wasm.numThreads = 1;
 const model = await attempt(path, async () => {
   const content = await readFile(path);
-  const session = await ort.InferenceSession.create(content);
-  return { session, names: classNames(content), side: session.inputMetadata[0].shape.at(-1) };
+  return describe(await ort.InferenceSession.create(content), content, path);
 });
+if (model?.warning) console.error(oneLine(model.warning));
 for (const file of model ? files : []) {
   const images = await attempt(file, async () => {
     const bytes = await readFile(file);

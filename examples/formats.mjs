@@ -1,5 +1,5 @@
-// What the examples read: .npy files as predict.py reads them, and the class names in an exported
-// model. The pickles in numpy's object arrays are read as data: nothing in a file is executed.
+// What the examples read: .npy files as predict.py reads them, and what an exported model says of
+// itself. The pickles in numpy's object arrays are read as data: nothing in a file is executed.
 
 const MAX_PICKLE_BYTES = 64 * 2 ** 20;
 const MAX_PICKLE_OPCODES = 100_000;
@@ -334,13 +334,78 @@ function stackOf(images) {
   return { shape: [images.length, ...shape], data: stack };
 }
 
-/** Class names of an exported classifier (Uint8Array): onnxruntime-web has no way to ask for them. */
-export function classNames(model) {
-  // A metadata entry of the protobuf: field 1 is the key, field 2 (tag 0x12) the length and the text.
+// What an exported classifier says of itself, and what its outputs mean: as predict.py has it.
+
+export const LEAST_FAMILIARITY = 0.01; // below it an image is unlike the training images
+export const UNFAMILIAR = 'unfamiliar'; // the prediction for such an image
+
+/** A session of onnxruntime-web with the content of its file (Uint8Array): what `judge` needs. */
+export function describe(session, content, path) {
+  const stated = metadata(content, 'class_names');
+  if (stated === null) throw new Error('the model has no class names: export it with export.py');
+  const range = pixelRange(content);
+  const hasFamiliarity = session.outputNames.includes('familiarity');
+  const images = Number(metadata(content, 'familiarity_images') ?? 0);
+  // Among n images the least familiarity is 1/(1 + n).
+  const canRefuse = hasFamiliarity && images > 0 && 1 / (1 + images) < LEAST_FAMILIARITY;
+  const reason = hasFamiliarity
+    ? `was calibrated on too few images to refuse any below ${LEAST_FAMILIARITY}`
+    : 'gives no familiarity (train and export it again)';
+  const guard = range ? 'only the range of pixels' : 'nothing';
+  return {
+    session,
+    side: session.inputMetadata[0].shape.at(-1),
+    labels: JSON.parse(stated),
+    range,
+    canRefuse,
+    warning: canRefuse ? null
+      : `${path} ${reason}: ${guard} guards against images unlike the training images`,
+  };
+}
+
+/** Throws Error unless a classifier takes the pixels: if it cannot refuse images, by their range. */
+export function checkImage(image, { canRefuse, range }) {
+  checkFinite(image);
+  if (canRefuse || !range) return;
+  const [low, high, faintest] = range;
+  const smallest = image.reduce((a, b) => Math.min(a, b));
+  const largest = image.reduce((a, b) => Math.max(a, b));
+  if (low <= smallest && faintest <= largest && largest <= high) return;
+  const [from, to, lowest, highest, bright] = [smallest, largest, ...range].map(short);
+  throw new Error(`pixels from ${from} to ${to}, unlike those of the training images (from ` +
+    `${lowest} to ${highest}, the brightest above ${bright}): another unit, sentinel values, ` +
+    'hot pixels or a blank image?');
+}
+
+/** {prediction, probabilities, familiarity or null} of a classifier's outputs; throws Error. */
+export function judge(outputs, { labels, canRefuse }) {
+  const probabilities = outputs.probabilities.data;
+  checkFinite(probabilities, 'no finite probabilities');
+  const familiarity = outputs.familiarity?.data[0] ?? null;
+  const isFamiliar = !canRefuse || familiarity >= Math.fround(LEAST_FAMILIARITY);
+  const best = probabilities.indexOf(Math.max(...probabilities));
+  return { prediction: isFamiliar ? labels[best] : UNFAMILIAR, probabilities, familiarity };
+}
+
+const short = (number) => Number(number.toPrecision(3));
+
+/** [low, high, faintest] of the training images' pixels, or null if the model states none. */
+function pixelRange(model) {
+  try {
+    const range = JSON.parse(metadata(model, 'pixel_range'));
+    return range?.length === 3 && range.every(Number.isFinite) ? range : null;
+  } catch {
+    return null;
+  }
+}
+
+/** A text in the metadata of a model (Uint8Array), or null; onnxruntime-web has no way to ask. */
+function metadata(model, key) {
+  // An entry of the protobuf: field 1 is the key, field 2 (tag 0x12) the length and the text.
   const text = new TextDecoder('latin1').decode(model);
-  const key = '\x0a\x0bclass_names\x12';
-  const at = text.indexOf(key) + key.length;
-  if (at < key.length) throw new Error('the model has no class names: export it with export.py');
+  const start = `\x0a${String.fromCharCode(key.length)}${key}\x12`;
+  const at = text.lastIndexOf(start) + start.length;
+  if (at < start.length) return null;
   let length = 0;
   let end = at;
   for (let shift = 0; ; shift += 7) {
@@ -348,5 +413,5 @@ export function classNames(model) {
     length += (model[end] & 0x7f) << shift;
     if (model[end++] < 0x80) break;
   }
-  return JSON.parse(new TextDecoder().decode(model.slice(end, end + length)));
+  return new TextDecoder().decode(model.slice(end, end + length));
 }

@@ -160,6 +160,6 @@ def within(bounds, images, errors):
             reason = (
                 f"pixels from {smallest:.3g} to {largest:.3g}, unlike those of the training images "
                 f"(from {low:.3g} to {high:.3g}, the brightest above {faintest:.3g}): another "
-                "unit (--scale), sentinel values, hot pixels or a blank image?"
+                "unit (predict.py --scale), sentinel values, hot pixels or a blank image?"
             )
             errors.append((name, f"{name}: {reason}"))

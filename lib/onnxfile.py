@@ -9,6 +9,9 @@ import onnxruntime
 
 from lib.files import UserError, reason_of
 
+LEAST_FAMILIARITY = 0.01  # below it an image is unlike the training images
+UNFAMILIAR = "unfamiliar"  # the prediction for such an image
+
 
 def open_session(path, device="auto"):
     """onnxruntime session and image size of an exported file.
@@ -36,13 +39,11 @@ def open_session(path, device="auto"):
     return session, height
 
 
-LEAST_FAMILIARITY = 0.01  # below it an image is unlike the training images
-
-
 def open_classifier(path, device="auto"):
     """Returns (onnxruntime session, class names, image size) of an exported classifier.
 
-    Its outputs are probabilities and, unless the file is an old one, familiarity. Raises UserError as `open_session` does, and for a file that holds no classifier.
+    Its outputs are probabilities and, unless the file is an old one, familiarity. Raises UserError
+    as `open_session` does, and for a file that holds no classifier.
     """
     session, img_size = open_session(path, device)
     with _named_errors(path):
@@ -55,24 +56,46 @@ def open_classifier(path, device="auto"):
             raise ValueError("metadata of another kind")
         if outputs[0].shape[1] != len(class_names):
             raise ValueError("another number of outputs than class names")
+        if any(len(output.shape) != 1 for output in outputs[1:]):
+            raise ValueError("another familiarity than one number an image")
     return session, class_names, img_size
+
+
+def has_familiarity(session):
+    return len(session.get_outputs()) > 1
 
 
 def can_refuse(session, least_familiarity):
     """Whether any image can be less familiar than that: among n images the least is 1/(1 + n)."""
-    if len(session.get_outputs()) < 2:
+    if not has_familiarity(session):
         return False
     try:
         images = int(session.get_modelmeta().custom_metadata_map["familiarity_images"])
     except (KeyError, ValueError):
         return False
-    return 1 / (1 + images) < least_familiarity
+    return images > 0 and 1 / (1 + images) < least_familiarity
+
+
+def unguarded(session, path, least_familiarity):
+    """One line on why a file refuses no image, see `can_refuse`, and what is left to guard it."""
+    reason = f"{path} was calibrated on too few images to refuse any below {least_familiarity:g}"
+    if least_familiarity == 0:
+        reason = "--least-familiarity 0"
+    if not has_familiarity(session):
+        reason = f"{path} gives no familiarity (few training images, or an old file)"
+    guard = "only the range of pixels" if math.isfinite(pixel_range(session)[1]) else "nothing"
+    return f"{reason}: {guard} guards against images unlike the training images"
 
 
 def classify(session, images, path):
     """(probabilities (b, classes), familiarity (b,) or None) of images (b, 1, H, H); UserError."""
     probabilities, *familiarity = run_model(session, images, path)
     return probabilities, familiarity[0] if familiarity else None
+
+
+def is_unfamiliar(familiarity, least_familiarity):
+    """Whether an image is too strange; compared in float32, so that equal numbers are equal."""
+    return not familiarity >= np.float32(least_familiarity)
 
 
 def pixel_range(session):

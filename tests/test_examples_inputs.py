@@ -1,22 +1,18 @@
 """The examples read every .npy file that predict.py reads, as the same numbers, and no other."""
 
-import functools
-import http.server
 import json
 import pickle
 import re
 import shutil
 import struct
 import subprocess
-import sys
-import threading
 
 import numpy as np
 import pytest
 from conftest import HUNG, ROOT
-from test_examples import CHROMIUM, CHROMIUM_OPTIONS
+from test_examples import CHROMIUM, EXAMPLE_COMMANDS, UNLIKE, page_of
 from test_examples import needs_node as needs_packages
-from test_predict_inputs import write_models
+from test_predict_inputs import FEW, GUARD, image_of, write_classifier, write_models
 from test_readers_kinds import MIXED, ONE_IMAGE, STACKS, objects
 
 import predict
@@ -198,21 +194,20 @@ def site(tmp_path_factory):
     return web
 
 
+def run_example(command, model, files, folder):
+    return subprocess.run(
+        [*command, model, *files], cwd=folder, capture_output=True, text=True, timeout=HUNG
+    )
+
+
 READ = {"axion.npy", "stack.npy[0]", "stack.npy[1]"}
 REFUSED = {"stack.npy[2]", "text.npy", "evil.npy", "small.npy", "gone.npy"}
 
 
-@pytest.mark.parametrize(
-    "command", [(sys.executable, "classify.py"), pytest.param(("node", "classify.mjs"),
-                                                              marks=needs_packages)],
-)  # fmt: skip
+@pytest.mark.parametrize("command", EXAMPLE_COMMANDS)
 def test_examples_classify_what_is_an_image_and_name_what_is_none(command, site):
-    program, script = command
     files = ["axion.npy", "stack.npy", "text.npy", "evil.npy", "small.npy", "gone.npy"]
-    process = subprocess.run(
-        [program, EXAMPLES / script, "classifier.onnx", *files], cwd=site, capture_output=True,
-        text=True, timeout=HUNG,
-    )  # fmt: skip
+    process = run_example(command, "classifier.onnx", files, site)
     assert process.returncode == 1
     assert {line.split()[0] for line in process.stdout.splitlines()} == READ
     lines = process.stderr.splitlines()
@@ -223,17 +218,10 @@ def test_examples_classify_what_is_an_image_and_name_what_is_none(command, site)
     assert "NaN or infinite pixels" in line
 
 
-@pytest.mark.parametrize(
-    "command", [(sys.executable, "classify.py"), pytest.param(("node", "classify.mjs"),
-                                                              marks=needs_packages)],
-)  # fmt: skip
+@pytest.mark.parametrize("command", EXAMPLE_COMMANDS)
 @pytest.mark.parametrize("model", ["gone.onnx", "axion.npy"])
 def test_examples_name_a_model_that_is_none(command, model, site):
-    program, script = command
-    process = subprocess.run(
-        [program, EXAMPLES / script, model, "axion.npy"], cwd=site, capture_output=True, text=True,
-        timeout=HUNG,
-    )  # fmt: skip
+    process = run_example(command, model, ["axion.npy"], site)
     assert process.returncode != 0
     assert process.stdout == ""
     (line,) = process.stderr.splitlines()
@@ -243,23 +231,77 @@ def test_examples_name_a_model_that_is_none(command, model, site):
 @needs_packages
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
 def test_the_web_page_shows_every_image_and_names_what_is_none(site, tmp_path):
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    handler = functools.partial(Quiet, directory=site.parent)
-    with http.server.ThreadingHTTPServer(("localhost", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        files = "axion.npy,stack.npy,text.npy,evil.npy,small.npy,gone.npy"
-        address = f"http://localhost:{server.server_port}/web/?files={files}"
-        page = subprocess.check_output(
-            [CHROMIUM, *CHROMIUM_OPTIONS, f"--user-data-dir={tmp_path}", address],
-            text=True, stderr=subprocess.DEVNULL, timeout=HUNG,
-        )  # fmt: skip
-        server.shutdown()
+    files = ["axion.npy", "stack.npy", "text.npy", "evil.npy", "small.npy", "gone.npy"]
+    page, _ = page_of(site, files, tmp_path)
     titles = re.findall(r'<h2( class="error")?>(\S+): ', page)
     assert {name for error, name in titles if not error} == READ
     assert {name for error, name in titles if error} == REFUSED
     assert "undefined" not in page
+    (strange,) = (article for article in page.split("<article")[1:] if UNLIKE in article)
+    assert "stack.npy[1]: unfamiliar</h2>" in strange
+    assert "guards" not in page
     assert page.count("<canvas") == 2 * len(READ)
-    assert "Ready." in page
+
+
+# Images unlike the training images
+
+
+@pytest.mark.parametrize("command", EXAMPLE_COMMANDS)
+def test_examples_refuse_below_the_limit_and_not_at_it(command, tmp_path):
+    write_models(tmp_path)
+    means = {"usual": 0.5, "limit": 0.01, "strange": 0.0099, "negative": -1, "blank": 0}
+    for name, mean in means.items():
+        np.save(tmp_path / f"{name}.npy", image_of(mean))
+    process = run_example(command, "classifier.onnx", [f"{name}.npy" for name in means], tmp_path)
+    assert process.returncode == 0
+    assert process.stderr == ""
+    lines = process.stdout.splitlines()
+    for line, (name, mean) in zip(lines, means.items(), strict=True):
+        bright = 1 / (1 + np.exp(-2 * mean))
+        prediction = "bright" if mean >= 0.01 else "unfamiliar"
+        assert line == (f"{name}.npy {prediction} bright={bright:.6f} dark={1 - bright:.6f} "
+                        f"familiarity={mean:.6f}")  # fmt: skip
+
+
+@pytest.mark.parametrize("command", EXAMPLE_COMMANDS)
+@pytest.mark.parametrize("case", FEW)
+@pytest.mark.parametrize("bounds", [None, (-1, 40, 0.1)])
+def test_examples_say_what_guards_a_file_that_cannot_refuse(command, case, bounds, tmp_path):
+    write_classifier(tmp_path / "m.onnx", pixel_range=bounds, **FEW[case])
+    low = image_of(0.5)
+    low[1, 1] = -99
+    images = {"usual.npy": image_of(0.5), "blank.npy": image_of(0), "bright.npy": image_of(1),
+              "low.npy": low}  # fmt: skip
+    for name, image in images.items():
+        np.save(tmp_path / name, image)
+    process = run_example(command, "m.onnx", images, tmp_path)
+    reason = "was calibrated on too few images to refuse any below 0.01"
+    if case == "old":
+        reason = "gives no familiarity (train and export it again)"
+    guard = "only the range of pixels" if bounds else "nothing"
+    line, *errors = process.stderr.splitlines()
+    assert line == f"m.onnx {reason}: {guard} {GUARD}"
+    assert "unfamiliar" not in process.stdout
+    assert ("familiarity" in process.stdout) == (case != "old")
+    read = [line.split()[0] for line in process.stdout.splitlines()]
+    assert read == (["usual.npy"] if bounds else list(images))
+    assert process.returncode == (1 if bounds else 0)
+    assert len(errors) == (3 if bounds else 0)
+    for error, pixels in zip(errors, ("0 to 0", "0 to 64", "-99 to 32"), strict=False):
+        assert f"pixels from {pixels}, unlike those of the training images (from -1 to 40, " in error
+
+
+@needs_packages
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+def test_the_web_page_says_what_guards_a_file_that_cannot_refuse(site, tmp_path):
+    web = shutil.copytree(site, site.parent / "old")
+    write_classifier(web / "classifier.onnx", familiarity=False, pixel_range=(0, 1, 0.1))
+    page, _ = page_of(web, ["axion.npy", "stack.npy"], tmp_path)
+    reason = "classifier.onnx gives no familiarity (train and export it again)"
+    assert f">{reason}: only the range of pixels {GUARD}</p>" in page
+    assert UNLIKE not in page
+    assert "familiarity 0" not in page
+    titles = re.findall(r'<h2( class="error")?>(\S+): (\w+)', page)
+    assert titles == [("", "axion.npy", "bright"), ("", "stack.npy[0]", "bright"),
+                      (' class="error"', "stack.npy[1]", "pixels"),
+                      (' class="error"', "stack.npy[2]", "NaN")]  # fmt: skip

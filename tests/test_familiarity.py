@@ -76,7 +76,7 @@ def test_it_does_not_depend_on_the_unit_of_its_training_images(fitted):
     for unit in (1.0, 2.0**-40):
         transform = {**LOG, "softening": 1e-3 * unit}
         scaled = dataset_of(images * np.float32(unit))
-        model, _ = familiarity.fit(scaled, rows[:200], rows[200:250], transform)
+        model, _ = familiarity.fit(scaled, rows[:150], rows[150:250], transform)
         with torch.no_grad():
             values.append(model(torch.from_numpy(scaled.images[rows[250:], None])).numpy())
     assert np.abs(values[0] - values[1]).max() <= 0.03
@@ -210,7 +210,7 @@ def test_an_exported_familiarity_is_that_of_pytorch_in_every_precision(
     _, values = export.run_session(tmp_path / "c.onnx", images)
     expected = familiarity_of(fitted, torch.from_numpy(images))
     assert np.abs(values - expected).max() < 0.03
-    assert values[-6:] == pytest.approx(1 / 601)
+    assert values[-6:] == pytest.approx(1 / 601, rel=1e-3)
     session, *_ = onnxfile.open_classifier(tmp_path / "c.onnx")
     assert onnxfile.can_refuse(session, 0.01)
     assert not onnxfile.can_refuse(session, 1 / 601)

@@ -145,7 +145,7 @@ def test_a_picture_that_fails_costs_no_result(broken, place, tmp_path, monkeypat
     assert process.stderr.splitlines()[-1] == "not shown (fail): no\\nfont"
     written = {path.name for path in tmp_path.iterdir()}
     assert written > {"metrics.json", "comparison.md", "report.html"}
-    assert len({n for n in written if n.endswith(".png")}) == 3
+    assert len({n for n in written if n.endswith(".png")}) == 4
 
 
 def test_a_terminal_that_fails_costs_no_picture(place, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ SIDE = 8
 IMAGES = np.random.default_rng(0).random((3, SIDE, SIDE)).astype(np.float32)
 
 
-def write_model(path, outputs, nodes, class_names=None):
+def write_model(path, outputs, nodes, **metadata):
     """An ONNX file that takes raw images; its nodes make the outputs {name: shape}."""
     helper, kind = onnx.helper, onnx.TensorProto.FLOAT
     model_input = helper.make_tensor_value_info("images", kind, ["n", 1, SIDE, SIDE])
@@ -35,24 +35,40 @@ def write_model(path, outputs, nodes, class_names=None):
     nodes = [helper.make_node(*node) for node in nodes]
     graph = helper.make_graph(nodes, "g", [model_input], output_infos, constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    if class_names:
-        helper.set_model_props(model, {"class_names": json.dumps(class_names)})
+    helper.set_model_props(model, {key: json.dumps(value) for key, value in metadata.items()})
     onnx.save(model, path)
 
 
+MEAN = ("GlobalAveragePool", ["images"], ["mean"])
+
+
+def write_classifier(path, familiarity=True, **metadata):
+    """A classifier of the mean brightness, which it also gives as familiarity."""
+    outputs = {"probabilities": ["n", 2]}
+    nodes = [
+        MEAN, ("Reshape", ["mean", "one_axis"], ["row"]),
+        ("MatMul", ["row", "weights"], ["logits"]), ("Softmax", ["logits"], ["probabilities"]),
+    ]  # fmt: skip
+    if familiarity:
+        outputs["familiarity"] = ["n"]
+        nodes.append(("Reshape", ["mean", "flat"], ["familiarity"]))
+    write_model(path, outputs, nodes, class_names=["bright", "dark"], **metadata)
+
+
 def write_models(folder):
-    """A classifier of the mean brightness and a reconstruction that leaves everything."""
-    mean = ("GlobalAveragePool", ["images"], ["mean"])
-    write_model(
-        folder / "classifier.onnx", {"probabilities": ["n", 2]},
-        [mean, ("Reshape", ["mean", "one_axis"], ["row"]),
-         ("MatMul", ["row", "weights"], ["logits"]), ("Softmax", ["logits"], ["probabilities"])],
-        ["bright", "dark"],
-    )  # fmt: skip
+    """A classifier that can refuse images, and a reconstruction that leaves everything."""
+    write_classifier(folder / "classifier.onnx", familiarity_images=1000)
     write_model(
         folder / "reconstruction.onnx", {"residual": ["n", 1, SIDE, SIDE], "score": ["n"]},
-        [("Identity", ["images"], ["residual"]), mean, ("Reshape", ["mean", "flat"], ["score"])],
+        [("Identity", ["images"], ["residual"]), MEAN, ("Reshape", ["mean", "flat"], ["score"])],
     )  # fmt: skip
+
+
+def image_of(mean):
+    """An image of this mean, exactly as a float32."""
+    image = np.zeros((SIDE, SIDE), np.float32)
+    image[0, 0] = np.float32(mean) * SIDE**2
+    return image
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +298,8 @@ def test_a_model_that_fails_on_the_images_is_named(count, predict, tmp_path):
         ("GlobalAveragePool", ["images"], ["mean"]),
         ("Reshape", ["mean", "pairs"], ["probabilities"]),  # fails for one, mixes two images
     ]
-    write_model(tmp_path / "odd.onnx", {"probabilities": ["n", 2]}, pairs, ["a", "b"])
+    names = ["a", "b"]
+    write_model(tmp_path / "odd.onnx", {"probabilities": ["n", 2]}, pairs, class_names=names)
     np.save(tmp_path / "x.npy", IMAGES[:count])
     process = predict(tmp_path / "x.npy", "--model", tmp_path / "odd.onnx", check=False)
     assert_user_error(process, "odd.onnx")
@@ -457,6 +474,149 @@ def test_closed_and_full_outputs_cost_no_result(models, tmp_path):
             ["sh", "-c", f"{command} {tmp_path}/a.npy {redirection}"], cwd=ROOT, timeout=HUNG
         )
         assert len(read_column(out)) == 3
+
+
+# Images unlike the training images
+
+GUARD = "guards against images unlike the training images"
+
+
+def predictions(path):
+    with path.open(newline="") as file:
+        return {os.path.basename(row["file"]): row for row in csv.DictReader(file)}
+
+
+def test_an_image_unlike_the_training_images_is_unfamiliar(predict, tmp_path):
+    means = {"usual": 0.5, "limit": 0.01, "strange": 0.0099}
+    for name, mean in means.items():
+        np.save(tmp_path / f"{name}.npy", image_of(mean))
+    process = predict(tmp_path)
+    out = tmp_path / "out" / "p.csv"
+    rows = predictions(out)
+    assert list(rows["usual.npy"]) == ["file", "bright", "dark", "prediction", "familiarity"]
+    assert {name: row["prediction"] for name, row in rows.items()} == {
+        "usual.npy": "bright", "limit.npy": "bright", "strange.npy": "unfamiliar",
+    }  # fmt: skip
+    for name, mean in means.items():
+        assert float(rows[f"{name}.npy"]["familiarity"]) == pytest.approx(mean, abs=1e-6)
+    assert process.stdout == f"3 images in {out}: 2 bright, 0 dark, 1 unfamiliar\n"
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("1 of 3 images is unlike the training images: the probabilities mean n")
+    assert "--scale" in line
+    assert "--augment" in line
+    assert "Of images like" not in line
+    assert process.errors == []
+
+
+@pytest.mark.parametrize(("count", "usual"), [(2, True), (4, False)])
+def test_the_line_says_how_many_unfamiliar_images_are_usual(count, usual, predict, tmp_path):
+    means = [0.5] * (100 - count) + [0.001] * count
+    np.save(tmp_path / "x.npy", np.stack([image_of(mean) for mean in means]))
+    (line,) = predict(tmp_path).stderr.splitlines()
+    assert line.startswith(f"{count} of 100 images are unlike")
+    remark = " Of images like the training images, 1 % count as unlike them, too."
+    assert line.endswith(remark) == usual
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_scale_multiplies_the_pixels(predict, models, tmp_path):
+    np.save(tmp_path / "x.npy", image_of(0.5) / 255)
+    arguments = (tmp_path / "x.npy", "--maps", models / "reconstruction.onnx")
+    out = tmp_path / "out" / "p.csv"
+    assert "1 unfamiliar" in predict(*arguments).stdout
+    assert "0 unfamiliar" in predict(*arguments, "--scale", 255).stdout
+    row = predictions(out)["x.npy"]
+    assert (row["familiarity"], row["residual"]) == ("0.500000", "0.5")
+    assert float(row["bright"]) == pytest.approx(1 / (1 + np.exp(-1)), abs=1e-5)
+
+    process = predict(tmp_path / "x.npy", "--scale", 1e300, check=False)
+    assert process.returncode == 1
+    (line,) = process.stderr.splitlines()
+    assert "no finite probabilities" in line
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--scale", "0"), ("--scale", "-1"), ("--scale", "nan"), ("--scale", "inf"),
+     ("--least-familiarity", "1"), ("--least-familiarity", "-0.1"),
+     ("--least-familiarity", "nan")],
+)  # fmt: skip
+def test_numbers_that_mean_nothing_are_refused(option, value, predict, tmp_path):
+    np.save(tmp_path / "x.npy", IMAGES[0])
+    assert_user_error(predict(tmp_path, f"{option}={value}", check=False), option, value)
+
+
+def test_least_familiarity_moves_the_limit_and_0_removes_it(predict, tmp_path):
+    np.save(tmp_path / "x.npy", np.stack([image_of(0.5), image_of(0.02), image_of(0.0)]))
+    assert "1 unfamiliar" in predict(tmp_path).stdout
+    assert "2 unfamiliar" in predict(tmp_path, "--least-familiarity", 0.05).stdout
+    process = predict(tmp_path, "--least-familiarity", 0)
+    assert process.stdout.endswith(": 3 bright, 0 dark\n")
+    assert process.stderr == f"--least-familiarity 0: nothing {GUARD}\n"
+    assert predictions(tmp_path / "out" / "p.csv")["x.npy[2]"]["familiarity"] == "0.000000"
+
+
+FEW = {"too few": {"familiarity_images": 99}, "unstated": {}, "none": {"familiarity_images": 0},
+       "negative": {"familiarity_images": -3}, "text": {"familiarity_images": "many"},
+       "old": {"familiarity": False, "familiarity_images": 1000}}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FEW)
+@pytest.mark.parametrize("bounds", [None, (-1, 40, 0.1)])
+def test_a_file_that_cannot_refuse_says_so_and_uses_its_range(case, bounds, predict, tmp_path):
+    model = tmp_path / "m.onnx"
+    write_classifier(model, pixel_range=bounds, **FEW[case])
+    means = {"usual": 0.5, "blank": 0.0, "bright": 1.0}
+    for name, mean in means.items():
+        np.save(tmp_path / f"{name}.npy", image_of(mean))
+    process = predict(tmp_path, "--model", model, check=False)
+    reason = "was calibrated on too few images to refuse any below 0.01"
+    if case == "old":
+        reason = "gives no familiarity (train and export it again)"
+    guard = "only the range of pixels" if bounds else "nothing"
+    assert process.stderr.splitlines()[0] == f"{model} {reason}: {guard} {GUARD}"
+    assert "unfamiliar" not in process.stdout
+    rows = predictions(tmp_path / "out" / "p.csv")
+    assert ("familiarity" in rows["usual.npy"]) == (case != "old")
+    assert relative(process.rows, tmp_path) == (["usual.npy"] if bounds else
+                                                ["blank.npy", "bright.npy", "usual.npy"])  # fmt: skip
+    assert process.returncode == (1 if bounds else 0)
+    assert len(process.errors) == (2 if bounds else 0)
+
+
+def test_one_image_more_is_enough_to_refuse(predict, tmp_path):
+    write_classifier(tmp_path / "m.onnx", familiarity_images=100, pixel_range=(0, 1, 0.1))
+    np.save(tmp_path / "x.npy", image_of(0.001))  # its range plays no part
+    assert "1 unfamiliar" in predict(tmp_path, "--model", tmp_path / "m.onnx").stdout
+
+
+def test_a_model_of_another_familiarity_is_refused(predict, tmp_path):
+    np.save(tmp_path / "x.npy", IMAGES[0])
+    model = tmp_path / "m.onnx"
+    two = {"probabilities": ["n", 2], "familiarity": ["n", 2]}
+    pairs = [MEAN, *((("Reshape"), ["mean", "pairs"], [name]) for name in two)]
+    write_model(model, two, pairs, class_names=["a", "b"], familiarity_images=1000)
+    process = predict(tmp_path, "--model", model, check=False)
+    assert_user_error(process, model, "familiarity")
+
+
+@pytest.mark.parametrize("count", [2, 10])
+def test_the_sheet_shows_familiar_images_first(count, predict, tmp_path, monkeypatch):
+    from lib import plots
+
+    means = {"sure but strange": -3.0, "less sure": 0.3, "surest": 0.9, "strange": 0.001}
+    for name, mean in means.items():
+        np.save(tmp_path / f"{name}.npy", image_of(mean))
+    drawn, draw = [], plots.contact_sheet
+    monkeypatch.setattr(plots, "contact_sheet", lambda *a: drawn.extend(a) or draw(*a))
+    sheet = tmp_path / "sheet.png"
+    process = predict(tmp_path, "--sheet", sheet, "--sheet-images", count)
+    names, predictions = drawn[3], drawn[6]
+    order = ["surest", "less sure", "sure but strange", "strange"]
+    assert names == [f"{name}.npy" for name in order][:count]
+    assert predictions == ["bright", "bright", "unfamiliar", "unfamiliar"][:count]
+    assert f"the {min(count, 4)} most confident in {sheet}" in process.stdout
+    assert sheet.stat().st_size > 1000
 
 
 def test_images_in_another_unit_or_with_sentinels_are_refused(runs, lens_image, tmp_path):

@@ -2,7 +2,7 @@
 // that lie beside the page.
 
 import * as ort from '../node_modules/onnxruntime-web/dist/ort.wasm.min.mjs';
-import { checkFinite, classNames, readImages } from '../formats.mjs';
+import { checkImage, describe, judge, readImages, UNFAMILIAR } from '../formats.mjs';
 
 const element = (id) => document.getElementById(id);
 
@@ -15,9 +15,13 @@ async function fetchBytes(name) {
   return response.arrayBuffer();
 }
 
-async function openModel(name) {
+async function openClassifier(name) {
   const content = new Uint8Array(await fetchBytes(name));
-  return { content, session: await ort.InferenceSession.create(content) };
+  return describe(await ort.InferenceSession.create(content), content, name);
+}
+
+async function openMaps(name) {
+  return ort.InferenceSession.create(new Uint8Array(await fetchBytes(name)));
 }
 
 /** Draw numbers (side²) on a canvas, the first row at the bottom as astronomers have it. */
@@ -66,37 +70,47 @@ async function addArticle(name, fill) {
   }
 }
 
-async function showImage(name, data, side, models, article, title) {
-  checkFinite(data);
+function addLine(article, text) {
+  const line = document.createElement('p');
+  line.textContent = text;
+  article.append(line);
+}
+
+async function showImage(name, data, { classifier, maps }, article, title) {
+  checkImage(data, classifier);
+  const { side } = classifier;
   const images = new ort.Tensor('float32', data, [1, 1, side, side]);
-  const { probabilities } = await models.classifier.session.run({ images });
-  const { residual, score } = await models.maps.session.run({ images });
-  checkFinite(probabilities.data, 'no finite probabilities');
-  const best = probabilities.data.indexOf(Math.max(...probabilities.data));
-  title.textContent = `${name}: ${models.labels[best]}`;
+  const outputs = await classifier.session.run({ images });
+  const { residual, score } = await maps.run({ images });
+  const { prediction, probabilities, familiarity } = judge(outputs, classifier);
+  title.textContent = `${name}: ${prediction}`;
+  if (prediction === UNFAMILIAR) {
+    article.className = UNFAMILIAR;
+    addLine(article, 'Unlike the training images: the probabilities mean nothing.');
+  }
   for (const [numbers, colours] of [[data, imageColours], [residual.data, mapColours]]) {
     const canvas = document.createElement('canvas');
     draw(canvas, numbers, side, colours(numbers));
     article.append(canvas, ' ');
   }
-  models.labels.forEach((label, i) => {
+  classifier.labels.forEach((label, i) => {
     const bar = document.createElement('div');
     const filled = document.createElement('div');
     bar.className = 'bar';
-    filled.style.width = `${100 * probabilities.data[i]}%`;
-    filled.textContent = `${label} ${probabilities.data[i].toFixed(6)}`;
+    filled.style.width = `${100 * probabilities[i]}%`;
+    filled.textContent = `${label} ${probabilities[i].toFixed(6)}`;
     bar.append(filled);
     article.append(bar);
   });
-  article.append(`mean squared residual ${score.data[0].toExponential(4)}`);
+  if (familiarity !== null) addLine(article, `familiarity ${familiarity.toFixed(6)}`);
+  addLine(article, `mean squared residual ${score.data[0].toExponential(4)}`);
 }
 
 /** Show every image of a file, whose bytes `getBuffer` gets. */
 async function showFile(name, getBuffer, models) {
-  const side = models.classifier.session.inputMetadata[0].shape.at(-1);
   let images;
   try {
-    images = readImages(await getBuffer(), side);
+    images = readImages(await getBuffer(), models.classifier.side);
   } catch (error) {
     await addArticle(name, () => { throw error; });
     return;
@@ -104,14 +118,14 @@ async function showFile(name, getBuffer, models) {
   for (const [i, image] of images.entries()) {
     const imageName = images.length > 1 ? `${name}[${i}]` : name;
     await addArticle(imageName, (...parts) =>
-      showImage(imageName, image, side, models, ...parts));
+      showImage(imageName, image, models, ...parts));
   }
 }
 
 try {
-  const classifier = await openModel('classifier.onnx');
-  const maps = await openModel('reconstruction.onnx');
-  const models = { classifier, maps, labels: classNames(classifier.content) };
+  const classifier = await openClassifier('classifier.onnx');
+  const models = { classifier, maps: await openMaps('reconstruction.onnx') };
+  element('warning').textContent = classifier.warning;
   const showFiles = async (files) => {
     for (const file of files) await showFile(file.name, () => file.arrayBuffer(), models);
   };
