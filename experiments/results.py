@@ -19,7 +19,7 @@ EXAMPLE = """example:
 
 FIGURES = ("AUC", "%", "error")  # keys of a row with one of these in them are measured
 HOW = ("command", "commit", "precision")  # how rows were made
-DRAWN = {"x", "label", "logarithmic", "y", "kinds"}  # see `draw`
+DRAWN = {"x", "label", "logarithmic", "y"}  # see `draw`
 
 
 def by_run(rows):
@@ -65,7 +65,7 @@ def draw(path, rows, drawn):
     """The picture of an experiment: a dot a run or, as `drawn` says, a figure against a quantity.
 
     `drawn` is None or {"x": key of a row, "label": its label or None where every kind has its own,
-    "logarithmic": bool, "y": the figure, "kinds": which ones are drawn, None for all}.
+    "logarithmic": bool, "y": the figure}.
     """
     if drawn is None:
         plots.dots(path, {
@@ -76,8 +76,6 @@ def draw(path, rows, drawn):
     series = {}
     for run_name, figures in by_run(rows).items():
         row = next(row for row in rows if row["run"] == run_name)
-        if drawn["kinds"] and row["kind"] not in drawn["kinds"]:
-            continue
         series.setdefault(row["kind"], []).append((row[drawn["x"]], *figures[drawn["y"]][:2]))
     plots.series(path, series, drawn["label"], drawn["y"], drawn["logarithmic"])
 

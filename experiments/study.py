@@ -65,6 +65,7 @@ class Lab(NamedTuple):
     cutouts: np.ndarray | None  # real ones (n, 64, 64), without labels
     out: Path
     seeds: tuple
+    label_shares: tuple  # of the training labels, for experiments with few
     pretraining: tuple  # options of every pretrain.py run
     finetuning: tuple  # options of every finetune.py run
     common: tuple  # options of both
@@ -302,32 +303,42 @@ def without_labels(lab):
 def labels(lab):
     """Part of the training labels: how many does pre-training save?
 
-    The MAE has seen images that are known to be smooth. "All classes": pre-trained on the images of
-    all classes, without their labels.
-    All runs validate on the whole validation part, three times, whatever labels they train on.
+    The MAE has seen images that are known to be smooth; "scratch" has not.
     """
     rows = []
-    train_images = len(data.split(lab.dataset)["train"])
     for seed in lab.seeds:
-        smooth = pretrained(lab, "base", seed)
-        everything = pretrained(lab, "all-classes", seed, *on_all_classes(lab))
-        starts = {
-            "residual": ("base", "residual", smooth),
-            "residual, all classes": ("all-classes", "residual", everything),
-            "head": ("base", "head", smooth),
-            "full": ("base", "full", smooth),
-            "full, all classes": ("all-classes", "full", everything),
-            "scratch": ("base", "full", "none"),
-        }
-        for share in LABEL_SHARES:
-            options = ["--labels", share, "--validations", 3] if share < 1 else []
-            for name, (images, strategy, start) in starts.items():
-                folder = f"{images}-labels-{share:g}" if share < 1 else images
-                path = finetuned(lab, folder, seed, strategy, start, *options)
-                result = measured(lab, path, lab.dataset)
-                count = round(share * train_images)
-                rows.append({"run": f"{name}, {100 * share:g} % of the labels", "seed": seed,
-                             "kind": name, "labels": count, **result})  # fmt: skip
+        start = pretrained(lab, "base", seed)
+        rows += with_few_labels(lab, seed, "base", {
+            "residual": ("residual", start), "full": ("full", start), "head": ("head", start),
+            "scratch": ("full", "none"),
+        })  # fmt: skip
+    return rows
+
+
+def labels_all_classes(lab):
+    """The same with an MAE that has seen the images of all classes, without their labels."""
+    rows = []
+    for seed in lab.seeds:
+        start = pretrained(lab, "all-classes", seed, *on_all_classes(lab))
+        ways = {"residual": ("residual", start), "full": ("full", start)}
+        rows += with_few_labels(lab, seed, "all-classes", ways)
+    return rows
+
+
+def with_few_labels(lab, seed, folder, ways):
+    """Rows of every share of the labels; `ways` is {name: (strategy, MAE to start from)}.
+
+    All runs validate on the whole validation part, three times, whatever labels they train on.
+    """
+    rows, images = [], len(data.split(lab.dataset)["train"])
+    for share in lab.label_shares:
+        options = ["--labels", share, "--validations", 3] if share < 1 else []
+        name = f"{folder}-labels-{share:g}" if share < 1 else folder
+        for kind, (strategy, start) in ways.items():
+            result = measured(lab, finetuned(lab, name, seed, strategy, start, *options), lab.dataset)
+            count = round(share * images)
+            rows.append({"run": f"{kind}, {count} labels", "seed": seed, "kind": kind,
+                         "labels": count, **result})  # fmt: skip
     return rows
 
 
@@ -520,15 +531,16 @@ def substructure_strengths():
 EXPERIMENTS = {
     function.__name__: function
     for function in (
-        strategies, scratch, without_labels, labels, mask_ratio, pretraining_images, choices,
+        strategies, scratch, without_labels, labels, labels_all_classes, mask_ratio, pretraining_images, choices,
         real_images, unfamiliar, instruments, mistakes,
     )
 }  # fmt: skip
 # What pictures draw against what; the other experiments' have a dot a run.
 DRAWN = {
-    "labels": {"x": "labels", "label": "training labels", "logarithmic": True, "y": "accuracy %",
-               "kinds": ["residual", "full", "head", "scratch"]},
-    "mistakes": {"x": "strength", "label": None, "logarithmic": False, "y": "AUC", "kinds": None},
+    "labels": {"x": "labels", "label": "training labels", "logarithmic": True, "y": "accuracy %"},
+    "labels_all_classes": {"x": "labels", "label": "training labels", "logarithmic": True,
+                           "y": "accuracy %"},
+    "mistakes": {"x": "strength", "label": None, "logarithmic": False, "y": "AUC"},
 }
 
 
@@ -566,6 +578,10 @@ def parse_args(argv=None):
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each")
     parser.add_argument(
+        "--label-shares", type=float, nargs="+", default=list(LABEL_SHARES), metavar="SHARE",
+        help="of the training labels, for the experiments with few of them",
+    )  # fmt: skip
+    parser.add_argument(
         "--pretraining", default="", metavar="OPTIONS", help="more options of every pretrain.py"
     )
     parser.add_argument(
@@ -580,6 +596,8 @@ def parse_args(argv=None):
     args.results = args.results or args.out / "results"
     if min(args.seeds) < 0:
         raise UserError("--seeds must not be negative")
+    if not all(0 < share <= 1 for share in args.label_shares):
+        raise UserError("--label-shares must be in (0, 1]")
     return args
 
 
@@ -592,6 +610,7 @@ def main(argv=None):
         args.data, data.load(args.data, args.cache_dir),
         data.load(args.unseen) if args.unseen else None,
         kinds.read_cutouts(args.cutouts) if args.cutouts else None, args.out, tuple(args.seeds),
+        tuple(args.label_shares),
         tuple(shlex.split(args.pretraining)), tuple(shlex.split(args.finetuning)),
         ("--precision", precision, "--device", args.device, *cache), device,
     )  # fmt: skip
@@ -601,6 +620,8 @@ def main(argv=None):
         print(f"== {name}: {what}", flush=True)
         rows = EXPERIMENTS[name](lab)
         command = f"python experiments/study.py --data {args.data.name} --only {name} --seeds {seeds}"
+        if name.startswith("labels") and lab.label_shares != LABEL_SHARES:
+            command += f" --label-shares {' '.join(map(str, lab.label_shares))}"
         made = {"command": command, "commit": commit(), "precision": precision}
         results.write(args.results, name, what, [made], rows, DRAWN.get(name))
         print(results.table(rows), flush=True)
