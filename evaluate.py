@@ -135,11 +135,11 @@ def refusals(familiarity, probabilities, labels):
 def about_refusals(name, result):
     """One line on how many images predict.py would refuse to classify."""
     if "unfamiliar" not in result:
-        return f"{name}: no familiarity in its weights, so unlike images are not told apart"
+        return f"{name}: its weights hold no familiarity, so predict.py refuses no image by it"
     text = f"{name}: {result['unfamiliar']:.2%} of the images are unfamiliar"
     if result["familiar_accuracy"] is None:
         return text
-    return f"{text}; of the others {result['familiar_accuracy']:.2%} are classified rightly"
+    return f"{text}; of the others {result['familiar_accuracy']:.2%} are classified correctly"
 
 
 def figures(probabilities, labels, class_names, args):

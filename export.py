@@ -1,6 +1,6 @@
 """Export to one ONNX file, raw images in, with everything needed in it.
 
-A classifier gives calibrated probabilities; `--what reconstruction` exports an MAE, which gives
+A classifier gives calibrated probabilities and the familiarity of an image; `--what reconstruction` exports an MAE, which gives
 residual maps and scores. The intensity transform is in the graph; class names and origin are in the
 metadata. The file is compared with PyTorch on images of the data before it is written. A file
 that differs, or that loses AUC in lower precision, is not written.
@@ -284,6 +284,15 @@ def largest_difference(model, path, images):
     return worst
 
 
+def require_same_familiarity(model, path, images, out):
+    """UserError if the file at `path` gives another familiarity of images than PyTorch."""
+    with torch.no_grad():
+        expected = model.familiarity(torch.from_numpy(images)).numpy()
+    difference = np.abs(run_session(path, images)[1] - expected).max()
+    if not difference <= ROUGH["familiarity"] * TOLERANCE:
+        raise UserError(f"{out} not written: its familiarity differs by {difference:.2g} from PyTorch")
+
+
 def latency(path, images):
     """Median milliseconds of a call with 1 and with 256 images on this machine."""
     session, _ = open_session(path, "cpu")
@@ -384,7 +393,7 @@ def export(args):
         "weights_sha256": opened.sha256,
         "data_fingerprint": str(content["run"].get("data_fingerprint")),
         "pixel_range": json.dumps(content["run"].get("pixel_range")),
-        "familiarity_images": str(familiarity_images(content)),
+        "familiarity_images": str(familiarity_images(model)),
         "run": json.dumps(content["run"]),
     }
     with atomic_write(args.out) as temporary:
@@ -401,6 +410,8 @@ def export(args):
             before = macro_auc(temporary, dataset, rows, content)
             calibration = some_images(dataset, parts["train"], max(CHECKED_BATCHES), args.seed)
             reduce_precision(temporary, args.precision, calibration, metadata)
+            if model.familiarity is not None:
+                require_same_familiarity(model, temporary, images, args.out)
             difference = largest_difference(model, temporary, images)
             after = macro_auc(temporary, dataset, rows, content)
             print(
@@ -416,9 +427,10 @@ def export(args):
     print(f"{opened.path} -> {args.out}")
 
 
-def familiarity_images(content):
-    """How many images the familiarity of a weights file was calibrated on; 0 if it has none."""
-    return (content.get("familiarity") or {"config": {}})["config"].get("calibration", 0)
+def familiarity_images(model):
+    """How many images the familiarity of an exported model was calibrated on; 0 if it has none."""
+    familiarity = getattr(model, "familiarity", None)
+    return 0 if familiarity is None else len(familiarity.strangeness_seen)
 
 
 def described(precision, path, images):

@@ -58,6 +58,7 @@ CONTINUING = {
 SCORES = {"head": "macro_auc", "layernorm": "macro_auc", "full": "macro_auc", "residual": None}
 RESIDUAL_VALIDATIONS = 4  # its epochs may be many and short
 DEFAULT_POOL = "stats"
+TAKEN_NAMES = {"file", "prediction", "familiarity", "residual", "unfamiliar"}  # in predictions
 LAYER_DECAY = 0.75  # of a pre-trained network that is trained as a whole
 OTHER_SIZE = ": pre-train on images of this size"
 
@@ -67,6 +68,8 @@ def finetune(args):
         dataset = data.load(args.data, args.cache_dir)
     if len(dataset.class_names) < 2:
         raise UserError(f"{args.data} has one class only: a classifier needs at least two")
+    for name in TAKEN_NAMES & set(dataset.class_names):
+        raise UserError(f"class folder {name}: predict.py uses this name otherwise; rename the folder")
     parts = data.split(dataset)
     rows = parts["train"]
     if args.labels < 1:
@@ -120,14 +123,15 @@ def train(args, dataset, rows, parts, source, run):
         logits = in_batches(way.logits, validation)
         # It needs no labels, so it may see all images of the training part.
         known = familiarity.fit(
-            dataset, parts["train"], validation, config["transform"], disturbances(args.augment)
+            dataset, parts["train"], validation, config["transform"], disturbances(args.augment),
+            args.quiet,
         )
     if not distributed.is_main():
         return
     if known is None:
         print(
-            f"{len(validation)} validation images are too few for a familiarity: the classifier will "
-            "not tell unlike images apart"
+            f"a familiarity needs {familiarity.FEWEST_CALIBRATION} validation images, and there are "
+            f"{len(validation)}: the classifier cannot refuse images unlike its training images"
         )
     model.temperature.fill_(metrics.fit_temperature(logits.numpy(), dataset.labels[validation]))
     seen = dataset.hashes[np.concatenate([parts["train"], validation])]
@@ -330,8 +334,8 @@ def parse_args(argv=None):
     )  # fmt: skip
     parser.add_argument(
         "--strategy", choices=STRATEGIES, required=True,
-        help="which parameters are trained; sets the defaults of --lr, --batch-size, --epochs, --augment "
-        "and --patch-dropout",
+        help="what is trained: the head, every LayerNorm, the whole network, or a network on residual "
+        "maps; sets the defaults of --lr, --batch-size, --epochs, --augment and --patch-dropout",
     )  # fmt: skip
     options.add_training_arguments(parser)
     parser.set_defaults(batch_size=None, augment=None)

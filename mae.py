@@ -24,6 +24,7 @@ ATTENTION_FORMS = ("fused", "plain")
 TRANSFORM_KINDS = ("log", "asinh", "sqrt", "linear")
 POOLINGS = {"mean": 1, "cls": 1, "both": 2, "stats": 4}  # and their widths, in encoder widths
 MAP_SCALE = 0.1  # where residuals, in units of the transformed image, are compressed
+MASKS_TOGETHER = 8  # that go through the network in one batch
 LARGEST_MASK_RATIO = 0.99  # of residual maps: what is visible must take turns over the image
 MAP_WIDTHS = (24, 48, 96, 96)  # channels of the stages that look at a residual map
 
@@ -91,6 +92,16 @@ def complementary_masks(num_patches, mask_ratio, rounds, seed=0):
         for i, visible in enumerate(split):
             masks.append((visible, torch.cat(split[:i] + split[i + 1 :])))
     return masks
+
+
+def _groups_of_masks(masks):
+    """Lists of up to MASKS_TOGETHER masks with as many visible patches."""
+    by_size = {}
+    for mask in masks:
+        by_size.setdefault(len(mask[0]), []).append(mask)
+    for same in by_size.values():
+        for start in range(0, len(same), MASKS_TOGETHER):
+            yield same[start : start + MASKS_TOGETHER]
 
 
 def random_masking(noise, keep):
@@ -379,11 +390,8 @@ class MAE(Encoder):
         self.check_images(images)
         patches = patchify(images, self.patch_size)
         b = patches.shape[0]
-        by_size = {}  # masks of one size go through the network together
-        for visible, hidden in masks:
-            by_size.setdefault(len(visible), []).append((visible, hidden))
         differences, places = [], []
-        for group in by_size.values():
+        for group in _groups_of_masks(masks):
             visible, hidden = (torch.stack(ids).to(patches.device) for ids in zip(*group, strict=True))
             m = len(group)
             repeated = patches.expand(m, -1, -1, -1).flatten(0, 1)  # (m·B, N, p²C)

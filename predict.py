@@ -159,24 +159,29 @@ def predict(args):
         sheet_error = try_to_draw(draw_sheet, args.sheet, shown, class_names, maps_of)
 
     summary = ", ".join(f"{count} {name}" for name, count in counts.items())
-    total = sum(counts.values())
-    print(one_line(f"{total} images in {args.out}: {summary}"))
+    print(one_line(f"{sum(counts.values())} images in {args.out}: {summary}"))
     if args.sheet and not sheet_error:
         print(one_line(f"the {len(shown)} most confident in {args.sheet}"
                        if shown else f"nothing to draw in {args.sheet}"))  # fmt: skip
-    if not guarded:
-        print(one_line(unguarded(session, args.model, args.least_familiarity)), file=sys.stderr)
-    elif counts[UNFAMILIAR]:
-        line = about_unfamiliar(counts[UNFAMILIAR], total, args.least_familiarity)
-        print(line, file=sys.stderr)
-    if others:
-        print(one_line(not_read(others)), file=sys.stderr)
-    if errors:
-        print(one_line(f"{len(errors)} could not be read, see {errors_path_of(args.out)}; the "
-                       f"first: {errors[0][1]}"), file=sys.stderr)  # fmt: skip
+    for line in warnings_of(args, session, counts, others, errors):
+        print(one_line(line), file=sys.stderr)
     if sheet_error:
         raise UserError(f"{sheet_error}; the predictions are in {args.out}")
     return 1 if errors else 0
+
+
+def warnings_of(args, session, counts, others, errors):
+    """What a user should know of the predictions, a line each."""
+    unfamiliar = counts.get(UNFAMILIAR, 0)
+    if UNFAMILIAR not in counts:
+        yield unguarded(session, args.model, args.least_familiarity)
+    elif unfamiliar:
+        yield about_unfamiliar(unfamiliar, sum(counts.values()), args.least_familiarity)
+    if others:
+        yield not_read(others)
+    if errors:
+        first, where = errors[0][1], errors_path_of(args.out)
+        yield f"{len(errors)} could not be read, see {where}; the first: {first}"
 
 
 def scaled(images, factor):

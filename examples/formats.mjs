@@ -350,7 +350,7 @@ export function describe(session, content, path) {
   const canRefuse = hasFamiliarity && images > 0 && 1 / (1 + images) < LEAST_FAMILIARITY;
   const reason = hasFamiliarity
     ? `was calibrated on too few images to refuse any below ${LEAST_FAMILIARITY}`
-    : 'gives no familiarity (few training images, or an old file)';
+    : 'gives no familiarity (fewer than 100 validation images, or an old file)';
   const guard = range ? 'only the range of pixels' : 'nothing';
   return {
     session,

@@ -83,7 +83,8 @@ def trained(script, out, arguments, file, fingerprint, source=""):
     """
     argv = [*map(str, arguments), "--out", str(out), "--resume"]
     given = {k: str(v) for k, v in vars(script.parse_args(argv)).items()}
-    constants = ("DEFAULTS", "CONTINUING", "EPOCHS", "FEWEST_STEPS")
+    constants = ("DEFAULTS", "CONTINUING", "DEFAULT_POOL", "LAYER_DECAY", "SCORES",
+                 "RESIDUAL_VALIDATIONS", "EPOCHS", "FEWEST_STEPS")  # fmt: skip
     defaults = [getattr(script, name, None) for name in constants]
     identity = json.dumps([given, defaults, fingerprint, source])
     identity = hashlib.sha256(identity.encode()).hexdigest()
@@ -372,12 +373,9 @@ def choices(lab):
         rows.append({"run": run, "seed": seed, **row})
 
     add("defaults", "base", seed)
-    default = finetune.parse_args(
-        ["--data", "unused", "--out", "unused", "--pretrained", "none", "--strategy", "full"]
-    )
     start = pretrained(lab, "base", seed)
     for pool in POOLINGS:
-        if pool != default.pool:
+        if pool != finetune.DEFAULT_POOL:
             row = {"run": f"pooling {pool}", "seed": seed}
             for strategy in ("head", "full"):
                 path = finetuned(lab, f"pool-{pool}", seed, strategy, start, "--pool", pool)

@@ -22,7 +22,7 @@ IMAGES_A_GAUSSIAN = 200  # with fewer, some Gaussians hold a few images each, an
 LEAST_VARIANCE = 1e-4  # added to the variances of a Gaussian
 ITERATIONS = 300  # of one fit, at most
 FITS = 5  # from other starts; the one with the least overlap is kept
-FEWEST_IMAGES, MOST_OVERLAP = 5000, 0.02  # beyond which the kinds may be wrong
+FEWEST_IMAGES, MOST_OVERLAP = 5000, 0.015  # beyond which the kinds may be wrong
 
 
 class Kinds(NamedTuple):

@@ -58,7 +58,7 @@ class Familiarity(nn.Module):
         if not 0 < unit < math.inf:
             raise ValueError(f"unit must be positive, got {unit}")
         self.transform = IntensityTransform(**transform)
-        self.unit, self.known = unit, known
+        self.unit, self.known = float(unit), known
         self.levels = levels_of(img_size)
         self.register_buffer("terms", monomials(known, DEGREE), persistent=False)
         self.quadratic = len(monomials(known, 2))  # monomials are sorted by their degree
@@ -203,18 +203,22 @@ def products(variables, terms):
 
 
 @torch.no_grad()
-def fit(dataset, rows, validation, transform, augmentations=()):
+def fit(dataset, rows, validation, transform, augmentations=(), quiet=False):
     """A `Familiarity` of training `rows`, calibrated on `validation` rows, and its arguments.
 
-    None if there are fewer than FEWEST_CALIBRATION validation rows. `transform` are the arguments of the network's transform. Images are augmented as in the
-    network's training. Labels play no part.
+    None if there are fewer than FEWEST_CALIBRATION validation rows. `transform` are the arguments
+    of the network's transform. Images are augmented as in the network's training. Labels play no
+    part.
     """
     if len(validation) < FEWEST_CALIBRATION:
         return None
     read = batch_reader(dataset.images, torch.device("cpu"))
 
     def images_of(batch):
-        return augment(read(batch), augmentations)
+        # A batch has the same noise every time, whichever process augments it.
+        with torch.random.fork_rng([]):
+            torch.default_generator.manual_seed(int(batch[0]))
+            return augment(read(batch), augmentations)
 
     rows = np.random.default_rng(0).permutation(rows)[:FIT_IMAGES]
     for_scale = rows[: round(SCALE_SHARE * len(rows))]
@@ -232,7 +236,8 @@ def fit(dataset, rows, validation, transform, augmentations=()):
     _, _, directions = randomized_svd((z - model.mean).numpy(), components, random_state=0)
     model.components.copy_(torch.from_numpy(directions.T.copy()))
 
-    measured, energies = measured_of(model, images_of, rows)
+    bar = None if quiet else "familiarity"
+    measured, energies = measured_of(model, images_of, rows, bar)
     model.component_scale.copy_(measured[:, :known].std(dim=0).clamp_min(TINY))
     polynomial = products(model.scaled(measured), model.terms)
     prediction = regression(polynomial, measured[:, known:])
@@ -253,7 +258,7 @@ def fit(dataset, rows, validation, transform, augmentations=()):
         getattr(model, f"second_whitening_{g}").copy_(whitening(whitened))
     model.float()
 
-    distance = model.distances(*(t.float() for t in measured_of(model, images_of, for_scale)))
+    distance = model.distances(*(t.float() for t in measured_of(model, images_of, for_scale, bar)))
     distance = distance.clamp_min(TINY).log()
     model.usual.copy_(distance.quantile(0.5, dim=0))
     high = distance.quantile(HIGH_QUANTILE, dim=0)
@@ -275,13 +280,13 @@ def numbers_to_fit(images, pca_images, pixels):
     return components, known
 
 
-def measured_of(model, images_of, rows):
+def measured_of(model, images_of, rows, bar):
     """What `Familiarity.measure` gives of rows, in float64."""
 
     def measure(batch):
         return torch.cat(model.measure(images_of(batch)), dim=1)
 
-    together = in_batches(measure, rows, bar="familiarity").double()
+    together = in_batches(measure, rows, bar=bar).double()
     return together[:, :-2], together[:, -2:]
 
 

@@ -48,7 +48,8 @@ def batch_reader(images, device):
 
 def reader_of_stored(images, device):
     """A `batch_reader` of images that are copied to the device once."""
-    stored = torch.empty(images.shape, device=device)
+    dtype = torch.from_numpy(np.empty(0, images.dtype)).dtype
+    stored = torch.empty(images.shape, dtype=dtype, device=device)
     for start in range(0, len(images), READ_BLOCK):
         part = np.array(images[start : start + READ_BLOCK])
         stored[start : start + READ_BLOCK] = torch.from_numpy(part)
@@ -65,7 +66,8 @@ def in_batches(function, rows, batch_size=EVALUATION_BATCH, bar=None):
     """
     parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
     own = parts[distributed.rank() :: distributed.world_size()]
-    shown = tqdm(own, desc=bar, unit="batch", leave=False, disable=None if bar else True)
+    hidden = True if bar is None or not distributed.is_main() else None
+    shown = tqdm(own, desc=bar, unit="batch", leave=False, disable=hidden)
     results = [function(part).float().cpu() for part in shown]
     return torch.cat(distributed.gather_list(results))
 

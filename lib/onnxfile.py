@@ -49,6 +49,8 @@ def open_classifier(path, device="auto"):
     with _named_errors(path):
         class_names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
         outputs = session.get_outputs()
+        if any(output.type != "tensor(float)" for output in outputs):
+            raise ValueError("outputs of another kind than numbers")
         names = [output.name for output in outputs]
         if names not in (["probabilities"], ["probabilities", "familiarity"]):
             raise ValueError("other outputs than probabilities and familiarity")
@@ -82,7 +84,7 @@ def unguarded(session, path, least_familiarity):
     if least_familiarity == 0:
         reason = "--least-familiarity 0"
     if not has_familiarity(session):
-        reason = f"{path} gives no familiarity (few training images, or an old file)"
+        reason = f"{path} gives no familiarity (fewer than 100 validation images, or an old file)"
     guard = "only the range of pixels" if math.isfinite(pixel_range(session)[1]) else "nothing"
     return f"{reason}: {guard} guards against images unlike the training images"
 

@@ -124,7 +124,6 @@ def check_numbers(args):
               "decoder_embed_dim", "decoder_num_heads", "resamples", "rounds", "per_class",
               "repeats", "files", "auc_per_class")  # fmt: skip
     check(counts, lambda value: value >= 1, "at least 1")
-    check(("clusters",), lambda value: value >= 2, "at least 2")
     check(("resamples",), lambda value: value <= 1_000_000, "at most 1,000,000")
     check(("rounds",), lambda value: value <= 100, "at most 100")
     check(("seed",), lambda value: 0 <= value <= LARGEST_SEED, f"from 0 to {LARGEST_SEED}")

@@ -295,7 +295,8 @@ def series(path, lines, x_label, y_label, logarithmic):
     """How far a figure is from its best against a quantity, logarithmic.
 
     `lines` is {name: [(x, figure, its deviation), ...]}; `y_label` names the figure, an AUC or, if
-    it ends in %, a percentage. Without an `x_label` every line has a panel and its name, the quantity, stands below it.
+    it ends in %, a percentage. Without an `x_label` every line has a panel and its name, the
+    quantity, stands below it.
     """
     panels = 1 if x_label else len(lines)
     best, least = (100, 0.01) if y_label.endswith("%") else (1, 1e-6)

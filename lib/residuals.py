@@ -7,9 +7,10 @@ from tqdm import tqdm
 
 from lib import data, distributed, weights
 from lib.clusters import octave_powers
-from lib.files import atomic_write
+from lib.files import UserError, atomic_write
 from lib.loader import batch_reader, in_batches
 from lib.metrics import auc_of_counts, bootstrap
+from lib.readers import read_npy
 from mae import complementary_masks
 
 MAPS_TOGETHER = 2048  # that are kept in memory while they are computed
@@ -69,7 +70,7 @@ def stored_maps(maps_of, rows, path, img_size, quiet=False):
     The file is made unless it is there. `maps_of` gives maps (b, 1, H, H) of rows (b,); several
     processes share the work, the main one writes.
     """
-    if not distributed.from_main(path.exists):
+    if not distributed.from_main(lambda: _is_complete(path, (len(rows), img_size, img_size))):
         if distributed.is_main():
             data.require_space(path.parent, 2 * len(rows) * img_size**2)
             with atomic_write(path) as temporary, temporary.open("wb") as file:
@@ -78,6 +79,14 @@ def stored_maps(maps_of, rows, path, img_size, quiet=False):
             _write_maps(None, maps_of, rows, img_size, quiet=True)
         distributed.wait()
     return np.load(path, mmap_mode="r")
+
+
+def _is_complete(path, shape):
+    """Whether the file at `path` holds an array of maps of that shape."""
+    try:
+        return read_npy(path).shape == shape
+    except UserError:
+        return False
 
 
 def _write_maps(file, maps_of, rows, img_size, quiet):

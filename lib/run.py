@@ -20,6 +20,8 @@ FREE_OPTIONS = {
     "out", "resume", "overwrite", "quiet", "device", "data", "cache_dir", "pretrained"
 }  # fmt: skip
 
+MAPS = f"maps-{16 * '[0-9a-f]'}.npy"  # residual maps of a run, see `Run`
+
 # What a training leaves beside its weights.
 LEFT = ("metrics.jsonl", "loss.png", "reconstructions.png", "curves.png")
 
@@ -111,8 +113,9 @@ class Run:
         if self.args.overwrite:
             for path in (self.weights_path, self.checkpoint_path, *map(self.out.joinpath, LEFT)):
                 path.unlink(missing_ok=True)
-        for path in self.out.glob("maps-*.npy"):
-            if self.args.overwrite or path != self.maps_path:  # of a run that was stopped
+        # Maps of runs that were stopped or killed.
+        for path in [*self.out.glob(MAPS), *self.out.glob(".maps-*.tmp.npy")]:
+            if self.args.overwrite or path != self.maps_path:
                 path.unlink()
         dataset = self.dataset
         options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
@@ -145,8 +148,8 @@ class Run:
         run = {**self.settings, **outcome, "data": str(self.args.data)}
         class_names = self.dataset.class_names
         weights.save(self.weights_path, state, config, class_names, run, seen, familiarity)
-        self.checkpoint_path.unlink(missing_ok=True)
         self.maps_path.unlink(missing_ok=True)
+        self.checkpoint_path.unlink(missing_ok=True)
         print(f"weights in {self.weights_path}")
 
 

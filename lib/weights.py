@@ -10,6 +10,7 @@ of a `familiarity.Familiarity`. All are plain tensors, numbers and text, which
 import argparse
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +30,10 @@ MOST_PATCHES_A_SIDE = 128
 
 
 class Weights(NamedTuple):
-    """An opened weights file. `content` has the keys model, config, class_names, run, seen."""
+    """An opened weights file. `content` has the keys model, config, class_names, run, seen.
+
+    That of a classifier may have the key familiarity.
+    """
 
     path: Path
     sha256: str
@@ -110,12 +114,22 @@ def read(path, num_heads=None, foreign=False):
     for key, kind in kinds.items():
         if not isinstance(content.get(key), kind):
             raise UserError(f"{path}: not a weights file of this project: {key!r} is missing")
+    for key in ("mae", "transform"):
+        if not isinstance(content["config"].get(key, {}), dict):
+            raise UserError(f"{path}: {key} in its configuration is no configuration")
+    if not 0 < _number(content["run"].get("mask_ratio", 0.5)) < 1:
+        raise UserError(f"{path}: mask_ratio in its run is not between 0 and 1")
     if not all(isinstance(name, str) for name in content["class_names"]):
         raise UserError(f"{path}: class names must be text")
     seen = content.get("seen")
     if not isinstance(seen, torch.Tensor) or seen.dtype != torch.int64 or seen.dim() != 1:
         raise UserError(f"{path}: does not say which images it was trained on; train again")
     return Weights(path, sha256, content)
+
+
+def _number(value):
+    """`value`, or NaN if it is no number."""
+    return value if isinstance(value, int | float) else math.nan
 
 
 def _torch_file(path, allowed):
@@ -202,7 +216,7 @@ def mae_of(opened):
     constants = opened.content["config"].get("transform")
     try:
         return model, constants and IntensityTransform(**constants)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"{opened.path}: its configuration has no usable transform") from None
 
 
@@ -230,7 +244,7 @@ def familiarity_in(path, content):
         return None
     if not (isinstance(kept, dict) and isinstance(kept.get("model"), dict)
             and isinstance(kept.get("config"), dict)):  # fmt: skip
-        raise UserError(f"{path}: its familiarity is no familiarity; train again")
+        raise UserError(f"{path}: its familiarity is damaged; train again")
     return _build(path, Familiarity, kept["config"], kept["model"]).eval()
 
 
@@ -238,7 +252,7 @@ def _build(path, kind, arguments, state):
     _check_sizes(path, arguments)
     try:
         model = kind(**arguments)
-    except (TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{path}: no {kind.__name__} has its configuration: {error}") from None
     check_state(path, model, state)
     model.load_state_dict(state)
@@ -247,10 +261,7 @@ def _build(path, kind, arguments, state):
 
 def _check_sizes(path, arguments):
     """UserError for a configuration whose network would be too large, or not for these images."""
-    nested = arguments.get("mae", {})
-    if not isinstance(nested, dict):
-        raise UserError(f"{path}: mae = {nested!r} in its configuration is no configuration")
-    arguments = {**arguments, **nested}
+    arguments = {**arguments, **arguments.get("mae", {})}
     for name, limit in LARGEST.items():
         value = arguments.get(name, 1)
         if not isinstance(value, int | float) or not 0 <= value <= limit:
@@ -260,7 +271,8 @@ def _check_sizes(path, arguments):
             f"{path} is for images of {arguments['in_chans']} channels; those here have one"
         )
     side = max(arguments.get("img_size", 64), 1) // max(arguments.get("patch_size", 8), 1)
-    if side > MOST_PATCHES_A_SIDE:
+    has_patches = "components" not in arguments  # of a Familiarity
+    if has_patches and side > MOST_PATCHES_A_SIDE:
         raise UserError(f"{path}: its configuration asks for more than 128×128 patches")
 
 

@@ -277,7 +277,7 @@ def test_examples_say_what_guards_a_file_that_cannot_refuse(command, case, bound
     process = run_example(command, "m.onnx", images, tmp_path)
     reason = "was calibrated on too few images to refuse any below 0.01"
     if case == "old":
-        reason = "gives no familiarity (few training images, or an old file)"
+        reason = "gives no familiarity (fewer than 100 validation images, or an old file)"
     guard = "only the range of pixels" if bounds else "nothing"
     line, *errors = process.stderr.splitlines()
     assert line == f"m.onnx {reason}: {guard} {GUARD}"
@@ -297,7 +297,7 @@ def test_the_web_page_says_what_guards_a_file_that_cannot_refuse(site, tmp_path)
     web = shutil.copytree(site, site.parent / "old")
     write_classifier(web / "classifier.onnx", familiarity=False, pixel_range=(0, 1, 0.1))
     page, _ = page_of(web, ["axion.npy", "stack.npy"], tmp_path)
-    reason = "classifier.onnx gives no familiarity (few training images, or an old file)"
+    reason = "classifier.onnx gives no familiarity (fewer than 100 validation images, or an old file)"
     assert f">{reason}: only the range of pixels {GUARD}</p>" in page
     assert UNLIKE not in page
     assert "familiarity 0" not in page

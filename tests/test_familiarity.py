@@ -92,6 +92,9 @@ def test_few_and_small_images_are_fitted_too(images, side):
     with torch.no_grad():
         values = model(torch.from_numpy(everything.images[:, None]))
     assert config["calibration"] == 100
+    assert len(model.strangeness_seen.unique()) > 90
+    with torch.no_grad():
+        assert torch.isfinite(model.strangeness(torch.from_numpy(everything.images[:, None]))).all()
     assert (values >= 1 / 101).all()
     assert familiarity.fit(everything, rows[:images], rows[images + 1 :], LOG) is None
 
@@ -156,7 +159,7 @@ def test_a_data_set_that_is_too_small_gets_none_and_says_so(packed, runs, tmp_pa
     process = run_script("finetune.py", "--data", packed, "--strategy", "head", "--epochs", 2,
                          "--pretrained", runs / "pretrain" / "vit-mae-wt.pth",
                          "--out", tmp_path / "head")  # fmt: skip
-    assert "too few for a familiarity" in process.stdout
+    assert "a familiarity needs 100 validation images" in process.stdout
     assert "familiarity" not in weights.read(tmp_path / "head" / CLASSIFIER).content
 
 

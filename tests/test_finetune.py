@@ -419,6 +419,29 @@ def test_residual_maps_are_computed_once_and_are_gone_when_the_run_is_finished(
     assert np.allclose(stored[:9], maps[:, 0].numpy(), rtol=1e-3, atol=1e-4)  # float16
 
 
+def test_a_broken_file_of_maps_is_made_again_and_what_a_killed_run_left_is_removed(
+    packed, runs, tmp_path, no_pictures
+):
+    start = runs / "pretrain" / PRETRAINED
+    command = finetuning(packed, tmp_path / "run", start, "residual")
+    with sigterm_at(3):
+        run_script("finetune.py", *command, check=False)
+    (maps,) = (tmp_path / "run").glob("maps-*.npy")
+    whole = maps.read_bytes()
+    maps.write_bytes(whole[:1000])
+    left = tmp_path / "run" / f".{maps.stem}-x.host-1.tmp.npy"
+    left.touch()
+    own = tmp_path / "run" / "maps-mine.npy"
+    own.touch()
+    with sigterm_at(5):
+        run_script("finetune.py", *command, "--resume", check=False)
+    assert maps.read_bytes() == whole
+    assert not left.exists()
+    run_script("finetune.py", *command, "--resume")
+    assert not maps.exists()
+    assert own.exists()
+
+
 def test_residual_maps_of_other_settings_are_not_taken(packed, runs, tmp_path, no_pictures):
     start = runs / "pretrain" / PRETRAINED
 
@@ -433,6 +456,24 @@ def test_residual_maps_of_other_settings_are_not_taken(packed, runs, tmp_path, n
         run_script("finetune.py", *command(2), check=False)
     (other,) = (tmp_path / "run").glob("maps-*.npy")
     assert other != left
+    rows = data.fraction_of_each_class(
+        data.load(packed).labels, data.split(data.load(packed))["train"], 0.3, seed=2
+    )
+    model, _ = weights.load_classifier(runs / "residual" / CLASSIFIER)  # of the same MAE
+    with torch.no_grad():
+        maps = model.maps(images_of(data.load(packed), rows))
+    assert np.allclose(np.load(other)[: len(rows)], maps[:, 0].numpy(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(finetune.TAKEN_NAMES))
+def test_a_class_whose_name_predictions_use_is_refused(name, folder, tmp_path):
+    for kind, other in (("cdm", name), ("no_sub", "no_sub")):
+        (tmp_path / "data" / other).mkdir(parents=True)
+        for file in sorted((folder / kind).iterdir())[:6]:
+            (tmp_path / "data" / other / file.name).write_bytes(file.read_bytes())
+    command = ("--data", tmp_path / "data", "--out", tmp_path / "run", "--pretrained", "none")
+    process = run_script("finetune.py", *command, "--strategy", "full", check=False)
+    assert_user_error(process, f"class folder {name}")
 
 
 @pytest.mark.parametrize(

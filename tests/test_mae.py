@@ -205,6 +205,17 @@ def test_the_residual_of_a_patch_does_not_depend_on_what_stands_in_it():
     assert elsewhere.max() > 1e-6  # the other patches are predicted from it
 
 
+def test_how_many_masks_go_together_changes_no_residual(monkeypatch):
+    torch.manual_seed(0)
+    model = MAE(img_size=40, patch_size=8, embed_dim=32, depth=1, num_heads=2).eval()  # 25 patches
+    images, masks = torch.randn(3, 1, 40, 40), complementary_masks(25, 0.75, rounds=3)
+    assert len({len(visible) for visible, _ in masks}) == 2  # masks of two sizes
+    together = model.residual(images, masks)
+    monkeypatch.setattr("mae.MASKS_TOGETHER", 1)
+    for one, other in zip(together, model.residual(images, masks), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
 def residual_classifier(**more):
     torch.manual_seed(0)
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}

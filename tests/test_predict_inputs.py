@@ -572,7 +572,7 @@ def test_a_file_that_cannot_refuse_says_so_and_uses_its_range(case, bounds, pred
     process = predict(tmp_path, "--model", model, check=False)
     reason = "was calibrated on too few images to refuse any below 0.01"
     if case == "old":
-        reason = "gives no familiarity (few training images, or an old file)"
+        reason = "gives no familiarity (fewer than 100 validation images, or an old file)"
     guard = "only the range of pixels" if bounds else "nothing"
     assert process.stderr.splitlines()[0] == f"{model} {reason}: {guard} {GUARD}"
     assert "unfamiliar" not in process.stdout
