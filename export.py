@@ -152,7 +152,8 @@ def write_onnx(model, path, metadata):
     set_attention_form(model, "plain")
     flatten_linears(model)
     example = torch.zeros(2, 1, model.img_size, model.img_size)
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    for name in ("torch.onnx", "onnxscript", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # about torch's own internals
         program = torch.onnx.export(
