@@ -1,9 +1,9 @@
 """Export to one ONNX file, raw images in, with everything needed in it.
 
-A classifier gives calibrated probabilities and the familiarity of an image; `--what reconstruction` exports an MAE, which gives
-residual maps and scores. The intensity transform is in the graph; class names and origin are in the
-metadata. The file is compared with PyTorch on images of the data before it is written. A file
-that differs, or that loses AUC in lower precision, is not written.
+A classifier gives calibrated probabilities and the familiarity of an image; `--what reconstruction`
+exports an MAE, which gives residual maps and scores. The intensity transform is in the graph; class
+names and origin are in the metadata. The file is compared with PyTorch on images of the data before
+it is written. A file that differs, or that loses AUC or accuracy in lower precision, is not written.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from torch import nn
 from lib import data, options, weights
 from lib.convert import to_hugging_face
 from lib.files import UserError, atomic_directory, atomic_write, path_argument, run, write_json
-from lib.metrics import auc_by_class
+from lib.metrics import accuracy, auc_by_class
 from lib.onnxfile import open_session
 from lib.residuals import mask_ratio_of
 from mae import Block, IntensityTransform, complementary_masks, set_attention_form
@@ -46,7 +46,7 @@ ROUGH = {"familiarity": 300.0}
 CHECKED_BATCHES = (1, 7, 256)
 ROUNDS = 2  # of complementary masks in a residual
 WIDE_OPERATIONS = ["Sub", "Div", "Log", "Clip", "Max", "Sqrt", "Asinh"]  # kept in float32
-AUC_IMAGES = 3000  # validation images on which lower precision is judged
+JUDGED_IMAGES = 3000  # validation images on which lower precision is judged
 
 
 class Probabilities(nn.Module):
@@ -407,25 +407,33 @@ def export(args):
             )
         print(described("float32", temporary, images) + f", within {difference:.1e} of PyTorch")
         if args.precision != "float32":
-            rows = parts["validation"][:: max(1, len(parts["validation"]) // AUC_IMAGES)]
-            before = macro_auc(temporary, dataset, rows, content)
-            calibration = some_images(dataset, parts["train"], max(CHECKED_BATCHES), args.seed)
-            reduce_precision(temporary, args.precision, calibration, metadata)
-            if model.familiarity is not None:
-                require_same_familiarity(model, temporary, images, args.out)
-            difference = largest_difference(model, temporary, images)
-            after = macro_auc(temporary, dataset, rows, content)
-            print(
-                described(args.precision, temporary, images)
-                + f", within {difference:.1e} of PyTorch; macro AUC on {len(rows)} validation "
-                f"images {before:.5f} -> {after:.5f}"
-            )
-            if not before - after <= args.allowed_fall:
-                raise UserError(
-                    f"{args.out} not written: its macro AUC falls by {before - after:.4f}, more "
-                    f"than --allowed-fall {args.allowed_fall}"
-                )
+            lower_precision(temporary, args, model, dataset, parts, images, metadata)
     print(f"{opened.path} -> {args.out}")
+
+
+def lower_precision(path, args, model, dataset, parts, images, metadata):
+    """Rewrite the float32 file at `path` in --precision; UserError if it is then no good any more."""
+    rows = parts["validation"][:: max(1, len(parts["validation"]) // JUDGED_IMAGES)]
+    class_names = json.loads(metadata["class_names"])
+    before = figures_of(path, dataset, rows, class_names)
+    calibration = some_images(dataset, parts["train"], max(CHECKED_BATCHES), args.seed)
+    reduce_precision(path, args.precision, calibration, metadata)
+    after = figures_of(path, dataset, rows, class_names)
+    difference = largest_difference(model, path, images)
+    changes = [f"{name} {before[name]:.5f} -> {after[name]:.5f}" for name in before]
+    print(
+        f"{described(args.precision, path, images)}, within {difference:.1e} of PyTorch; "
+        f"{', '.join(changes)} on {len(rows)} validation images"
+    )
+    for name in before:
+        fall = before[name] - after[name]
+        if not fall <= args.allowed_fall:
+            raise UserError(
+                f"{args.out} not written: its {name} falls by {fall:.4f}, more than --allowed-fall "
+                f"{args.allowed_fall}"
+            )
+    if model.familiarity is not None:
+        require_same_familiarity(model, path, images, args.out)
 
 
 def familiarity_images(model):
@@ -440,12 +448,15 @@ def described(precision, path, images):
     return f"{precision}: {size:.2f} MB, {one:.2f} ms for 1 image, {many:.1f} ms for 256"
 
 
-def macro_auc(path, dataset, rows, content):
-    """Macro AUC of an exported classifier on rows of a data set."""
-    order = data.class_order(content["class_names"], dataset, path)
+def figures_of(path, dataset, rows, class_names):
+    """{"macro AUC", "accuracy"} of an exported classifier on rows of a data set."""
+    order = data.class_order(class_names, dataset, path)
     labels = order[dataset.labels[rows]]
     probabilities, *_ = run_session(path, dataset.images[rows][:, None])
-    return float(np.mean(auc_by_class(probabilities, labels)))
+    return {
+        "macro AUC": float(np.mean(auc_by_class(probabilities, labels))),
+        "accuracy": accuracy(probabilities, labels),
+    }
 
 
 def parse_args(argv=None):
@@ -471,8 +482,8 @@ def parse_args(argv=None):
     )  # fmt: skip
     group = parser.add_argument_group("checks")
     group.add_argument(
-        "--allowed-fall", type=float, default=0.002, metavar="AUC",
-        help="largest accepted loss of macro AUC on validation in lower precision",
+        "--allowed-fall", type=float, default=0.002, metavar="SHARE",
+        help="largest accepted loss of macro AUC and of accuracy on validation in lower precision",
     )  # fmt: skip
     group.add_argument(
         "--data", type=path_argument, default=None, help="images to check with; default: the training data"

@@ -71,13 +71,15 @@ def exported_already(runs, monkeypatch):
     monkeypatch.setattr(export, "write_onnx", copy)
 
 
-def test_an_export_that_loses_auc_is_not_left(
-    exported_already, runs, folder, tmp_path, monkeypatch
+@pytest.mark.parametrize("figure", ["macro AUC", "accuracy"])
+def test_an_export_that_loses_auc_or_accuracy_is_not_left(
+    figure, exported_already, runs, folder, tmp_path, monkeypatch
 ):
-    values = iter((0.99, 0.98))
+    same = {"macro AUC": 0.99, "accuracy": 0.99}
+    values = iter((same, same | {figure: 0.98}))
     monkeypatch.setattr(export, "largest_difference", lambda *_: 0.0)
-    monkeypatch.setattr(export, "macro_auc", lambda *_: next(values))
-    with pytest.raises(UserError, match="--allowed-fall"):
+    monkeypatch.setattr(export, "figures_of", lambda *_: next(values))
+    with pytest.raises(UserError, match=f"{figure} falls by 0.0100"):
         export.main([
             "--weights", str(runs / "head" / "vit-mae-classifier-wt.pth"), "--data", str(folder),
             "--cache-dir", str(runs / "cache"), "--out", str(tmp_path / "x.onnx"),
