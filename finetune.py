@@ -130,7 +130,7 @@ def train(args, dataset, rows, parts, source, run):
         return
     if known is None:
         print(
-            f"a familiarity needs {familiarity.FEWEST_CALIBRATION} validation images, and there are "
+            f"a familiarity needs {familiarity.FEWEST_IMAGES} validation images, and there are "
             f"{len(validation)}: the classifier cannot refuse images unlike its training images"
         )
     model.temperature.fill_(metrics.fit_temperature(logits.numpy(), dataset.labels[validation]))

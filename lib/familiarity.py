@@ -28,7 +28,7 @@ MOST_COMPONENTS = 128
 MOST_KNOWN, DEGREE = 10, 4  # components that the polynomial takes, and its degree
 BAND_EDGES = (8, 24, 56)  # of the other components, whose energies say how strong substructure is
 MOST_LEVELS = 4  # of roughness: the image, and averages of 2², 4² and 8² pixels
-FEWEST_CALIBRATION = 100  # validation images; with fewer, none has a familiarity below 1 %
+FEWEST_IMAGES = 100  # of validation: with fewer, none has a familiarity below 1 %; and of training
 FIT_IMAGES = 40_000  # training images that are looked at
 SCALE_SHARE = 0.2  # of them, which only say how large a strangeness is usual
 PCA_PIXELS = 8e7  # in the images that the principal components come from
@@ -206,11 +206,11 @@ def products(variables, terms):
 def fit(dataset, rows, validation, transform, augmentations=(), quiet=False):
     """A `Familiarity` of training `rows`, calibrated on `validation` rows, and its arguments.
 
-    None if there are fewer than FEWEST_CALIBRATION validation rows. `transform` are the arguments
+    None if there are fewer than FEWEST_IMAGES of either. `transform` are the arguments
     of the network's transform. Images are augmented as in the network's training. Labels play no
     part.
     """
-    if len(validation) < FEWEST_CALIBRATION:
+    if min(len(rows), len(validation)) < FEWEST_IMAGES:
         return None
     read = batch_reader(dataset.images, torch.device("cpu"))
 

@@ -83,7 +83,7 @@ def test_it_does_not_depend_on_the_unit_of_its_training_images(fitted):
 
 
 @pytest.mark.parametrize("side", [8, 16, 50])
-@pytest.mark.parametrize("images", [3, 40])
+@pytest.mark.parametrize("images", [100, 250])
 def test_few_and_small_images_are_fitted_too(images, side):
     rng = np.random.default_rng(0)
     everything = dataset_of(rng.random((images + 100, side, side)))
@@ -97,6 +97,7 @@ def test_few_and_small_images_are_fitted_too(images, side):
         assert torch.isfinite(model.strangeness(torch.from_numpy(everything.images[:, None]))).all()
     assert (values >= 1 / 101).all()
     assert familiarity.fit(everything, rows[:images], rows[images + 1 :], LOG) is None
+    assert familiarity.fit(everything, rows[:99], rows[images:], LOG) is None
 
 
 def test_statistics_that_hardly_change_do_no_harm():
@@ -138,7 +139,7 @@ def guarded(fitted, runs):
 def test_a_classifier_knows_all_its_training_images_whatever_labels_it_had(
     packed, runs, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(familiarity, "FEWEST_CALIBRATION", 10)
+    monkeypatch.setattr(familiarity, "FEWEST_IMAGES", 10)
     run_script("finetune.py", "--data", packed, "--pretrained", runs / "pretrain" / "vit-mae-wt.pth",
                "--strategy", "head", "--labels", 0.2, "--epochs", 2, "--out", tmp_path / "few")  # fmt: skip
     dataset = data.load(packed)
@@ -193,7 +194,7 @@ def test_an_evaluation_counts_the_images_that_a_prediction_refuses(guarded, pack
     process = run_script("evaluate.py", "--data", packed, "--weights", tmp_path / "strange.pth",
                          tmp_path / "old.pth", "--out", tmp_path / "out", "--resamples", 5)  # fmt: skip
     assert "strange.pth: 100.00% of the images are unfamiliar" in process.stdout
-    assert "old.pth: no familiarity" in process.stdout
+    assert "old.pth: its weights hold no familiarity" in process.stdout
     assert (tmp_path / "out" / "familiarity.png").exists()
     run_script("evaluate.py", "--data", packed, "--weights", tmp_path / "old.pth", "--out",
                tmp_path / "out", "--resamples", 5)  # fmt: skip

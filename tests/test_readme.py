@@ -228,7 +228,7 @@ def test_commands_in_a_row_give_the_weights_of_the_functions(tmp_path, monkeypat
                                            *SMALL["pretrain.py"]]))  # fmt: skip
     torch.rand(5)
     finetune.finetune(finetune.parse_args([
-        "--data", "images", "--pretrained", "mae/vit-mae-wt.pth", "--strategy", "full",
+        "--data", "images", "--pretrained", "mae/vit-mae-wt.pth", "--strategy", "residual",
         "--out", "classifier", *SMALL["finetune.py"],
     ]))  # fmt: skip
 
@@ -236,7 +236,7 @@ def test_commands_in_a_row_give_the_weights_of_the_functions(tmp_path, monkeypat
     assert np.array_equal(typed.images, called.images)
     assert typed.fingerprint == called.fingerprint
     for one, other in (("own/pretrain/vit-mae-wt.pth", "mae/vit-mae-wt.pth"),
-                       ("own/full/vit-mae-classifier-wt.pth",
+                       ("own/residual/vit-mae-classifier-wt.pth",
                         "classifier/vit-mae-classifier-wt.pth")):  # fmt: skip
         first, second = (weights.read(tmp_path / p).content
                          for p in (f"typed/{one}", f"called/{other}"))  # fmt: skip
