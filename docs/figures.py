@@ -20,7 +20,7 @@ from mae import complementary_masks
 
 EXAMPLE = """example:
   python docs/figures.py --data runs/data --mae runs/pretrain/vit-mae-wt.pth \\
-      --classifier runs/full/vit-mae-classifier-wt.pth --out docs"""
+      --classifier runs/residual/vit-mae-classifier-wt.pth --out docs"""
 
 
 @torch.no_grad()
