@@ -429,7 +429,7 @@ def unfamiliar(lab):
             path = finetuned(lab, "base", seed, strategy, start)
             model, familiarity = known_classifier(path, "unfamiliar")
             if familiarity is None:
-                raise UserError(f"{path} has no familiarity: remove {path.parent} to train it again")
+                raise UserError(f"{path} has no familiarity: give more images, or remove {path.parent}")
             networks[seed, strategy] = model, familiarity
     images = kinds.every(UNFAMILIAR_PER_CLASS, FRESH_SEED + 2, lab.cutouts)
     return refusals.rows_of(networks, images, lab.device)

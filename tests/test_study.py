@@ -13,7 +13,7 @@ import finetune
 import pretrain
 import simulate
 from experiments import kinds, results, study
-from lib import lenses, residuals, weights
+from lib import familiarity, lenses, residuals, weights
 from lib.files import UserError
 
 TINY = {
@@ -36,6 +36,7 @@ def unseen(tmp_path_factory):
 def tiny_study(packed, tmp_path, monkeypatch, no_pictures):
     for name, value in TINY.items():
         monkeypatch.setattr(study, name, value)
+    monkeypatch.setattr(familiarity, "FEWEST_IMAGES", 10)
     network = " ".join(TINY_NETWORK)
 
     def main(*arguments):
