@@ -80,7 +80,7 @@ study-all-%: $(RUNS)/dataset.json
 	$(PY) experiments/study.py $(INPUT) --out $(RUNS)/study/all-$* --results $(RUNS)/study/results-all-$* \
 	  --seeds $* $(if $(UNSEEN),--unseen $(call quoted,$(value UNSEEN))) \
 	  $(if $(CUTOUTS),--cutouts $(call quoted,$(value CUTOUTS))) \
-	  --only strategies scratch without_labels mistakes labels unfamiliar
+	  --only strategies scratch without_labels mistakes labels labels_all_classes unfamiliar
 
 study-fewer-%: $(RUNS)/dataset.json $(FEWER)
 	$(PY) experiments/study.py $(FEWER_INPUT) --out $(RUNS)/study/fewer-$* --results $(RUNS)/study/results-fewer-$* \
