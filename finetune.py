@@ -179,7 +179,7 @@ def check_strategy(args):
         if set(args.augment) - set(SYMMETRIES):
             raise UserError(
                 f"--augment: residual maps are computed once, so only {', '.join(SYMMETRIES)} or "
-                "none is possible; use another --strategy"
+                "none is possible; use --strategy full"
             )
         if args.pool:
             raise UserError("--pool: there are no patch tokens; leave it out or use another --strategy")
@@ -364,6 +364,8 @@ def parse_args(argv=None):
     if args.pretrained != "none":
         args.pretrained = Path(args.pretrained)
         return args
+    if args.strategy == "residual":
+        raise UserError("--strategy residual needs the weights of pretrain.py, not --pretrained none")
     if args.strategy != "full":
         raise UserError("--pretrained none leaves nothing to freeze: use --strategy full")
     return args

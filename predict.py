@@ -198,7 +198,7 @@ def about_unfamiliar(count, total, least):
     line = (
         f"{count} of {total} images {are} unlike the training images: the probabilities mean "
         "nothing. Another unit? Use --scale. Noise, another orientation or another centre? Train "
-        "with --augment."
+        "with --strategy full --augment."
     )
     if count <= 3 * least * total:
         line += f" Of images like the training images, {100 * least:g} % count as unlike them, too."
@@ -280,7 +280,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--scale", type=float, default=1.0, metavar="FACTOR",
         help="multiply all pixels by it: for images in another unit than the training images "
-        "(default: 1)",
+        "(0.00392 for 1/255; default: 1)",
     )  # fmt: skip
     parser.add_argument(
         "--least-familiarity", type=float, default=LEAST_FAMILIARITY, metavar="SHARE",

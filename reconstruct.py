@@ -168,6 +168,8 @@ def parse_args(argv=None):
     )  # fmt: skip
     args = parser.parse_args(argv)
     options.check_numbers(args)
+    if args.clusters == 0:
+        raise UserError("--clusters must be at least 2, got 0; leave it out for none")
     return args
 
 

@@ -372,7 +372,7 @@ export function checkImage(image, { canRefuse, range }) {
   const largest = image.reduce((a, b) => Math.max(a, b));
   if (low <= smallest && faintest <= largest && largest <= high) return;
   const [from, to, lowest, highest, bright] = [smallest, largest, ...range].map(short);
-  throw new Error(`pixels from ${from} to ${to}, unlike those of the training images (from ` +
+  throw new Error(`pixels from ${from} to ${to}, far outside those of the training images (accepted: from ` +
     `${lowest} to ${highest}, the brightest above ${bright}): another unit, sentinel values, ` +
     'hot pixels or a blank image?');
 }

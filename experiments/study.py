@@ -416,7 +416,7 @@ def real_images(lab):
 
 
 def unfamiliar(lab):
-    """Images unlike the training images: which does a classifier refuse, and which get right?
+    """Images unlike the training images: which does a classifier refuse, and which of the others does it get right?
 
     AUC: telling clean images from those of a kind by familiarity, or by what is known without it,
     the largest probability and the energy (Liu et al. 2020, arXiv:2010.03759). "Held back": a

@@ -158,8 +158,8 @@ def within(bounds, images, errors):
             yield name, image
         else:
             reason = (
-                f"pixels from {smallest:.3g} to {largest:.3g}, unlike those of the training images "
-                f"(from {low:.3g} to {high:.3g}, the brightest above {faintest:.3g}): another "
+                f"pixels from {smallest:.3g} to {largest:.3g}, far outside those of the training images "
+                f"(accepted: from {low:.3g} to {high:.3g}, the brightest above {faintest:.3g}): another "
                 "unit (predict.py --scale), sentinel values, hot pixels or a blank image?"
             )
             errors.append((name, f"{name}: {reason}"))

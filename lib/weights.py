@@ -211,6 +211,8 @@ def mae_of(opened):
     Raises UserError, naming the file, if tensors are missing, not finite or of another shape than
     the configuration says.
     """
+    if opened.is_classifier:
+        raise UserError(f"{opened.path} is a classifier: give the weights of pretrain.py")
     arguments = {k: v for k, v in opened.content["config"].items() if k != "transform"}
     model = _build(opened.path, MAE, arguments, opened.content["model"])
     constants = opened.content["config"].get("transform")
@@ -230,6 +232,8 @@ def encoder_of(opened):
 def classifier_of(opened):
     """The `Classifier` or `ResidualClassifier` of opened `Weights`; UserError as in `mae_of`."""
     config = opened.content["config"]
+    if not opened.is_classifier:
+        raise UserError(f"{opened.path} is no classifier: give the weights of finetune.py")
     kind = ResidualClassifier if "mae" in config else Classifier
     model = _build(opened.path, kind, config, opened.content["model"])
     if len(opened.content["class_names"]) != config.get("num_classes"):

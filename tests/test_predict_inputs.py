@@ -631,5 +631,5 @@ def test_images_in_another_unit_or_with_sentinels_are_refused(runs, lens_image, 
     assert process.returncode == 1
     assert (tmp_path / "p.csv").read_text().count(".npy") == 1
     errors = (tmp_path / "p.csv.errors.csv").read_text()
-    assert errors.count("unlike those of the training images") == 4
+    assert errors.count("far outside those of the training images") == 4
     assert "border.npy: pixels from -99" in errors

@@ -145,3 +145,11 @@ def test_files_that_hold_no_weights_are_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(UserError, match=r"x\.safetensors needs safetensors: pip install"):
         weights.read(tmp_path / "x.safetensors", num_heads=2)
+
+
+@pytest.mark.parametrize("strategy", ["head", "residual"])
+def test_the_wrong_kind_of_weights_is_named(strategy, runs):
+    with pytest.raises(UserError, match=r"is a classifier: give the weights of pretrain\.py"):
+        weights.load_mae(runs / strategy / "vit-mae-classifier-wt.pth")
+    with pytest.raises(UserError, match=r"is no classifier: give the weights of finetune\.py"):
+        weights.load_classifier(runs / "pretrain" / "vit-mae-wt.pth")
