@@ -15,7 +15,7 @@ from lib import data, metrics, options, plots, report, tables, weights
 from lib.device import resolve_device
 from lib.files import UserError, make_folder, path_argument, run, write_json, write_text
 from lib.loader import batch_reader, in_batches
-from lib.onnxfile import LEAST_FAMILIARITY
+from lib.onnxfile import LEAST_FAMILIARITY, is_unfamiliar
 
 EXAMPLE = """example:
   python evaluate.py --data lenses --out runs/evaluation \\
@@ -124,7 +124,7 @@ def draw_familiarity(path, familiarities):
 
 def refusals(familiarity, probabilities, labels):
     """{"unfamiliar": share of the images, "familiar_accuracy": of the others, None without any}."""
-    answered = familiarity >= LEAST_FAMILIARITY
+    answered = ~is_unfamiliar(familiarity, LEAST_FAMILIARITY)
     right = probabilities.argmax(axis=1) == labels
     return {
         "unfamiliar": float(1 - answered.mean()),

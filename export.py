@@ -412,7 +412,7 @@ def export(args):
 
 
 def lower_precision(path, args, model, dataset, parts, images, metadata):
-    """Rewrite the float32 file at `path` in --precision; UserError if it is then no good any more."""
+    """Rewrite the float32 file at `path` in --precision; UserError if that costs too much."""
     rows = parts["validation"][:: max(1, len(parts["validation"]) // JUDGED_IMAGES)]
     class_names = json.loads(metadata["class_names"])
     before = figures_of(path, dataset, rows, class_names)

@@ -25,7 +25,7 @@ TRANSFORM_KINDS = ("log", "asinh", "sqrt", "linear")
 POOLINGS = {"mean": 1, "cls": 1, "both": 2, "stats": 4}  # and their widths, in encoder widths
 MAP_SCALE = 0.1  # where residuals, in units of the transformed image, are compressed
 MASKS_TOGETHER = 8  # that go through the network in one batch
-LARGEST_MASK_RATIO = 0.99  # of residual maps: what is visible must take turns over the image
+LARGEST_MASK_RATIO = 0.99  # of residual maps, which need a mask for every part that is visible
 MAP_WIDTHS = (24, 48, 96, 96)  # channels of the stages that look at a residual map
 
 
@@ -507,7 +507,7 @@ class Classifier(Encoder):
 class MapClassifier(nn.Module):
     """Residual maps (B, C, H, W) to logits (B, num_classes).
 
-    Each stage halves the side before BatchNorm and ReLU, which so see a quarter of the pixels.
+    Each stage halves the side before BatchNorm and ReLU, so these process a quarter of the pixels.
     """
 
     def __init__(self, in_chans, num_classes):

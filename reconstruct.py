@@ -25,7 +25,7 @@ from lib.residuals import (
     scores_of,
 )
 
-EXAMPLE = """example:
+EXAMPLE = """examples:
   python reconstruct.py --data lenses --weights runs/pretrain/vit-mae-wt.pth --out runs/residuals
   python reconstruct.py --data lenses --weights runs/pretrain/vit-mae-wt.pth --clusters 3 --out kinds"""
 

@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from experiments.kinds import HELD_BACK
 from lib.loader import batch_reader, in_batches
-from lib.onnxfile import LEAST_FAMILIARITY
+from lib.onnxfile import LEAST_FAMILIARITY, is_unfamiliar
 
 
 class Answers(NamedTuple):
@@ -60,7 +60,7 @@ def figures(answers, truth, clean):
 
     `clean` are the `Answers` to clean images, None if these are they.
     """
-    answered = answers.familiarity >= LEAST_FAMILIARITY
+    answered = ~is_unfamiliar(answers.familiarity, LEAST_FAMILIARITY)
     row = {"answered %": 100 * float(answered.mean())}
     if truth is not None:
         right = answers.predicted == truth

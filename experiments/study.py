@@ -169,12 +169,18 @@ def measured(lab, path, dataset, whole):
     return {**by_class, "macro AUC": macro, "accuracy %": 100 * accuracy}
 
 
-@cached_result
-def residual_auc(lab, path, dataset, whole):
-    """AUC of an MAE's residual, which needs no labels: all substructure, and each kind of it."""
+def residuals_on(lab, path, dataset):
+    """(content of an MAE's weights file, function from rows of `dataset` to `MAE.residual`)."""
     content, residuals_of, _ = residuals.residual_reader(
         path, dataset, lab.device, mask_ratio=None, rounds=2, seed=0
     )
+    return content, residuals_of
+
+
+@cached_result
+def residual_auc(lab, path, dataset, whole):
+    """AUC of an MAE's residual, which needs no labels: all substructure, and each kind of it."""
+    content, residuals_of = residuals_on(lab, path, dataset)
     rows = data.rows_to_evaluate(dataset, content, whole)
     labels, smooth = dataset.labels[rows], dataset.class_names.index("no_sub")
     scores = residuals.scores_of(residuals_of, rows)
@@ -189,20 +195,16 @@ def cluster_accuracy(lab, path, dataset, whole):
 
     They are found in training images of the study, without labels, with the MAE's seed.
     """
-    content, residuals_of, _ = residuals.residual_reader(
-        path, dataset, lab.device, mask_ratio=None, rounds=2, seed=0
-    )
-    _, residuals_of_own, _ = residuals.residual_reader(
-        path, lab.dataset, lab.device, mask_ratio=None, rounds=2, seed=0
-    )
+    content, residuals_of = residuals_on(lab, path, dataset)
+    _, residuals_of_own = residuals_on(lab, path, lab.dataset)
     rows, seed = data.rows_to_evaluate(dataset, content, whole), content["run"]["seed"]
     train = np.random.default_rng(seed).permutation(data.split(lab.dataset)["train"])
     chosen = np.sort(train[:CLUSTERED_IMAGES])
     _, powers = residuals.scores_and_powers(residuals_of_own, chosen)
-    kinds = clusters.fit(powers, len(lab.dataset.class_names), seed)
+    found_kinds = clusters.fit(powers, len(lab.dataset.class_names), seed)
     _, powers = residuals.scores_and_powers(residuals_of, rows)
-    found, labels = clusters.assign(kinds, powers), dataset.labels[rows]
-    _, class_of = clusters.match(found, labels, kinds.count, len(dataset.class_names))
+    found, labels = clusters.assign(found_kinds, powers), dataset.labels[rows]
+    _, class_of = clusters.match(found, labels, found_kinds.count, len(dataset.class_names))
     return {"clusters accuracy %": 100 * float((class_of[found] == labels).mean())}
 
 

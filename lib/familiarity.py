@@ -21,7 +21,7 @@ from sklearn.utils.extmath import randomized_svd
 from torch import nn
 
 from lib.augment import augment
-from lib.loader import batch_reader, in_batches
+from lib.loader import batch_reader, fixed_random_numbers, in_batches
 from mae import IntensityTransform
 
 MOST_COMPONENTS = 128
@@ -216,8 +216,7 @@ def fit(dataset, rows, validation, transform, augmentations=(), quiet=False):
 
     def images_of(batch):
         # A batch has the same noise every time, whichever process augments it.
-        with torch.random.fork_rng([]):
-            torch.default_generator.manual_seed(int(batch[0]))
+        with fixed_random_numbers(int(batch[0])):
             return augment(read(batch), augmentations)
 
     rows = np.random.default_rng(0).permutation(rows)[:FIT_IMAGES]

@@ -96,10 +96,10 @@ def shuffled(rows, rng, in_blocks=False):
 
 
 @contextlib.contextmanager
-def fixed_random_numbers():
+def fixed_random_numbers(seed=0):
     """In this block torch draws the same numbers (on the CPU) every time; its state is restored."""
     with torch.random.fork_rng([]):
-        torch.default_generator.manual_seed(0)  # torch.manual_seed would reseed GPUs, too
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed GPUs, too
         yield
 
 

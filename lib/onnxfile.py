@@ -96,8 +96,8 @@ def classify(session, images, path):
 
 
 def is_unfamiliar(familiarity, least_familiarity):
-    """Whether an image is too strange; compared in float32, so that equal numbers are equal."""
-    return not familiarity >= np.float32(least_familiarity)
+    """Whether images are too strange; compared in float32, so that equal numbers are equal."""
+    return np.logical_not(familiarity >= np.float32(least_familiarity))
 
 
 def pixel_range(session):

@@ -193,10 +193,7 @@ def _converted(path, content, num_heads):
 def load_mae(path):
     """The `MAE` of a weights file, its `IntensityTransform`, and the file's content; UserError."""
     opened = read(path)
-    mae, transform = mae_of(opened)
-    if transform is None:
-        raise UserError(f"{path}: its configuration has no usable transform")
-    return mae, transform, opened.content
+    return *mae_of(opened), opened.content
 
 
 def load_classifier(path):
@@ -206,11 +203,19 @@ def load_classifier(path):
 
 
 def mae_of(opened):
-    """The `MAE` and `IntensityTransform` of opened `Weights`; None for the transform of a foreign.
+    """The `MAE` and `IntensityTransform` of opened `Weights`.
 
     Raises UserError, naming the file, if tensors are missing, not finite or of another shape than
-    the configuration says.
+    the configuration says, or if it has no transform.
     """
+    model, transform = _mae_and_transform(opened)
+    if transform is None:
+        raise UserError(f"{opened.path}: its configuration has no usable transform")
+    return model, transform
+
+
+def _mae_and_transform(opened):
+    """`mae_of`; None for the transform where there is none, as in a foreign file."""
     if opened.is_classifier:
         raise UserError(f"{opened.path} is a classifier: give the weights of pretrain.py")
     arguments = {k: v for k, v in opened.content["config"].items() if k != "transform"}
@@ -223,9 +228,11 @@ def mae_of(opened):
 
 
 def encoder_of(opened):
-    """`mae_of`; of a foreign file without a decoder the `Encoder` alone, and None."""
-    if "decoder_embed_dim" in opened.content["config"] or opened.content["run"]:
+    """`mae_of`; of a foreign file the `MAE`, or without a decoder the `Encoder` alone, and None."""
+    if opened.content["run"]:
         return mae_of(opened)
+    if "decoder_embed_dim" in opened.content["config"]:
+        return _mae_and_transform(opened)
     return _build(opened.path, Encoder, opened.content["config"], opened.content["model"]), None
 
 
@@ -234,6 +241,8 @@ def classifier_of(opened):
     config = opened.content["config"]
     if not opened.is_classifier:
         raise UserError(f"{opened.path} is no classifier: give the weights of finetune.py")
+    if not config.get("transform"):
+        raise UserError(f"{opened.path}: its configuration has no usable transform")
     kind = ResidualClassifier if "mae" in config else Classifier
     model = _build(opened.path, kind, config, opened.content["model"])
     if len(opened.content["class_names"]) != config.get("num_classes"):

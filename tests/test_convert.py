@@ -71,7 +71,7 @@ def test_ours_can_be_exported_to_hugging_face_and_taken_back(runs, packed, tmp_p
     path = runs / "pretrain" / "vit-mae-wt.pth"
     run_script("export.py", "--what", "huggingface", "--weights", path, "--out", tmp_path / "hf")
     opened = weights.read(tmp_path / "hf" / "pytorch_model.bin", num_heads=2)
-    back, transform = weights.mae_of(opened)
+    back, transform = weights.encoder_of(opened)
     assert transform is None
     ours = weights.load_mae(path)[0].state_dict()
     assert all(torch.equal(tensor, ours[name]) for name, tensor in back.state_dict().items())

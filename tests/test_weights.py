@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import assert_user_error, run_script
 
 from lib import files, weights
 from lib.files import UserError
@@ -31,7 +32,7 @@ def mae_file(tmp_path):
 @pytest.fixture
 def classifier_file(tmp_path):
     """A weights file of a classifier: (path, network)."""
-    config = {**TINY, "num_classes": 3, "pool": "stats"}
+    config = {**TINY, "num_classes": 3, "pool": "stats", "transform": {"kind": "log"}}
     network = Classifier(**config)
     path = tmp_path / "classifier.pth"
     weights.save(path, network.state_dict(), config, CLASS_NAMES, {}, SEEN)
@@ -153,3 +154,24 @@ def test_the_wrong_kind_of_weights_is_named(strategy, runs):
         weights.load_mae(runs / strategy / "vit-mae-classifier-wt.pth")
     with pytest.raises(UserError, match=r"is no classifier: give the weights of finetune\.py"):
         weights.load_classifier(runs / "pretrain" / "vit-mae-wt.pth")
+
+
+@pytest.mark.parametrize("run", ["pretrain", "head", "residual"])
+def test_weights_without_a_transform_are_refused_by_every_script(run, runs, folder, tmp_path):
+    """With constants that are not those of the training, a network would be confidently wrong."""
+    file = "vit-mae-wt.pth" if run == "pretrain" else "vit-mae-classifier-wt.pth"
+    content = torch.load(runs / run / file, weights_only=True)
+    content["config"].pop("transform")
+    torch.save(content, tmp_path / file)
+    what = "reconstruction" if run == "pretrain" else "classifier"
+    strategy = "residual" if run == "residual" else "head"
+    data = ("--data", folder, "--cache-dir", runs / "cache")
+    for script, command in (
+        ("export.py", ("--what", what, "--weights", tmp_path / file, "--out", tmp_path / "m.onnx")),
+        ("finetune.py", ("--pretrained", tmp_path / file, "--strategy", strategy, "--out",
+                         tmp_path / "run")),
+        ("evaluate.py" if run != "pretrain" else "reconstruct.py",
+         ("--weights", tmp_path / file, "--out", tmp_path / "out")),
+    ):  # fmt: skip
+        process = run_script(script, *data, *command, check=False)
+        assert_user_error(process, file, "no usable transform")
