@@ -45,6 +45,7 @@ def evaluate(args):
     if (args.out / "scores.csv").exists():
         raise UserError(f"{args.out} holds the results of reconstruct.py: choose another --out")
     results, curves, matrices, reliability, mistakes, familiarities = {}, {}, {}, {}, {}, {}
+    by_identity = {}
     class_names = list(dataset.class_names)
     for name, path in zip(names_of_runs(args.weights), args.weights, strict=True):
         model, content = weights.load_classifier(path)
@@ -59,7 +60,11 @@ def evaluate(args):
         )
         known = weights.familiarity_in(path, content)
         if known is not None:
-            familiarities[name] = familiarity_of(known, dataset.images, rows, device)
+            # Classifiers from one pre-training share theirs.
+            same = weights.identity(content["familiarity"])
+            if same not in by_identity:
+                by_identity[same] = familiarity_of(known, dataset.images, rows, device)
+            familiarities[name] = by_identity[same]
             results[name] |= refusals(familiarities[name], probabilities, labels)
         mistakes[name] = most_confident_mistakes(probabilities, labels, rows)
         matrices[name] = confusion_matrix(

@@ -16,15 +16,15 @@ import torch
 import torch.nn.functional as F
 
 from lib import data, distributed, familiarity, metrics, optim, options, plots, weights
-from lib.augment import SYMMETRIES, disturbances
+from lib.augment import SYMMETRIES
 from lib.device import resolve_device
 from lib.files import UserError, run
 from lib.loader import fit_transform, fixed_random_numbers, in_batches, larger_than_memory
-from lib.loop import fit
+from lib.loop import fit, precision_of
 from lib.residuals import mask_ratio_of
 from lib.run import open_run
 from lib.strategies import STRATEGIES, freeze_others, reestimate_batchnorm
-from mae import MAE, POOLINGS, Classifier, ResidualClassifier
+from mae import MAE, POOLINGS, Classifier, ResidualClassifier, set_attention_form
 
 EXAMPLE = """examples:
   python finetune.py --data lenses --strategy residual --out runs/residual \\
@@ -96,8 +96,10 @@ def train(args, dataset, rows, parts, source, run):
     model.to(device)
     run.write_config(model=config)
     labels = torch.from_numpy(np.array(dataset.labels)).to(device)
+    precision = precision_of(run, device)
+    set_attention_form(model, precision.attention)
     way = STRATEGIES[args.strategy](
-        model, dataset, np.concatenate([rows, validation]), args, run, device
+        model, dataset, np.concatenate([rows, validation]), args, run, device, precision
     )
     freeze_others(model, way.learning)
 
@@ -107,24 +109,29 @@ def train(args, dataset, rows, parts, source, run):
         return {"loss": F.cross_entropy(logits, target), "accuracy": correct}
 
     def validate():
-        with fixed_random_numbers():
-            reestimate_batchnorm(way.trained, way.logits, rows)
-            logits = in_batches(way.logits, validation)
+        with precision.autocast(device):
+            logits = validation_logits()
         return validation_figures(logits, labels[validation].cpu())
 
+    def validation_logits():
+        with fixed_random_numbers():
+            reestimate_batchnorm(way.trained, way.logits, rows)
+        with fixed_random_numbers():
+            return in_batches(way.logits, validation)
+
     groups = optim.parameter_groups(way.learning, args.weight_decay, layer_decay(args, model))
-    state, history, precision = fit(
-        way.trained, groups, batch_loss, validate, rows, run, device, score=SCORES[args.strategy],
+    state, history = fit(
+        way.trained, groups, batch_loss, validate, rows, run, device, precision,
+        score=SCORES[args.strategy],
         in_blocks=args.strategy != "head" and larger_than_memory(dataset.images),
     )  # fmt: skip
     way.trained.load_state_dict(state)
-    way.trained.eval()
-    with fixed_random_numbers():
-        logits = in_batches(way.logits, validation)
+    logits = validation_logits()  # as the finished network gives them, in float32
+    known = weights.familiarity_for(source, dataset, args.augment) if source else None
+    if known is None:
         # It needs no labels, so it may see all images of the training part.
         known = familiarity.fit(
-            dataset, parts["train"], validation, config["transform"], disturbances(args.augment),
-            args.quiet,
+            dataset, parts["train"], validation, config["transform"], args.augment, args.quiet
         )
     if not distributed.is_main():
         return

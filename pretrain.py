@@ -9,7 +9,7 @@ import argparse
 import numpy as np
 import torch
 
-from lib import data, distributed, optim, options, plots
+from lib import data, distributed, familiarity, optim, options, plots
 from lib.augment import augment, disturbances
 from lib.device import resolve_device
 from lib.files import run
@@ -20,7 +20,7 @@ from lib.loader import (
     in_batches,
     larger_than_memory,
 )
-from lib.loop import fit
+from lib.loop import fit, precision_of
 from lib.run import open_run
 from mae import MAE, IntensityTransform
 
@@ -38,10 +38,11 @@ def pretrain(args):
     args.epochs = epochs_for(args, len(rows))
     with open_run(args, dataset, "vit-mae-wt.pth") as run:
         if not run.is_finished:
-            train(args, dataset, rows, validation, run)
+            train(args, dataset, rows, validation, parts, run)
 
 
-def train(args, dataset, rows, validation, run):
+def train(args, dataset, rows, validation, parts, run):
+    """Train on images `rows`, validate on `validation`, and save the weights."""
     device = resolve_device(args.device)
     config = mae_config(args, dataset.img_size)
     constants = fit_transform(dataset.images, rows, args.transform, args.augment)
@@ -73,15 +74,20 @@ def train(args, dataset, rows, validation, run):
     learning = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = optim.parameter_groups(learning, args.weight_decay)
     run.write_config(model=config, transform=constants)
-    state, history, precision = fit(
-        model, groups, batch_loss, validate, rows, run, device, betas=(0.9, 0.95),
+    precision = precision_of(run, device)
+    state, history = fit(
+        model, groups, batch_loss, validate, rows, run, device, precision, betas=(0.9, 0.95),
         in_blocks=larger_than_memory(dataset.images),
     )  # fmt: skip
+    # For the classifiers that start from these weights.
+    known = familiarity.fit(
+        dataset, parts["train"], parts["validation"], constants, args.augment, args.quiet
+    )
     if not distributed.is_main():
         return
     run.save_weights(
         state, {**config, "transform": constants},
-        dataset.hashes[np.concatenate([rows, validation])],
+        dataset.hashes[np.concatenate([rows, validation])], known,
         number_format=precision.name, last=history[-1],
         pixel_range=data.pixel_range(data.extremes_of(dataset, rows)),
     )  # fmt: skip

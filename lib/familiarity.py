@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from sklearn.utils.extmath import randomized_svd
 from torch import nn
 
-from lib.augment import augment
+from lib.augment import augment, disturbances
 from lib.loader import batch_reader, fixed_random_numbers, in_batches
 from mae import IntensityTransform
 
@@ -207,8 +207,8 @@ def fit(dataset, rows, validation, transform, augmentations=(), quiet=False):
     """A `Familiarity` of training `rows`, calibrated on `validation` rows, and its arguments.
 
     None if there are fewer than FEWEST_IMAGES of either. `transform` are the arguments
-    of the network's transform. Images are augmented as in the network's training. Labels play no
-    part.
+    of the network's transform. Images are disturbed as the network's `augmentations` do it. Labels
+    play no part.
     """
     if min(len(rows), len(validation)) < FEWEST_IMAGES:
         return None
@@ -217,7 +217,7 @@ def fit(dataset, rows, validation, transform, augmentations=(), quiet=False):
     def images_of(batch):
         # A batch has the same noise every time, whichever process augments it.
         with fixed_random_numbers(int(batch[0])):
-            return augment(read(batch), augmentations)
+            return augment(read(batch), disturbances(augmentations))
 
     rows = np.random.default_rng(0).permutation(rows)[:FIT_IMAGES]
     for_scale = rows[: round(SCALE_SHARE * len(rows))]

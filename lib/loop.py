@@ -26,8 +26,8 @@ CHECKPOINT_SECONDS = 30.0
 
 
 def fit(
-    model, groups, batch_loss, validate, rows, run, device, *, betas=(0.9, 0.999), score=None,
-    in_blocks=False,
+    model, groups, batch_loss, validate, rows, run, device, precision, *, betas=(0.9, 0.999),
+    score=None, in_blocks=False,
 ):  # fmt: skip
     """Train `model`; leaves checkpoints and `metrics.jsonl` in the run's folder.
 
@@ -40,11 +40,12 @@ def fit(
     validate : () -> dict of numbers; must not draw from torch's global random numbers.
     rows : (n,) int, the training rows.
     run : `run.Run`, whose `args` are those of `options.add_training_arguments`.
+    precision : of the steps, see `precision_of`.
     score : name of the validation figure whose largest value decides which weights are returned;
         None: the last weights are.
     in_blocks : see `loader.shuffled`.
 
-    Returns (state dict, history: a list of dicts, the lines of metrics.jsonl, `Precision`).
+    Returns (state dict, history: a list of dicts, the lines of metrics.jsonl).
     Raises UserError if a figure is not finite; SystemExit 130 or 143 after SIGINT or SIGTERM, with
     a checkpoint left behind.
     """
@@ -55,10 +56,10 @@ def fit(
     steps = args.epochs * steps_per_epoch
     validations = args.validations or min(args.epochs, MOST_VALIDATIONS)
 
-    training = Training(model, new_optimizers(groups, args.lr, betas), run, device)
-    set_attention_form(model, training.precision.attention)
+    training = Training(model, new_optimizers(groups, args.lr, betas), run, device, precision)
+    set_attention_form(model, precision.attention)
     if distributed.is_main():
-        print(f"{device}: {training.precision.name}, {training.precision.attention} attention")
+        print(f"{device}: {precision.name}, {precision.attention} attention")
         if training.step:
             print(f"resumes at step {training.step} of {steps}")
     loss_of = distributed.averaged(model, batch_loss)
@@ -90,26 +91,31 @@ def fit(
                 raise SystemExit(128 + interruption.signal)
     run.write_metrics(training.history)
     state = training.best["model"] if training.best else model.state_dict()
-    return state, training.history, training.precision
+    return state, training.history
+
+
+def precision_of(run, device):
+    """The `Precision` that a training's options ask for; a resumed one keeps its own."""
+    if run.checkpoint:
+        return Precision(*run.checkpoint["precision"])
+    return choose_precision(run.args.precision, device)
 
 
 class Training:
     """The state of a training between two steps: what a checkpoint holds, and how it changes."""
 
-    def __init__(self, model, optimizers, run, device):
-        self.model, self.optimizers, self.run, self.device = model, optimizers, run, device
+    def __init__(self, model, optimizers, run, device, precision):
+        self.model, self.optimizers, self.run = model, optimizers, run
+        self.device, self.precision = device, precision
         self.step, self.history, self.best = 0, [], None
         self.sums, self.steps_since_validation, elapsed = {}, 0, 0.0
         self.lr = None
         if run.checkpoint:
             elapsed = self._restore(run.checkpoint)
-        else:
-            self.precision = choose_precision(run.args.precision, device)
         self.begun, self.saved_at = time.perf_counter() - elapsed, time.perf_counter()
 
     def _restore(self, checkpoint):
         """Take over a checkpoint's state; returns the seconds that the run has taken so far."""
-        self.precision = Precision(*checkpoint["precision"])
         self.model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)

@@ -31,10 +31,11 @@ class Strategy(NamedTuple):
     logits: callable
 
 
-def head(model, dataset, rows, args, run, device):
+def head(model, dataset, rows, args, run, device, precision):
     """Train the head alone; the frozen encoder's output is computed once, not every epoch."""
     read = batch_reader(dataset.images, device)
-    stored = stored_features(model, read, rows, len(dataset.labels))
+    with precision.autocast(device):
+        stored = stored_features(model, read, rows, len(dataset.labels))
 
     def logits(batch, progress=None):
         return model.fc(stored[batch])
@@ -42,12 +43,12 @@ def head(model, dataset, rows, args, run, device):
     return Strategy(model.fc, head_parameters(model), logits, logits)
 
 
-def layernorm(model, dataset, rows, args, run, device):
+def layernorm(model, dataset, rows, args, run, device, precision):
     """Train every LayerNorm and the head."""
     return encoder(model, dataset, args, device, layernorm_parameters(model))
 
 
-def full(model, dataset, rows, args, run, device):
+def full(model, dataset, rows, args, run, device, precision):
     """Train the whole network."""
     return encoder(model, dataset, args, device, all_parameters(model))
 
@@ -69,7 +70,7 @@ def encoder(model, dataset, args, device, learning):
     return Strategy(model, learning, training_logits, logits)
 
 
-def residual(model, dataset, rows, args, run, device):
+def residual(model, dataset, rows, args, run, device, precision):
     """Train a small network on the frozen MAE's residual maps, which are computed once.
 
     The maps are kept in --out until the run is finished. Of several processes each takes the whole

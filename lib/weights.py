@@ -2,8 +2,8 @@
 
 A weights file is `{"model": state dict, "config": arguments of the constructor and of the intensity
 transform, "class_names": [...], "run": what it was trained on and how, "seen": hashes of the images
-that training and validation saw, int64}`. A classifier's has also "familiarity": {"model", "config"}
-of a `familiarity.Familiarity`. All are plain tensors, numbers and text, which
+that training and validation saw, int64}`, and where there were enough images "familiarity":
+{"model", "config"} of a `familiarity.Familiarity`. All are plain tensors, numbers and text, which
 `torch.load(weights_only=True)` reads.
 """
 
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from lib.augment import disturbances
 from lib.convert import from_foreign, heads_told
 from lib.familiarity import Familiarity
 from lib.files import UserError, atomic_write, read_json, sha256_of
@@ -32,7 +33,7 @@ MOST_PATCHES_A_SIDE = 128
 class Weights(NamedTuple):
     """An opened weights file. `content` has the keys model, config, class_names, run, seen.
 
-    That of a classifier may have the key familiarity.
+    It may have the key familiarity.
     """
 
     path: Path
@@ -251,7 +252,7 @@ def classifier_of(opened):
 
 
 def familiarity_in(path, content):
-    """The `Familiarity` in the content of a classifier's weights file; None if it has none."""
+    """The `Familiarity` in the content of a weights file; None if it has none."""
     kept = content.get("familiarity")
     if kept is None:
         return None
@@ -259,6 +260,29 @@ def familiarity_in(path, content):
             and isinstance(kept.get("config"), dict)):  # fmt: skip
         raise UserError(f"{path}: its familiarity is damaged; train again")
     return _build(path, Familiarity, kept["config"], kept["model"]).eval()
+
+
+def identity(kept):
+    """Equal for equal {"model": state dict, "config": arguments} alone."""
+    digest = hashlib.sha256(repr(kept["config"]).encode())
+    for name, tensor in kept["model"].items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
+
+
+def familiarity_for(opened, dataset, augmentations):
+    """The `Familiarity` of opened `Weights` and its arguments; None unless it suits a new training.
+
+    It was fitted on this `dataset`, disturbed as `augmentations` do it.
+    """
+    run = opened.content["run"]
+    before = run.get("augment")
+    same_images = run.get("data_fingerprint") == dataset.fingerprint and isinstance(before, list)
+    if not same_images or disturbances(before) != disturbances(augmentations):
+        return None
+    known = familiarity_in(opened.path, opened.content)
+    return known and (known, opened.content["familiarity"]["config"])
 
 
 def _build(path, kind, arguments, state):

@@ -1,11 +1,14 @@
 """Familiarity: a calibrated p-value that strange images do not have."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from conftest import assert_user_error, run_script
+from conftest import assert_user_error, finetuning, pretraining, run_script
 from torch import nn
 
+import evaluate
 import export
 from lib import data, familiarity, lenses, onnxfile, weights
 
@@ -156,6 +159,41 @@ def test_a_classifier_knows_all_its_training_images_whatever_labels_it_had(
     assert torch.equal(kept.strangeness_seen, again.strangeness_seen)
 
 
+def test_classifiers_take_the_familiarity_of_their_pretraining(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(familiarity, "FEWEST_IMAGES", 10)
+    run_script("pretrain.py", *pretraining(packed, tmp_path / "pre"))
+    before = weights.read(tmp_path / "pre" / "vit-mae-wt.pth")
+    fitted_again = []
+    monkeypatch.setattr(familiarity, "fit", lambda *_: fitted_again.append(True))
+
+    def classifier(name, pretrained, *more, data=packed):
+        run_script("finetune.py", *finetuning(data, tmp_path / name, pretrained, "layernorm", *more))
+        return weights.read(tmp_path / name / CLASSIFIER)
+
+    first = classifier("first", before.path, "--labels", 0.5)
+    second = classifier("second", first.path)
+    for after in (first, second):
+        assert weights.identity(after.content["familiarity"]) == weights.identity(
+            before.content["familiarity"]
+        )
+    assert not fitted_again
+    classifier("noisy", before.path, "--augment", "noise")
+    assert len(fitted_again) == 1
+    other = tmp_path / "other"
+    run_script("simulate.py", "--per-class", 60, "--seed", 8, "--out", other)
+    classifier("elsewhere", before.path, data=other)
+    assert len(fitted_again) == 2
+
+
+def test_other_weights_have_another_identity(fitted):
+    model, config, _ = fitted
+    kept = {"model": model.state_dict(), "config": config}
+    assert weights.identity(kept) == weights.identity({**kept, "config": dict(config)})
+    changed = {**kept["model"], "mean": kept["model"]["mean"] + 1e-3}
+    assert weights.identity({**kept, "model": changed}) != weights.identity(kept)
+    assert weights.identity({**kept, "config": {**config, "unit": 2.0}}) != weights.identity(kept)
+
+
 def test_a_data_set_that_is_too_small_gets_none_and_says_so(packed, runs, tmp_path):
     process = run_script("finetune.py", "--data", packed, "--strategy", "head", "--epochs", 2,
                          "--pretrained", runs / "pretrain" / "vit-mae-wt.pth",
@@ -199,6 +237,26 @@ def test_an_evaluation_counts_the_images_that_a_prediction_refuses(guarded, pack
     run_script("evaluate.py", "--data", packed, "--weights", tmp_path / "old.pth", "--out",
                tmp_path / "out", "--resamples", 5)  # fmt: skip
     assert not (tmp_path / "out" / "familiarity.png").exists()
+
+
+def test_an_evaluation_computes_a_familiarity_that_classifiers_share_once(
+    guarded, packed, tmp_path, monkeypatch
+):
+    torch.save(guarded, tmp_path / "one.pth")
+    torch.save(guarded, tmp_path / "two.pth")
+    guarded["familiarity"]["model"]["strangeness_seen"].fill_(-1.0)  # all images are stranger
+    torch.save(guarded, tmp_path / "three.pth")
+    computed, compute = [], evaluate.familiarity_of
+    monkeypatch.setattr(
+        evaluate, "familiarity_of", lambda *given: computed.append(True) or compute(*given)
+    )
+    files = [tmp_path / f"{name}.pth" for name in ("one", "two", "three")]
+    run_script("evaluate.py", "--data", packed, "--out", tmp_path / "out", "--resamples", 5,
+               "--weights", *files)  # fmt: skip
+    results = json.loads((tmp_path / "out" / "metrics.json").read_text())["results"]
+    one, two, three = (result["unfamiliar"] for result in results.values())
+    assert one == two != three
+    assert len(computed) == 2
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
