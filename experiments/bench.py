@@ -14,6 +14,7 @@ import json
 import math
 import multiprocessing
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 import evaluate
 import export
 import finetune
@@ -34,7 +36,7 @@ import predict
 import simulate
 from lib import data, lenses, metrics, optim, options, weights
 from lib.device import Precision, bfloat16_is_fast, resolve_device, seconds_of
-from lib.files import make_folder, path_argument, run, write_json, write_text
+from lib.files import UserError, make_folder, path_argument, run, write_json, write_text
 from lib.loader import batch_reader, fit_transform, in_batches
 from mae import MAE, Classifier, IntensityTransform, set_attention_form
 
@@ -55,6 +57,15 @@ AUC_PER_CLASS = 10_000
 AUC_CHECKED_EVERY = 50  # steps of the peer
 AUC_PATIENCE = 5  # times our seconds, after which the peer is stopped
 OUR_RECIPE = ("--epochs", "1", "--validations", "1")
+# Parts of `make reproduce`, in its order, and the files that each of them leaves in RUNS.
+PARTS = (
+    ("images", "dataset.json"),
+    ("pre-training", "pretrain/vit-mae-wt.pth"),
+    *((name, f"{name}/vit-mae-classifier-wt.pth") for name in finetune.STRATEGIES),
+    ("evaluation", "evaluation/metrics.json"),
+    ("residuals and kinds", "residuals/.done"),
+    ("ONNX files and predictions", "predictions.csv"),
+)
 
 
 # Timing
@@ -545,7 +556,25 @@ def peer_seconds_to_auc(dataset, test, batch, bench, limit):
             begun = time.perf_counter()
 
 
+def reproduction(bench):
+    """The parts of `make reproduce` one after the other, from images to predictions."""
+    with tempfile.TemporaryDirectory() as temporary:
+        whole = 0.0
+        for part, *files in PARTS:
+            targets = [f"{temporary}/{file}" for file in files]
+            command = ["make", "-s", f"RUNS={temporary}", f"PER_CLASS={bench.per_class}", *targets]
+            start = time.perf_counter()
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            seconds = time.perf_counter() - start
+            if done.returncode:
+                raise UserError(f"make {' '.join(files)} failed: {done.stderr.strip() or done.stdout}")
+            whole += seconds
+            yield row(f"make reproduce: {part}", "", note=f"{seconds:.0f} s", seconds=seconds)
+        yield row("make reproduce", "", note=f"{whole:.0f} s", seconds=whole)
+
+
 ROWS = {
+    "reproduction": reproduction,
     "pretraining": pretraining,
     "finetuning": finetuning,
     "inference": inference,
@@ -562,6 +591,7 @@ class Bench:
     def __init__(self, args):
         self.device, self.repeats = resolve_device(args.device), args.repeats
         self.files, self.auc_per_class = args.files, args.auc_per_class
+        self.per_class = args.per_class
         self.peaks = {}
 
     def peak(self, dtype):
@@ -606,6 +636,9 @@ def parse_args(argv=None):
     parser.add_argument("--files", type=int, default=30_000, help="files of the row packing")
     parser.add_argument(
         "--auc-per-class", type=int, default=AUC_PER_CLASS, help="images of the row time_to_auc"
+    )
+    parser.add_argument(
+        "--per-class", type=int, default=30_000, help="images of the row reproduction"
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights and images")
     options.add_device_argument(parser)

@@ -2,10 +2,12 @@
 
 import json
 import math
+import subprocess
 import time
 
 import pytest
 import torch
+from conftest import assert_user_error, run_script
 
 from experiments import bench
 from mae import MAE, Classifier, set_attention_form
@@ -24,20 +26,42 @@ def tiny(monkeypatch):
         monkeypatch.setattr(bench, name, value)
     # As on a machine without the peers.
     monkeypatch.setattr(bench, "installed", lambda package: False)
+    monkeypatch.setattr(bench, "PARTS", (("images", "dataset.json"),))
 
 
 def test_every_row_is_there_without_peers(tiny, tmp_path):
     bench.main(["--out", str(tmp_path), "--repeats", "1", "--files", "30", "--auc-per-class", "30",
-                "--device", "cpu"])  # fmt: skip
+                "--per-class", "30", "--device", "cpu"])  # fmt: skip
     kept = json.loads((tmp_path / "bench.json").read_text())
     whats = " ".join(row["what"] for row in kept["rows"])
     for part in ("pre-training step", "fine-tuning step", "inference, batch 256", "int8", "no_sub",
-                 "axion", "head strategy", ".npy files", "time to macro AUC"):  # fmt: skip
+                 "axion", "head strategy", ".npy files", "time to macro AUC",
+                 "make reproduce: images"):  # fmt: skip
         assert part in whats
     for row in kept["rows"]:
         of_peer = "Hugging Face" in row["against"] or row["against"] == "lenstronomy"
-        assert (row["ratio"] is None) == of_peer, row
+        assert (row["ratio"] is None) == (of_peer or not row["against"]), row
     assert (tmp_path / "bench.md").read_text().count("\n| ") >= len(kept["rows"])
+
+
+def test_the_parts_of_a_reproduction_are_targets_of_make_and_reach_its_end():
+    targets = [f"r/{file}" for _, *files in bench.PARTS for file in files]
+    listed = ["make", "-n", "RUNS=r", "PER_CLASS=10"]
+    done = subprocess.run([*listed, *targets], cwd=bench.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    whole = subprocess.run([*listed, "reproduce"], cwd=bench.ROOT, capture_output=True, text=True)
+    scripts = [line.split()[1] for line in whole.stdout.splitlines() if " --out r/" in line]
+    assert {"pretrain.py", "evaluate.py", "predict.py"} <= set(scripts)
+    for line in whole.stdout.splitlines():
+        if " --out r/" in line:
+            assert line in done.stdout
+
+
+def test_a_reproduction_that_fails_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "PARTS", (("images", "nothing"),))
+    process = run_script("experiments/bench.py", "--out", tmp_path, "--rows", "reproduction",
+                         check=False)  # fmt: skip
+    assert_user_error(process, "make nothing failed")
 
 
 def test_a_peer_that_is_given_up_gives_a_lower_bound(tiny, tmp_path, monkeypatch):
