@@ -98,9 +98,10 @@ def train(args, dataset, rows, parts, source, run):
     labels = torch.from_numpy(np.array(dataset.labels)).to(device)
     precision = precision_of(run, device)
     set_attention_form(model, precision.attention)
-    way = STRATEGIES[args.strategy](
-        model, dataset, np.concatenate([rows, validation]), args, run, device, precision
-    )
+    with precision.autocast(device):  # what is computed once and stored
+        way = STRATEGIES[args.strategy](
+            model, dataset, np.concatenate([rows, validation]), args, run, device
+        )
     freeze_others(model, way.learning)
 
     def batch_loss(batch, progress):
@@ -126,7 +127,7 @@ def train(args, dataset, rows, parts, source, run):
         in_blocks=args.strategy != "head" and larger_than_memory(dataset.images),
     )  # fmt: skip
     way.trained.load_state_dict(state)
-    logits = validation_logits()  # as the finished network gives them, in float32
+    logits = validation_logits()  # in float32, as the finished classifier computes
     known = weights.familiarity_for(source, dataset, args.augment) if source else None
     if known is None:
         # It needs no labels, so it may see all images of the training part.

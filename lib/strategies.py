@@ -31,11 +31,10 @@ class Strategy(NamedTuple):
     logits: callable
 
 
-def head(model, dataset, rows, args, run, device, precision):
+def head(model, dataset, rows, args, run, device):
     """Train the head alone; the frozen encoder's output is computed once, not every epoch."""
     read = batch_reader(dataset.images, device)
-    with precision.autocast(device):
-        stored = stored_features(model, read, rows, len(dataset.labels))
+    stored = stored_features(model, read, rows, len(dataset.labels))
 
     def logits(batch, progress=None):
         return model.fc(stored[batch])
@@ -43,12 +42,12 @@ def head(model, dataset, rows, args, run, device, precision):
     return Strategy(model.fc, head_parameters(model), logits, logits)
 
 
-def layernorm(model, dataset, rows, args, run, device, precision):
+def layernorm(model, dataset, rows, args, run, device):
     """Train every LayerNorm and the head."""
     return encoder(model, dataset, args, device, layernorm_parameters(model))
 
 
-def full(model, dataset, rows, args, run, device, precision):
+def full(model, dataset, rows, args, run, device):
     """Train the whole network."""
     return encoder(model, dataset, args, device, all_parameters(model))
 
@@ -70,7 +69,7 @@ def encoder(model, dataset, args, device, learning):
     return Strategy(model, learning, training_logits, logits)
 
 
-def residual(model, dataset, rows, args, run, device, precision):
+def residual(model, dataset, rows, args, run, device):
     """Train a small network on the frozen MAE's residual maps, which are computed once.
 
     The maps are kept in --out until the run is finished. Of several processes each takes the whole
