@@ -273,6 +273,25 @@ def test_the_weights_with_the_best_validation_are_kept(runs):
         assert auc == pytest.approx(best["validation_macro_auc"], abs=0.02)
 
 
+def test_steps_and_validations_have_one_precision_and_the_temperature_is_fitted_in_float32(
+    packed, runs, tmp_path, monkeypatch
+):
+    calls, features = [], Classifier.features
+
+    def spying(model, *given):
+        calls.append((model.training, torch.is_autocast_enabled("cpu")))
+        return features(model, *given)
+
+    monkeypatch.setattr(Classifier, "features", spying)
+    finetune.main(finetuning(
+        packed, tmp_path / "run", runs / "pretrain" / PRETRAINED, "layernorm", "--epochs", 1,
+        "--precision", "bfloat16",
+    ))  # fmt: skip
+    assert {in_bfloat16 for training, in_bfloat16 in calls if training} == {True}
+    validations = [in_bfloat16 for training, in_bfloat16 in calls if not training]
+    assert validations[0] and not validations[-1]
+
+
 def test_the_temperature_is_fitted_on_images_disturbed_as_in_validation(packed, runs, tmp_path):
     finetune.main(finetuning(
         packed, tmp_path / "run", runs / "pretrain" / PRETRAINED, "full",
