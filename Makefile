@@ -1,5 +1,6 @@
 # make reproduce [DATA=folder]   everything from images to predictions, in runs/; resumes, and
-#                                repeats what depends on an option or on data that changed
+#                                repeats what depends on an option or on data that changed;
+#                                with -j2 the fine-tunings run side by side
 #   BASELINE=1                   also from random weights
 #   PER_CLASS                    simulated images of a class, without DATA
 #   CLUSTERS                     kinds to sort images into without labels; 3 without DATA, none with it
@@ -60,6 +61,12 @@ finetuning_options = $(FINETUNING)
 evaluation_options = $(if $(BASELINE),with the baseline)
 residuals_options = $(if $(CLUSTERS),--clusters $(call quoted,$(CLUSTERS)))
 predictions_options = $(MODEL) and $(MAPS) of $(FOLDER)
+
+# With -jN the stages that run side by side share the cores: threads that wait for each other crawl.
+JOBS = $(filter -j%,$(MAKEFLAGS))
+THREADS = $(shell jobs=$(JOBS:-j%=%); threads=$$(($$(getconf _NPROCESSORS_ONLN) / $${jobs:-4})); \
+  echo $$((threads > 1 ? threads : 1)))
+SHARE = $(if $(JOBS),$(if $(OMP_NUM_THREADS),,OMP_NUM_THREADS=$(THREADS)))
 
 .PHONY: reproduce study real bench test test-heavy clean FORCE
 .DELETE_ON_ERROR:
@@ -178,28 +185,28 @@ $(PRETRAINED): $(RUNS)/dataset.json $(OPTIONS)/pretraining | $(READY)
 
 $(HEAD) $(FULL) $(RESIDUAL): $(RUNS)/%/vit-mae-classifier-wt.pth: $(PRETRAINED) $(OPTIONS)/finetuning
 	@$(mode) set -x; \
-	$(PY) finetune.py $(INPUT) --pretrained $(PRETRAINED) --strategy $* --out $(@D) $$mode $(FINETUNING)
+	$(SHARE) $(PY) finetune.py $(INPUT) --pretrained $(PRETRAINED) --strategy $* --out $(@D) $$mode $(FINETUNING)
 
 # The LayerNorms continue from the trained head.
 $(LAYERNORM): $(HEAD) $(OPTIONS)/finetuning
 	@$(mode) set -x; \
-	$(PY) finetune.py $(INPUT) --pretrained $(HEAD) --strategy layernorm --out $(@D) $$mode $(FINETUNING)
+	$(SHARE) $(PY) finetune.py $(INPUT) --pretrained $(HEAD) --strategy layernorm --out $(@D) $$mode $(FINETUNING)
 
 $(SCRATCH): $(RUNS)/dataset.json $(OPTIONS)/finetuning | $(READY)
 	@$(mode) set -x; \
-	$(PY) finetune.py $(INPUT) --pretrained none --strategy full --out $(@D) $$mode $(FINETUNING)
+	$(SHARE) $(PY) finetune.py $(INPUT) --pretrained none --strategy full --out $(@D) $$mode $(FINETUNING)
 
 $(RUNS)/evaluation/metrics.json: $(STRATEGIES) $(if $(BASELINE),$(SCRATCH)) $(OPTIONS)/evaluation
-	$(PY) evaluate.py $(INPUT) --weights $(filter %.pth,$^) --out $(@D)
+	$(SHARE) $(PY) evaluate.py $(INPUT) --weights $(filter %.pth,$^) --out $(@D)
 
 # Without images of two kinds there is no metrics.json.
 $(RUNS)/residuals/.done: $(PRETRAINED) $(OPTIONS)/residuals
-	$(PY) reconstruct.py $(INPUT) --weights $(PRETRAINED) --out $(@D) $(residuals_options)
+	$(SHARE) $(PY) reconstruct.py $(INPUT) --weights $(PRETRAINED) --out $(@D) $(residuals_options)
 	touch $@
 
 # The strategy that is best on validation.
 $(MODEL): $(STRATEGIES)
-	$(PY) export.py $(INPUT) --weights $^ --out $@
+	$(SHARE) $(PY) export.py $(INPUT) --weights $^ --out $@
 
 # A few images to predict on: freshly simulated, or those of a packed data set, or the first of every
 # class folder.
@@ -209,7 +216,7 @@ $(RUNS)/samples/.ready: | $(READY)
 	touch $@
 
 $(MAPS): $(PRETRAINED)
-	$(PY) export.py $(INPUT) --what reconstruction --weights $(PRETRAINED) --out $@
+	$(SHARE) $(PY) export.py $(INPUT) --what reconstruction --weights $(PRETRAINED) --out $@
 
 $(RUNS)/predictions.csv: $(MODEL) $(MAPS) $(SIMULATED_SAMPLES) $(OPTIONS)/predictions
 	folder=$(FOLDER); set --; \

@@ -20,6 +20,8 @@ def option(name):
 out = pathlib.Path(option("--out").removesuffix(".new"))
 with open(log, "a") as file:
     file.write(json.dumps([script, out.name, words]) + "\\n")
+with open(log + "-threads", "a") as file:
+    file.write(f"{script} {os.environ.get('OMP_NUM_THREADS')}\\n")
 def write(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -108,6 +110,22 @@ def test_the_same_command_does_nothing_twice(make, tmp_path):
     _, calls = make("PER_CLASS=20")
     assert scripts(calls) == []
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*")} == before
+
+
+@pytest.mark.parametrize("jobs", [(), ("-j2",), ("-kj8",), ("-j",)])
+def test_stages_side_by_side_share_the_cores(jobs, make, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    _, calls = make(*jobs)
+    assert scripts(calls) == without_data([*ALL, "simulate.py data", "simulate.py samples"])
+    told = dict(line.split() for line in (tmp_path / "log-threads").read_text().splitlines())
+    shares = {"-j2": max(1, os.cpu_count() // 2), "-kj8": max(1, os.cpu_count() // 8),
+              "-j": max(1, os.cpu_count() // 4)}  # fmt: skip
+    share = str(shares[jobs[0]]) if jobs else "None"
+    assert told["finetune.py"] == told["reconstruct.py"] == told["evaluate.py"] == share
+    assert told["pretrain.py"] == "None"  # nothing runs beside it
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    make(*jobs, "PER_CLASS=20")
+    assert set((tmp_path / "log-threads").read_text().splitlines()) >= {"finetune.py 7"}
 
 
 @pytest.mark.parametrize(
