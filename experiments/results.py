@@ -77,6 +77,8 @@ def draw(path, rows, drawn):
     for run_name, figures in by_run(rows).items():
         row = next(row for row in rows if row["run"] == run_name)
         series.setdefault(row["kind"], []).append((row[drawn["x"]], *figures[drawn["y"]][:2]))
+    # Joined results may come in any order.
+    series = {kind: sorted(points) for kind, points in series.items()}
     plots.series(path, series, drawn["label"], drawn["y"], drawn["logarithmic"])
 
 

@@ -13,7 +13,7 @@ import finetune
 import pretrain
 import simulate
 from experiments import kinds, results, study
-from lib import familiarity, lenses, residuals, weights
+from lib import familiarity, lenses, plots, residuals, weights
 from lib.files import UserError
 
 TINY = {
@@ -183,6 +183,17 @@ def test_seeds_that_ran_apart_are_put_together(tmp_path):
     assert len(labels["rows"]) == 2
     assert labels["drawn"] == study.DRAWN["labels"]
     assert (out / "labels.png").stat().st_size > 5000
+
+
+def test_a_line_of_joined_results_goes_from_few_labels_to_many(tmp_path, monkeypatch):
+    shares = {"much": row(2, 0.9, "c"), "little": row(0, 0.5), "some": row(1, 0.7, "b")}
+    folders = [
+        kept(tmp_path / name, "labels", {**only, "seed": 0}) for name, only in shares.items()
+    ]
+    drawn = {}
+    monkeypatch.setattr(plots, "series", lambda path, series, *_: drawn.update(series))
+    results.join(folders, tmp_path / "all")
+    assert drawn == {"full": [(10, 50.0, 0.0), (20, 70.0, 0.0), (30, 90.0, 0.0)]}
 
 
 def test_a_seed_counts_once(tmp_path):
