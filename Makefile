@@ -63,6 +63,7 @@ residuals_options = $(if $(CLUSTERS),--clusters $(call quoted,$(CLUSTERS)))
 predictions_options = $(MODEL) and $(MAPS) of $(FOLDER)
 
 # With -jN the stages that run side by side share the cores: threads that wait for each other crawl.
+# -j without a number counts as -j4: so many long stages wait for the pre-training.
 JOBS = $(filter -j%,$(MAKEFLAGS))
 THREADS = $(shell jobs=$(JOBS:-j%=%); threads=$$(($$(getconf _NPROCESSORS_ONLN) / $${jobs:-4})); \
   echo $$((threads > 1 ? threads : 1)))

@@ -61,10 +61,10 @@ def evaluate(args):
         known = weights.familiarity_in(path, content)
         if known is not None:
             # Classifiers from one pre-training share theirs.
-            same = weights.identity(content["familiarity"])
-            if same not in by_identity:
-                by_identity[same] = familiarity_of(known, dataset.images, rows, device)
-            familiarities[name] = by_identity[same]
+            identity = weights.identity({**content["familiarity"], "model": known.state_dict()})
+            if identity not in by_identity:
+                by_identity[identity] = familiarity_of(known, dataset.images, rows, device)
+            familiarities[name] = by_identity[identity]
             results[name] |= refusals(familiarities[name], probabilities, labels)
         mistakes[name] = most_confident_mistakes(probabilities, labels, rows)
         matrices[name] = confusion_matrix(

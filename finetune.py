@@ -127,7 +127,7 @@ def train(args, dataset, rows, parts, source, run):
         in_blocks=args.strategy != "head" and larger_than_memory(dataset.images),
     )  # fmt: skip
     way.trained.load_state_dict(state)
-    logits = validation_logits()  # in float32, as the finished classifier computes
+    logits = validation_logits()  # in float32, apart from what is stored
     known = weights.familiarity_for(source, dataset, args.augment) if source else None
     if known is None:
         # It needs no labels, so it may see all images of the training part.

@@ -22,7 +22,7 @@ from lib.loader import (
 )
 from lib.loop import fit, precision_of
 from lib.run import open_run
-from mae import MAE, IntensityTransform
+from mae import MAE, IntensityTransform, set_attention_form
 
 EXAMPLE = "example: python pretrain.py --data lenses --out runs/pretrain"
 EPOCHS, FEWEST_STEPS = 8, 1500
@@ -75,6 +75,7 @@ def train(args, dataset, rows, validation, parts, run):
     groups = optim.parameter_groups(learning, args.weight_decay)
     run.write_config(model=config, transform=constants)
     precision = precision_of(run, device)
+    set_attention_form(model, precision.attention)
     state, history = fit(
         model, groups, batch_loss, validate, rows, run, device, precision, betas=(0.9, 0.95),
         in_blocks=larger_than_memory(dataset.images),

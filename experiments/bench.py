@@ -57,7 +57,7 @@ AUC_PER_CLASS = 10_000
 AUC_CHECKED_EVERY = 50  # steps of the peer
 AUC_PATIENCE = 5  # times our seconds, after which the peer is stopped
 OUR_RECIPE = ("--epochs", "1", "--validations", "1")
-# Parts of `make reproduce`, in its order, and the files that each of them leaves in RUNS.
+# Parts of `make reproduce`, in its order, and the last file that each of them leaves in RUNS.
 PARTS = (
     ("images", "dataset.json"),
     ("pre-training", "pretrain/vit-mae-wt.pth"),
@@ -557,20 +557,26 @@ def peer_seconds_to_auc(dataset, test, batch, bench, limit):
 
 
 def reproduction(bench):
-    """The parts of `make reproduce` one after the other, from images to predictions."""
+    """The parts of `make reproduce` one after the other; the environment's making is not timed."""
+    run_make(".venv/ready")
     with tempfile.TemporaryDirectory() as temporary:
         whole = 0.0
-        for part, *files in PARTS:
-            targets = [f"{temporary}/{file}" for file in files]
-            command = ["make", "-s", f"RUNS={temporary}", f"PER_CLASS={bench.per_class}", *targets]
+        for part, file in PARTS:
             start = time.perf_counter()
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            run_make(file, f"PER_CLASS={bench.per_class}", runs=temporary)
             seconds = time.perf_counter() - start
-            if done.returncode:
-                raise UserError(f"make {' '.join(files)} failed: {done.stderr.strip() or done.stdout}")
             whole += seconds
             yield row(f"make reproduce: {part}", "", note=f"{seconds:.0f} s", seconds=seconds)
         yield row("make reproduce", "", note=f"{whole:.0f} s", seconds=whole)
+
+
+def run_make(target, *options, runs=None):
+    """Make a target, one in the folder `runs` if it is given; UserError, with make's own, if that fails."""
+    inside = [f"RUNS={runs}", f"{runs}/{target}"] if runs else [target]
+    command = ["make", "-s", *options, *inside]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"make {target} failed: {done.stderr.strip() or done.stdout.strip()}")
 
 
 ROWS = {

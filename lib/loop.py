@@ -20,7 +20,6 @@ from lib.files import UserError
 from lib.loader import shuffled
 from lib.optim import learning_rate, new_optimizers, update
 from lib.options import MOST_VALIDATIONS
-from mae import set_attention_form
 
 CHECKPOINT_SECONDS = 30.0
 
@@ -57,7 +56,6 @@ def fit(
     validations = args.validations or min(args.epochs, MOST_VALIDATIONS)
 
     training = Training(model, new_optimizers(groups, args.lr, betas), run, device, precision)
-    set_attention_form(model, precision.attention)
     if distributed.is_main():
         print(f"{device}: {precision.name}, {precision.attention} attention")
         if training.step:

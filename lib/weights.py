@@ -259,11 +259,14 @@ def familiarity_in(path, content):
     if not (isinstance(kept, dict) and isinstance(kept.get("model"), dict)
             and isinstance(kept.get("config"), dict)):  # fmt: skip
         raise UserError(f"{path}: its familiarity is damaged; train again")
+    network = content["config"].get("mae", content["config"])
+    if kept["config"].get("img_size") != network.get("img_size"):
+        raise UserError(f"{path}: its familiarity is for images of another size; train again")
     return _build(path, Familiarity, kept["config"], kept["model"]).eval()
 
 
 def identity(kept):
-    """Equal for equal {"model": state dict, "config": arguments} alone."""
+    """Digest of {"model": state dict, "config": arguments}; others have another one."""
     digest = hashlib.sha256(repr(kept["config"]).encode())
     for name, tensor in kept["model"].items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -272,9 +275,10 @@ def identity(kept):
 
 
 def familiarity_for(opened, dataset, augmentations):
-    """The `Familiarity` of opened `Weights` and its arguments; None unless it suits a new training.
+    """The `Familiarity` of opened `Weights`, and its arguments, for a training that starts from them.
 
-    It was fitted on this `dataset`, disturbed as `augmentations` do it.
+    None if it was fitted to other images than those of `dataset`, or if `augmentations` disturb
+    these otherwise than before.
     """
     run = opened.content["run"]
     before = run.get("augment")

@@ -45,7 +45,7 @@ def test_every_row_is_there_without_peers(tiny, tmp_path):
 
 
 def test_the_parts_of_a_reproduction_are_targets_of_make_and_reach_its_end():
-    targets = [f"r/{file}" for _, *files in bench.PARTS for file in files]
+    targets = [f"r/{file}" for _, file in bench.PARTS]
     listed = ["make", "-n", "RUNS=r", "PER_CLASS=10"]
     done = subprocess.run([*listed, *targets], cwd=bench.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -139,6 +139,22 @@ def guarded(fitted, runs):
     return content
 
 
+def of_another_size():
+    """{"model", "config"} of a familiarity for images of 16 pixels."""
+    images = np.random.default_rng(0).random((300, 16, 16))
+    model, config = familiarity.fit(dataset_of(images), np.arange(200), np.arange(200, 300), LOG)
+    return {"model": weights.plain(model.state_dict()), "config": config}
+
+
+def test_a_familiarity_that_was_stored_in_another_number_format_is_read(guarded, packed, tmp_path):
+    kept = guarded["familiarity"]["model"]
+    guarded["familiarity"]["model"] = {name: tensor.bfloat16() for name, tensor in kept.items()}
+    torch.save(guarded, tmp_path / "w.pth")
+    process = run_script("evaluate.py", "--data", packed, "--weights", tmp_path / "w.pth", "--out",
+                         tmp_path / "out", "--resamples", 5)  # fmt: skip
+    assert "of the images are unfamiliar" in process.stdout
+
+
 def test_a_classifier_knows_all_its_training_images_whatever_labels_it_had(
     packed, runs, tmp_path, monkeypatch
 ):
@@ -214,6 +230,7 @@ def test_a_data_set_that_is_too_small_gets_none_and_says_so(packed, runs, tmp_pa
         lambda kept: kept["model"].update(mean=torch.zeros(3)),
         lambda kept: kept["model"]["mean"].fill_(torch.nan),
         lambda kept: kept.pop("config"),
+        lambda kept: kept.update(of_another_size()),
     ],
 )
 def test_a_broken_familiarity_is_refused_by_name(damage, guarded, packed, tmp_path):
