@@ -23,8 +23,9 @@ EXAMPLE = """example:
 
 SHOWN_MISTAKES = 12
 
-# (work, AUC by class, macro AUC, accuracy) that others report of Test VI.A; None: not given. Names
-# with a slash are repositories on GitHub, whose figures are of their own held-out images.
+# (work, AUC by class, macro AUC, accuracy) that others report of Test VI.A, which holds images of
+# Model_II; None: not given. Names with a slash are repositories on GitHub, whose figures are of
+# their own held-out images.
 PUBLISHED = (
     ("iampratyusht/Deeplense-task, head", {"axion": 0.92, "cdm": 0.92, "no_sub": 0.99}, None, None),
     ("the same, LayerNorm", {"axion": 0.94, "cdm": 0.90, "no_sub": 0.99}, None, None),
@@ -76,7 +77,8 @@ def evaluate(args):
             for k, class_name in enumerate(class_names)
         }  # fmt: skip
 
-    table = comparison(results, class_names)
+    published = published_rows(dataset)
+    table = comparison(results, class_names, published)
     write_json(
         args.out / "metrics.json",
         {
@@ -99,7 +101,7 @@ def evaluate(args):
         (plots.reliability, args.out / "reliability.png", reliability),
         (draw_familiarity, args.out / "familiarity.png", familiarities),
         (plots.mistakes, args.out / "mistakes.png", dataset.images, mistakes[best], class_names),
-        (report.write, args.out, paths, results, class_names, best, published_rows(class_names)),
+        (report.write, args.out, paths, results, class_names, best, published),
     ):
         plots.attempt(show, *what)
 
@@ -185,8 +187,8 @@ def most_confident_mistakes(probabilities, labels, rows):
     return [(int(rows[i]), int(labels[i]), int(predicted[i]), float(confidence[i])) for i in wrong]
 
 
-def comparison(results, class_names):
-    """Markdown table of the results with intervals, the published rows below."""
+def comparison(results, class_names, published):
+    """Markdown table of the results with intervals, the rows of `published_rows` below."""
 
     def cell(entry, scale=1, digits=4):
         low, high = scale * entry["low"], scale * entry["high"]
@@ -196,15 +198,20 @@ def comparison(results, class_names):
     for name, result in results.items():
         aucs = [cell(result["auc"][class_name]) for class_name in class_names]
         rows.append([name, *aucs, cell(result["macro"]), cell(result["accuracy"], 100, 2)])
-    return tables.markdown(rows + published_rows(class_names))
+    return tables.markdown(rows + published)
 
 
-def published_rows(class_names):
-    """Rows [name, AUC of each class, macro AUC, accuracy], as text; none for other classes."""
-    if set(class_names) != {"axion", "cdm", "no_sub"}:
+def published_rows(dataset):
+    """Rows [name, AUC of each class, macro AUC, accuracy], as text.
+
+    None for data that cannot be of Test VI.A: other classes, another size or another data model.
+    """
+    other_model = dataset.origin.startswith("simulate.py ") and "Model_II," not in dataset.origin
+    other_classes = set(dataset.class_names) != {"axion", "cdm", "no_sub"}
+    if other_classes or other_model or dataset.img_size != 64:
         return []
     return [
-        [name, *(f"{aucs[key]:.2f}" if key in aucs else "" for key in class_names),
+        [name, *(f"{aucs[key]:.2f}" if key in aucs else "" for key in dataset.class_names),
          f"{macro:.4g}" if macro else "", f"{100 * correct:.4g}" if correct else ""]
         for name, aucs, macro, correct in PUBLISHED
     ]  # fmt: skip

@@ -26,6 +26,7 @@ POOLINGS = {"mean": 1, "cls": 1, "both": 2, "stats": 4}  # and their widths, in 
 MAP_SCALE = 0.1  # where residuals, in units of the transformed image, are compressed
 MASKS_TOGETHER = 8  # that go through the network in one batch
 LARGEST_MASK_RATIO = 0.99  # of residual maps, which need a mask for every part that is visible
+MAP_SIDE = 64  # pixels of a residual map; one at least twice as wide is averaged over squares
 MAP_WIDTHS = (24, 48, 96, 96)  # channels of the stages that look at a residual map
 
 
@@ -557,15 +558,17 @@ class ResidualClassifier(nn.Module):
         if not 0 < mask_ratio <= LARGEST_MASK_RATIO or rounds < 1:
             raise ValueError(f"no residual maps at mask ratio {mask_ratio} and {rounds} rounds")
         self.masks = complementary_masks(self.mae.num_patches, mask_ratio, rounds)
+        self.averaged = max(1, self.img_size // MAP_SIDE)
+        self.map_side = self.img_size // self.averaged
         self.transform = IntensityTransform(**transform)
         self.network = MapClassifier(self.mae.in_chans, num_classes)
         self.register_buffer("temperature", torch.ones(()))
         self.mae.requires_grad_(False)
 
     def maps(self, images):
-        """Residual maps (B, C, H, W) of raw images."""
+        """Residual maps (B, C, map_side, map_side) of raw images; see MAP_SIDE."""
         residual, _ = self.mae.residual(self.transform(images), self.masks)
-        return residual
+        return F.avg_pool2d(residual, self.averaged) if self.averaged > 1 else residual
 
     def logits(self, maps):
         """Logits (B, num_classes) of residual maps, before the temperature."""

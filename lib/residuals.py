@@ -64,19 +64,19 @@ def scores_and_powers(residuals, rows, bar="residuals"):
     return table[:, 0], table[:, 1:]
 
 
-def stored_maps(maps_of, rows, path, img_size, quiet=False):
-    """Maps of `rows` as one array (n, H, H) float16, mapped from the file `path`.
+def stored_maps(maps_of, rows, path, side, quiet=False):
+    """Maps of `rows` as one array (n, side, side) float16, mapped from the file `path`.
 
-    The file is made unless it is there. `maps_of` gives maps (b, 1, H, H) of rows (b,); several
+    The file is made unless it is there. `maps_of` gives maps (b, 1, side, side) of rows (b,); several
     processes share the work, the main one writes.
     """
-    if not distributed.from_main(lambda: _is_complete(path, (len(rows), img_size, img_size))):
+    if not distributed.from_main(lambda: _is_complete(path, (len(rows), side, side))):
         if distributed.is_main():
-            data.require_space(path.parent, 2 * len(rows) * img_size**2)
+            data.require_space(path.parent, 2 * len(rows) * side**2)
             with atomic_write(path) as temporary, temporary.open("wb") as file:
-                _write_maps(file, maps_of, rows, img_size, quiet)
+                _write_maps(file, maps_of, rows, side, quiet)
         else:
-            _write_maps(None, maps_of, rows, img_size, quiet=True)
+            _write_maps(None, maps_of, rows, side, quiet=True)
         distributed.wait()
     return np.load(path, mmap_mode="r")
 
@@ -89,9 +89,9 @@ def _is_complete(path, shape):
         return False
 
 
-def _write_maps(file, maps_of, rows, img_size, quiet):
+def _write_maps(file, maps_of, rows, side, quiet):
     """Write an array of maps into an open file; without a file only compute this process's part."""
-    shape = (len(rows), img_size, img_size)
+    shape = (len(rows), side, side)
     if file:
         header = {"descr": "<f2", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)

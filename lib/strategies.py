@@ -78,7 +78,7 @@ def residual(model, dataset, rows, args, run, device):
     read = batch_reader(dataset.images, device)
     model.eval()
     maps = stored_maps(
-        lambda batch: model.maps(read(batch)), rows, run.maps_path, dataset.img_size, args.quiet
+        lambda batch: model.maps(read(batch)), rows, run.maps_path, model.map_side, args.quiet
     )
     place = np.full(len(dataset.labels), -1)
     place[rows] = np.arange(len(rows))

@@ -45,6 +45,19 @@ def levels(tmp_path_factory):
     return root
 
 
+def test_published_figures_stand_beside_images_of_their_own_data_model_alone():
+    def rows(origin, side=64, class_names=("axion", "cdm", "no_sub")):
+        images = np.zeros((1, side, side), np.float32)
+        return evaluate.published_rows(
+            data.Dataset(images, np.zeros(1, int), None, class_names, "", origin)
+        )
+
+    assert rows("folder dataset") == rows("simulate.py Model_II, 9 a class, seed 0, noise-free") != []
+    assert rows("simulate.py Model_III, 9 a class, seed 0, noise-free") == []
+    assert rows("folder dataset", side=150) == []
+    assert rows("folder dataset", class_names=("no_sub", "spiral")) == []
+
+
 def test_evaluation_is_of_the_test_part_alone(evaluation, runs, folder):
     out, printed = evaluation
     content = json.loads((out / "metrics.json").read_text())

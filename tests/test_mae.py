@@ -233,6 +233,17 @@ def test_a_classifier_of_residual_maps_sees_the_maps_and_both_their_turns():
     assert not any(p.requires_grad for p in model.mae.parameters())
 
 
+def test_maps_of_large_images_are_averaged_over_squares():
+    sizes = {"img_size": 150, "patch_size": 10, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    model = ResidualClassifier(sizes, {"kind": "linear"}).eval()
+    images = torch.randn(2, 1, 150, 150)
+    residual, _ = model.mae.residual(images, model.masks)
+    maps = model.maps(images)
+    assert maps.shape == (2, 1, model.map_side, model.map_side) == (2, 1, 75, 75)
+    assert torch.allclose(maps[1, 0, 3, 74], residual[1, 0, 6:8, 148:150].mean(), atol=1e-6)
+    assert model(images).shape == (2, 3)
+
+
 @pytest.mark.parametrize(
     "wrong", [{"rounds": 0}, {"mask_ratio": 1.0}, {"mask_ratio": 0.999}, {"mask_ratio": -1}]
 )
