@@ -79,7 +79,7 @@ reproduce: $(RUNS)/evaluation/metrics.json $(RUNS)/residuals/.done $(RUNS)/predi
 # are independent, so -j runs them side by side. Comparisons at equal compute use fewer images, and
 # the choices one seed.
 SEEDS ?= 0 1 2
-STUDY_PARTS := $(SEEDS:%=all-%) $(SEEDS:%=fewer-%)
+STUDY_PARTS := $(SEEDS:%=all-%) $(SEEDS:%=fewer-%) instruments
 
 study: $(STUDY_PARTS:%=study-%)
 	$(PY) experiments/results.py --out $(RUNS)/study/results $(STUDY_PARTS:%=$(RUNS)/study/results-%)
@@ -92,8 +92,12 @@ study-all-%: $(RUNS)/dataset.json
 
 study-fewer-%: $(RUNS)/dataset.json $(FEWER)
 	$(PY) experiments/study.py $(FEWER_INPUT) --out $(RUNS)/study/fewer-$* --results $(RUNS)/study/results-fewer-$* \
-	  --seeds $* --only instruments mask_ratio \
+	  --seeds $* --only mask_ratio \
 	  $(if $(filter $*,$(firstword $(SEEDS))),pretraining_images choices real_images)
+
+study-instruments: $(RUNS)/dataset.json
+	$(PY) experiments/study.py $(INPUT) --out $(RUNS)/study/instruments --results $(RUNS)/study/results-instruments \
+	  --seeds $(SEEDS) --only instruments
 
 # From simulated images, as pictures show them, to predictions for real ones.
 PICTURES := $(RUNS)/pictures

@@ -18,8 +18,8 @@ from lib.files import UserError
 
 TINY = {
     "SCRATCH_EPOCHS": 2, "LABEL_SHARES": (0.2, 1.0), "ROBUSTNESS_PER_CLASS": 8, "UNFAMILIAR_PER_CLASS": 4,
-    "MISTAKES_PER_CLASS": 40, "STRENGTH_BINS": 2, "OTHER_EPOCHS": (1, 1, 1),
-    "OTHER_MODELS": (("Model_III", 100, 8),),
+    "MISTAKES_PER_CLASS": 40, "STRENGTH_BINS": 2, "OTHER_PER_CLASS": 100,
+    "OTHER_MODELS": {"Model_III": ((), ("--epochs", 1))},
 }  # fmt: skip
 
 
