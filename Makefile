@@ -7,7 +7,7 @@
 #   PRETRAINING, FINETUNING      more options for pretrain.py and finetune.py, such as "--seed 1"
 # make study [DATA=folder]       the experiments of docs/results/, in runs/study/results; hours
 #   SEEDS="0 1 2"                with -j its parts run side by side
-# make real REAL=file.npz        a classifier for 8-bit pictures, and its answers on real images
+# make real REAL=file.npz        two classifiers for 8-bit pictures, and their answers on real images
 # make bench                     the table of speeds, in runs/bench
 # make test                      the tests
 # make test-heavy                the same with more kills, more fuzzed files, more images
@@ -104,8 +104,10 @@ PICTURES := $(RUNS)/pictures
 ifeq ($(filter real,$(MAKECMDGOALS)),real)
 $(if $(shell test -e $(call quoted,$(value REAL)) && echo found),,$(error name a file of real images: make real REAL=file.npz))
 endif
-real: $(PICTURES)-full/vit-mae-classifier-wt.pth
-	$(PY) experiments/real_images.py classify --images $(call quoted,$(value REAL)) --weights $< --out $(RUNS)/real.csv
+real: $(PICTURES)-full/vit-mae-classifier-wt.pth $(PICTURES)-residual/vit-mae-classifier-wt.pth
+	@for strategy in full residual; do echo "$$strategy:"; \
+	  $(PY) experiments/real_images.py classify --images $(call quoted,$(value REAL)) \
+	    --weights $(PICTURES)-$$strategy/vit-mae-classifier-wt.pth --out $(RUNS)/real-$$strategy.csv || exit 1; done
 
 $(PICTURES)/dataset.json: $(RUNS)/data/dataset.json
 	rm -rf $(@D)
@@ -115,9 +117,10 @@ $(PICTURES)-pretrain/vit-mae-wt.pth: $(PICTURES)/dataset.json
 	@$(mode) set -x; \
 	$(PY) pretrain.py --data $(PICTURES) --out $(@D) $$mode
 
-$(PICTURES)-full/vit-mae-classifier-wt.pth: $(PICTURES)-pretrain/vit-mae-wt.pth
+$(PICTURES)-full/vit-mae-classifier-wt.pth $(PICTURES)-residual/vit-mae-classifier-wt.pth: \
+  $(PICTURES)-%/vit-mae-classifier-wt.pth: $(PICTURES)-pretrain/vit-mae-wt.pth
 	@$(mode) set -x; \
-	$(PY) finetune.py --data $(PICTURES) --pretrained $< --strategy full --epochs 12 \
+	$(PY) finetune.py --data $(PICTURES) --pretrained $< --strategy $* $(if $(filter full,$*),--epochs 12) \
 	  --out $(@D) $$mode
 
 # In an environment of its own, with the peers.
