@@ -45,7 +45,8 @@ TOLERANCE = 1e-4  # on probabilities in float32, and on residuals relative to th
 ROUGH = {"familiarity": 300.0}
 CHECKED_BATCHES = (1, 7, 256)
 ROUNDS = 2  # of complementary masks in a residual
-WIDE_OPERATIONS = ["Sub", "Div", "Log", "Clip", "Max", "Sqrt", "Asinh"]  # kept in float32
+# Kept in float32: the intensity transform, and the sums that decide how an image is turned.
+WIDE_OPERATIONS = ["Sub", "Div", "Log", "Clip", "Max", "Sqrt", "Asinh", "ReduceSum"]
 JUDGED_IMAGES = 3000  # validation images on which lower precision is judged
 
 

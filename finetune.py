@@ -39,9 +39,9 @@ DEFAULTS = {
     "head": {"lr": 8e-3, "batch_size": 1024, "epochs": 100, "fewest_steps": 1000,
              "augment": (), "patch_dropout": 0.0},
     "layernorm": {"lr": 1e-2, "batch_size": 64, "epochs": 2, "fewest_steps": 1000,
-                  "augment": ("halfturn",), "patch_dropout": 0.5},
-    "full": {"lr": 3e-3, "batch_size": 128, "epochs": 6, "fewest_steps": 1000,
-             "augment": ("halfturn",), "patch_dropout": 0.5},
+                  "augment": (), "patch_dropout": 0.5},
+    "full": {"lr": 3e-3, "batch_size": 128, "epochs": 4, "fewest_steps": 1000,
+             "augment": (), "patch_dropout": 0.5},
     "residual": {"lr": 3e-3, "batch_size": 64, "epochs": 2, "fewest_steps": 1000,
                  "augment": ("halfturn",), "patch_dropout": 0.0},
 }  # fmt: skip

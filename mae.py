@@ -441,6 +441,17 @@ class IntensityTransform(nn.Module):
         return (x - self.mean) / self.std
 
 
+def upright(images):
+    """Turn those of the images (B, C, H, W) by half whose left half is the brighter one.
+
+    Lens, shear and source are symmetric under half a turn, so both orientations are the same lens;
+    a network that always sees the same one of them has half as much to learn.
+    """
+    half = images.shape[-1] // 2
+    left, right = (part.sum(dim=(1, 2, 3), keepdim=True) for part in (images[..., :half], images[..., -half:]))
+    return torch.where(left > right, images.flip(2, 3), images)
+
+
 def new_head(width, num_classes):
     """The classification head, (B, width) -> (B, num_classes)."""
     return nn.Sequential(
@@ -487,10 +498,11 @@ class Classifier(Encoder):
     def features(self, images, ids_keep=None):
         """Pooled encoder output of raw images, (B, C, H, W) -> (B, D · POOLINGS[pool]).
 
-        `ids_keep` (B, n) restricts the encoder to some of the patches.
+        The encoder sees them `upright`. `ids_keep` (B, n) restricts it to some of the patches.
         """
         self.check_images(images)
-        tokens = self.encode(patchify(self.transform(images), self.patch_size), ids_keep)
+        seen = upright(self.transform(images))
+        tokens = self.encode(patchify(seen, self.patch_size), ids_keep)
         if self.pool == "cls":
             return tokens[:, 0]
         if self.pool == "stats":

@@ -22,7 +22,7 @@ def test_less_precision_gives_a_smaller_file_that_agrees(precision, runs, folder
     process = run_script(
         "export.py", "--weights", runs / "full" / "vit-mae-classifier-wt.pth", "--data", folder,
         "--cache-dir", runs / "cache", "--precision", precision, "--out", out,
-        "--allowed-fall", 0.1,
+        "--allowed-fall", 0.3,  # of 37 images, from a network that is hardly better than chance
     )  # fmt: skip
     assert "macro AUC" in process.stdout
     assert list(tmp_path.iterdir()) == [out]

@@ -19,6 +19,7 @@ from mae import (
     sincos_positions,
     take,
     unpatchify,
+    upright,
 )
 
 REFERENCE = np.load(Path(__file__).parent / "reference" / "huggingface.npz")
@@ -168,6 +169,20 @@ def test_classifier_holds_its_transform_and_the_head_of_the_method(pool):
     assert {"transform.offset", "transform.softening"} <= model.state_dict().keys()
 
 
+def test_a_classifier_sees_every_image_with_its_brighter_half_on_the_right():
+    images = torch.rand(8, 1, 64, 64)
+    images[:4, ..., :20] += 0.1
+    images[4:, ..., -20:] += 0.1
+    turned = images.flip(2, 3)
+    assert torch.equal(upright(images), torch.cat([turned[:4], images[4:]]))
+    assert torch.equal(upright(images), upright(turned))
+    even = torch.ones(1, 1, 5, 5)
+    assert torch.equal(upright(even), even)
+    model = Classifier(embed_dim=32, depth=1, num_heads=2).eval()
+    assert torch.equal(model(images), model(turned))
+    assert not torch.allclose(model(images), model(images.flip(2)))
+
+
 def test_encoder_names_are_shared_by_both_models():
     encoder = {n for n in MAE().state_dict() if not n.startswith(("decoder", "mask_token"))}
     own = ("fc.", "transform.", "temperature")
@@ -260,7 +275,7 @@ def test_images_too_small_for_the_stages_are_refused():
 def test_stats_pooling_is_mean_spread_and_extremes_of_the_patch_tokens():
     model = Classifier(embed_dim=32, depth=1, num_heads=2, pool="stats").eval()
     images = torch.rand(3, 1, 64, 64)
-    tokens = model.encode(patchify(model.transform(images), 8))[:, 1:]
+    tokens = model.encode(patchify(upright(model.transform(images)), 8))[:, 1:]
     features = model.features(images)
     assert features.shape == (3, 128)
     assert torch.allclose(features[:, :32], tokens.mean(1), atol=1e-5)
