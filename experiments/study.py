@@ -37,7 +37,7 @@ EXAMPLE = """examples:
 
 STRATEGIES = tuple(finetune.STRATEGIES)
 # Epochs from scratch that cost at least as much processor time as pre-training and fine-tuning.
-SCRATCH_EPOCHS = 8
+SCRATCH_EPOCHS = 7
 LABEL_SHARES = (0.001, 0.003, 0.01, 0.1, 1.0)
 ROBUSTNESS_PER_CLASS = 1000
 ROBUSTNESS_KINDS = (
@@ -46,7 +46,6 @@ ROBUSTNESS_KINDS = (
 )  # fmt: skip
 UNFAMILIAR_PER_CLASS = 300
 MISTAKES_PER_CLASS = 10000
-# (data model, images a class, patch size)
 OTHER_MODELS = {  # options of pre-training, and of fine-tuning; noise takes more epochs
     "Model_I": (("--patch-size", 10), ("--epochs", 6)),
     "Model_III": ((), ()),
