@@ -104,10 +104,11 @@ PICTURES := $(RUNS)/pictures
 ifeq ($(filter real,$(MAKECMDGOALS)),real)
 $(if $(shell test -e $(call quoted,$(value REAL)) && echo found),,$(error name a file of real images: make real REAL=file.npz))
 endif
+classify_real = $(PY) experiments/real_images.py classify --images $(call quoted,$(value REAL)) \
+  --weights $(PICTURES)-$(1)/vit-mae-classifier-wt.pth --out $(RUNS)/real-$(1).csv
 real: $(PICTURES)-full/vit-mae-classifier-wt.pth $(PICTURES)-residual/vit-mae-classifier-wt.pth
-	@for strategy in full residual; do echo "$$strategy:"; \
-	  $(PY) experiments/real_images.py classify --images $(call quoted,$(value REAL)) \
-	    --weights $(PICTURES)-$$strategy/vit-mae-classifier-wt.pth --out $(RUNS)/real-$$strategy.csv || exit 1; done
+	$(call classify_real,full)
+	$(call classify_real,residual)
 
 $(PICTURES)/dataset.json: $(RUNS)/data/dataset.json
 	rm -rf $(@D)

@@ -145,7 +145,7 @@ def train(args, dataset, rows, parts, source, run):
     seen = dataset.hashes[np.concatenate([parts["train"], validation])]
     best = history[-1]
     if SCORES[args.strategy]:
-        best = max(history, key=lambda line: line["validation_macro_auc"])
+        best = max(reversed(history), key=lambda line: line["validation_macro_auc"])
     run.save_weights(
         model.state_dict(), config, np.concatenate([seen, source.seen]) if source else seen, known,
         number_format=precision.name,

@@ -180,7 +180,8 @@ class Training:
         }
         self.history.append(line)
         self.sums, self.steps_since_validation = {}, 0
-        if score and (self.best is None or measured[score] > self.best["score"]):
+        # Of equals the last: few validation images soon give several epochs the same AUC.
+        if score and (self.best is None or measured[score] >= self.best["score"]):
             state = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
             self.best = {"score": measured[score], "model": state}
         return line

@@ -261,7 +261,8 @@ def test_training_sees_fewer_tokens_in_the_first_half_of_its_steps_and_validatio
 def test_the_weights_with_the_best_validation_are_kept(runs):
     for strategy in ("head", "layernorm", "full"):  # residual keeps the last ones
         lines = (runs / strategy / "metrics.jsonl").read_text().splitlines()
-        best = max((json.loads(line) for line in lines), key=lambda x: x["validation_macro_auc"])
+        history = map(json.loads, reversed(lines))
+        best = max(history, key=lambda line: line["validation_macro_auc"])
         path = runs / strategy / CLASSIFIER
         model, content = weights.load_classifier(path)
         assert content["run"]["best"] == best

@@ -146,9 +146,10 @@ def test_the_best_weights_are_returned_if_there_is_a_score_and_else_the_last(tmp
             )  # fmt: skip
         states[score] = state
         assert [line["validation_auc"] for line in history] == [0.1, 0.9, 0.3, 0.9, 0.2]
-    assert_same_tensors(states["auc"], seen[1])  # the first of the best
+    assert_same_tensors(states["auc"], seen[3])  # the last of the best
     assert_same_tensors(states[None], seen[-1])
-    assert not torch.equal(seen[1]["weight"], seen[4]["weight"])
+    assert not torch.equal(seen[3]["weight"], seen[1]["weight"])
+    assert not torch.equal(seen[3]["weight"], seen[4]["weight"])
 
 
 def test_the_learning_rate_of_a_step_reaches_the_optimisers(tmp_path, monkeypatch):
