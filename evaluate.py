@@ -204,11 +204,13 @@ def comparison(results, class_names, published):
 def published_rows(dataset):
     """Rows [name, AUC of each class, macro AUC, accuracy], as text.
 
-    None for data that cannot be of Test VI.A: other classes, another size or another data model.
+    None for data that cannot be of Test VI.A: other classes, another size, another data model, noise.
     """
-    other_model = dataset.origin.startswith("simulate.py ") and "Model_II," not in dataset.origin
+    origin = dataset.origin
+    of_model = origin.startswith("simulate.py Model_II,") and origin.endswith("noise-free")
+    other_images = origin.startswith("simulate.py ") and not of_model
     other_classes = set(dataset.class_names) != {"axion", "cdm", "no_sub"}
-    if other_classes or other_model or dataset.img_size != 64:
+    if other_classes or other_images or dataset.img_size != 64:
         return []
     return [
         [name, *(f"{aucs[key]:.2f}" if key in aucs else "" for key in dataset.class_names),

@@ -448,7 +448,9 @@ def upright(images):
     a network that always sees the same one of them has half as much to learn.
     """
     half = images.shape[-1] // 2
-    left, right = (part.sum(dim=(1, 2, 3), keepdim=True) for part in (images[..., :half], images[..., -half:]))
+    left, right = (
+        part.sum(dim=(1, 2, 3), keepdim=True) for part in (images[..., :half], images[..., -half:])
+    )
     return torch.where(left > right, images.flip(2, 3), images)
 
 

@@ -209,24 +209,24 @@ def cluster_accuracy(lab, path, dataset, whole):
     return {"clusters accuracy %": 100 * float((class_of[found] == labels).mean())}
 
 
-def chain(lab, name, seed, strategies=STRATEGIES, pretraining=(), finetuning=(), images=None):
+def chain(lab, name, seed, strategies=STRATEGIES, pretraining=(), finetuning=()):
     """Pre-train and fine-tune by each strategy; one dict of what came out.
 
     `finetuning` are options of the strategies that train the encoder.
     """
-    start = pretrained(lab, name, seed, *pretraining, images=images)
+    start = pretrained(lab, name, seed, *pretraining)
     _, _, content = weights.load_mae(start)
     row = {"reconstruction error": content["run"]["last"]["validation_loss"]}
     for strategy in strategies:
         options = () if strategy in ("head", "residual") else finetuning
-        path = finetuned(lab, name, seed, strategy, start, *options, images=images)
-        row |= summary(lab, strategy, path, data.load(images) if images else lab.dataset)
+        path = finetuned(lab, name, seed, strategy, start, *options)
+        row |= summary(lab, strategy, path)
     return row
 
 
-def summary(lab, strategy, path, dataset):
+def summary(lab, strategy, path):
     """The columns of a strategy in tables that compare several."""
-    result = measured(lab, path, dataset)
+    result = measured(lab, path, lab.dataset)
     return {f"{strategy} {figure}": result[figure] for figure in ("macro AUC", "accuracy %")}
 
 
@@ -382,7 +382,7 @@ def choices(lab):
             row = {"run": f"pooling {pool}", "seed": seed}
             for strategy in ("head", "full"):
                 path = finetuned(lab, f"pool-{pool}", seed, strategy, start, "--pool", pool)
-                row |= summary(lab, strategy, path, lab.dataset)
+                row |= summary(lab, strategy, path)
             rows.append(row)
     for kind in ("linear", "sqrt", "asinh"):
         add(f"transform {kind}", f"transform-{kind}", seed, pretraining=["--transform", kind])
