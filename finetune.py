@@ -125,6 +125,7 @@ def train(args, dataset, rows, parts, source, run):
         way.trained, groups, batch_loss, validate, rows, run, device, precision,
         score=SCORES[args.strategy],
         in_blocks=args.strategy != "head" and larger_than_memory(dataset.images),
+        on_device=way.on_device, changes_at=way.changes_at,
     )  # fmt: skip
     way.trained.load_state_dict(state)
     logits = validation_logits()  # in float32, apart from what is stored

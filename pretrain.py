@@ -14,6 +14,7 @@ from lib.augment import augment, disturbances
 from lib.device import resolve_device
 from lib.files import run
 from lib.loader import (
+    StoredImages,
     batch_reader,
     fit_transform,
     fixed_random_numbers,
@@ -78,7 +79,7 @@ def train(args, dataset, rows, validation, parts, run):
     set_attention_form(model, precision.attention)
     state, history = fit(
         model, groups, batch_loss, validate, rows, run, device, precision, betas=(0.9, 0.95),
-        in_blocks=larger_than_memory(dataset.images),
+        in_blocks=larger_than_memory(dataset.images), on_device=isinstance(read, StoredImages),
     )  # fmt: skip
     # For the classifiers that start from these weights.
     known = familiarity.fit(

@@ -37,6 +37,7 @@ import simulate
 from lib import data, lenses, metrics, optim, options, weights
 from lib.device import Precision, bfloat16_is_fast, resolve_device, seconds_of
 from lib.files import UserError, make_folder, path_argument, run, write_json, write_text
+from lib.graphs import GraphedStep
 from lib.loader import batch_reader, fit_transform, in_batches
 from mae import MAE, Classifier, IntensityTransform, set_attention_form
 
@@ -50,6 +51,8 @@ DECODER = {"decoder_embed_dim": 96, "decoder_depth": 2, "decoder_num_heads": 3}
 DEFAULT_SIZE = {"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4}  # of finetune.py
 MASK_RATIO = 0.75
 BATCHES = (64, 256)
+GPU_BATCHES, GPU_STEPS = (64, 256, 1024), 20  # and steps that are timed together
+COMPILED = ("default", "reduce-overhead")  # modes of torch.compile
 HEAD_IMAGES, HEAD_EPOCHS = 1000, 20
 RENDERED = {"no_sub": 20, "cdm": 20, "axion": 5}  # images that lenstronomy renders a repeat
 WANTED_AUC = 0.99
@@ -139,8 +142,13 @@ def our_step(model, loss_of, precision, device, muon):
         with precision.autocast(device):
             loss = loss_of()
         optim.update(loss, optimizers, precision, device)
+        return loss.detach()
 
-    return step
+    if device.type != "cuda":
+        return step
+    optim.make_capturable(optimizers, device)
+    graphed = GraphedStep(lambda rows, progress: step(), device)
+    return lambda: graphed(np.zeros(1, int), 0.0)
 
 
 def peer_step(model, loss_of, dtype, device, fused):
@@ -179,8 +187,11 @@ def hugging_face_options(size):
     }  # fmt: skip
 
 
-def hugging_face(kind, batch, attention, dtype, fused, device):
-    """The same step of Hugging Face's ViTMAEForPreTraining or ViTForImageClassification."""
+def hugging_face(kind, batch, attention, dtype, fused, device, compiled=None):
+    """The same step of Hugging Face's ViTMAEForPreTraining or ViTForImageClassification.
+
+    `compiled` is a mode of torch.compile.
+    """
     import transformers
 
     encoder = hugging_face_options(SIZE)
@@ -194,10 +205,14 @@ def hugging_face(kind, batch, attention, dtype, fused, device):
         )  # fmt: skip
         config._attn_implementation = attention
         model = transformers.ViTMAEForPreTraining(config).to(device).train()
+        if compiled:
+            model = torch.compile(model, mode=compiled)
         return peer_step(model, lambda: model(images).loss, dtype, device, fused)
     config = transformers.ViTConfig(**encoder, num_labels=3)
     config._attn_implementation = attention
     model = transformers.ViTForImageClassification(config).to(device).train()
+    if compiled:
+        model = torch.compile(model, mode=compiled)
     labels = torch.arange(batch, device=device) % 3
     return peer_step(model, lambda: model(images, labels=labels).loss, dtype, device, fused)
 
@@ -238,9 +253,10 @@ def precisions(device):
 
 def steps(bench, kind, title):
     """Our fastest step against Hugging Face's at its defaults and at its best."""
-    device, kept = bench.device, None
-    if kind == "pretraining":
-        kept = int((SIZE["img_size"] // SIZE["patch_size"]) ** 2 * (1 - MASK_RATIO))
+    if bench.device.type == "cuda":
+        yield from steps_on_gpu(bench, kind, title)
+        return
+    device, kept = bench.device, kept_patches(kind)
     own = precisions(device)
     dtypes = dict.fromkeys(getattr(torch, p.name) for p in own)
     forms = list(itertools.product(("sdpa", "eager"), dtypes)) if installed("transformers") else []
@@ -282,6 +298,38 @@ def steps(bench, kind, title):
         ):
             yield row(what, against, seconds[fastest], seconds[peer], **muon)
             yield row(what, against, seconds["AdamW", fastest], seconds[peer], **adamw)
+
+
+def steps_on_gpu(bench, kind, title):
+    """Our step in bfloat16, a CUDA graph, against Hugging Face's as it is and compiled."""
+    device, kept = bench.device, kept_patches(kind)
+    precision = Precision("bfloat16", "fused")
+    peak = bench.peak(torch.bfloat16)
+    for batch in GPU_BATCHES:
+        functions = {o: ours(kind, batch, precision, device, o == "Muon") for o in ("Muon", "AdamW")}
+        if installed("transformers"):
+            for mode in (None, *COMPILED):
+                functions[mode] = hugging_face(
+                    kind, batch, "sdpa", torch.bfloat16, True, device, compiled=mode
+                )
+        steps = {name: repeated(function, GPU_STEPS) for name, function in functions.items()}
+        seconds = seconds_in_turn(steps, bench.repeats, device)
+        seconds = {name: value / GPU_STEPS for name, value in seconds.items()}
+        best = min((None, *COMPILED), key=lambda mode: seconds.get(mode, math.inf))
+        how = f"torch.compile {best}" if best else "not compiled"
+        for optimizer in ("Muon", "AdamW"):
+            speed = batch / seconds[optimizer]
+            yield row(
+                f"{title}, batch {batch}", f"Hugging Face, best (sdpa, bfloat16, fused AdamW, {how})",
+                seconds[optimizer], seconds.get(best), note=f"bfloat16, {optimizer}",
+                **{"images/s": speed, "share of peak": speed * step_operations(kept) / peak},
+            )  # fmt: skip
+
+
+def kept_patches(kind):
+    """Patches that a step of pre-training leaves visible; None of a classifier, which sees all."""
+    patches = (SIZE["img_size"] // SIZE["patch_size"]) ** 2
+    return int(patches * (1 - MASK_RATIO)) if kind == "pretraining" else None
 
 
 def pretraining(bench):

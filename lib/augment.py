@@ -21,24 +21,27 @@ def augment(images, kinds, batch_size=None, part=slice(None)):
     """Augment raw images (b, C, H, W) at random; `kinds` is a subset of KINDS.
 
     The images may be the `part`, a slice, of a batch of `batch_size`. Random numbers are drawn for
-    the whole batch, from torch's global generator, so the result does not depend on how many
-    processes share the batch. Sizes are relative to the image, so the unit of the data does not
+    the whole batch, from the global generator of the images' device, so the result does not depend
+    on how many processes share the batch. Sizes are relative to the image, so the unit of the data does not
     matter. Noise comes last, as it does in a camera.
     """
-    n = batch_size or len(images)
+    n, device = batch_size or len(images), images.device
     if "halfturn" in kinds:
-        turned = (torch.rand(n, 1, 1, 1) < 0.5)[part].to(images.device)
+        turned = (torch.rand(n, 1, 1, 1, device=device) < 0.5)[part]
         images = torch.where(turned, images.flip(2, 3), images)
     if "shift" in kinds or "rotate" in kinds:
-        angle = torch.rand(n) * 2 * math.pi if "rotate" in kinds else torch.zeros(n)
-        shift = torch.rand(n, 2) * 2 - 1 if "shift" in kinds else torch.zeros(n, 2)
+        angle, shift = torch.zeros(n, device=device), torch.zeros(n, 2, device=device)
+        if "rotate" in kinds:
+            angle = torch.rand(n, device=device) * 2 * math.pi
+        if "shift" in kinds:
+            shift = torch.rand(n, 2, device=device) * 2 - 1
         images = move(images, angle[part], LARGEST_SHIFT * shift[part])
     if "noise" in kinds:
         background, electrons = (
-            (10 ** (low + (high - low) * torch.rand(n, 1, 1, 1)))[part].to(images)
+            (10 ** (low + (high - low) * torch.rand(n, 1, 1, 1, device=device)))[part].to(images)
             for low, high in (BACKGROUND_RANGE, PEAK_ELECTRONS_RANGE)
         )
-        normal = torch.randn(n, *images.shape[1:])[part].to(images)
+        normal = torch.randn(n, *images.shape[1:], device=device)[part].to(images)
         images = add_noise(images, background, electrons, normal)
     return images
 

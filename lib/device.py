@@ -36,7 +36,11 @@ def resolve_device(name):
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name} is not available here: use auto or cpu") from None
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = True
+        if device.index is not None:
+            torch.cuda.set_device(device)
+        # Convolutions would keep ten bits only, and not the same ones each time.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
     else:
         keep_freed_memory()
     return device

@@ -26,10 +26,10 @@ def batch_reader(images, device):
     """Function from rows (numpy) to a batch of raw images (b, 1, H, W) on the device.
 
     A GPU keeps the whole data set if that leaves half of its free memory. Otherwise batches are
-    copied while it computes.
+    copied while it computes, and the rows must be numpy's.
     """
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
-        return reader_of_stored(images, device)
+        return StoredImages(images, device)
     mapped = 0
 
     def read(rows):
@@ -46,15 +46,19 @@ def batch_reader(images, device):
     return read
 
 
-def reader_of_stored(images, device):
-    """A `batch_reader` of images that are copied to the device once."""
-    dtype = torch.from_numpy(np.empty(0, images.dtype)).dtype
-    stored = torch.empty(images.shape, dtype=dtype, device=device)
-    for start in range(0, len(images), READ_BLOCK):
-        part = np.array(images[start : start + READ_BLOCK])
-        stored[start : start + READ_BLOCK] = torch.from_numpy(part)
-    forget_pages(images)
-    return lambda rows: stored[torch.as_tensor(rows, device=device)].unsqueeze(1)
+class StoredImages:
+    """A `batch_reader` of images that are copied to the device once; rows may be a tensor there."""
+
+    def __init__(self, images, device):
+        dtype = torch.from_numpy(np.empty(0, images.dtype)).dtype
+        self.stored = torch.empty(images.shape, dtype=dtype, device=device)
+        for start in range(0, len(images), READ_BLOCK):
+            part = np.array(images[start : start + READ_BLOCK])
+            self.stored[start : start + READ_BLOCK] = torch.from_numpy(part)
+        forget_pages(images)
+
+    def __call__(self, rows):
+        return self.stored[torch.as_tensor(rows, device=self.stored.device)].unsqueeze(1)
 
 
 @torch.no_grad()
@@ -97,9 +101,15 @@ def shuffled(rows, rng, in_blocks=False):
 
 @contextlib.contextmanager
 def fixed_random_numbers(seed=0):
-    """In this block torch draws the same numbers (on the CPU) every time; its state is restored."""
-    with torch.random.fork_rng([]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed GPUs, too
+    """In this block torch draws the same numbers every time; its state is restored.
+
+    That goes for the CPU and for the GPU in use.
+    """
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(gpus):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed all GPUs
+        if gpus:
+            torch.cuda.manual_seed(seed)
         yield
 
 

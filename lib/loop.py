@@ -4,7 +4,6 @@
 the loss of a batch, and a function that validates.
 """
 
-import itertools
 import math
 import signal
 import sys
@@ -18,7 +17,14 @@ from lib import distributed
 from lib.device import Precision, choose_precision
 from lib.files import UserError
 from lib.loader import shuffled
-from lib.optim import learning_rate, new_optimizers, update
+from lib.graphs import GraphedStep
+from lib.optim import (
+    learning_rate,
+    make_capturable,
+    new_optimizers,
+    set_learning_rate,
+    update,
+)
 from lib.options import MOST_VALIDATIONS
 
 CHECKPOINT_SECONDS = 30.0
@@ -26,7 +32,7 @@ CHECKPOINT_SECONDS = 30.0
 
 def fit(
     model, groups, batch_loss, validate, rows, run, device, precision, *, betas=(0.9, 0.999),
-    score=None, in_blocks=False,
+    score=None, in_blocks=False, on_device=False, changes_at=(),
 ):  # fmt: skip
     """Train `model`; leaves checkpoints and `metrics.jsonl` in the run's folder.
 
@@ -43,6 +49,9 @@ def fit(
     score : name of the validation figure whose largest value decides which weights are returned;
         None: the last weights are.
     in_blocks : see `loader.shuffled`.
+    on_device : whether `batch_loss` needs nothing but what the device holds. Then a GPU gets its
+        rows as a tensor there, and a whole step as a CUDA graph.
+    changes_at : fractions of the steps from which `batch_loss` does something else.
 
     Returns (state dict, history: a list of dicts, the lines of metrics.jsonl).
     Raises UserError if a figure is not finite; SystemExit 130 or 143 after SIGINT or SIGTERM, with
@@ -55,12 +64,15 @@ def fit(
     steps = args.epochs * steps_per_epoch
     validations = args.validations or min(args.epochs, MOST_VALIDATIONS)
 
-    training = Training(model, new_optimizers(groups, args.lr, betas), run, device, precision)
+    optimizers = new_optimizers(groups, args.lr, betas)
+    loss_of = distributed.averaged(model, batch_loss)
+    training = Training(model, loss_of, optimizers, run, device, precision)
+    if on_device and device.type == "cuda" and distributed.world_size() == 1:
+        training.record(changes_at)
     if distributed.is_main():
         print(f"{device}: {precision.name}, {precision.attention} attention")
         if training.step:
             print(f"resumes at step {training.step} of {steps}")
-    loss_of = distributed.averaged(model, batch_loss)
     batches = batches_from(training.step, rows, batch_size, args, in_blocks)
 
     bar = progress_bar(run, steps * batch_size, training.step * batch_size)
@@ -68,7 +80,7 @@ def fit(
     with bar, Interruption() as interruption:
         for batch in batches:
             lr = learning_rate(training.step, steps, args.lr)
-            loss = training.take_step(loss_of, batch, training.step / steps, lr)
+            loss = training.take_step(batch, training.step / steps, lr)
             epoch = training.step / steps_per_epoch
             shown |= {"epoch": f"{epoch:.1f}/{args.epochs}", "loss": f"{loss:.5f}"}
 
@@ -102,9 +114,10 @@ def precision_of(run, device):
 class Training:
     """The state of a training between two steps: what a checkpoint holds, and how it changes."""
 
-    def __init__(self, model, optimizers, run, device, precision):
-        self.model, self.optimizers, self.run = model, optimizers, run
+    def __init__(self, model, loss_of, optimizers, run, device, precision):
+        self.model, self.loss_of, self.optimizers, self.run = model, loss_of, optimizers, run
         self.device, self.precision = device, precision
+        self.compute = self.learn
         self.step, self.history, self.best = 0, [], None
         self.sums, self.steps_since_validation, elapsed = {}, 0, 0.0
         self.lr = None
@@ -116,7 +129,8 @@ class Training:
         """Take over a checkpoint's state; returns the seconds that the run has taken so far."""
         self.model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+            own = optimizer.state_dict()["param_groups"]  # depend on options and device
+            optimizer.load_state_dict({**state, "param_groups": own})
         for name in ("step", "history", "best", "sums", "steps_since_validation"):
             setattr(self, name, checkpoint[name])
         torch.set_rng_state(checkpoint["rng"])
@@ -146,22 +160,33 @@ class Training:
     def checkpoint_is_due(self):
         return time.perf_counter() - self.saved_at > CHECKPOINT_SECONDS
 
-    def take_step(self, loss_of, batch, progress, lr):
+    def record(self, changes_at):
+        """From now on a step is a CUDA graph, see `GraphedStep`."""
+        make_capturable(self.optimizers, self.device)
+        self.compute = GraphedStep(self.learn, self.device, changes_at)
+
+    def take_step(self, batch, progress, lr):
         """One step on a batch of rows; returns its loss."""
         self.lr = lr
-        for group in itertools.chain.from_iterable(o.param_groups for o in self.optimizers):
-            group["lr"] = lr * group["lr_scale"]
-        self.model.train()
-        with self.precision.autocast(self.device):
-            losses = loss_of(batch, progress)
-        loss = losses["loss"].item()
-        self.require_finite("training loss", loss)
-        update(losses["loss"], self.optimizers, self.precision, self.device)
+        set_learning_rate(self.optimizers, lr)
+        if not self.model.training:
+            self.model.train()
+        figures = self.compute(batch, progress).tolist()
+        losses = dict(zip(self.names, figures, strict=True))
+        self.require_finite("training loss", losses["loss"])
         for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.item()
+            self.sums[name] = self.sums.get(name, 0.0) + value
         self.steps_since_validation += 1
         self.step += 1
-        return loss
+        return losses["loss"]
+
+    def learn(self, batch, progress):
+        """Learn from a batch of rows; returns what `batch_loss` gives as one tensor."""
+        with self.precision.autocast(self.device):
+            losses = self.loss_of(batch, progress)
+        update(losses["loss"], self.optimizers, self.precision, self.device)
+        self.names = list(losses)
+        return torch.stack([value.detach().float() for value in losses.values()])
 
     def validate(self, validate, epoch, score):
         """Validate, keep the weights if their score is the best; returns the line of the history."""

@@ -5,6 +5,7 @@ on a CPU without the units, and it takes one matrix at a time.
 """
 
 import math
+import warnings
 
 import torch
 
@@ -86,8 +87,12 @@ class Muon(torch.optim.Optimizer):
             updates = updates.float().split([len(matrices) for _, _, matrices in entries])
             for (parameter, group, _), update in zip(entries, updates, strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                size = 0.2 * max(shape) ** 0.5
-                parameter.add_(update.reshape(parameter.shape), alpha=-group["lr"] * size)
+                update = update.reshape(parameter.shape)
+                length = group["lr"] * (0.2 * max(shape) ** 0.5)
+                if torch.is_tensor(length):  # see make_capturable
+                    parameter.sub_(update * length)
+                else:
+                    parameter.add_(update, alpha=-length)
 
 
 def parameter_groups(named_parameters, weight_decay, lr_scale=lambda name: 1.0):
@@ -111,6 +116,29 @@ def new_optimizers(groups, lr, betas):
     others = [group for group in groups if not group["matrix"]]
     optimizers = [Muon(matrices, lr)] if matrices else []
     return optimizers + ([torch.optim.AdamW(others, lr, betas, fused=True)] if others else [])
+
+
+def make_capturable(optimizers, device):
+    """Let the steps of optimizers be part of a CUDA graph, whose learning rates are tensors."""
+    # torch warns of the first steps, which no graph records.
+    warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
+    for group in _groups_of(optimizers):
+        group["lr"] = torch.tensor(float(group["lr"]), device=device)
+        group["capturable"] = True  # what AdamW calls it
+
+
+def set_learning_rate(optimizers, lr):
+    """Let every group of parameters learn with `lr` times its own factor."""
+    for group in _groups_of(optimizers):
+        rate = lr * group["lr_scale"]
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def _groups_of(optimizers):
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
 def update(loss, optimizers, precision, device):

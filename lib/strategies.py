@@ -8,7 +8,7 @@ from torch import nn
 
 from lib import distributed
 from lib.augment import augment, disturbances
-from lib.loader import EVALUATION_BATCH, batch_reader, in_batches
+from lib.loader import EVALUATION_BATCH, StoredImages, batch_reader, in_batches
 from lib.residuals import stored_maps
 from mae import random_masking
 
@@ -23,12 +23,15 @@ class Strategy(NamedTuple):
     learning : its parameters that are trained, (name, parameter) pairs; all others are frozen.
     training_logits : (rows (b,), fraction of the steps done) -> logits (b, K) of a training step.
     logits : rows (b,) -> logits (b, K) as the finished network gives them, before its temperature.
+    on_device, changes_at : of `training_logits`, see `loop.fit`.
     """
 
     trained: nn.Module
     learning: list
     training_logits: callable
     logits: callable
+    on_device: bool
+    changes_at: tuple = ()
 
 
 def head(model, dataset, rows, args, run, device):
@@ -39,7 +42,7 @@ def head(model, dataset, rows, args, run, device):
     def logits(batch, progress=None):
         return model.fc(stored[batch])
 
-    return Strategy(model.fc, head_parameters(model), logits, logits)
+    return Strategy(model.fc, head_parameters(model), logits, logits, on_device=True)
 
 
 def layernorm(model, dataset, rows, args, run, device):
@@ -66,7 +69,9 @@ def encoder(model, dataset, args, device, learning):
     def logits(batch):
         return model.fc(model.features(augment(read(batch), disturbances(args.augment))))
 
-    return Strategy(model, learning, training_logits, logits)
+    changes_at = (ALL_PATCHES_FROM,) if args.patch_dropout else ()
+    on_device = isinstance(read, StoredImages)
+    return Strategy(model, learning, training_logits, logits, on_device, changes_at)
 
 
 def residual(model, dataset, rows, args, run, device):
@@ -80,9 +85,12 @@ def residual(model, dataset, rows, args, run, device):
     maps = stored_maps(
         lambda batch: model.maps(read(batch)), rows, run.maps_path, model.map_side, args.quiet
     )
+    read_maps = batch_reader(maps, device)
+    on_device = isinstance(read_maps, StoredImages)
     place = np.full(len(dataset.labels), -1)
     place[rows] = np.arange(len(rows))
-    read_maps = batch_reader(maps, device)
+    if on_device:
+        place = torch.from_numpy(place).to(device)
 
     def training_logits(batch, progress):
         return model.network(augment(read_maps(place[batch]), args.augment))
@@ -91,7 +99,7 @@ def residual(model, dataset, rows, args, run, device):
         return model.logits(read_maps(place[batch]))
 
     learning = list(model.network.named_parameters())
-    return Strategy(model.network, learning, training_logits, logits)
+    return Strategy(model.network, learning, training_logits, logits, on_device)
 
 
 STRATEGIES = {"head": head, "layernorm": layernorm, "full": full, "residual": residual}

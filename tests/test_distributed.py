@@ -78,9 +78,9 @@ def batch_reader(images, device):
         return read(rows)
     return reader
 
-def take_step(training, loss_of, batch, *arguments):
+def take_step(training, batch, *arguments):
     reading.clear()
-    loss = whole_step(training, loss_of, batch, *arguments)
+    loss = whole_step(training, batch, *arguments)
     steps.append([batch.tolist(), list(reading)])
     return loss
 

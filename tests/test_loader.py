@@ -109,7 +109,7 @@ def test_a_file_that_is_small_as_a_whole_stays_mapped(monkeypatch):
 def test_a_data_set_kept_on_the_device_gives_the_same_batches(packed):
     images = data.load(packed).images
     rows = np.array([250, 3, 299, 3])
-    batch = loader.reader_of_stored(images, CPU)(rows)
+    batch = loader.StoredImages(images, CPU)(rows)
     assert torch.equal(batch, loader.batch_reader(images, CPU)(rows))
 
 
@@ -173,14 +173,3 @@ def test_the_noise_of_simulated_images_is_measured():
     background, _ = lenses.noise_of(lenses.INSTRUMENTS["Model_II"], 0.0)
     assert loader.noise_level(noisy) == pytest.approx(background, rel=0.2)  # photons add to it
     assert loader.noise_level(clean) < 0.01 * background
-
-
-def test_fixed_random_numbers_leave_those_of_a_gpu_alone(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "manual_seed_all", None)  # calling it would fail
-    monkeypatch.setattr(torch.cuda, "manual_seed", None)
-    before = torch.get_rng_state()
-    with loader.fixed_random_numbers():
-        first = torch.rand(3)
-    with loader.fixed_random_numbers():
-        assert torch.equal(torch.rand(3), first)
-    assert torch.equal(torch.get_rng_state(), before)
