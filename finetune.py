@@ -24,7 +24,14 @@ from lib.loop import fit, precision_of
 from lib.residuals import mask_ratio_of
 from lib.run import open_run
 from lib.strategies import STRATEGIES, freeze_others, reestimate_batchnorm
-from mae import MAE, POOLINGS, Classifier, ResidualClassifier, set_attention_form
+from mae import (
+    MAE,
+    POOLINGS,
+    Classifier,
+    ResidualClassifier,
+    set_attention_form,
+    usual_squares,
+)
 
 EXAMPLE = """examples:
   python finetune.py --data lenses --strategy residual --out runs/residual \\
@@ -290,7 +297,8 @@ def residual_classifier(source, mae, more):
     if not isinstance(mae, MAE):
         raise UserError(f"{source.path} has no decoder, which --strategy residual needs")
     sizes = {k: v for k, v in source.content["config"].items() if k != "transform"}
-    config = {"mae": sizes, "mask_ratio": mask_ratio_of(source.content), **more}
+    averaged = usual_squares(mae.img_size)
+    config = {"mae": sizes, "mask_ratio": mask_ratio_of(source.content), "averaged": averaged, **more}
     try:
         model = ResidualClassifier(**config)
     except ValueError as error:

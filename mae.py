@@ -521,6 +521,11 @@ class Classifier(Encoder):
         return self.fc(self.features(images, ids_keep)) / self.temperature
 
 
+def usual_squares(img_size):
+    """Pixels a side of the squares that maps of such images are averaged over: see MAP_SIDE."""
+    return max(1, img_size // MAP_SIDE)
+
+
 class MapClassifier(nn.Module):
     """Residual maps (B, C, H, W) to logits (B, num_classes).
 
@@ -559,28 +564,35 @@ class ResidualClassifier(nn.Module):
     mae : arguments of the `MAE`, a dict.
     transform : arguments of `IntensityTransform`, a dict.
     mask_ratio, rounds : of `complementary_masks`.
+    averaged : maps are averaged over squares of so many pixels a side; None: 1, but images twice as
+        wide as MAP_SIDE need a number.
 
-    Raises ValueError for images of fewer than 16 pixels a side and for impossible masks.
+    Raises ValueError for maps of fewer than 16 pixels a side, for impossible masks, and for large
+    images without `averaged`.
     """
 
-    def __init__(self, mae, transform, num_classes=3, mask_ratio=0.75, rounds=1):
+    def __init__(self, mae, transform, num_classes=3, mask_ratio=0.75, rounds=1, averaged=None):
         super().__init__()
         self.mae = MAE(**mae)
         self.img_size = self.mae.img_size
-        if self.img_size < 2 ** len(MAP_WIDTHS):
-            raise ValueError(f"images must be at least {2 ** len(MAP_WIDTHS)} pixels wide")
+        if averaged is None and usual_squares(self.img_size) > 1:
+            raise ValueError("it does not say how far its maps are averaged: fine-tune again")
+        self.averaged = 1 if averaged is None else averaged
+        if not isinstance(self.averaged, int) or self.averaged < 1:
+            raise ValueError(f"maps cannot be averaged over {averaged!r} pixels")
+        self.map_side = self.img_size // self.averaged
+        if self.map_side < 2 ** len(MAP_WIDTHS):
+            raise ValueError(f"maps must be at least {2 ** len(MAP_WIDTHS)} pixels wide")
         if not 0 < mask_ratio <= LARGEST_MASK_RATIO or rounds < 1:
             raise ValueError(f"no residual maps at mask ratio {mask_ratio} and {rounds} rounds")
         self.masks = complementary_masks(self.mae.num_patches, mask_ratio, rounds)
-        self.averaged = max(1, self.img_size // MAP_SIDE)
-        self.map_side = self.img_size // self.averaged
         self.transform = IntensityTransform(**transform)
         self.network = MapClassifier(self.mae.in_chans, num_classes)
         self.register_buffer("temperature", torch.ones(()))
         self.mae.requires_grad_(False)
 
     def maps(self, images):
-        """Residual maps (B, C, map_side, map_side) of raw images; see MAP_SIDE."""
+        """Residual maps (B, C, map_side, map_side) of raw images."""
         residual, _ = self.mae.residual(self.transform(images), self.masks)
         return F.avg_pool2d(residual, self.averaged) if self.averaged > 1 else residual
 

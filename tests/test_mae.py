@@ -20,6 +20,7 @@ from mae import (
     take,
     unpatchify,
     upright,
+    usual_squares,
 )
 
 REFERENCE = np.load(Path(__file__).parent / "reference" / "huggingface.npz")
@@ -250,7 +251,7 @@ def test_a_classifier_of_residual_maps_sees_the_maps_and_both_their_turns():
 
 def test_maps_of_large_images_are_averaged_over_squares():
     sizes = {"img_size": 150, "patch_size": 10, "embed_dim": 32, "depth": 1, "num_heads": 2}
-    model = ResidualClassifier(sizes, {"kind": "linear"}).eval()
+    model = ResidualClassifier(sizes, {"kind": "linear"}, averaged=usual_squares(150)).eval()
     images = torch.randn(2, 1, 150, 150)
     residual, _ = model.mae.residual(images, model.masks)
     maps = model.maps(images)
@@ -267,9 +268,25 @@ def test_impossible_masks_of_a_classifier_of_residual_maps_are_refused(wrong):
         residual_classifier(**wrong)
 
 
-def test_images_too_small_for_the_stages_are_refused():
+def test_maps_too_small_for_the_stages_are_refused():
     with pytest.raises(ValueError, match="at least 16"):
         ResidualClassifier({"img_size": 8, "patch_size": 4}, {"kind": "linear"})
+    with pytest.raises(ValueError, match="at least 16"):
+        residual_classifier(averaged=5)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, "2"])
+def test_maps_that_cannot_be_averaged_so_are_refused(wrong):
+    with pytest.raises(ValueError, match="cannot be averaged"):
+        residual_classifier(averaged=wrong)
+
+
+def test_weights_for_large_images_must_say_how_far_maps_are_averaged():
+    # Weights of an earlier version see maps of all pixels, or averaged ones: nothing tells which.
+    sizes = {"img_size": 128, "patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    with pytest.raises(ValueError, match="fine-tune again"):
+        ResidualClassifier(sizes, {"kind": "linear"})
+    assert ResidualClassifier(sizes, {"kind": "linear"}, averaged=1).map_side == 128
 
 
 def test_stats_pooling_is_mean_spread_and_extremes_of_the_patch_tokens():
