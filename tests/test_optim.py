@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lib import optim
+from lib.device import Precision
 
 
 @pytest.mark.parametrize("shape", [(4, 32, 32), (2, 16, 64), (2, 64, 16), (1, 3, 64)])
@@ -88,6 +89,29 @@ def test_the_learning_rate_of_a_group_follows_the_names_of_its_parameters():
     optimizers = optim.new_optimizers(groups, 1e-3, (0.9, 0.95))
     assert len(optimizers) == 2
     assert {g["lr_scale"] for o in optimizers for g in o.param_groups} == {0.5, 1.0}
+
+
+def test_learning_rates_that_are_tensors_give_the_same_steps():
+    trained = []
+    for capturable in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8))
+        groups = optim.parameter_groups(
+            model.named_parameters(), 0.05, lambda name: 0.5 if name.startswith("0.") else 1.0
+        )
+        optimizers = optim.new_optimizers(groups, 1e-3, (0.9, 0.95))
+        if capturable:
+            optim.make_capturable(optimizers, torch.device("cpu"))
+        for lr in (0.1, 0.03):
+            optim.set_learning_rate(optimizers, lr)
+            loss = model(torch.ones(2, 4)).square().sum() + model[0].weight.sum()
+            optim.update(loss, optimizers, Precision("float32", "fused"), torch.device("cpu"))
+        rates = [float(g["lr"]) for o in optimizers for g in o.param_groups]
+        trained.append(([p.detach() for p in model.parameters()], rates))
+    assert trained[0][1] == pytest.approx(trained[1][1])
+    assert sorted(set(trained[0][1])) == pytest.approx([0.015, 0.03])
+    for one, other in zip(trained[0][0], trained[1][0], strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
 
 
 def test_tokens_and_vectors_have_no_weight_decay():
