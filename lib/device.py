@@ -38,8 +38,8 @@ def resolve_device(name):
     if device.type == "cuda":
         if device.index is not None:
             torch.cuda.set_device(device)
-        # Convolutions would keep ten bits only, and not the same ones each time.
-        torch.backends.cudnn.allow_tf32 = False
+        # In TF32 the familiarity, which measures tiny deviations, refuses good images.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.deterministic = True
     else:
         keep_freed_memory()

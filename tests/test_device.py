@@ -23,6 +23,21 @@ def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch):
     assert device.resolve_device("auto") == device.resolve_device("cpu") == CPU
 
 
+def test_products_of_float32_numbers_are_not_rounded_on_a_gpu(monkeypatch):
+    kinds = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [kind.allow_tf32 for kind in kinds], torch.backends.cudnn.deterministic
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
+    try:
+        for kind in kinds:
+            kind.allow_tf32 = True
+        assert device.resolve_device("cuda").type == "cuda"
+        assert not any(kind.allow_tf32 for kind in kinds)
+    finally:
+        for kind, value in zip(kinds, before[0], strict=True):
+            kind.allow_tf32 = value
+        torch.backends.cudnn.deterministic = before[1]
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts page faults of Linux")
 def test_memory_of_freed_tensors_is_used_again():
     device.resolve_device("cpu")
