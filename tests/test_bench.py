@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,6 +43,23 @@ def test_every_row_is_there_without_peers(tiny, tmp_path):
         of_peer = "Hugging Face" in row["against"] or row["against"] == "lenstronomy"
         assert (row["ratio"] is None) == (of_peer or not row["against"]), row
     assert (tmp_path / "bench.md").read_text().count("\n| ") >= len(kept["rows"])
+
+
+def test_on_a_gpu_a_step_is_compared_with_the_fastest_peer(tiny, monkeypatch):
+    monkeypatch.setattr(bench, "GPU_BATCHES", (4,))
+    monkeypatch.setattr(bench, "installed", lambda package: True)
+    monkeypatch.setattr(bench, "hugging_face", lambda *_, compiled: None)
+    monkeypatch.setattr(bench, "ours", lambda *_: None)
+    took = {"Muon": 0.02, "AdamW": 0.01, None: 0.2, "default": 0.03, "reduce-overhead": 0.1}
+    monkeypatch.setattr(
+        bench, "seconds_in_turn", lambda functions, *_: {n: bench.GPU_STEPS * took[n] for n in functions}
+    )
+    machine = SimpleNamespace(device=torch.device("cpu"), repeats=1, peak=lambda dtype: 1e12)
+    rows = list(bench.steps_on_gpu(machine, "pretraining", "pre-training step"))
+    assert [row["note"] for row in rows] == ["bfloat16, Muon", "bfloat16, AdamW"]
+    assert all("torch.compile default" in row["against"] for row in rows)
+    assert [row["ratio"] for row in rows] == pytest.approx([1.5, 3.0])
+    assert rows[0]["images/s"] == pytest.approx(4 / 0.02)
 
 
 def test_the_parts_of_a_reproduction_are_targets_of_make_and_reach_its_end():
