@@ -31,7 +31,13 @@ from lib.files import UserError, atomic_directory, atomic_write, path_argument, 
 from lib.metrics import accuracy, auc_by_class
 from lib.onnxfile import open_session
 from lib.residuals import mask_ratio_of
-from mae import Block, IntensityTransform, complementary_masks, set_attention_form
+from mae import (
+    Block,
+    IntensityTransform,
+    complementary_masks,
+    residual_scores,
+    set_attention_form,
+)
 
 EXAMPLE = """examples:
   python export.py --weights runs/full/vit-mae-classifier-wt.pth --out lens.onnx
@@ -71,7 +77,7 @@ class Probabilities(nn.Module):
 
 
 class Residuals(nn.Module):
-    """Raw images (B, 1, H, W) to residual maps (B, 1, H, W) and their mean squares (B,)."""
+    """Raw images (B, 1, H, W) to residual maps (B, 1, H, W) and their scores (B,)."""
 
     outputs = ("residual", "score")
 
@@ -81,9 +87,9 @@ class Residuals(nn.Module):
         self.masks = complementary_masks(mae.num_patches, mask_ratio, ROUNDS)
 
     def forward(self, images):
-        residual, squared = self.mae.residual(self.transform(images), self.masks)
+        residual = self.mae.residual(self.transform(images), self.masks)
         unknown = zero_or_nan(images)
-        return residual + unknown, squared.mean(dim=(1, 2, 3)) + unknown.flatten()
+        return residual + unknown, residual_scores(residual) + unknown.flatten()
 
 
 def zero_or_nan(images):

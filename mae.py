@@ -27,6 +27,7 @@ MAP_SCALE = 0.1  # where residuals, in units of the transformed image, are compr
 MASKS_TOGETHER = 8  # that go through the network in one batch
 LARGEST_MASK_RATIO = 0.99  # of residual maps, which need a mask for every part that is visible
 MAP_SIDE = 64  # pixels of a residual map; one at least twice as wide is averaged over squares
+SCORE_GRID = 8  # squares a side that a map is averaged over for its score
 MAP_WIDTHS = (24, 48, 96, 96)  # channels of the stages that look at a residual map
 
 
@@ -385,8 +386,8 @@ class MAE(Encoder):
 
         Every patch is predicted wherever one of `masks` (see `complementary_masks`) hides it.
 
-        Returns (residual, squared), both (B, C, H, W): image minus prediction, and its square,
-        each averaged over the masks that hide the pixel. Raises ValueError for other images.
+        Returns image minus prediction (B, C, H, W), averaged over the masks that hide the pixel.
+        Raises ValueError for images of another shape.
         """
         self.check_images(images)
         patches = patchify(images, self.patch_size)
@@ -409,8 +410,16 @@ class MAE(Encoder):
         keys = places * len(places) + torch.arange(len(places), device=places.device)
         by_patch = torch.cat(differences, dim=1)[:, keys.argsort()].unflatten(1, (self.num_patches, -1))
         p, c = self.patch_size, self.in_chans
-        residual, squared = by_patch.mean(dim=2), by_patch.square().mean(dim=2)
-        return unpatchify(residual, p, c), unpatchify(squared, p, c)
+        return unpatchify(by_patch.mean(dim=2), p, c)
+
+
+def residual_scores(maps):
+    """How much is left in residual maps (B, C, H, W): scores (B,).
+
+    The mean square of a map that was averaged over a grid of SCORE_GRID squares a side: averages
+    keep what substructure leaves in an arc, and lose noise and the errors of single pixels.
+    """
+    return F.avg_pool2d(maps, max(1, maps.shape[-1] // SCORE_GRID)).square().mean(dim=(1, 2, 3))
 
 
 class IntensityTransform(nn.Module):
@@ -593,7 +602,7 @@ class ResidualClassifier(nn.Module):
 
     def maps(self, images):
         """Residual maps (B, C, map_side, map_side) of raw images."""
-        residual, _ = self.mae.residual(self.transform(images), self.masks)
+        residual = self.mae.residual(self.transform(images), self.masks)
         return F.avg_pool2d(residual, self.averaged) if self.averaged > 1 else residual
 
     def logits(self, maps):

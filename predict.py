@@ -290,8 +290,8 @@ def parse_args(argv=None):
     group = parser.add_argument_group("pictures")
     group.add_argument(
         "--maps", type=path_argument, metavar="FILE.onnx",
-        help="file of export.py --what reconstruction: adds the column residual, an MAE's mean "
-        "squared residual, and puts substructure maps on the sheet",
+        help="file of export.py --what reconstruction: adds the column residual, what an MAE "
+        "leaves unexplained of an image, and puts substructure maps on the sheet",
     )  # fmt: skip
     group.add_argument(
         "--sheet", type=path_argument, metavar="PNG", help="picture of the most confident predictions"

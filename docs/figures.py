@@ -41,7 +41,7 @@ def overview_of(args):
     noise = torch.rand(1, mae.num_patches, generator=torch.Generator().manual_seed(args.seed))
     noise = noise.expand(len(rows), -1).to(device)
     original, masked, reconstruction = mae.reconstruct(images, 0.75, noise)
-    residual, _ = mae.residual(images, complementary_masks(mae.num_patches, 0.75, rounds=2))
+    residual = mae.residual(images, complementary_masks(mae.num_patches, 0.75, rounds=2))
     pictures = [t[:, 0].cpu().numpy() for t in (original, masked, reconstruction, residual)]
     probabilities = predict_probabilities(classifier, dataset.images, rows, device)
     return (*pictures, probabilities, dataset.class_names, lenses.marks_of(dataset, rows))

@@ -264,7 +264,7 @@ def score_histogram(path, scores, labels, class_names):
     for label in np.unique(labels):
         name = label_of(class_names[label])
         axes.hist(positive[labels == label], edges, histtype="step", label=name)
-    axes.set(xscale="log", yscale="log", xlabel="mean squared residual", ylabel="images")
+    axes.set(xscale="log", yscale="log", xlabel="score", ylabel="images")
     axes.legend()
     _save(figure, path)
 

@@ -11,7 +11,7 @@ from lib.files import UserError, atomic_write
 from lib.loader import batch_reader, in_batches
 from lib.metrics import auc_of_counts, bootstrap
 from lib.readers import read_npy
-from mae import complementary_masks
+from mae import complementary_masks, residual_scores
 
 MAPS_TOGETHER = 2048  # that are kept in memory while they are computed
 
@@ -43,10 +43,8 @@ def residual_reader(path, dataset, device, mask_ratio, rounds, seed):
 
 
 def scores_of(residuals, rows):
-    """Mean squared residual of each image, (n,)."""
-    return in_batches(
-        lambda batch: residuals(batch)[1].mean(dim=(1, 2, 3)), rows, bar="residuals"
-    ).numpy()
+    """The score of each image, (n,); see `mae.residual_scores`."""
+    return in_batches(lambda batch: residual_scores(residuals(batch)), rows, bar="residuals").numpy()
 
 
 def scores_and_powers(residuals, rows, bar="residuals"):
@@ -56,9 +54,9 @@ def scores_and_powers(residuals, rows, bar="residuals"):
     """
 
     def of_batch(batch):
-        maps, squared = residuals(batch)
+        maps = residuals(batch)
         powers = torch.from_numpy(octave_powers(maps[:, 0].cpu().numpy()))
-        return torch.cat([squared.mean(dim=(1, 2, 3), keepdim=True).flatten(1).cpu(), powers], dim=1)
+        return torch.cat([residual_scores(maps).unsqueeze(1).cpu(), powers], dim=1)
 
     table = in_batches(of_batch, rows, bar=bar).numpy()
     return table[:, 0], table[:, 1:]

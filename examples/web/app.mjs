@@ -103,7 +103,7 @@ async function showImage(name, data, { classifier, maps }, article, title) {
     article.append(bar);
   });
   if (familiarity !== null) addLine(article, `familiarity ${familiarity.toFixed(6)}`);
-  addLine(article, `mean squared residual ${score.data[0].toExponential(4)}`);
+  addLine(article, `score of the residual ${score.data[0].toExponential(4)}`);
 }
 
 /** Show every image of a file, whose bytes `getBuffer` gets. */
