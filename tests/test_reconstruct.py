@@ -80,7 +80,7 @@ def powers_of(dataset, path, rows):
     _, maps_of, _ = residuals.residual_reader(path, dataset, torch.device("cpu"), None, 2, 0)
     with torch.no_grad():
         return np.concatenate(
-            [clusters.octave_powers(maps_of([row])[0][:, 0].numpy()) for row in rows]
+            [clusters.octave_powers(maps_of([row])[:, 0].numpy()) for row in rows]
         )
 
 
