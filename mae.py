@@ -585,7 +585,7 @@ class ResidualClassifier(nn.Module):
         self.mae = MAE(**mae)
         self.img_size = self.mae.img_size
         if averaged is None and usual_squares(self.img_size) > 1:
-            raise ValueError("it does not say how far its maps are averaged: fine-tune again")
+            raise ValueError("an earlier version wrote it, without `averaged`: fine-tune again")
         self.averaged = 1 if averaged is None else averaged
         if not isinstance(self.averaged, int) or self.averaged < 1:
             raise ValueError(f"maps cannot be averaged over {averaged!r} pixels")

@@ -51,7 +51,7 @@ DECODER = {"decoder_embed_dim": 96, "decoder_depth": 2, "decoder_num_heads": 3}
 DEFAULT_SIZE = {"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4}  # of finetune.py
 MASK_RATIO = 0.75
 BATCHES = (64, 256)
-GPU_BATCHES, GPU_STEPS = (64, 256, 1024), 20  # and steps that are timed together
+GPU_BATCHES, GPU_STEPS = (64, 256, 1024), 20  # images a step; steps that are timed together
 COMPILED = ("default", "reduce-overhead")  # modes of torch.compile
 HEAD_IMAGES, HEAD_EPOCHS = 1000, 20
 RENDERED = {"no_sub": 20, "cdm": 20, "axion": 5}  # images that lenstronomy renders a repeat
@@ -203,18 +203,16 @@ def hugging_face(kind, batch, attention, dtype, fused, device, compiled=None):
             decoder_num_attention_heads=DECODER["decoder_num_heads"],
             decoder_intermediate_size=4 * DECODER["decoder_embed_dim"],
         )  # fmt: skip
-        config._attn_implementation = attention
-        model = transformers.ViTMAEForPreTraining(config).to(device).train()
-        if compiled:
-            model = torch.compile(model, mode=compiled)
-        return peer_step(model, lambda: model(images).loss, dtype, device, fused)
-    config = transformers.ViTConfig(**encoder, num_labels=3)
+        kind_of_model, more = transformers.ViTMAEForPreTraining, {}
+    else:
+        config = transformers.ViTConfig(**encoder, num_labels=3)
+        kind_of_model = transformers.ViTForImageClassification
+        more = {"labels": torch.arange(batch, device=device) % 3}
     config._attn_implementation = attention
-    model = transformers.ViTForImageClassification(config).to(device).train()
+    model = kind_of_model(config).to(device).train()
     if compiled:
         model = torch.compile(model, mode=compiled)
-    labels = torch.arange(batch, device=device) % 3
-    return peer_step(model, lambda: model(images, labels=labels).loss, dtype, device, fused)
+    return peer_step(model, lambda: model(images, **more).loss, dtype, device, fused)
 
 
 peer_made_once = functools.cache(hugging_face)

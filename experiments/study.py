@@ -141,8 +141,8 @@ def without_network(arguments):
 def cached_result(measure):
     """Keep the dict that `measure(lab, path, dataset, whole)` returns beside the weights `path`.
 
-    A later call reads it from there. `whole` measures on all images of the data set instead of its
-    test split.
+    A later call of the same code reads it from there. `whole` measures on all images of the data
+    set instead of its test split.
     """
 
     @functools.wraps(measure)
@@ -150,12 +150,21 @@ def cached_result(measure):
         if not dataset.fingerprint:  # simulated for one use
             return measure(lab, path, dataset, whole)
         part = "all" if whole else "test"
-        file = path.parent / f"{measure.__name__}-{part}-{dataset.fingerprint}.json"
+        name = f"{measure.__name__}-{part}-{dataset.fingerprint}-{code_digest()}.json"
+        file = path.parent / name
         if not file.exists():
             write_json(file, measure(lab, path, dataset, whole))
         return read_json(file)
 
     return cached
+
+
+@functools.cache
+def code_digest():
+    """Eight hex digits of the code that figures depend on: other code may measure others."""
+    root = Path(__file__).resolve().parents[1]
+    files = [root / "mae.py", root / "evaluate.py", *sorted((root / "lib").glob("*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
 
 
 @cached_result

@@ -117,7 +117,7 @@ class Training:
     def __init__(self, model, loss_of, optimizers, run, device, precision):
         self.model, self.loss_of, self.optimizers, self.run = model, loss_of, optimizers, run
         self.device, self.precision = device, precision
-        self.compute = self.learn
+        self.compute, self.names = self.learn, []  # names: of what `loss_of` gives
         self.step, self.history, self.best = 0, [], None
         self.sums, self.steps_since_validation, elapsed = {}, 0, 0.0
         self.lr = None

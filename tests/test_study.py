@@ -149,6 +149,20 @@ def test_tables_have_mean_and_deviation_over_seeds():
     assert results.table(small).splitlines()[2] == "| a | 0.00000 | 1.23e-03 |"
 
 
+def test_a_figure_that_other_code_has_measured_is_measured_again(tmp_path, monkeypatch):
+    calls, dataset = [], SimpleNamespace(fingerprint="f")
+
+    @study.cached_result
+    def figure(lab, path, dataset, whole):
+        calls.append(path)
+        return {"AUC": len(calls)}
+
+    for _ in range(2):
+        assert figure(None, tmp_path / "w.pth", dataset) == {"AUC": 1}
+    monkeypatch.setattr(study, "code_digest", lambda: "another")
+    assert figure(None, tmp_path / "w.pth", dataset) == {"AUC": 2}
+
+
 def kept(folder, name, *rows, commit="abc"):
     """Keep `rows` as study.py does."""
     command = f"python experiments/study.py --only {name}"
