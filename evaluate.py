@@ -208,7 +208,7 @@ def published_rows(dataset):
     """
     origin = dataset.origin
     of_model = origin.startswith("simulate.py Model_II,") and origin.endswith("noise-free")
-    other_images = origin.startswith("simulate.py ") and not of_model
+    other_images = "simulate.py " in origin and not of_model
     other_classes = set(dataset.class_names) != {"axion", "cdm", "no_sub"}
     if other_classes or other_images or dataset.img_size != 64:
         return []

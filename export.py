@@ -374,7 +374,7 @@ def export_to_hugging_face(args):
     config = {k: v for k, v in content["config"].items() if k != "transform"}
     state, described = to_hugging_face(mae.state_dict(), config)
     with atomic_directory(args.out) as folder:
-        torch.save(state, folder / "pytorch_model.bin")
+        weights.save_tensors(folder / "pytorch_model.bin", state)
         write_json(folder / "config.json", described)
         write_json(folder / "transform.json", content["config"]["transform"])
     print(f"{args.weights[0]} -> {args.out}, for ViTMAEForPreTraining.from_pretrained")
@@ -422,10 +422,11 @@ def lower_precision(path, args, model, dataset, parts, images, metadata):
     """Rewrite the float32 file at `path` in --precision; UserError if that costs too much."""
     rows = parts["validation"][:: max(1, len(parts["validation"]) // JUDGED_IMAGES)]
     class_names = json.loads(metadata["class_names"])
-    before = figures_of(path, dataset, rows, class_names)
+    labels = data.class_order(class_names, dataset, args.out)[dataset.labels[rows]]
+    before = figures_of(path, dataset.images[rows], labels)
     calibration = some_images(dataset, parts["train"], max(CHECKED_BATCHES), args.seed)
     reduce_precision(path, args.precision, calibration, metadata)
-    after = figures_of(path, dataset, rows, class_names)
+    after = figures_of(path, dataset.images[rows], labels)
     difference = largest_difference(model, path, images)
     changes = [f"{name} {before[name]:.5f} -> {after[name]:.5f}" for name in before]
     print(
@@ -455,11 +456,9 @@ def described(precision, path, images):
     return f"{precision}: {size:.2f} MB, {one:.2f} ms for 1 image, {many:.1f} ms for 256"
 
 
-def figures_of(path, dataset, rows, class_names):
-    """{"macro AUC", "accuracy"} of an exported classifier on rows of a data set."""
-    order = data.class_order(class_names, dataset, path)
-    labels = order[dataset.labels[rows]]
-    probabilities, *_ = run_session(path, dataset.images[rows][:, None])
+def figures_of(path, images, labels):
+    """{"macro AUC", "accuracy"} of an exported classifier on raw images (n, H, W)."""
+    probabilities, *_ = run_session(path, images[:, None])
     return {
         "macro AUC": float(np.mean(auc_by_class(probabilities, labels))),
         "accuracy": accuracy(probabilities, labels),

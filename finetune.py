@@ -19,7 +19,7 @@ from lib import data, distributed, familiarity, metrics, optim, options, plots, 
 from lib.augment import SYMMETRIES
 from lib.device import resolve_device
 from lib.files import UserError, run
-from lib.loader import fit_transform, fixed_random_numbers, in_batches, larger_than_memory
+from lib.loader import fit_transform, in_batches, larger_than_memory
 from lib.loop import fit, precision_of
 from lib.residuals import mask_ratio_of
 from lib.run import open_run
@@ -122,10 +122,8 @@ def train(args, dataset, rows, parts, source, run):
         return validation_figures(logits, labels[validation].cpu())
 
     def validation_logits():
-        with fixed_random_numbers():
-            reestimate_batchnorm(way.trained, way.logits, rows)
-        with fixed_random_numbers():
-            return in_batches(way.logits, validation)
+        reestimate_batchnorm(way.trained, way.logits, rows)
+        return in_batches(way.logits, validation)
 
     groups = optim.parameter_groups(way.learning, args.weight_decay, layer_decay(args, model))
     state, history = fit(

@@ -198,7 +198,7 @@ def about_unfamiliar(count, total, least):
     line = (
         f"{count} of {total} images {are} unlike the training images: the probabilities mean "
         "nothing. Another unit? Use --scale. Noise, another orientation or another centre? Train "
-        "with --strategy full --augment."
+        "with --augment halfturn,noise,shift,rotate (see docs/training.md)."
     )
     if count <= 3 * least * total:
         line += f" Of images like the training images, {100 * least:g} % count as unlike them, too."

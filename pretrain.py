@@ -10,16 +10,16 @@ import numpy as np
 import torch
 
 from lib import data, distributed, familiarity, optim, options, plots
-from lib.augment import augment, disturbances
+from lib.augment import augment
 from lib.device import resolve_device
 from lib.files import run
 from lib.loader import (
     StoredImages,
     batch_reader,
     fit_transform,
-    fixed_random_numbers,
     in_batches,
     larger_than_memory,
+    read_disturbed,
 )
 from lib.loop import fit, precision_of
 from lib.run import open_run
@@ -65,12 +65,11 @@ def train(args, dataset, rows, validation, parts, run):
     def validate():
         def loss_of(batch):
             fixed = noise[[place[row] for row in batch]].to(device)
-            images = transform(augment(read(batch), disturbances(args.augment)))
+            images = transform(read_disturbed(read, batch, args.augment))
             loss, _, _ = model(images, args.mask_ratio, fixed)
             return loss.expand(len(batch))  # every image has the same number of hidden patches
 
-        with fixed_random_numbers():
-            return {"loss": in_batches(loss_of, validation).mean().item()}
+        return {"loss": in_batches(loss_of, validation).mean().item()}
 
     learning = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     groups = optim.parameter_groups(learning, args.weight_decay)
@@ -96,7 +95,7 @@ def train(args, dataset, rows, validation, parts, run):
     plots.attempt(
         plots.loss_curves, args.out / "loss.png", history, "reconstruction error (masked patches)"
     )
-    pictures = held_out_reconstructions(model, transform, read, dataset, args)
+    pictures = held_out_reconstructions(model, transform, read, dataset, parts["validation"], args)
     plots.attempt(
         plots.reconstructions, args.out / "reconstructions.png", *pictures, dataset.class_names
     )
@@ -126,14 +125,13 @@ def validation_noise(count, num_patches, seed):
 
 
 @torch.no_grad()
-def held_out_reconstructions(model, transform, read, dataset, args):
-    """Two validation images of every class, masked and reconstructed; one twice if it is alone.
+def held_out_reconstructions(model, transform, read, dataset, rows, args):
+    """Two images of every class among the validation `rows`, masked and reconstructed; one twice if it is alone.
 
     Returns (original, masked, reconstruction), each (classes, 2, H, W), in the network's scale.
     Hidden pixels of `masked` are NaN; visible pixels of `reconstruction` are the original's.
     """
     model.eval()
-    rows = data.split(dataset)["validation"]
     chosen = np.concatenate(
         [np.resize(rows[dataset.labels[rows] == k][:2], 2) for k in range(len(dataset.class_names))]
     )

@@ -1,8 +1,8 @@
 """How fast the project is: ratios to its peers and to what the machine could do.
 
 Both sides of a row run in turn, on the same threads and images, and the medians are compared. They
-share this process, except for Hugging Face's training steps, which have one of their own with the
-C library's default memory management. Peers come from requirements-bench.txt; without a peer its
+share this process. On a CPU, Hugging Face's training steps also have a process of their own, with
+the C library's default memory management. Peers come from requirements-bench.txt; without a peer its
 row stays empty.
 Leaves bench.json and bench.md in --out.
 """
@@ -684,7 +684,7 @@ def parse_args(argv=None):
     )
     parser.add_argument("--out", type=path_argument, required=True, help="folder of the results")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="what to time")
-    parser.add_argument("--repeats", type=int, default=5, help="of every pair, at least")
+    parser.add_argument("--repeats", type=int, default=5, help="of every pair; fewer of slow rows")
     parser.add_argument("--files", type=int, default=30_000, help="files of the row packing")
     parser.add_argument(
         "--auc-per-class", type=int, default=AUC_PER_CLASS, help="images of the row time_to_auc"

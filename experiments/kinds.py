@@ -6,7 +6,6 @@ the units of such images. A kind has random numbers of its own, so it does not d
 """
 
 import functools
-import warnings
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from lib import augment, lenses
 from lib.cutouts import FITS_SUFFIXES, find_files, read_arrays
 from lib.files import UserError
+from lib.readers import fits_images
 
 EUCLID = lenses.INSTRUMENTS["Model_II"]
 SIDE = EUCLID.pixels
@@ -235,17 +235,7 @@ def planes_of(file):
     if not file.name.lower().endswith(FITS_SUFFIXES):
         arrays = [array for _, array in read_arrays(file) if array is not None and array.ndim >= 2]
         return [plane for array in arrays for plane in array.reshape(-1, *array.shape[-2:])]
-    try:
-        from astropy.io import fits
-    except ImportError:
-        raise UserError(f"{file}: FITS files need astropy: pip install astropy") from None
-    try:
-        with warnings.catch_warnings(), fits.open(file, memmap=False) as units:
-            warnings.simplefilter("ignore")
-            images = [unit for unit in units if unit.is_image and len(unit.shape) == 2]
-            return [np.array(unit.data, np.float32) for unit in images]
-    except Exception as error:  # astropy raises many kinds
-        raise UserError(f"{file}: not a usable FITS file: {error}") from None
+    return list(fits_images(file))
 
 
 def centre_of(plane, side):

@@ -29,11 +29,12 @@ from experiments import kinds, refusals, results
 from lib import augment, clusters, data, lenses, metrics, options, residuals, weights
 from lib.device import choose_precision, resolve_device
 from lib.files import UserError, make_folder, path_argument, read_json, run, sha256_of, write_json
+from lib.run import FREE_OPTIONS
 from mae import POOLINGS
 
 EXAMPLE = """examples:
-  python experiments/study.py --data lenses --out runs/study
-  python experiments/study.py --data lenses --out runs/study --only labels mask_ratio --seeds 0"""
+  python experiments/study.py --data lenses --out own/study
+  python experiments/study.py --data lenses --out own/study --only labels mask_ratio --seeds 0"""
 
 STRATEGIES = tuple(finetune.STRATEGIES)
 # Epochs from scratch that cost at least as much processor time as pre-training and fine-tuning.
@@ -76,6 +77,21 @@ class Lab(NamedTuple):
 # Runs
 
 
+def claim(lab):
+    """Make the study's folder one of its data set: runs on other data would be replaced there.
+
+    Raises UserError if it holds the runs of another data set.
+    """
+    path = lab.out / "data.json"
+    if path.exists() and read_json(path).get("fingerprint") != lab.dataset.fingerprint:
+        raise UserError(
+            f"{lab.out} holds the runs of another data set than {lab.data}: name another --out, or "
+            "remove it"
+        )
+    make_folder(lab.out)
+    write_json(path, {"fingerprint": lab.dataset.fingerprint})
+
+
 def trained(script, out, arguments, file, fingerprint, source=""):
     """Weights file of a run of `script`; an identical run that is finished is not repeated.
 
@@ -83,7 +99,8 @@ def trained(script, out, arguments, file, fingerprint, source=""):
     options, defaults, data or source is replaced.
     """
     argv = [*map(str, arguments), "--out", str(out), "--resume"]
-    given = {k: str(v) for k, v in vars(script.parse_args(argv)).items()}
+    given = vars(script.parse_args(argv))
+    given = {k: str(v) for k, v in given.items() if k not in FREE_OPTIONS}
     constants = ("DEFAULTS", "CONTINUING", "DEFAULT_POOL", "LAYER_DECAY", "SCORES",
                  "RESIDUAL_VALIDATIONS", "EPOCHS", "FEWEST_STEPS")  # fmt: skip
     defaults = [getattr(script, name, None) for name in constants]
@@ -134,14 +151,19 @@ def finetuned(lab, name, seed, strategy, start, *options, images=None):
 def without_network(arguments):
     """Options without those of the network, which weights decide; all of them take a value."""
     flags = {f"--{name.replace('_', '-')}" for name in options.NETWORK}
-    pairs = zip(arguments[::2], arguments[1::2], strict=True)
-    return [word for pair in pairs if pair[0] not in flags for word in pair]
+    words, kept = iter(arguments), []
+    for word in words:
+        if word in flags:
+            next(words, None)
+        elif word.split("=")[0] not in flags:
+            kept.append(word)
+    return kept
 
 
 def cached_result(measure):
     """Keep the dict that `measure(lab, path, dataset, whole)` returns beside the weights `path`.
 
-    A later call of the same code reads it from there. `whole` measures on all images of the data
+    A later call of the same code for the same weights reads it from there. `whole` measures on all images of the data
     set instead of its test split.
     """
 
@@ -150,7 +172,8 @@ def cached_result(measure):
         if not dataset.fingerprint:  # simulated for one use
             return measure(lab, path, dataset, whole)
         part = "all" if whole else "test"
-        name = f"{measure.__name__}-{part}-{dataset.fingerprint}-{code_digest()}.json"
+        made_by = f"{code_digest()}-{sha256_of(path)[:8]}"
+        name = f"{measure.__name__}-{part}-{dataset.fingerprint}-{made_by}.json"
         file = path.parent / name
         if not file.exists():
             write_json(file, measure(lab, path, dataset, whole))
@@ -163,7 +186,7 @@ def cached_result(measure):
 def code_digest():
     """Eight hex digits of the code that figures depend on: other code may measure others."""
     root = Path(__file__).resolve().parents[1]
-    files = [root / "mae.py", root / "evaluate.py", *sorted((root / "lib").glob("*.py"))]
+    files = [root / "mae.py", root / "evaluate.py", Path(__file__), *sorted((root / "lib").glob("*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
 
 
@@ -548,6 +571,26 @@ DRAWN = {
 }
 
 
+def words_of(flag, text):
+    """The options in the value of a flag; UserError for an open quote."""
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise UserError(f"{flag} {text}: {error}") from None
+
+
+def command_of(args, name):
+    """The command that repeats one experiment of this study."""
+    words = ["python", "experiments/study.py", "--data", args.data, "--out", args.out]
+    for flag, value in (("--unseen", args.unseen), ("--cutouts", args.cutouts),
+                        ("--pretraining", args.pretraining), ("--finetuning", args.finetuning),
+                        ("--precision", args.precision)):  # fmt: skip
+        words += [f"{flag}={value}"] if value else []
+    if tuple(args.label_shares) != LABEL_SHARES:
+        words += ["--label-shares", *args.label_shares]
+    return shlex.join(map(str, [*words, "--only", name, "--seeds", *args.seeds]))
+
+
 def commit():
     """The commit of this checkout, or "unknown"."""
     try:
@@ -615,18 +658,15 @@ def main(argv=None):
         data.load(args.unseen) if args.unseen else None,
         kinds.read_cutouts(args.cutouts) if args.cutouts else None, args.out, tuple(args.seeds),
         tuple(args.label_shares),
-        tuple(shlex.split(args.pretraining)), tuple(shlex.split(args.finetuning)),
+        words_of("--pretraining", args.pretraining), words_of("--finetuning", args.finetuning),
         ("--precision", precision, "--device", args.device, *cache), device,
     )  # fmt: skip
-    seeds = " ".join(map(str, args.seeds))
+    claim(lab)
     for name in args.only:
         what = EXPERIMENTS[name].__doc__.splitlines()[0]
         print(f"== {name}: {what}", flush=True)
         rows = EXPERIMENTS[name](lab)
-        command = f"python experiments/study.py --data {args.data.name} --only {name} --seeds {seeds}"
-        if name.startswith("labels") and lab.label_shares != LABEL_SHARES:
-            command += f" --label-shares {' '.join(map(str, lab.label_shares))}"
-        made = {"command": command, "commit": commit(), "precision": precision}
+        made = {"command": command_of(args, name), "commit": commit(), "precision": precision}
         results.write(args.results, name, what, [made], rows, DRAWN.get(name))
         print(results.table(rows), flush=True)
 

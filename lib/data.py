@@ -244,7 +244,7 @@ def pixel_range(extremes):
 
 
 def extremes_of(dataset, rows):
-    """Minimum and maximum (n, 2) of up to RANGE_IMAGES of the rows."""
+    """Minimum and maximum (n, 2) of about RANGE_IMAGES of the rows."""
     chosen = rows[:: max(1, len(rows) // RANGE_IMAGES)]
     return np.array([(image.min(), image.max()) for image in map(dataset.images.__getitem__, chosen)])
 

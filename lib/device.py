@@ -33,8 +33,11 @@ def resolve_device(name):
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        is_known = device.type in ("cpu", "cuda")  # nobody has tried another
     except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name} is not available here: use auto or cpu") from None
+        is_known = False
+    if not is_known:
+        raise UserError(f"--device {name} is not available here: use auto or cpu")
     if device.type == "cuda":
         if device.index is not None:
             torch.cuda.set_device(device)

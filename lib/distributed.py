@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lib.files import UserError
 
-TIMEOUT = timedelta(minutes=10)  # a run ends with an error if a process is silent for longer
+# A run ends with an error if a process is silent for longer; packing a large folder takes hours.
+TIMEOUT = timedelta(hours=12)
 
 
 def world_size():
@@ -51,7 +52,14 @@ def process_group(device_name):
         return
     on_gpu = device_name.startswith("cuda") or (device_name == "auto" and torch.cuda.is_available())
     if on_gpu:
-        torch.cuda.set_device(local_device() if device_name in ("auto", "cuda") else device_name)
+        name = local_device() if device_name in ("auto", "cuda") else device_name
+        try:
+            torch.cuda.set_device(name)
+        except (RuntimeError, AssertionError, ValueError):
+            raise UserError(
+                f"{name} is not available here: start as many processes as there are GPUs, or give "
+                "--device cpu"
+            ) from None
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     try:
         yield

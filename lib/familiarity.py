@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from sklearn.utils.extmath import randomized_svd
 from torch import nn
 
-from lib.augment import augment, disturbances
-from lib.loader import batch_reader, fixed_random_numbers, in_batches
+from lib.loader import batch_reader, in_batches, read_disturbed
 from mae import IntensityTransform
 
 MOST_COMPONENTS = 128
@@ -215,9 +214,7 @@ def fit(dataset, rows, validation, transform, augmentations=(), quiet=False):
     read = batch_reader(dataset.images, torch.device("cpu"))
 
     def images_of(batch):
-        # A batch has the same noise every time, whichever process augments it.
-        with fixed_random_numbers(int(batch[0])):
-            return augment(read(batch), disturbances(augmentations))
+        return read_disturbed(read, batch, augmentations)
 
     rows = np.random.default_rng(0).permutation(rows)[:FIT_IMAGES]
     for_scale = rows[: round(SCALE_SHARE * len(rows))]

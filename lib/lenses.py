@@ -384,7 +384,7 @@ def point_masses_of(origin, rows):
     return masses, INSTRUMENTS[match[1]]
 
 
-def simulate(model, per_class, seed, noise=False, device="cpu", progress=True):
+def simulate(model, per_class, seed, noise=False, progress=True):
     """Yield (class name, images (b, H, W) float32, axion mass (b,) or None) in batches."""
     with tqdm(
         total=len(CLASS_NAMES) * per_class, unit="img", disable=None if progress else True
@@ -392,10 +392,7 @@ def simulate(model, per_class, seed, noise=False, device="cpu", progress=True):
         for class_name in CLASS_NAMES:
             bar.set_description(f"simulate {class_name}")
             for rng, (source, point_masses, axion_mass) in draw(class_name, per_class, seed):
-                source, point_masses = (
-                    torch.as_tensor(a).to(device) for a in (source, point_masses)
-                )
-                images = render(source, point_masses, model, torch.float32).cpu()
+                images = render(source, point_masses, model, torch.float32)
                 yield class_name, observe(images, model, noise, rng).numpy(), axion_mass
                 bar.update(len(images))
 

@@ -9,7 +9,7 @@ import torch
 from tqdm import tqdm
 
 from lib import distributed
-from lib.augment import augment
+from lib.augment import augment, disturbances
 from lib.readers import forget_pages
 from mae import IntensityTransform
 
@@ -62,13 +62,14 @@ class StoredImages:
 
 
 @torch.no_grad()
-def in_batches(function, rows, batch_size=EVALUATION_BATCH, bar=None):
+def in_batches(function, rows, bar=None):
     """Concatenate the results of `function` over batches of rows (float32, on the CPU).
 
     Several processes share the batches, and each gets the whole result. `bar` is the text of a
     live bar on a terminal; None for none.
     """
-    parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    starts = range(0, len(rows), EVALUATION_BATCH)
+    parts = [rows[i : i + EVALUATION_BATCH] for i in starts]
     own = parts[distributed.rank() :: distributed.world_size()]
     hidden = True if bar is None or not distributed.is_main() else None
     shown = tqdm(own, desc=bar, unit="batch", leave=False, disable=hidden)
@@ -111,6 +112,15 @@ def fixed_random_numbers(seed=0):
         if gpus:
             torch.cuda.manual_seed(seed)
         yield
+
+
+def read_disturbed(read, batch, kinds):
+    """Images of a batch of rows as training sees them, without what `augment.SYMMETRIES` do.
+
+    The disturbances of a batch are the same at every call, whichever process makes it.
+    """
+    with fixed_random_numbers(int(batch[0])):
+        return augment(read(batch), disturbances(kinds))
 
 
 # Constants of the intensity transform

@@ -48,7 +48,7 @@ def fit(
     precision : of the steps, see `precision_of`.
     score : name of the validation figure whose largest value decides which weights are returned;
         None: the last weights are.
-    in_blocks : see `loader.shuffled`.
+    in_blocks : see `loader.shuffled`; a resumed run keeps its own.
     on_device : whether `batch_loss` needs nothing but what the device holds. Then a GPU gets its
         rows as a tensor there, and a whole step as a CUDA graph.
     changes_at : fractions of the steps from which `batch_loss` does something else.
@@ -66,14 +66,14 @@ def fit(
 
     optimizers = new_optimizers(groups, args.lr, betas)
     loss_of = distributed.averaged(model, batch_loss)
-    training = Training(model, loss_of, optimizers, run, device, precision)
+    training = Training(model, loss_of, optimizers, run, device, precision, in_blocks)
     if on_device and device.type == "cuda" and distributed.world_size() == 1:
         training.record(changes_at)
     if distributed.is_main():
         print(f"{device}: {precision.name}, {precision.attention} attention")
         if training.step:
             print(f"resumes at step {training.step} of {steps}")
-    batches = batches_from(training.step, rows, batch_size, args, in_blocks)
+    batches = batches_from(training.step, rows, batch_size, args, training.in_blocks)
 
     bar = progress_bar(run, steps * batch_size, training.step * batch_size)
     figure, shown = score or "loss", {}
@@ -114,9 +114,9 @@ def precision_of(run, device):
 class Training:
     """The state of a training between two steps: what a checkpoint holds, and how it changes."""
 
-    def __init__(self, model, loss_of, optimizers, run, device, precision):
+    def __init__(self, model, loss_of, optimizers, run, device, precision, in_blocks):
         self.model, self.loss_of, self.optimizers, self.run = model, loss_of, optimizers, run
-        self.device, self.precision = device, precision
+        self.device, self.precision, self.in_blocks = device, precision, in_blocks
         self.compute, self.names = self.learn, []  # names: of what `loss_of` gives
         self.step, self.history, self.best = 0, [], None
         self.sums, self.steps_since_validation, elapsed = {}, 0, 0.0
@@ -131,8 +131,11 @@ class Training:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
             own = optimizer.state_dict()["param_groups"]  # depend on options and device
             optimizer.load_state_dict({**state, "param_groups": own})
-        for name in ("step", "history", "best", "sums", "steps_since_validation"):
+        for name in ("step", "history", "best", "sums", "steps_since_validation", "in_blocks"):
             setattr(self, name, checkpoint[name])
+        if checkpoint["device"] != self.device.type and distributed.is_main():
+            print(f"continues on another device than {checkpoint['device']}: the weights will not be "
+                  "those of an uninterrupted run")  # fmt: skip
         torch.set_rng_state(checkpoint["rng"])
         if self.device.type == "cuda" and checkpoint["cuda_rng"] is not None:
             torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.device)
@@ -144,6 +147,8 @@ class Training:
         on_gpu = self.device.type == "cuda"
         self.run.save_checkpoint({
             "precision": tuple(self.precision),
+            "device": self.device.type,
+            "in_blocks": self.in_blocks,
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "step": self.step,

@@ -59,12 +59,13 @@ class Muon(torch.optim.Optimizer):
     """Momentum whose every update has all directions of a matrix equally long.
 
     The update has the size of AdamW's, 0.2 an entry (Liu et al. 2025, arXiv:2502.16982, equation
-    4), so both take one learning rate. The query, key and value matrices that `qkv` holds one above
-    the other count as three. A convolution is a matrix with one row a filter.
+    4), so both take one learning rate. A group's `parts` is the number of matrices that a parameter
+    holds one above the other (default 1). A convolution is a matrix with one row a filter.
     """
 
     def __init__(self, groups, lr, momentum=0.95, weight_decay=0.0):
-        super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "parts": 1}
+        super().__init__(groups, defaults)
 
     @torch.no_grad()
     def step(self):
@@ -78,8 +79,7 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(parameter)
                 average = state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])
                 update = parameter.grad.lerp(average, group["momentum"]).flatten(1)  # Nesterov's
-                rows, columns = update.shape
-                matrices = update.view(3 if rows == 3 * columns else 1, -1, columns)
+                matrices = update.view(group["parts"], -1, update.shape[1])
                 by_shape.setdefault(matrices.shape[1:], []).append((parameter, group, matrices))
 
         for shape, entries in by_shape.items():
@@ -98,14 +98,17 @@ class Muon(torch.optim.Optimizer):
 def parameter_groups(named_parameters, weight_decay, lr_scale=lambda name: 1.0):
     """Groups of parameters: matrices with weight decay, everything else without.
 
-    `lr_scale(name)` multiplies the learning rate of a parameter.
+    `lr_scale(name)` multiplies the learning rate of a parameter. `qkv` holds the matrices of query,
+    key and value.
     """
     groups = {}
     for name, parameter in named_parameters:
         is_matrix = parameter.ndim > 1 and not name.endswith("_token")
-        key = (lr_scale(name), is_matrix)
+        parts = 3 if name.endswith("qkv.weight") else 1
+        key = (lr_scale(name), is_matrix, parts)
         decay = weight_decay if is_matrix else 0.0
-        group = {"params": [], "lr_scale": key[0], "matrix": is_matrix, "weight_decay": decay}
+        group = {"params": [], "lr_scale": key[0], "matrix": is_matrix, "parts": parts,
+                 "weight_decay": decay}  # fmt: skip
         groups.setdefault(key, group)["params"].append(parameter)
     return list(groups.values())
 

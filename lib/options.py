@@ -5,7 +5,7 @@ import math
 
 from lib.augment import KINDS
 from lib.files import UserError, path_argument
-from lib.weights import LARGEST
+from lib.weights import LARGEST, MOST_PATCHES_A_SIDE
 from mae import TRANSFORM_KINDS
 
 NETWORK = {"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4, "transform": "log"}
@@ -153,6 +153,11 @@ def new_network(kind, config):
         raise UserError(
             f"--patch-size {patch_size} does not divide the image size {img_size}: "
             "choose one that does"
+        )
+    if img_size // patch_size > MOST_PATCHES_A_SIDE:
+        raise UserError(
+            f"--patch-size {patch_size} cuts images of {img_size} pixels into more than "
+            f"{MOST_PATCHES_A_SIDE}×{MOST_PATCHES_A_SIDE} patches: choose a larger one"
         )
     for name in ("embed_dim", "decoder_embed_dim"):
         if int(config.get(name, 1) * config.get("mlp_ratio", 4.0)) < 1:

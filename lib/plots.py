@@ -138,9 +138,9 @@ def overview(
 
 
 def design(path):
-    """Boxes and arrows: pre-training above, classification below, the encoder in common."""
-    figure, axes = plt.subplots(figsize=(9, 3.6))
-    axes.set(xlim=(-0.5, 100.5), ylim=(0, 40))
+    """Boxes and arrows: pre-training above, below it classification by the encoder and by residual maps."""
+    figure, axes = plt.subplots(figsize=(9, 5))
+    axes.set(xlim=(-0.5, 100.5), ylim=(0, 56))
     axes.set_axis_off()
 
     def box(x, y, width, text, color):
@@ -154,27 +154,31 @@ def design(path):
         axes.annotate("", xy=end, xytext=start, arrowprops=style)
 
     given, learned, partly = "#f3e3c3", "#cfe0f5", "#dff0d8"
-    upper, lower = 25, 3
+    upper, middle, lower = 42, 22, 2
     box(0, upper, 15, "smooth lenses\nlog, standardised", given)
     box(19, upper, 14, "64 patches\n75 % hidden", given)
     box(37, upper, 18, "encoder: 4 blocks\nwidth 128, 17 tokens", learned)
     box(59, upper, 18, "decoder: 1 block\nwidth 96, 65 tokens", learned)
     box(81, upper, 19, "hidden patches\nmean squared error", given)
+    box(0, middle, 15, "all classes\nlog, standardised", given)
+    box(19, middle, 14, "64 patches", given)
+    box(37, middle, 18, "encoder, 65 tokens\nfixed, its norms, or all", partly)
+    box(59, middle, 18, "mean, deviation and\nextremes of tokens", given)
+    box(81, middle, 19, "512 → 64 → classes\ncross-entropy", learned)
     box(0, lower, 15, "all classes\nlog, standardised", given)
-    box(19, lower, 14, "64 patches\nall seen", given)
-    box(37, lower, 18, "the same, 65 tokens\nfixed, its norms, or all", partly)
-    box(59, lower, 18, "mean, deviation and\nextremes of tokens", given)
-    box(81, lower, 19, "512 → 64 → classes\ncross-entropy", learned)
-    for y in (upper + 5, lower + 5):
+    box(19, lower, 14, "four masks", given)
+    box(37, lower, 18, "the whole MAE, fixed:\nimage − prediction", given)
+    box(59, lower, 18, "4 stages: convolution,\nhalving; then mean", learned)
+    box(81, lower, 19, "96 → 64 → classes\ncross-entropy", learned)
+    for y in (upper + 5, middle + 5, lower + 5):
         for start, end in ((15, 19), (33, 37), (55, 59), (77, 81)):
             arrow((start, y), (end, y))
-    arrow((46, upper), (46, lower + 10))
-    axes.text(47, (upper + lower + 10) / 2, "weights", va="center", fontsize=8)
-    axes.text(0, upper + 12, "pre-training, no labels", fontsize=9, fontweight="bold")
-    axes.text(0, lower + 12, "fine-tuning", fontsize=9, fontweight="bold")
-    axes.text(
-        100, 0, "blue learns; green by --strategy head, layernorm, full", ha="right", fontsize=8
-    )
+    arrow((46, upper), (46, middle + 10))
+    axes.text(47, (upper + middle + 10) / 2, "weights", va="center", fontsize=8)
+    for y, title in ((upper, "pre-training, no labels"), (middle, "head, layernorm, full"),
+                     (lower, "residual")):  # fmt: skip
+        axes.text(0, y + 11.5, title, fontsize=9, fontweight="bold")
+    axes.text(100, 0, "blue learns; green by strategy", ha="right", fontsize=8)
     _save(figure, path)
 
 

@@ -81,7 +81,12 @@ def is_hidden(path):
 
 
 def read_fits(path):
-    """The first two-dimensional image of a FITS file, (H, W); needs astropy. UserError.
+    """The first two-dimensional image of a FITS file, (H, W), see `fits_images`; UserError."""
+    return next(fits_images(path))
+
+
+def fits_images(path):
+    """Yield the two-dimensional images (H, W) of a FITS file, one at least; needs astropy. UserError.
 
     Axes of length one do not count. The file may be compressed by gzip, bzip2 or fpack, whatever
     its name says.
@@ -98,14 +103,15 @@ def read_fits(path):
             _check_compressed_units(units)
         with fits.open(BytesIO(content), memmap=False) as units:
             shapes = [tuple(map(int, unit.shape)) if unit.is_image else () for unit in units]
-            for unit, shape in zip(units, shapes, strict=True):
-                plane = _without_unit_axes(shape)
+            planes = [_without_unit_axes(shape) for shape in shapes]
+            cubes = [shape for shape in shapes if len(shape) > 2]
+            if not any(len(plane) == 2 for plane in planes) and cubes:
+                raise ValueError(f"it has several planes, shape {cubes[0]}; give one image a file")
+            if not any(len(plane) == 2 for plane in planes):
+                raise ValueError("there is no two-dimensional image in it")
+            for unit, plane in zip(units, planes, strict=True):
                 if len(plane) == 2:
-                    return np.array(unit.data).reshape(plane)
-        cubes = [shape for shape in shapes if len(shape) > 2]
-        if cubes:
-            raise ValueError(f"it has several planes, shape {cubes[0]}; give one image a file")
-        raise ValueError("there is no two-dimensional image in it")
+                    yield np.array(unit.data).reshape(plane)
 
 
 def _decompressed(path):

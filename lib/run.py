@@ -46,21 +46,22 @@ class Run:
         self.settings = json.loads(json.dumps({**options, **described, **settings}))
         identity = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
         self.maps_path = self.out / f"maps-{identity[:16]}.npy"
-        self._refuse_to_overwrite()
-        self.checkpoint = self._checkpoint_to_resume() if args.resume else None
+        kept = self._read_checkpoint() if self.checkpoint_path.exists() else None
+        self._refuse_to_overwrite(kept)
+        self.checkpoint = self._checkpoint_to_resume(kept) if args.resume else None
         self.is_finished = args.resume and not self.checkpoint and self.weights_path.exists()
         if self.is_finished:
             kept = weights.read(self.weights_path).content["run"]  # the settings and the outcome
             self._require_same_settings({name: kept.get(name) for name in self.settings})
 
-    def _refuse_to_overwrite(self):
+    def _refuse_to_overwrite(self, checkpoint):
         """UserError if the folder holds what this run would replace without --overwrite."""
         own = (self.weights_path, self.checkpoint_path)
         others = [p for p in self.out.glob("*.pth") if p not in own and not is_hidden(p.name)]
         if others:
             raise UserError(f"{self.out} holds {others[0].name} of another run: choose another --out")
-        if self.checkpoint_path.exists():
-            theirs = self._read_checkpoint().get("weights_file", self.weights_path.name)
+        if checkpoint is not None:
+            theirs = checkpoint.get("weights_file", self.weights_path.name)
             if theirs != self.weights_path.name:
                 raise UserError(
                     f"{self.out} holds a stopped run of another script: choose another --out"
@@ -74,12 +75,11 @@ class Run:
                     "replace it, or another --out"
                 )
 
-    def _checkpoint_to_resume(self):
-        """The run's checkpoint, or None; UserError if it is broken or of other settings."""
-        if not self.checkpoint_path.exists():
+    def _checkpoint_to_resume(self, checkpoint):
+        """The run's checkpoint or None; UserError if it is broken, of other settings or too old."""
+        if checkpoint is None:
             return None
-        checkpoint = self._read_checkpoint()
-        if not isinstance(checkpoint.get("settings"), dict) or "step" not in checkpoint:
+        if not isinstance(checkpoint.get("settings"), dict) or "in_blocks" not in checkpoint:
             raise UserError(
                 f"{self.checkpoint_path} cannot be read: give --overwrite instead of --resume to "
                 "start again"

@@ -7,8 +7,14 @@ import torch
 from torch import nn
 
 from lib import distributed
-from lib.augment import augment, disturbances
-from lib.loader import EVALUATION_BATCH, StoredImages, batch_reader, in_batches
+from lib.augment import augment
+from lib.loader import (
+    EVALUATION_BATCH,
+    StoredImages,
+    batch_reader,
+    in_batches,
+    read_disturbed,
+)
 from lib.residuals import stored_maps
 from mae import random_masking
 
@@ -67,7 +73,7 @@ def encoder(model, dataset, args, device, learning):
         return model.fc(distributed.gather(own))
 
     def logits(batch):
-        return model.fc(model.features(augment(read(batch), disturbances(args.augment))))
+        return model.fc(model.features(read_disturbed(read, batch, args.augment)))
 
     changes_at = (ALL_PATCHES_FROM,) if args.patch_dropout else ()
     on_device = isinstance(read, StoredImages)

@@ -314,7 +314,10 @@ def _check_sizes(path, arguments):
     side = max(arguments.get("img_size", 64), 1) // max(arguments.get("patch_size", 8), 1)
     has_patches = "components" not in arguments  # of a Familiarity
     if has_patches and side > MOST_PATCHES_A_SIDE:
-        raise UserError(f"{path}: its configuration asks for more than 128×128 patches")
+        raise UserError(
+            f"{path}: its configuration asks for more than {MOST_PATCHES_A_SIDE}×"
+            f"{MOST_PATCHES_A_SIDE} patches"
+        )
 
 
 def check_state(path, model, state):

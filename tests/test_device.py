@@ -12,7 +12,7 @@ from lib.files import UserError
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", ["abacus", "cuda:77", "cpu:x", ""])
+@pytest.mark.parametrize("name", ["abacus", "cuda:77", "cpu:x", "", "meta"])
 def test_a_device_that_does_not_exist_is_named(name):
     with pytest.raises(UserError, match=f"--device {name} is not available"):
         device.resolve_device(name)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import HUNG, ROOT, finetuning, history_of, pretraining, run_script
 
-from lib import distributed
+from lib import distributed, loader, strategies
 from lib.augment import KINDS
 
 
@@ -53,7 +53,9 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
 import finetune, pretrain
-from lib import distributed, files, loop, strategies
+from lib import distributed, files, loader, loop, strategies
+
+loader.EVALUATION_BATCH = strategies.EVALUATION_BATCH = 8  # validation takes several batches
 
 def gradients():
     # Of two layers, one in front of the gathering and one behind it.
@@ -136,8 +138,10 @@ def in_two_processes(packed, runs, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["pretrain", "head", "layernorm", "full", "residual"])
 def test_two_processes_train_as_one_does(
-    name, packed, runs, in_two_processes, tmp_path, no_pictures
+    name, packed, runs, in_two_processes, tmp_path, no_pictures, monkeypatch
 ):
+    for module in (loader, strategies):
+        monkeypatch.setattr(module, "EVALUATION_BATCH", 8)
     script, arguments = trainings(packed, runs, tmp_path)[name]
     run_script(f"{script}.py", *arguments)
     assert_same_history(tmp_path / name, in_two_processes[0] / name)

@@ -55,6 +55,7 @@ def test_published_figures_stand_beside_images_of_their_own_data_model_alone():
     assert rows("folder dataset") == rows("simulate.py Model_II, 9 a class, seed 0, noise-free") != []
     assert rows("simulate.py Model_III, 9 a class, seed 0, noise-free") == []
     assert rows("simulate.py Model_II, 9 a class, seed 0, noise") == []
+    assert rows("8-bit pictures of simulate.py Model_III, 9 a class, seed 0, noise-free") == []
     assert rows("folder dataset", side=150) == []
     assert rows("folder dataset", class_names=("no_sub", "spiral")) == []
 

@@ -209,6 +209,21 @@ def test_a_folder_without_cutouts_is_named(tmp_path):
         kinds.read_cutouts(tmp_path / "gone")
 
 
+def test_cutouts_whose_decoder_crashes_on_damage_are_refused(tmp_path):
+    fits = pytest.importorskip("astropy.io.fits")
+    unit = fits.CompImageHDU(np.ones((80, 80), dtype=np.int16), compression_type="HCOMPRESS_1")
+    fits.HDUList([fits.PrimaryHDU(), unit]).writeto(tmp_path / "x.fits.fz")
+    with pytest.raises(UserError, match="HCOMPRESS"):
+        kinds.read_cutouts(tmp_path)
+
+
+def test_every_image_of_a_fits_file_is_a_cutout(tmp_path):
+    fits = pytest.importorskip("astropy.io.fits")
+    images = [fits.ImageHDU(np.full((64, 64), float(i))) for i in range(3)]
+    fits.HDUList([fits.PrimaryHDU(), *images]).writeto(tmp_path / "x.fits")
+    assert kinds.read_cutouts(tmp_path)[:, 0, 0].tolist() == [0, 1, 2]
+
+
 # Figures
 
 

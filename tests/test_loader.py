@@ -15,10 +15,11 @@ from lib import data, lenses, loader, readers
 CPU = torch.device("cpu")
 
 
-def test_results_come_in_the_order_of_the_rows_whatever_the_batch():
+def test_results_come_in_the_order_of_the_rows_whatever_the_batch(monkeypatch):
     rows = np.array([5, 3, 9, 9, 0, 7, 1])
     for batch_size in (1, 3, 7, 100):
-        results = loader.in_batches(lambda batch: torch.from_numpy(2 * batch), rows, batch_size)
+        monkeypatch.setattr(loader, "EVALUATION_BATCH", batch_size)
+        results = loader.in_batches(lambda batch: torch.from_numpy(2 * batch), rows)
         assert results.dtype == torch.float32
         assert results.tolist() == [10, 6, 18, 18, 0, 14, 2]
 

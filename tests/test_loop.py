@@ -33,7 +33,8 @@ from conftest import (
 from torch import nn
 
 import finetune
-from lib import files, loop, optim, plots
+import pretrain
+from lib import files, loader, loop, optim, plots
 from lib.files import UserError
 from lib.run import open_run
 
@@ -248,6 +249,31 @@ def test_an_interrupted_run_resumes_to_bit_identical_weights(
     assert "resumes at step 17 of" in process.stdout
     assert_same_tensors(tensors_in(whole / WEIGHTS[script]), tensors_in(cut / WEIGHTS[script]))
     assert history_of(whole) == history_of(cut)
+
+
+def stopped_at_five(packed, out):
+    with sigterm_at(5):
+        run_script("pretrain.py", *pretraining(packed, out), check=False)
+    return out / "checkpoint.pth"
+
+
+def test_a_run_resumes_in_the_order_that_it_began_with(packed, tmp_path, no_pictures, monkeypatch):
+    """Another machine may have more memory, where rows would not be shuffled in blocks."""
+    monkeypatch.setattr(loader, "READ_BLOCK", 16)
+    for name in ("whole", "cut"):
+        monkeypatch.setattr(pretrain, "larger_than_memory", lambda images: True)
+        if name == "cut":
+            stopped_at_five(packed, tmp_path / name)
+            monkeypatch.setattr(pretrain, "larger_than_memory", lambda images: False)
+        run_script("pretrain.py", *pretraining(packed, tmp_path / name), "--resume")
+    assert_same_tensors(*(tensors_in(tmp_path / n / WEIGHTS["pretrain"]) for n in ("whole", "cut")))
+
+
+def test_a_run_that_goes_on_elsewhere_says_so(packed, tmp_path, no_pictures):
+    checkpoint = stopped_at_five(packed, tmp_path)
+    torch.save(torch.load(checkpoint, weights_only=True) | {"device": "cuda"}, checkpoint)
+    process = run_script("pretrain.py", *pretraining(packed, tmp_path), "--resume")
+    assert "continues on another device than cuda" in process.stdout
 
 
 # Processes that are killed, interrupted or out of disk. They are forked from one process that has

@@ -51,6 +51,17 @@ def test_make_reproduce_runs_on_a_folder_and_does_nothing_twice(python, folder, 
     make(*command)
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()} == before
 
+    # A script that crashes has failed, although predict.py exits with 1 for a file it cannot read.
+    crashing = tmp_path / "crashing"
+    crashing.write_text('#!/bin/sh\n[ "$1" != predict.py ] && exec ' + f'"{python}" "$@"\nexit 1\n')
+    crashing.chmod(0o755)
+    (out / "classifier.onnx").touch()
+    process = subprocess.run(
+        ["make", *command, f"PY={crashing}"], cwd=ROOT, capture_output=True, text=True, timeout=HUNG
+    )
+    assert process.returncode != 0
+    assert not (out / "predictions.csv").exists()
+
 
 @pytest.mark.parametrize(
     ("goal", "expected"),

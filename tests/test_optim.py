@@ -62,10 +62,22 @@ def test_query_key_and_value_are_matrices_of_their_own():
     torch.manual_seed(0)
     qkv = torch.nn.Parameter(torch.zeros(24, 8))
     qkv.grad = torch.randn(24, 8) * torch.tensor([1.0, 1e-3, 1e3]).repeat_interleave(8)[:, None]
-    optim.Muon([{"params": [qkv]}], lr=1.0).step()
+    (group,) = optim.parameter_groups([("blocks.0.attn.qkv.weight", qkv)], 0.0)
+    optim.Muon([group], lr=1.0).step()
     for part in qkv.detach().split(8):
         singular = torch.linalg.svdvals(part / (0.2 * 8**0.5))
         assert 0.5 < singular.min() < singular.max() < 1.3
+
+
+def test_another_matrix_of_that_shape_is_one_matrix():
+    """Such as the first of an MLP that is three times as wide as the network."""
+    torch.manual_seed(0)
+    fc1 = torch.nn.Parameter(torch.zeros(24, 8))
+    fc1.grad = torch.randn(24, 8)
+    (group,) = optim.parameter_groups([("blocks.0.mlp.fc1.weight", fc1)], 0.0)
+    optim.Muon([group], lr=1.0).step()
+    expected = -0.2 * 24**0.5 * optim.orthogonalise(fc1.grad[None])[0]
+    assert torch.allclose(fc1.detach(), expected, atol=1e-5)
 
 
 def test_every_parameter_has_one_optimiser():

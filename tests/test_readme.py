@@ -186,6 +186,17 @@ def test_command(command, place, monkeypatch):
         assert (place / words[out]).exists()
 
 
+@pytest.mark.parametrize("path", [p for p, text in TEXTS.items() if "```python" in text], ids=lambda p: p.name)
+def test_python_of_the_documentation(path, place, monkeypatch, capsys):
+    """It prints a prediction of an image that the classifier knows."""
+    monkeypatch.chdir(place)
+    for code in re.findall(r"```python\n(.*?)```", TEXTS[path], re.DOTALL):
+        # The test's few images have other names than those of make reproduce.
+        image = sorted((place / "runs" / "samples" / "cdm").iterdir())[0]
+        exec(code.replace("cdm_sim_0.npy", image.name), {})
+        assert capsys.readouterr().out.split()[0] in (*lenses.CLASS_NAMES, "unfamiliar")
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
 def test_make_knows_what_to_do(command, place):
     words = [word.replace("/path/to/dataset", "lenses") for word in command.split()]

@@ -1,6 +1,7 @@
 """experiments/study.py and results.py: every experiment runs, and no run is repeated."""
 
 import json
+import shlex
 from types import SimpleNamespace
 
 import numpy as np
@@ -66,6 +67,28 @@ def test_every_experiment_leaves_its_rows_its_picture_and_its_table(tiny_study, 
                 if "%" in key:
                     assert 0 <= value <= 100, (name, key)
             assert row["run"] in tables
+
+
+def test_the_command_that_is_kept_is_the_whole_command(tiny_study, unseen, packed, tmp_path):
+    """It parses to the same study, so a reader can repeat it as it stands."""
+    kept = tiny_study("--seeds", 3, 4, "--unseen", unseen, "--only", "without_labels")
+    (made,) = json.loads((kept / "without_labels.json").read_text())["made"]
+    python, script, *words = shlex.split(made["command"])
+    assert (python, script) == ("python", "experiments/study.py")
+    args = study.parse_args(words)
+    assert (args.data, args.out, args.unseen) == (packed, tmp_path / "runs", unseen)
+    assert (args.only, args.seeds) == (["without_labels"], [3, 4])
+    assert args.pretraining == f"--epochs 1 {' '.join(TINY_NETWORK)} {' '.join(TINY_DECODER)}"
+    assert args.finetuning == f"--epochs 1 {' '.join(TINY_NETWORK)}"
+
+
+def test_runs_on_other_data_are_not_replaced(tiny_study, unseen, tmp_path):
+    """They may have taken hours; another data set needs another folder."""
+    tiny_study("--seeds", 0, "--only", "without_labels")
+    before = {p: p.read_bytes() for p in (tmp_path / "runs").rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match="another data set.*name another --out"):
+        tiny_study("--seeds", 0, "--only", "without_labels", "--data", unseen)
+    assert {p: p.read_bytes() for p in (tmp_path / "runs").rglob("*") if p.is_file()} == before
 
 
 def test_every_kind_of_images_is_asked_of_both_strategies(tiny_study):
@@ -137,6 +160,31 @@ def test_a_run_of_other_options_defaults_or_source_is_replaced(tmp_path):
         assert len(started) == before + 1, (options, lr, source)
 
 
+def test_the_same_study_in_other_words_repeats_no_run(tiny_study, packed, monkeypatch):
+    """Names of folders and devices decide no weights."""
+    tiny_study("--seeds", 0, "--only", "without_labels")
+    monkeypatch.chdir(packed.parent)
+    monkeypatch.setattr(pretrain, "fit", None)  # training again would fail
+    tiny_study("--seeds", 0, "--only", "without_labels", "--data", packed.name, "--device", "cpu")
+
+
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        (("--lr", "1", "--depth", "2"), ["--lr", "1"]),
+        (("--quiet", "--depth", "2", "--resume"), ["--quiet", "--resume"]),
+        (("--depth=2", "--quiet"), ["--quiet"]),
+    ],
+)
+def test_options_of_the_network_are_left_to_the_weights(given, left):
+    assert study.without_network(given) == left
+
+
+def test_an_open_quote_is_named(packed, tmp_path):
+    with pytest.raises(UserError, match="--finetuning"):
+        study.main(["--data", str(packed), "--out", str(tmp_path), "--finetuning", "--lr '1"])
+
+
 def test_tables_have_mean_and_deviation_over_seeds():
     rows = [{"run": "a", "seed": s, "PSF 20 %: AUC": v, "accuracy %": 90.0 + s, "kind": "x"}
             for s, v in ((0, 0.98), (1, 0.99), (2, 1.0))]  # fmt: skip
@@ -149,8 +197,9 @@ def test_tables_have_mean_and_deviation_over_seeds():
     assert results.table(small).splitlines()[2] == "| a | 0.00000 | 1.23e-03 |"
 
 
-def test_a_figure_that_other_code_has_measured_is_measured_again(tmp_path, monkeypatch):
+def test_a_figure_of_other_code_or_weights_is_measured_again(tmp_path, monkeypatch):
     calls, dataset = [], SimpleNamespace(fingerprint="f")
+    (tmp_path / "w.pth").write_bytes(b"one")
 
     @study.cached_result
     def figure(lab, path, dataset, whole):
@@ -161,6 +210,8 @@ def test_a_figure_that_other_code_has_measured_is_measured_again(tmp_path, monke
         assert figure(None, tmp_path / "w.pth", dataset) == {"AUC": 1}
     monkeypatch.setattr(study, "code_digest", lambda: "another")
     assert figure(None, tmp_path / "w.pth", dataset) == {"AUC": 2}
+    (tmp_path / "w.pth").write_bytes(b"two")
+    assert figure(None, tmp_path / "w.pth", dataset) == {"AUC": 3}
 
 
 def kept(folder, name, *rows, commit="abc"):
