@@ -40,6 +40,7 @@ ELSEWHERE = {
     "make": "test_make.py, test_study.py and continuous integration run what it runs",
     "python3 -m venv": "makes an environment",
     "python3.11 -m venv": "makes an environment",
+    "python -m pytest": "these tests",
     "python -m pip": "installs from the network",
     "npm": "continuous integration runs it before the tests",
     "node": "test_examples.py runs it where Node.js is installed",
