@@ -391,6 +391,8 @@ def export(args):
     content = opened.content
     dataset, parts = load_images(args, content, model.img_size)
     images = some_images(dataset, parts["validation"], max(CHECKED_BATCHES), args.seed)
+    if args.precision != "float32":
+        order = data.class_order(content["class_names"], dataset, opened.path)
     metadata = {
         "what": args.what,
         "licence": LICENCE,
@@ -414,15 +416,17 @@ def export(args):
             )
         print(described("float32", temporary, images) + f", within {difference:.1e} of PyTorch")
         if args.precision != "float32":
-            lower_precision(temporary, args, model, dataset, parts, images, metadata)
+            lower_precision(temporary, args, model, dataset, order, parts, images, metadata)
     print(f"{opened.path} -> {args.out}")
 
 
-def lower_precision(path, args, model, dataset, parts, images, metadata):
-    """Rewrite the float32 file at `path` in --precision; UserError if that costs too much."""
+def lower_precision(path, args, model, dataset, order, parts, images, metadata):
+    """Rewrite the float32 file at `path` in --precision; UserError if that costs too much.
+
+    `order` (classes,) is the place of each of the data's classes among those of the model.
+    """
     rows = parts["validation"][:: max(1, len(parts["validation"]) // JUDGED_IMAGES)]
-    class_names = json.loads(metadata["class_names"])
-    labels = data.class_order(class_names, dataset, args.out)[dataset.labels[rows]]
+    labels = order[dataset.labels[rows]]
     before = figures_of(path, dataset.images[rows], labels)
     calibration = some_images(dataset, parts["train"], max(CHECKED_BATCHES), args.seed)
     reduce_precision(path, args.precision, calibration, metadata)

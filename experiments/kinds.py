@@ -235,7 +235,7 @@ def planes_of(file):
     if not file.name.lower().endswith(FITS_SUFFIXES):
         arrays = [array for _, array in read_arrays(file) if array is not None and array.ndim >= 2]
         return [plane for array in arrays for plane in array.reshape(-1, *array.shape[-2:])]
-    return list(fits_images(file))
+    return fits_images(file)
 
 
 def centre_of(plane, side):

@@ -39,6 +39,9 @@ EXAMPLE = """examples:
 STRATEGIES = tuple(finetune.STRATEGIES)
 # Epochs from scratch that cost at least as much processor time as pre-training and fine-tuning.
 SCRATCH_EPOCHS = 7
+# Options of the scripts that a study sets itself.
+OWN = ("--data", "--cache-dir", "--seed", "--out", "--resume", "--overwrite", "--device",
+       "--precision", "--strategy", "--pretrained", "--labels")  # fmt: skip
 LABEL_SHARES = (0.001, 0.003, 0.01, 0.1, 1.0)
 ROBUSTNESS_PER_CLASS = 1000
 ROBUSTNESS_KINDS = (
@@ -80,14 +83,13 @@ class Lab(NamedTuple):
 def claim(lab):
     """Make the study's folder one of its data set: runs on other data would be replaced there.
 
-    Raises UserError if it holds the runs of another data set.
+    Raises UserError if it holds the runs of another data set, or of a version that did not say.
     """
     path = lab.out / "data.json"
-    if path.exists() and read_json(path).get("fingerprint") != lab.dataset.fingerprint:
-        raise UserError(
-            f"{lab.out} holds the runs of another data set than {lab.data}: name another --out, or "
-            "remove it"
-        )
+    is_old = not path.exists() and any(lab.out.glob("*/seed*/*/study.json"))
+    if is_old or (path.exists() and read_json(path).get("fingerprint") != lab.dataset.fingerprint):
+        of = "an older version" if is_old else f"another data set than {lab.data}"
+        raise UserError(f"{lab.out} holds the runs of {of}: name another --out, or remove it")
     make_folder(lab.out)
     write_json(path, {"fingerprint": lab.dataset.fingerprint})
 
@@ -118,7 +120,7 @@ def trained(script, out, arguments, file, fingerprint, source=""):
 
 def pretrained(lab, name, seed, *options, images=None):
     """Weights of a pre-training; `images` is a data set in place of the study's."""
-    arguments = ["--data", images or lab.data, "--seed", seed, *lab.common, *lab.pretraining]
+    arguments = [*lab.pretraining, "--data", images or lab.data, "--seed", seed, *lab.common]
     return trained(
         pretrain, lab.out / name / f"seed{seed}" / "pretrain", [*arguments, *options],
         "vit-mae-wt.pth", fingerprint_of(lab, images),
@@ -138,7 +140,7 @@ def finetuned(lab, name, seed, strategy, start, *options, images=None):
     if strategy == "layernorm":
         start = finetuned(lab, name, seed, "head", start, images=images)
     finetuning = lab.finetuning if start == "none" else without_network(lab.finetuning)
-    arguments = ["--data", images or lab.data, "--seed", seed, *lab.common, *finetuning]
+    arguments = [*finetuning, "--data", images or lab.data, "--seed", seed, *lab.common]
     source = "" if start == "none" else sha256_of(start)
     folder = strategy if start != "none" else "scratch"
     return trained(
@@ -572,19 +574,25 @@ DRAWN = {
 
 
 def words_of(flag, text):
-    """The options in the value of a flag; UserError for an open quote."""
+    """The options in the value of a flag; UserError for an open quote or an option of OWN."""
     try:
-        return tuple(shlex.split(text))
+        words = tuple(shlex.split(text))
     except ValueError as error:
         raise UserError(f"{flag} {text}: {error}") from None
+    for word in words:
+        if word.split("=")[0] in OWN:
+            raise UserError(f"{flag} {text}: the study itself sets {word.split('=')[0]}; leave it out")
+    return words
 
 
-def command_of(args, name):
+def command_of(args, name, precision):
     """The command that repeats one experiment of this study."""
     words = ["python", "experiments/study.py", "--data", args.data, "--out", args.out]
-    for flag, value in (("--unseen", args.unseen), ("--cutouts", args.cutouts),
+    results_folder = args.results if args.results != args.out / "results" else None
+    for flag, value in (("--cache-dir", args.cache_dir), ("--results", results_folder),
+                        ("--unseen", args.unseen), ("--cutouts", args.cutouts),
                         ("--pretraining", args.pretraining), ("--finetuning", args.finetuning),
-                        ("--precision", args.precision)):  # fmt: skip
+                        ("--precision", precision)):  # fmt: skip
         words += [f"{flag}={value}"] if value else []
     if tuple(args.label_shares) != LABEL_SHARES:
         words += ["--label-shares", *args.label_shares]
@@ -666,7 +674,7 @@ def main(argv=None):
         what = EXPERIMENTS[name].__doc__.splitlines()[0]
         print(f"== {name}: {what}", flush=True)
         rows = EXPERIMENTS[name](lab)
-        made = {"command": command_of(args, name), "commit": commit(), "precision": precision}
+        made = {"command": command_of(args, name, precision), "commit": commit(), "precision": precision}
         results.write(args.results, name, what, [made], rows, DRAWN.get(name))
         print(results.table(rows), flush=True)
 

@@ -449,7 +449,9 @@ def class_order(class_names, dataset, path):
     """
     for name in dataset.class_names:
         if name not in class_names:
-            raise UserError(f"{path} knows the classes {', '.join(class_names)}, not {name}")
+            raise UserError(
+                f"{path} knows the classes {', '.join(class_names)}, not {name}: give data of its classes"
+            )
     for name in class_names:
         if name not in dataset.class_names:
             raise UserError(f"the data has no class folder {name}, which {path} was trained on")

@@ -55,7 +55,7 @@ def process_group(device_name):
         name = local_device() if device_name in ("auto", "cuda") else device_name
         try:
             torch.cuda.set_device(name)
-        except (RuntimeError, AssertionError, ValueError):
+        except (RuntimeError, AssertionError, ValueError, AttributeError):  # the last without CUDA
             raise UserError(
                 f"{name} is not available here: start as many processes as there are GPUs, or give "
                 "--device cpu"

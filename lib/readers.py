@@ -82,14 +82,31 @@ def is_hidden(path):
 
 def read_fits(path):
     """The first two-dimensional image of a FITS file, (H, W), see `fits_images`; UserError."""
-    return next(fits_images(path))
+    with _fits_units(path) as units:
+        for unit, shape in units:
+            if len(shape) == 2:
+                return np.array(unit.data).reshape(shape)
+        cubes = [shape for _, shape in units if len(shape) > 2]
+        if cubes:
+            raise ValueError(f"it has several planes, shape {cubes[0]}; give one image a file")
+        raise ValueError("there is no two-dimensional image in it")
 
 
 def fits_images(path):
-    """Yield the two-dimensional images (H, W) of a FITS file, one at least; needs astropy. UserError.
+    """All two-dimensional images (H, W) of a FITS file, a list; needs astropy. UserError.
 
     Axes of length one do not count. The file may be compressed by gzip, bzip2 or fpack, whatever
     its name says.
+    """
+    with _fits_units(path) as units:
+        return [np.array(unit.data).reshape(shape) for unit, shape in units if len(shape) == 2]
+
+
+@contextlib.contextmanager
+def _fits_units(path):
+    """The units of a FITS file, [(unit, shape)]; the shape is () of a table.
+
+    Axes of length one are left out.
     """
     try:
         from astropy.io import fits
@@ -103,15 +120,7 @@ def fits_images(path):
             _check_compressed_units(units)
         with fits.open(BytesIO(content), memmap=False) as units:
             shapes = [tuple(map(int, unit.shape)) if unit.is_image else () for unit in units]
-            planes = [_without_unit_axes(shape) for shape in shapes]
-            cubes = [shape for shape in shapes if len(shape) > 2]
-            if not any(len(plane) == 2 for plane in planes) and cubes:
-                raise ValueError(f"it has several planes, shape {cubes[0]}; give one image a file")
-            if not any(len(plane) == 2 for plane in planes):
-                raise ValueError("there is no two-dimensional image in it")
-            for unit, plane in zip(units, planes, strict=True):
-                if len(plane) == 2:
-                    yield np.array(unit.data).reshape(plane)
+            yield [(u, _without_unit_axes(s)) for u, s in zip(units, shapes, strict=True)]
 
 
 def _decompressed(path):

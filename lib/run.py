@@ -81,8 +81,8 @@ class Run:
             return None
         if not isinstance(checkpoint.get("settings"), dict) or "in_blocks" not in checkpoint:
             raise UserError(
-                f"{self.checkpoint_path} cannot be read: give --overwrite instead of --resume to "
-                "start again"
+                f"{self.checkpoint_path} is broken or of another version: remove it, or give "
+                "--overwrite instead of --resume, to start again"
             )
         self._require_same_settings(checkpoint["settings"])
         return checkpoint

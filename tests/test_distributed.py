@@ -14,6 +14,7 @@ from conftest import HUNG, ROOT, finetuning, history_of, pretraining, run_script
 
 from lib import distributed, loader, strategies
 from lib.augment import KINDS
+from lib.files import UserError
 
 
 def torchrun(script, arguments, processes=2):
@@ -182,6 +183,15 @@ def test_gradients_are_those_of_the_whole_batch(in_two_processes):
     for of_process in gradients:
         for parameter, gradient in zip(model.parameters(), of_process, strict=True):
             assert gradient == pytest.approx(parameter.grad.flatten().tolist(), rel=1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("name", ["cuda", "cuda:5"])
+def test_a_gpu_that_does_not_exist_is_named(name, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"cuda:\d is not available here"):
+        with distributed.process_group(name):
+            pass
 
 
 def workers_of(launcher):

@@ -163,3 +163,16 @@ def test_classifiers_validated_on_different_data_are_not_compared(runs, packed, 
         tmp_path / "x.onnx", check=False,
     )  # fmt: skip
     assert_user_error(refused, "validated on different data")
+
+
+def test_data_of_other_classes_is_named_before_anything_is_exported(runs, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in ("cdm", "no_sub", "spiral"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(12):
+            np.save(tmp_path / "data" / name / f"{i}.npy", rng.random((64, 64)))
+    path = runs / "full" / "vit-mae-classifier-wt.pth"
+    with pytest.raises(UserError, match=f"{path} knows the classes .*, not spiral: give data"):
+        export.main(["--weights", str(path), "--data", str(tmp_path / "data"), "--precision", "float16",
+                     "--out", str(tmp_path / "x.onnx")])  # fmt: skip
+    assert "float32:" not in capsys.readouterr().out

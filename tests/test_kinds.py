@@ -224,6 +224,16 @@ def test_every_image_of_a_fits_file_is_a_cutout(tmp_path):
     assert kinds.read_cutouts(tmp_path)[:, 0, 0].tolist() == [0, 1, 2]
 
 
+def test_catalogues_and_cubes_among_cutouts_are_passed_over(tmp_path):
+    fits = pytest.importorskip("astropy.io.fits")
+    column = fits.Column("x", "D", array=np.zeros(3))
+    units = fits.BinTableHDU.from_columns([column]), fits.ImageHDU(np.zeros((3, 80, 80)))
+    for i, unit in enumerate(units):
+        fits.HDUList([fits.PrimaryHDU(), unit]).writeto(tmp_path / f"{i}.fits")
+    np.save(tmp_path / "image.npy", np.ones((64, 64)))
+    assert kinds.read_cutouts(tmp_path).shape == (1, 64, 64)
+
+
 # Figures
 
 

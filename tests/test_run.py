@@ -29,7 +29,7 @@ def options(out, **changed):
 def with_checkpoint(out, **settings):
     """Leave a checkpoint in `out`."""
     with open_run(options(out), DATASET, "w.pth", **settings) as run:
-        run.save_checkpoint({"step": 3})
+        run.save_checkpoint({"step": 3, "in_blocks": False})
 
 
 def resumed(out, dataset=DATASET, **changed):
@@ -82,7 +82,10 @@ def test_a_checkpoint_that_cannot_be_read_is_named_with_the_remedy(how, tmp_path
     BROKEN[how](path)
     with pytest.raises(UserError) as error:
         resumed(tmp_path)
-    assert str(error.value) == f"{path} cannot be read: give --overwrite instead of --resume to start again"
+    assert str(error.value) == (
+        f"{path} is broken or of another version: remove it, or give --overwrite instead of "
+        "--resume, to start again"
+    )
     assert "executed" not in capsys.readouterr().out
 
 

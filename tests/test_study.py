@@ -80,6 +80,7 @@ def test_the_command_that_is_kept_is_the_whole_command(tiny_study, unseen, packe
     assert (args.only, args.seeds) == (["without_labels"], [3, 4])
     assert args.pretraining == f"--epochs 1 {' '.join(TINY_NETWORK)} {' '.join(TINY_DECODER)}"
     assert args.finetuning == f"--epochs 1 {' '.join(TINY_NETWORK)}"
+    assert (args.results, args.precision) == (kept, "float32")
 
 
 def test_runs_on_other_data_are_not_replaced(tiny_study, unseen, tmp_path):
@@ -87,6 +88,11 @@ def test_runs_on_other_data_are_not_replaced(tiny_study, unseen, tmp_path):
     tiny_study("--seeds", 0, "--only", "without_labels")
     before = {p: p.read_bytes() for p in (tmp_path / "runs").rglob("*") if p.is_file()}
     with pytest.raises(UserError, match="another data set.*name another --out"):
+        tiny_study("--seeds", 0, "--only", "without_labels", "--data", unseen)
+    assert {p: p.read_bytes() for p in (tmp_path / "runs").rglob("*") if p.is_file()} == before
+    del before[tmp_path / "runs" / "data.json"]
+    (tmp_path / "runs" / "data.json").unlink()
+    with pytest.raises(UserError, match="an older version: name another --out"):
         tiny_study("--seeds", 0, "--only", "without_labels", "--data", unseen)
     assert {p: p.read_bytes() for p in (tmp_path / "runs").rglob("*") if p.is_file()} == before
 
@@ -178,6 +184,14 @@ def test_the_same_study_in_other_words_repeats_no_run(tiny_study, packed, monkey
 )
 def test_options_of_the_network_are_left_to_the_weights(given, left):
     assert study.without_network(given) == left
+
+
+@pytest.mark.parametrize("own", ["--data x", "--seed=7", "--overwrite", "--out x"])
+def test_what_a_study_sets_itself_is_refused(own, packed, tmp_path):
+    """Other images, or the same seed for all, would change the figures without a word."""
+    with pytest.raises(UserError, match="--pretraining.*leave it out"):
+        study.main(["--data", str(packed), "--out", str(tmp_path / "x"), f"--pretraining={own}"])
+    assert not (tmp_path / "x").exists()
 
 
 def test_an_open_quote_is_named(packed, tmp_path):
