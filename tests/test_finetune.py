@@ -303,7 +303,7 @@ def test_the_temperature_is_fitted_on_images_disturbed_as_in_validation(packed, 
     rows = data.split(dataset)["validation"]
     fitted = {}
     for kinds in (("noise",), ()):
-        with loader.fixed_random_numbers(), torch.no_grad():
+        with loader.fixed_random_numbers(int(rows[0])), torch.no_grad():
             images = augment(images_of(dataset, rows), kinds)
             logits = model.eval().fc(model.features(images)).numpy()
         fitted[kinds] = metrics.fit_temperature(logits, dataset.labels[rows])
