@@ -41,14 +41,14 @@ EXAMPLE = """examples:
   python finetune.py --data lenses --strategy full --out runs/scratch --pretrained none"""
 
 # Defaults of each strategy, chosen on validation. A small data set gets more epochs, until it has
-# made `fewest_steps`.
+# made `fewest_steps`, and is augmented by `few`.
 DEFAULTS = {
     "head": {"lr": 8e-3, "batch_size": 1024, "epochs": 100, "fewest_steps": 1000,
              "augment": (), "patch_dropout": 0.0},
     "layernorm": {"lr": 1e-2, "batch_size": 64, "epochs": 2, "fewest_steps": 1000,
                   "augment": (), "patch_dropout": 0.5},
     "full": {"lr": 3e-3, "batch_size": 128, "epochs": 4, "fewest_steps": 1000,
-             "augment": (), "patch_dropout": 0.5},
+             "augment": (), "few": ("flips",), "patch_dropout": 0.5},
     "residual": {"lr": 3e-3, "batch_size": 64, "epochs": 2, "fewest_steps": 1000,
                  "augment": ("halfturn",), "patch_dropout": 0.0},
 }  # fmt: skip
@@ -57,7 +57,7 @@ CONTINUING = {
     "head": {"lr": 8e-4, "epochs": 20, "fewest_steps": 300},
     "layernorm": {"lr": 3e-4, "batch_size": 128, "epochs": 1, "fewest_steps": 300,
                   "patch_dropout": 0.0},
-    "full": {"lr": 2e-4, "epochs": 1, "fewest_steps": 300, "patch_dropout": 0.0},
+    "full": {"lr": 2e-4, "epochs": 1, "fewest_steps": 300, "few": (), "patch_dropout": 0.0},
     "residual": {"lr": 3e-4, "epochs": 1, "fewest_steps": 300},
 }
 # Validation figure that decides which weights are kept; None: the last ones are. The AUC of
@@ -164,13 +164,17 @@ def train(args, dataset, rows, parts, source, run):
 def fill_in_defaults(args, source, images):
     """Set the options that were not given, by strategy, --pretrained and the number of images."""
     defaults = strategy_defaults(args.strategy, source)
-    for name in ("lr", "batch_size", "augment", "patch_dropout"):
+    for name in ("lr", "batch_size", "patch_dropout"):
         if getattr(args, name) is None:
             setattr(args, name, defaults[name])
+    epochs = optim.enough_epochs(
+        defaults["epochs"], defaults["fewest_steps"], images, args.batch_size
+    )
+    if args.augment is None:
+        are_few = epochs > defaults["epochs"]
+        args.augment = defaults.get("few" if are_few else "augment", defaults["augment"])
     if args.epochs is None:
-        args.epochs = optim.enough_epochs(
-            defaults["epochs"], defaults["fewest_steps"], images, args.batch_size
-        )
+        args.epochs = epochs
     if args.batch_size == 1:
         raise UserError("--batch-size must be at least 2: BatchNorm needs several images a step")
     if args.strategy == "residual":

@@ -5,8 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-KINDS = ("halfturn", "noise", "shift", "rotate")
-SYMMETRIES = ("halfturn",)  # map an image to another of its class; not applied in validation
+KINDS = ("halfturn", "flips", "noise", "shift", "rotate")
+SYMMETRIES = ("halfturn", "flips")  # map an image to another of its class; not applied in validation
 BACKGROUND_RANGE = (-4.0, -2.0)  # log10 of the background's rms over the image's peak
 PEAK_ELECTRONS_RANGE = (3.0, 5.0)  # log10 of the electrons in the brightest pixel
 LARGEST_SHIFT = 1.5  # pixels
@@ -29,6 +29,13 @@ def augment(images, kinds, batch_size=None, part=slice(None)):
     if "halfturn" in kinds:
         turned = (torch.rand(n, 1, 1, 1, device=device) < 0.5)[part]
         images = torch.where(turned, images.flip(2, 3), images)
+    if "flips" in kinds:  # with the transposed image, these are all eight orientations of a square
+        transposed, rows, columns = (
+            (torch.rand(n, 1, 1, 1, device=device) < 0.5)[part] for _ in range(3)
+        )
+        images = torch.where(transposed, images.mT, images)
+        images = torch.where(rows, images.flip(2), images)
+        images = torch.where(columns, images.flip(3), images)
     if "shift" in kinds or "rotate" in kinds:
         angle, shift = torch.zeros(n, device=device), torch.zeros(n, 2, device=device)
         if "rotate" in kinds:

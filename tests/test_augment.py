@@ -54,6 +54,16 @@ def test_half_a_turn_of_a_lens_is_a_lens_and_half_of_the_images_are_turned():
     assert 70 < turned.sum() < 130
 
 
+def test_flips_give_each_of_the_eight_orientations_alike():
+    torch.manual_seed(0)
+    one = torch.rand(8, 8)
+    expected = [torch.rot90(face, turns) for face in (one, one.T) for turns in range(4)]
+    images = augment.augment(one[None, None].repeat(800, 1, 1, 1), ("flips",))[:, 0]
+    counts = [int((images == image).all(2).all(1).sum()) for image in expected]
+    assert sum(counts) == 800
+    assert 60 < min(counts) < max(counts) < 140
+
+
 def test_noise_has_the_strength_of_its_range_in_any_unit(images):
     torch.manual_seed(0)
     dark = torch.zeros(200, 1, 64, 64)

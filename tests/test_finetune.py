@@ -357,6 +357,29 @@ def test_defaults_follow_the_strategy_and_what_it_starts_from_but_not_over_what_
     assert args.patch_dropout == defaults["patch_dropout"]
 
 
+@pytest.mark.parametrize(
+    ("images", "more", "expected"),
+    [
+        (216, [], ("flips",)), (10**6, [], ()), (216, ["--augment", "none"], ()),
+        (216, ["--augment", "halfturn"], ("halfturn",)), (216, ["--epochs", "1"], ("flips",)),
+    ],
+)  # fmt: skip
+def test_few_images_are_flipped_unless_something_else_is_given(images, more, expected):
+    args = finetune.parse_args(
+        ["--data", "d", "--out", "o", "--pretrained", "none", "--strategy", "full", *more]
+    )
+    finetune.fill_in_defaults(args, None, images)
+    assert args.augment == expected
+
+
+def test_few_images_are_not_flipped_where_a_classifier_is_continued(runs):
+    args = finetune.parse_args(
+        ["--data", "d", "--out", "o", "--pretrained", "w.pth", "--strategy", "full"]
+    )
+    finetune.fill_in_defaults(args, weights.read(runs / "full" / CLASSIFIER), 216)
+    assert args.augment == ()
+
+
 def test_augmentation_is_refused_where_the_head_learns_alone(packed, runs, tmp_path):
     pretrained = runs / "pretrain" / PRETRAINED
     arguments = finetuning(packed, tmp_path / "run", pretrained, "head", "--augment", "noise")

@@ -90,7 +90,7 @@ def test_an_augmentation_that_does_not_exist_is_named(packed, tmp_path):
         check=False,
     )  # fmt: skip
     assert refused.returncode == 2
-    assert "'blur' is not one of halfturn, noise, shift, rotate" in refused.stderr
+    assert "'blur' is not one of halfturn, flips, noise, shift, rotate" in refused.stderr
     assert not (tmp_path / "run").exists()
 
 
