@@ -40,8 +40,8 @@ EXAMPLE = """examples:
       --pretrained runs/pretrain/vit-mae-wt.pth
   python finetune.py --data lenses --strategy full --out runs/scratch --pretrained none"""
 
-# Defaults of each strategy, chosen on validation. A small data set gets more epochs, until it has
-# made `fewest_steps`, and is augmented by `few`.
+# Defaults of each strategy, chosen on validation. Where the epochs make fewer than `fewest_steps`,
+# there are more of them, and `few` replaces `augment`.
 DEFAULTS = {
     "head": {"lr": 8e-3, "batch_size": 1024, "epochs": 100, "fewest_steps": 1000,
              "augment": (), "patch_dropout": 0.0},
@@ -171,8 +171,8 @@ def fill_in_defaults(args, source, images):
         defaults["epochs"], defaults["fewest_steps"], images, args.batch_size
     )
     if args.augment is None:
-        are_few = epochs > defaults["epochs"]
-        args.augment = defaults.get("few" if are_few else "augment", defaults["augment"])
+        few = defaults.get("few", defaults["augment"])
+        args.augment = few if epochs > defaults["epochs"] else defaults["augment"]
     if args.epochs is None:
         args.epochs = epochs
     if args.batch_size == 1:

@@ -126,9 +126,9 @@ def validation_noise(count, num_patches, seed):
 
 @torch.no_grad()
 def held_out_reconstructions(model, transform, read, dataset, rows, args):
-    """Two images of every class among the validation `rows`, masked and reconstructed; one twice if it is alone.
+    """Two images of every class among `rows`, masked and reconstructed.
 
-    Returns (original, masked, reconstruction), each (classes, 2, H, W), in the network's scale.
+    A class of one image shows it twice. Returns (original, masked, reconstruction), each (classes, 2, H, W), in the network's scale.
     Hidden pixels of `masked` are NaN; visible pixels of `reconstruction` are the original's.
     """
     model.eval()

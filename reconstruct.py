@@ -1,7 +1,8 @@
 """Find substructure without labels: what an MAE that has seen smooth lenses only cannot explain.
 
-Every patch of an image is predicted from others, under several masks; the score of an image says how
-much is left of it (`mae.residual_scores`). --clusters also sorts the images into kinds, by their residual maps alone.
+Every patch of an image is predicted from others, under several masks; the score of an image says
+how much is left of it (`mae.residual_scores`). --clusters also sorts the images into kinds, by
+their residual maps alone.
 Leaves in --out: scores.csv (row of the data set, class, score, cluster), metrics.json (AUC of the score
 against the classes that the MAE was trained on, agreement of clusters and classes), scores.png and
 maps.png (images above their residuals; the true point masses are marked in data that simulate.py made).

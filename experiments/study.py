@@ -1,8 +1,8 @@
 """Experiments that explain the figures: what pre-training gains, what decides it, where it fails.
 
 Every experiment trains with the project's own scripts, one run a folder in --out. Finished runs are
-not repeated, and a stopped run resumes. The results are kept in --results (see results.py). Nothing
-is chosen here: each run is scored on the test split once, with the weights that validation chose.
+not repeated, and a stopped run resumes. The results are kept in --results (see results.py). Test
+figures choose nothing.
 """
 
 import argparse
@@ -165,8 +165,8 @@ def without_network(arguments):
 def cached_result(measure):
     """Keep the dict that `measure(lab, path, dataset, whole)` returns beside the weights `path`.
 
-    A later call of the same code for the same weights reads it from there. `whole` measures on all images of the data
-    set instead of its test split.
+    A later call of the same code for the same weights reads it from there. `whole` measures on all
+    images of the data set instead of its test split.
     """
 
     @functools.wraps(measure)

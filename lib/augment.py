@@ -29,7 +29,7 @@ def augment(images, kinds, batch_size=None, part=slice(None)):
     if "halfturn" in kinds:
         turned = (torch.rand(n, 1, 1, 1, device=device) < 0.5)[part]
         images = torch.where(turned, images.flip(2, 3), images)
-    if "flips" in kinds:  # with the transposed image, these are all eight orientations of a square
+    if "flips" in kinds:  # of the image and its transpose: all eight orientations of a square
         transposed, rows, columns = (
             (torch.rand(n, 1, 1, 1, device=device) < 0.5)[part] for _ in range(3)
         )

@@ -71,7 +71,7 @@ def add_training_arguments(parser):
     group.add_argument(
         "--augment", type=augmentation_kinds, default="halfturn", metavar="KIND,...",
         help=f"random changes of training images: none, or any of {','.join(KINDS)} (lens, shear "
-        "and source are symmetric under half a turn)",
+        "and source are symmetric under half a turn; flips: mirror images and quarter turns)",
     )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, help="of weights, order, masks and dropout")
     group.add_argument(

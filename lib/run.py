@@ -46,9 +46,9 @@ class Run:
         self.settings = json.loads(json.dumps({**options, **described, **settings}))
         identity = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
         self.maps_path = self.out / f"maps-{identity[:16]}.npy"
-        kept = self._read_checkpoint() if self.checkpoint_path.exists() else None
-        self._refuse_to_overwrite(kept)
-        self.checkpoint = self._checkpoint_to_resume(kept) if args.resume else None
+        checkpoint = self._read_checkpoint() if self.checkpoint_path.exists() else None
+        self._refuse_to_overwrite(checkpoint)
+        self.checkpoint = self._checkpoint_to_resume(checkpoint) if args.resume else None
         self.is_finished = args.resume and not self.checkpoint and self.weights_path.exists()
         if self.is_finished:
             kept = weights.read(self.weights_path).content["run"]  # the settings and the outcome

@@ -8,13 +8,7 @@ from torch import nn
 
 from lib import distributed
 from lib.augment import augment
-from lib.loader import (
-    EVALUATION_BATCH,
-    StoredImages,
-    batch_reader,
-    in_batches,
-    read_disturbed,
-)
+from lib.loader import EVALUATION_BATCH, StoredImages, batch_reader, in_batches, read_disturbed
 from lib.residuals import stored_maps
 from mae import random_masking
 
