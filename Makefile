@@ -162,10 +162,8 @@ $(OPTIONS)/%: FORCE
 define simulate
 @origin='"origin": "simulate.py Model_II, $(1) a class, seed $(2), noise-free"'; \
 if [ -e $@ ] && grep -qF "$$origin" $@; then exit 0; fi; \
-if [ -e $@ ]; then \
-  if ! grep -qE '"origin": "simulate.py Model_II, [0-9]+ a class, seed $(2),' $@; then \
-    echo 'error: $(@D) was not simulated by make: name it with DATA, or remove it' >&2; exit 1; fi; \
-  fi; \
+if [ -e $@ ] && ! grep -qE '"origin": "simulate.py Model_II, [0-9]+ a class, seed $(2),' $@; then \
+  echo 'error: $(@D) was not simulated by make: name it with DATA, or remove it' >&2; exit 1; fi; \
 rm -rf $(@D).new; \
 $(PY) simulate.py --model Model_II --per-class $(call quoted,$(1)) --seed $(2) --out $(@D).new && \
 rm -rf $(@D) && mv $(@D).new $(@D)

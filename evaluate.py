@@ -6,7 +6,6 @@ in one file.
 """
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 from sklearn.metrics import confusion_matrix, roc_curve
@@ -48,7 +47,8 @@ def evaluate(args):
     results, curves, matrices, reliability, mistakes, familiarities = {}, {}, {}, {}, {}, {}
     by_identity = {}
     class_names = list(dataset.class_names)
-    for name, path in zip(names_of_runs(args.weights), args.weights, strict=True):
+    paths = dict(zip(names_of_runs(args.weights), args.weights, strict=True))
+    for name, path in paths.items():
         model, content = weights.load_classifier(path)
         data.check_size(path, model, dataset)
         order = data.class_order(content["class_names"], dataset, path)
@@ -83,7 +83,7 @@ def evaluate(args):
         args.out / "metrics.json",
         {
             "data": {"origin": dataset.origin, "fingerprint": dataset.fingerprint},
-            "weights": {name: str(path) for name, path in zip(results, args.weights, strict=True)},
+            "weights": {name: str(path) for name, path in paths.items()},
             "split": args.split,
             "intervals": f"95 %, {args.resamples} bootstrap resamples, seed {args.seed}",
             "class_names": class_names,
@@ -93,7 +93,6 @@ def evaluate(args):
     )
     write_text(args.out / "comparison.md", table + "\n")
     best = max(results, key=lambda name: results[name]["macro"]["value"])
-    paths = dict(zip(results, args.weights, strict=True))
     for show, *what in (
         (print, "\n".join([table, *map(about_refusals, results, results.values())])),
         (plots.roc_curves, args.out / "roc.png", curves),

@@ -27,7 +27,15 @@ from torch import nn
 
 from lib import data, options, weights
 from lib.convert import to_hugging_face
-from lib.files import UserError, atomic_directory, atomic_write, path_argument, run, write_json
+from lib.files import (
+    UserError,
+    atomic_directory,
+    atomic_write,
+    check_outputs,
+    path_argument,
+    run,
+    write_json,
+)
 from lib.metrics import accuracy, auc_by_class
 from lib.onnxfile import open_session
 from lib.residuals import mask_ratio_of
@@ -179,11 +187,10 @@ def save_proto(proto, path, metadata):
 
 
 class CalibrationImages(CalibrationDataReader):
-    """Hands images (n, 1, H, W) to the quantiser in batches."""
+    """Hands images (n, 1, H, W) to the quantiser in batches of 32."""
 
-    def __init__(self, images, batch=32):
-        parts = [images[start : start + batch] for start in range(0, len(images), batch)]
-        self.left = iter({"images": part} for part in parts)
+    def __init__(self, images):
+        self.left = iter({"images": images[i : i + 32]} for i in range(0, len(images), 32))
 
     def get_next(self):
         return next(self.left, None)
@@ -384,9 +391,9 @@ def export(args):
     if args.what == "huggingface":
         export_to_hugging_face(args)
         return
-    options.check_output(args.out, [*args.weights, args.data])
     if args.out.suffix.lower() in (".pth", ".npy", ".npz", ".csv", ".json"):
         raise UserError(f"--out {args.out} has the suffix of another kind of file: name an .onnx file")
+    check_outputs({"--out": args.out}, args.weights)
     model, opened = load_model(args)
     content = opened.content
     dataset, parts = load_images(args, content, model.img_size)

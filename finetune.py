@@ -41,23 +41,26 @@ EXAMPLE = """examples:
   python finetune.py --data lenses --strategy full --out runs/scratch --pretrained none"""
 
 # Defaults of each strategy, chosen on validation. Where the epochs make fewer than `fewest_steps`,
-# there are more of them, and `few` replaces `augment`.
+# there are more of them, and `few` replaces other defaults.
 DEFAULTS = {
     "head": {"lr": 8e-3, "batch_size": 1024, "epochs": 100, "fewest_steps": 1000,
              "augment": (), "patch_dropout": 0.0},
     "layernorm": {"lr": 1e-2, "batch_size": 64, "epochs": 2, "fewest_steps": 1000,
                   "augment": (), "patch_dropout": 0.5},
     "full": {"lr": 3e-3, "batch_size": 128, "epochs": 4, "fewest_steps": 1000,
-             "augment": (), "few": ("flips",), "patch_dropout": 0.5},
+             "augment": (), "patch_dropout": 0.5, "layer_decay": 0.75,
+             "few": {"augment": ("flips",), "patch_dropout": 0.0, "layer_decay": 1.0}},
     "residual": {"lr": 3e-3, "batch_size": 64, "epochs": 2, "fewest_steps": 1000,
                  "augment": ("halfturn",), "patch_dropout": 0.0},
 }  # fmt: skip
+# What differs for random weights, which few images would otherwise overfit.
+FROM_SCRATCH = {"full": {"few": {"augment": ("flips",)}}}
 # What differs when continuing from a classifier: its head is already trained, so use small steps.
 CONTINUING = {
     "head": {"lr": 8e-4, "epochs": 20, "fewest_steps": 300},
     "layernorm": {"lr": 3e-4, "batch_size": 128, "epochs": 1, "fewest_steps": 300,
                   "patch_dropout": 0.0},
-    "full": {"lr": 2e-4, "epochs": 1, "fewest_steps": 300, "few": (), "patch_dropout": 0.0},
+    "full": {"lr": 2e-4, "epochs": 1, "fewest_steps": 300, "few": {}, "patch_dropout": 0.0},
     "residual": {"lr": 3e-4, "epochs": 1, "fewest_steps": 300},
 }
 # Validation figure that decides which weights are kept; None: the last ones are. The AUC of
@@ -66,7 +69,6 @@ SCORES = {"head": "macro_auc", "layernorm": "macro_auc", "full": "macro_auc", "r
 RESIDUAL_VALIDATIONS = 4  # its epochs may be many and short
 DEFAULT_POOL = "stats"
 TAKEN_NAMES = {"file", "prediction", "familiarity", "residual", "unfamiliar"}  # in predictions
-LAYER_DECAY = 0.75  # of a pre-trained network that is trained as a whole
 OTHER_SIZE = ": pre-train on images of this size"
 
 
@@ -153,7 +155,7 @@ def train(args, dataset, rows, parts, source, run):
     if SCORES[args.strategy]:
         best = max(reversed(history), key=lambda line: line["validation_macro_auc"])
     run.save_weights(
-        model.state_dict(), config, np.concatenate([seen, source.seen]) if source else seen, known,
+        model.state_dict(), config, np.concatenate([seen, source.content["seen"]]) if source else seen, known,
         number_format=precision.name,
         pixel_range=data.pixel_range(data.extremes_of(dataset, rows)),
         best=best,
@@ -164,26 +166,25 @@ def train(args, dataset, rows, parts, source, run):
 def fill_in_defaults(args, source, images):
     """Set the options that were not given, by strategy, --pretrained and the number of images."""
     defaults = strategy_defaults(args.strategy, source)
-    for name in ("lr", "batch_size", "patch_dropout"):
+    batch_size = args.batch_size or defaults["batch_size"]
+    epochs = optim.enough_epochs(defaults["epochs"], defaults["fewest_steps"], images, batch_size)
+    if epochs > defaults["epochs"]:
+        defaults |= {"epochs": epochs, **defaults.get("few", {})}
+    for name in ("lr", "batch_size", "epochs", "augment", "patch_dropout"):
         if getattr(args, name) is None:
             setattr(args, name, defaults[name])
-    epochs = optim.enough_epochs(
-        defaults["epochs"], defaults["fewest_steps"], images, args.batch_size
-    )
-    if args.augment is None:
-        few = defaults.get("few", defaults["augment"])
-        args.augment = few if epochs > defaults["epochs"] else defaults["augment"]
-    if args.epochs is None:
-        args.epochs = epochs
     if args.batch_size == 1:
         raise UserError("--batch-size must be at least 2: BatchNorm needs several images a step")
     if args.strategy == "residual":
         args.validations = args.validations or min(args.epochs, RESIDUAL_VALIDATIONS)
     check_strategy(args)
+    if args.strategy != "residual" and args.pool is None:
+        kept = source.content["config"].get("pool") if source else None  # of a classifier
+        args.pool = kept or DEFAULT_POOL
     decays = args.strategy == "full" and source is not None
     if args.layer_decay not in (None, 1) and not decays:
         raise UserError("--layer-decay needs --strategy full and pre-trained weights")
-    args.layer_decay = (args.layer_decay or LAYER_DECAY) if decays else 1.0
+    args.layer_decay = (args.layer_decay or defaults["layer_decay"]) if decays else 1.0
     fill_in_network(args, source)
 
 
@@ -201,8 +202,6 @@ def check_strategy(args):
             )
         if args.pool:
             raise UserError("--pool: there are no patch tokens; leave it out or use another --strategy")
-    elif not args.pool:
-        args.pool = DEFAULT_POOL
 
 
 def fill_in_network(args, source):
@@ -213,7 +212,7 @@ def fill_in_network(args, source):
     network = dict(options.NETWORK)
     if source is not None:
         config = source.content["config"]
-        kind = config.get("transform", {"kind": args.transform or network["transform"]})["kind"]
+        kind = config.get("transform", {}).get("kind", args.transform or network["transform"])
         network |= {**config.get("mae", config), "transform": kind}
     for name in options.NETWORK:
         value = getattr(args, name)
@@ -229,8 +228,9 @@ def fill_in_network(args, source):
 
 def strategy_defaults(strategy, source):
     """Defaults of a strategy that starts from `source`: opened `Weights` or None."""
-    continues = source is not None and source.is_classifier
-    return DEFAULTS[strategy] | (CONTINUING[strategy] if continues else {})
+    if source is None:
+        return DEFAULTS[strategy] | FROM_SCRATCH.get(strategy, {})
+    return DEFAULTS[strategy] | (CONTINUING[strategy] if source.is_classifier else {})
 
 
 def build_classifier(args, source, dataset, train_rows):
@@ -286,7 +286,7 @@ def continued_classifier(args, source, dataset):
             f"{source.path} tells {', '.join(content['class_names'])} apart; start from an MAE for "
             "other classes"
         )
-    if args.pool and model.pool != args.pool:
+    if args.strategy != "residual" and model.pool != args.pool:
         raise UserError(
             f"{source.path} has --pool {model.pool}; start from an MAE for another --pool"
         )
@@ -297,7 +297,10 @@ def continued_classifier(args, source, dataset):
 def residual_classifier(source, mae, more):
     """The `ResidualClassifier` around an `MAE`, and its arguments; `more` of them are given."""
     if not isinstance(mae, MAE):
-        raise UserError(f"{source.path} has no decoder, which --strategy residual needs")
+        raise UserError(
+            f"{source.path} is from elsewhere: --strategy residual needs the decoder of an MAE of "
+            "pretrain.py; use another strategy"
+        )
     sizes = {k: v for k, v in source.content["config"].items() if k != "transform"}
     averaged = usual_squares(mae.img_size)
     config = {"mae": sizes, "mask_ratio": mask_ratio_of(source.content), "averaged": averaged, **more}
@@ -348,13 +351,13 @@ def parse_args(argv=None):
     parser.add_argument(
         "--pretrained", required=True, metavar="PTH|none",
         help="weights of pretrain.py; or a classifier to continue from, its head included; or an "
-        "MAE of facebookresearch/mae or Hugging Face (give --num-heads where its file does not "
-        "tell); none: random weights",
+        "MAE of facebookresearch/mae or Hugging Face, except for residual (give --num-heads where its "
+        "file does not tell); none: random weights",
     )  # fmt: skip
     parser.add_argument(
         "--strategy", choices=STRATEGIES, required=True,
         help="what is trained: the head, every LayerNorm, the whole network, or a network on residual "
-        "maps; sets the defaults of --lr, --batch-size, --epochs, --augment and --patch-dropout",
+        "maps; sets the defaults of --lr, --batch-size, --epochs, --augment, --patch-dropout and --layer-decay",
     )  # fmt: skip
     options.add_training_arguments(parser)
     parser.set_defaults(batch_size=None, augment=None)
@@ -366,8 +369,7 @@ def parse_args(argv=None):
     )  # fmt: skip
     group.add_argument(
         "--layer-decay", type=float, default=None,
-        help="learning rate of a block over that of the next one (full, pre-trained; default: "
-        f"{LAYER_DECAY})",
+        help="learning rate of a block over that of the next one (full, pre-trained)",
     )  # fmt: skip
     group.add_argument(
         "--patch-dropout", type=float, default=None,

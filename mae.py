@@ -369,7 +369,7 @@ class MAE(Encoder):
         return pred.float() * spread + mean
 
     def reconstruct(self, images, mask_ratio=0.75, noise=None):
-        """Pictures of a reconstruction: (images, masked, reconstruction), each (B, C, H, W).
+        """Pictures of a reconstruction: (masked, reconstruction), each (B, C, H, W).
 
         Removed pixels of `masked` are NaN; visible pixels of `reconstruction` are the image's own.
         """
@@ -379,7 +379,7 @@ class MAE(Encoder):
         pixels = self.pixels(pred, take(patches, ids_removed))
         reconstruction = put(patches, ids_removed, pixels)
         p, c = self.patch_size, self.in_chans
-        return images, unpatchify(masked, p, c), unpatchify(reconstruction, p, c)
+        return unpatchify(masked, p, c), unpatchify(reconstruction, p, c)
 
     def residual(self, images, masks):
         """What the rest of an image does not explain of each patch.
@@ -526,8 +526,8 @@ class Classifier(Encoder):
         mean = tokens[:, 1:].mean(dim=1)
         return mean if self.pool == "mean" else torch.cat([tokens[:, 0], mean], dim=1)
 
-    def forward(self, images, ids_keep=None):
-        return self.fc(self.features(images, ids_keep)) / self.temperature
+    def forward(self, images):
+        return self.fc(self.features(images)) / self.temperature
 
 
 def usual_squares(img_size):

@@ -11,25 +11,23 @@ of file names that are not UTF-8 are written as escapes such as \\xff.
 
 import argparse
 import contextlib
-import csv
 import heapq
 import os
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 
 from lib.cutouts import SUFFIXES, find_files, read_images, within
 from lib.files import (
     UserError,
-    atomic_write,
-    check_output,
+    check_outputs,
+    identity,
     one_line,
     path_argument,
-    readable,
     reason_of,
     run,
+    write_csv,
 )
 from lib.onnxfile import (
     LEAST_FAMILIARITY,
@@ -72,38 +70,6 @@ def progress(batches):
 
         return tqdm(batches, unit="batch", disable=None)
     return batches
-
-
-def write_csv(path, rows):
-    """Write the rows of an iterator; the file takes its name when all are written."""
-    with (
-        atomic_write(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
-        csv.writer(file).writerows([readable(cell) for cell in row] for row in rows)
-
-
-def check_outputs(outputs, inputs):
-    """UserError if an output is an input or another output, or cannot be written.
-
-    outputs : {what to call it: path}.
-    """
-    taken = {identity(path): "a file that is read" for path in inputs}
-    for what, path in outputs.items():
-        other = taken.setdefault(identity(path), what)
-        if other != what:
-            raise UserError(f"{what} {path} is also {other}: choose another name")
-    for path in outputs.values():
-        check_output(path)
-
-
-def identity(path):
-    """What two paths have in common if they name one file."""
-    try:
-        status = path.stat()
-    except OSError:
-        return os.path.realpath(path)
-    return status.st_dev, status.st_ino
 
 
 def predict(args):
@@ -253,14 +219,13 @@ def try_to_draw(draw_sheet, path, shown, class_names, maps_of):
     """Draw the sheet; returns None, or why that failed."""
     shown.sort(key=lambda entry: (-entry[0][0], -entry[0][1], entry[0][2]))
     images = np.stack([entry[2] for entry in shown])
-    names = [one_line(os.path.basename(entry[1])).replace("$", r"\$") for entry in shown]
-    predictions = [one_line(entry[4]).replace("$", r"\$") for entry in shown]
-    classes = [one_line(name).replace("$", r"\$") for name in class_names]
+    names = [os.path.basename(entry[1]) for entry in shown]
+    predictions = [entry[4] for entry in shown]
     try:
         maps = maps_of(images)[0][:, 0] if maps_of else None
         warnings.simplefilter("ignore")  # a name may have letters that the font lacks
         rows = [entry[3] for entry in shown]
-        draw_sheet(path, images[:, 0], maps, names, rows, classes, predictions)
+        draw_sheet(path, images[:, 0], maps, names, rows, class_names, predictions)
     except Exception as error:  # matplotlib raises many kinds
         reason = reason_of(error)
         return f"--sheet {path}: cannot be drawn: {reason}"

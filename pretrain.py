@@ -128,8 +128,9 @@ def validation_noise(count, num_patches, seed):
 def held_out_reconstructions(model, transform, read, dataset, rows, args):
     """Two images of every class among `rows`, masked and reconstructed.
 
-    A class of one image shows it twice. Returns (original, masked, reconstruction), each (classes, 2, H, W), in the network's scale.
-    Hidden pixels of `masked` are NaN; visible pixels of `reconstruction` are the original's.
+    A class of one image shows it twice. Returns (original, masked, reconstruction), each
+    (classes, 2, H, W), in the network's scale. Hidden pixels of `masked` are NaN; visible pixels of
+    `reconstruction` are the original's.
     """
     model.eval()
     chosen = np.concatenate(
@@ -137,7 +138,7 @@ def held_out_reconstructions(model, transform, read, dataset, rows, args):
     )
     images = transform(read(chosen))
     noise = validation_noise(len(chosen), model.num_patches, seed=1).to(images.device)
-    images, masked, reconstruction = model.reconstruct(images, args.mask_ratio, noise)
+    masked, reconstruction = model.reconstruct(images, args.mask_ratio, noise)
     shape = (len(dataset.class_names), -1, dataset.img_size, dataset.img_size)
     return tuple(t.cpu().numpy().reshape(shape) for t in (images, masked, reconstruction))
 

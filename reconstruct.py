@@ -9,7 +9,6 @@ maps.png (images above their residuals; the true point masses are marked in data
 """
 
 import argparse
-import csv
 import sys
 
 import numpy as np
@@ -17,8 +16,9 @@ import torch
 
 from lib import clusters, data, lenses, options, plots
 from lib.device import resolve_device
-from lib.files import UserError, atomic_write, make_folder, one_line, path_argument, run, write_json
+from lib.files import UserError, make_folder, one_line, path_argument, run, write_csv, write_json
 from lib.residuals import (
+    is_of_another_class,
     mask_ratio_of,
     measure,
     residual_reader,
@@ -46,7 +46,7 @@ def reconstruct(args):
     trained_on = content["run"].get("classes", [])
     if trained_on == ["all"]:
         trained_on = list(dataset.class_names)
-    has_substructure = ~np.isin(np.array(dataset.class_names)[labels], trained_on)
+    has_substructure = is_of_another_class(labels, dataset.class_names, trained_on)
     make_folder(args.out)
     if (args.out / "comparison.md").exists():
         raise UserError(f"{args.out} holds the results of evaluate.py: choose another --out")
@@ -119,15 +119,11 @@ def warn(text):
 
 def write_scores(path, rows, labels, scores, class_names, found=None):
     """A line an image: its row in the data set, its class, its score and, unless None, its cluster."""
-    with (
-        atomic_write(path) as temporary,
-        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
-    ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["row", "class", "score"] + ([] if found is None else ["cluster"]))
-        for i, (row, label, score) in enumerate(zip(rows, labels, scores, strict=True)):
-            cluster = [] if found is None else [found[i]]
-            writer.writerow([row, class_names[label], f"{score:.6g}", *cluster])
+    lines = [["row", "class", "score"] + ([] if found is None else ["cluster"])]
+    for i, (row, label, score) in enumerate(zip(rows, labels, scores, strict=True)):
+        cluster = [] if found is None else [str(found[i])]
+        lines.append([str(row), class_names[label], f"{score:.6g}", *cluster])
+    write_csv(path, lines)
 
 
 def draw_maps(path, dataset, rows, scores, transformed, residuals):

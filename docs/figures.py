@@ -40,9 +40,9 @@ def overview_of(args):
     images = transform.to(device)(batch_reader(dataset.images, device)(rows))
     noise = torch.rand(1, mae.num_patches, generator=torch.Generator().manual_seed(args.seed))
     noise = noise.expand(len(rows), -1).to(device)
-    original, masked, reconstruction = mae.reconstruct(images, 0.75, noise)
+    masked, reconstruction = mae.reconstruct(images, 0.75, noise)
     residual = mae.residual(images, complementary_masks(mae.num_patches, 0.75, rounds=2))
-    pictures = [t[:, 0].cpu().numpy() for t in (original, masked, reconstruction, residual)]
+    pictures = [t[:, 0].cpu().numpy() for t in (images, masked, reconstruction, residual)]
     probabilities = predict_probabilities(classifier, dataset.images, rows, device)
     return (*pictures, probabilities, dataset.class_names, lenses.marks_of(dataset, rows))
 

@@ -34,7 +34,7 @@ import export
 import finetune
 import predict
 import simulate
-from lib import data, lenses, metrics, optim, options, weights
+from lib import data, lenses, metrics, optim, options, tables, weights
 from lib.device import Precision, bfloat16_is_fast, resolve_device, seconds_of
 from lib.files import UserError, make_folder, path_argument, run, write_json, write_text
 from lib.graphs import GraphedStep
@@ -48,7 +48,7 @@ EXAMPLE = """examples:
 # The network of every row.
 SIZE = {"img_size": 64, "patch_size": 8, "embed_dim": 192, "depth": 6, "num_heads": 3}
 DECODER = {"decoder_embed_dim": 96, "decoder_depth": 2, "decoder_num_heads": 3}
-DEFAULT_SIZE = {"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4}  # of finetune.py
+DEFAULT_SIZE = {k: v for k, v in options.NETWORK.items() if k != "transform"}
 MASK_RATIO = 0.75
 BATCHES = (64, 256)
 GPU_BATCHES, GPU_STEPS = (64, 256, 1024), 20  # images a step; steps that are timed together
@@ -461,8 +461,8 @@ def head(bench):
                 optim.update(loss, optimizers, precision, bench.device)
 
     @torch.no_grad()
-    def encoded(start, batch=64):
-        return model.features(images[start : start + batch])
+    def encoded(start):
+        return model.features(images[start : start + 64])
 
     def once():
         features = torch.cat([encoded(start) for start in range(0, HEAD_IMAGES, 64)])
@@ -667,15 +667,14 @@ def cpu_features():
 
 
 def table(rows):
-    lines = ["| what | against | ratio | images/s | share of peak | |", "|---|---|---|---|---|---|"]
+    lines = [["what", "against", "ratio", "images/s", "share of peak", ""]]
     for r in rows:
         sign = "≥ " if r.get("at_least") else ""
         ratio = f"{sign}{r['ratio']:.2f}×" if r["ratio"] else ""
         speed = f"{r['images/s']:.0f}" if "images/s" in r else ""
         share = f"{100 * r['share of peak']:.0f} %" if "share of peak" in r else ""
-        cells = [r["what"], r["against"], ratio, speed, share, r.get("note", "")]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([r["what"], r["against"], ratio, speed, share, r.get("note", "")])
+    return tables.markdown(lines)
 
 
 def parse_args(argv=None):

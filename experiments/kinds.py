@@ -84,7 +84,7 @@ def usual_peak(per_class, seed):
 # The same lenses, disturbed: functions of clean images (n, H, W) and random numbers
 
 
-def min_max(images, rng=None):
+def min_max(images):
     """Images (n, H, W) from 0 to 1, each by itself; constant ones become 0."""
     low, high = (extreme(images, axis=(1, 2), keepdims=True) for extreme in (np.min, np.max))
     return (images - low) / np.maximum(high - low, np.finfo(np.float32).tiny)
@@ -116,7 +116,7 @@ DISTURBED = {
     "clean": lambda images, rng: images,
     "units ×255": lambda images, rng: 255 * images,
     "units /100": lambda images, rng: images / 100,
-    "min-max": min_max,
+    "min-max": lambda images, rng: min_max(images),
     "noise 0.01 %": with_noise(0.01),
     "noise 0.1 %": with_noise(0.1),
     "noise 1 %": with_noise(1),
@@ -190,7 +190,7 @@ def sersic(x, y, radius, index, ratio, angle):
     """Brightness of an elliptical Sérsic profile, 1 at the effective `radius`."""
     u, v = lenses.rotate(x, y, angle)
     distance = np.sqrt(ratio * u**2 + v**2 / ratio).clip(lenses.SMALLEST_RADIUS)
-    return np.exp(-(1.9992 * index - 0.3271) * ((distance / radius) ** (1 / index) - 1))
+    return np.exp(-lenses.sersic_b(index) * ((distance / radius) ** (1 / index) - 1))
 
 
 WITHOUT_ANSWER = {

@@ -103,7 +103,7 @@ def trained(script, out, arguments, file, fingerprint, source=""):
     argv = [*map(str, arguments), "--out", str(out), "--resume"]
     given = vars(script.parse_args(argv))
     given = {k: str(v) for k, v in given.items() if k not in FREE_OPTIONS}
-    constants = ("DEFAULTS", "CONTINUING", "DEFAULT_POOL", "LAYER_DECAY", "SCORES",
+    constants = ("DEFAULTS", "FROM_SCRATCH", "CONTINUING", "DEFAULT_POOL", "SCORES",
                  "RESIDUAL_VALIDATIONS", "EPOCHS", "FEWEST_STEPS")  # fmt: skip
     defaults = [getattr(script, name, None) for name in constants]
     identity = json.dumps([given, defaults, fingerprint, source])
@@ -217,9 +217,12 @@ def residual_auc(lab, path, dataset, whole):
     """AUC of an MAE's residual, which needs no labels: all substructure, and each kind of it."""
     content, residuals_of = residuals_on(lab, path, dataset)
     rows = data.rows_to_evaluate(dataset, content, whole)
-    labels, smooth = dataset.labels[rows], dataset.class_names.index("no_sub")
+    labels, trained_on = dataset.labels[rows], content["run"]["classes"]
+    has_substructure = residuals.is_of_another_class(labels, dataset.class_names, trained_on)
+    if has_substructure.all() or not has_substructure.any():
+        raise UserError(f"{path} was trained on {', '.join(trained_on)}: no other classes to compare")
     scores = residuals.scores_of(residuals_of, rows)
-    every, by_class = residuals.auc_by_kind(scores, labels != smooth, labels, dataset.class_names)
+    every, by_class = residuals.auc_by_kind(scores, has_substructure, labels, dataset.class_names)
     columns = {f"residual AUC {name}": float(auc) for name, auc in by_class.items()}
     return {"residual AUC all": float(every), **columns}
 
@@ -265,16 +268,17 @@ def summary(lab, strategy, path):
 
 
 def pretraining_epochs(lab):
-    """Epochs of the study's default pre-training on its own data."""
+    """(epochs, share of the training images) of the study's default pre-training."""
     args = pretrain.parse_args(["--data", "unused", "--out", "unused", *lab.pretraining])
     rows = data.split(lab.dataset)["train"]
     images = len(pretrain.rows_to_learn_from(lab.dataset, rows, args.classes))
-    return pretrain.epochs_for(args, images)
+    return pretrain.epochs_for(args, images), images / len(rows)
 
 
 def on_all_classes(lab):
     """Options of a pre-training on all classes that takes as many steps as the default one."""
-    return ["--classes", "all", "--epochs", max(1, round(pretraining_epochs(lab) / 3))]
+    epochs, share = pretraining_epochs(lab)
+    return ["--classes", "all", "--epochs", max(1, round(epochs * share))]
 
 
 # Experiments: each takes the lab and gives the rows of its table, dicts with "run" and "seed".
@@ -422,7 +426,7 @@ def choices(lab):
         add(f"transform {kind}", f"transform-{kind}", seed, pretraining=["--transform", kind])
     add("norm_pix_loss", "norm-pix", seed, pretraining=["--norm-pix-loss"])
     # Four times the patches cost about four and a half times as much a step.
-    epochs = max(1, round(pretraining_epochs(lab) / 4.5))
+    epochs = max(1, round(pretraining_epochs(lab)[0] / 4.5))
     add(
         "patch size 4, same compute", "patch-4", seed,
         pretraining=["--patch-size", 4, "--epochs", epochs],
@@ -663,7 +667,7 @@ def main(argv=None):
     cache = ["--cache-dir", str(args.cache_dir)] if args.cache_dir else []
     lab = Lab(
         args.data, data.load(args.data, args.cache_dir),
-        data.load(args.unseen) if args.unseen else None,
+        data.load(args.unseen, args.cache_dir) if args.unseen else None,
         kinds.read_cutouts(args.cutouts) if args.cutouts else None, args.out, tuple(args.seeds),
         tuple(args.label_shares),
         words_of("--pretraining", args.pretraining), words_of("--finetuning", args.finetuning),

@@ -1,4 +1,4 @@
-"""Kinds of residual maps, found without labels; numpy, scipy and scikit-learn alone.
+"""Kinds of residual maps, found without labels; without torch.
 
 A map is described by its power in octaves of spatial frequency. A mixture of many Gaussians follows
 the images of a data set, whatever shape a kind has. Then the Gaussians that overlap most are merged

@@ -62,11 +62,10 @@ def our_name(name):
 
 
 def from_foreign(state, num_heads):
-    """State dict of a foreign MAE -> (our state dict, arguments of `mae.MAE`).
+    """State dict of a foreign MAE -> (our state dict, arguments of its `mae.Encoder`).
 
-    Sizes are read off the tensors; only `num_heads`, of the encoder, cannot be. Without a decoder
-    in the state the arguments are those of `mae.Encoder`. Raises UserError if the tensors are not
-    those of an MAE with square patches.
+    Sizes are read off the tensors; only `num_heads` cannot be. Raises UserError if the tensors are
+    not those of an MAE with square patches.
     """
     renamed = {our_name(name): tensor for name, tensor in state.items()}
     try:
@@ -76,7 +75,6 @@ def from_foreign(state, num_heads):
         embed_dim, in_chans, patch_size, _ = renamed["patch_embed.proj.weight"].shape
         patches = renamed["pos_embed"].shape[1] - 1
         depth = 1 + max(int(n.split(".")[1]) for n in renamed if n.startswith("blocks."))
-        decoder = [int(n.split(".")[1]) for n in renamed if n.startswith("decoder_blocks.")]
         hidden = renamed["blocks.0.mlp.fc1.weight"].shape[0]
     except (KeyError, ValueError, AttributeError, IndexError, RuntimeError) as error:
         raise UserError(f"not a masked autoencoder: {error} is missing") from None
@@ -85,12 +83,6 @@ def from_foreign(state, num_heads):
         "in_chans": in_chans, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads,
         "mlp_ratio": hidden / embed_dim,
     }  # fmt: skip
-    if "decoder_embed.weight" in renamed:
-        config |= {
-            "decoder_embed_dim": renamed["decoder_embed.weight"].shape[0],
-            "decoder_depth": 1 + max(decoder, default=-1),
-            "decoder_num_heads": 1,  # unknown; the decoder is dropped in fine-tuning
-        }
     return renamed, config
 
 

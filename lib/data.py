@@ -1,4 +1,4 @@
-"""From a folder of `.npy` images to one memory-mapped array, its split and its rows; numpy alone.
+"""From a folder of `.npy` images to one memory-mapped array, its split and its rows; without torch.
 
 Folder layout:  <root>/<class>/*.npy, one square image a file; the folders name the classes.
 Packed layout:  images.npy (N, H, H) float32, labels.npy (N,), hashes.npy (N,), dataset.json.
@@ -80,7 +80,7 @@ class PackedWriter:
         for image in images:
             digest = digest_of(image)
             self.fingerprint.update(digest + label.to_bytes(4, "little"))
-            self.hashes[self.count] = int.from_bytes(digest[:8], "little")
+            self.hashes[self.count] = hash_of(digest)
             self.labels[self.count] = label
             self.count += 1
 
@@ -105,9 +105,9 @@ def digest_of(image):
     return hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest()
 
 
-def hash_of(image):
+def hash_of(digest):
     """The hash of an image that `Dataset.hashes` holds: the first 8 bytes of its digest."""
-    return int.from_bytes(digest_of(image)[:8], "little")
+    return int.from_bytes(digest[:8], "little")
 
 
 def require_space(folder, needed):
@@ -246,7 +246,7 @@ def pixel_range(extremes):
 def extremes_of(dataset, rows):
     """Minimum and maximum (n, 2) of about RANGE_IMAGES of the rows."""
     chosen = rows[:: max(1, len(rows) // RANGE_IMAGES)]
-    return np.array([(image.min(), image.max()) for image in map(dataset.images.__getitem__, chosen)])
+    return np.array([(image.min(), image.max()) for image in (dataset.images[row] for row in chosen)])
 
 
 def _folder_fingerprint(class_files):
@@ -282,8 +282,9 @@ def load(path, cache_dir=None, progress=True):
         return _open_packed(path)
     class_files, others = list_classes(path)
     cache_dir = Path(cache_dir) if cache_dir else path / ".packed"
-    if cache_dir.resolve().parent == path.resolve() and not is_hidden(cache_dir.name):
-        raise UserError(f"--cache-dir {cache_dir} would become a class of {path}: choose another")
+    inside, root = cache_dir.resolve(), path.resolve()
+    if inside.is_relative_to(root) and not is_hidden(inside.relative_to(root)):
+        raise UserError(f"--cache-dir {cache_dir} would become part of the data: choose another")
     packed = cache_dir / _folder_fingerprint(class_files)[:32]
     if not (packed / "dataset.json").exists():
         _pack(class_files, packed, origin=f"folder {path.name}", progress=progress)
@@ -322,7 +323,7 @@ def _open_packed(folder):
             raise UserError(f"{folder}/images.npy has NaN or infinite pixels: rebuild the data set")
         forget_pages(images)
     for row in range(0, n, max(1, n // HASHED_IMAGES)):
-        if hash_of(images[row]) != hashes[row]:
+        if hash_of(digest_of(images[row])) != hashes[row]:
             raise UserError(f"{folder}/images.npy was changed after packing: rebuild the data set")
     origin = str(description.get("origin", ""))
     return Dataset(images, labels, hashes, tuple(class_names), fingerprint, origin)
@@ -396,7 +397,7 @@ def rows_to_evaluate(dataset, content, whole):
     else:
         check_split(content["run"])
         rows = split(dataset)["test"]
-    overlap = int(np.isin(dataset.hashes[rows], content["seen"].numpy().view(np.uint64)).sum())
+    overlap = int(np.isin(dataset.hashes[rows], content["seen"]).sum())
     if overlap:
         remedy = (
             "use --split test or other images" if whole

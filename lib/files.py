@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import csv
 import errno
 import glob
 import hashlib
@@ -160,12 +161,45 @@ def _named_errors(path):
         raise UserError(f"cannot write {path}: {error.strerror}; free some space") from None
 
 
+def write_csv(path, rows):
+    """Write the rows of an iterator, whose cells are text; UTF-8, see `readable`."""
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([readable(cell) for cell in row] for row in rows)
+
+
 def check_output(path):
     """UserError unless a file can be written at `path`; creates its folder."""
     path = Path(path)
     if path.exists() and not path.is_file():  # renaming a file to it would fail or remove a device
         raise UserError(f"cannot write {path}: it is a folder or a device; name a file")
     make_folder(path.parent)
+
+
+def check_outputs(outputs, inputs):
+    """UserError if an output is an input or another output, or cannot be written.
+
+    outputs : {what to call it: path}.
+    """
+    taken = {identity(path): "a file that is read" for path in inputs}
+    for what, path in outputs.items():
+        other = taken.setdefault(identity(path), what)
+        if other != what:
+            raise UserError(f"{what} {path} is also {other}: choose another name")
+    for path in outputs.values():
+        check_output(path)
+
+
+def identity(path):
+    """What two paths have in common if they name one file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return os.path.realpath(path)
+    return status.st_dev, status.st_ino
 
 
 def make_folder(path):

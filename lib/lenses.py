@@ -38,7 +38,7 @@ Z_SOURCE_CONVENTION, OMEGA_MATTER_OF_PYHALO = 2.5, 0.2814
 LENS_MASS = 1e12  # M☉
 LENS_ELLIPTICITY = (0.1, 0.0)
 SHEAR = (0.05, 0.0)
-SOURCE_RADIUS, SERSIC_INDEX, SOURCE_ELLIPTICITY = 0.25, 1.0, (-0.1, 0.1)
+SOURCE_RADIUS, SERSIC_INDEX, SOURCE_ELLIPTICITY = 0.25, 1.0, (-0.1, 0.1)  # `render` needs 1
 SOURCE_RANGE = 0.35  # arcsec, half the side of the square that source centres fill
 SMALLEST_RADIUS = 0.001  # arcsec; quirk: lenstronomy's LightModel flattens a profile inside it
 PSF_TRUNCATION = 4  # σ; quirk: lenstronomy 1.9.2 cuts here whatever truncation it is given
@@ -188,10 +188,15 @@ def subtract_point_masses(beta_x, beta_y, point_masses, axis, factor=1.0):
         beta_y.addcdiv_(strength_y[:, p, :, None], distance, value=-1)
 
 
+def sersic_b(index):
+    """b_n of a Sérsic profile (Graham & Driver 2005, eq. 6)."""
+    return 1.9992 * index - 0.3271
+
+
 def sersic_constants(instrument):
-    """Counts/s/pixel at the source's effective radius, and b_n (Graham & Driver 2005, eq. 6)."""
+    """Counts/s/pixel at the source's effective radius, and b_n."""
     n = SERSIC_INDEX
-    b_n = 1.9992 * n - 0.3271
+    b_n = sersic_b(n)
     amplitude = instrument.amplitude
     if amplitude is None:
         flux = 10 ** (-0.4 * (instrument.magnitude - instrument.zero_point))
@@ -258,8 +263,6 @@ def render(source, point_masses, model="Model_II", dtype=torch.float64):
         major, minor = rotate(beta_x, beta_y, angle)
         radius = (major.square().mul_(q) + minor.square().mul_(1 / q)).sqrt_()
         radius.clamp_min_(SMALLEST_RADIUS).div_(instrument.source_radius)
-        if SERSIC_INDEX != 1:
-            radius = radius ** (1 / SERSIC_INDEX)
         brightness = radius.sub_(1).mul_(-b_n).exp_().mul_(amplitude)
         torch.matmul(blur @ brightness, blur.T, out=images[part])
     return images

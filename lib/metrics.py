@@ -62,7 +62,7 @@ def auc_of_counts(scores, positive):
     return auc
 
 
-def calibration(probabilities, labels, bins=CALIBRATION_BINS):
+def calibration(probabilities, labels):
     """How far confidence is from accuracy (Guo et al. 2017, equation 3).
 
     Returns (expected calibration error, [(mean confidence, accuracy, images) of each bin that has
@@ -70,17 +70,17 @@ def calibration(probabilities, labels, bins=CALIBRATION_BINS):
     """
     confidence = probabilities.max(axis=1)
     correct = probabilities.argmax(axis=1) == labels
-    index = np.minimum((confidence * bins).astype(int), bins - 1)
+    index = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     table = [
         (float(confidence[index == b].mean()), float(correct[index == b].mean()), int(n))
-        for b, n in enumerate(np.bincount(index, minlength=bins))
+        for b, n in enumerate(np.bincount(index, minlength=CALIBRATION_BINS))
         if n
     ]
     error = sum(n * abs(accurate - confident) for confident, accurate, n in table) / len(labels)
     return error, table
 
 
-def bootstrap(statistic, labels, resamples, seed, progress=True):
+def bootstrap(statistic, labels, resamples, seed):
     """95 % percentile intervals (n, 2) of `statistic`, resampling images within each class.
 
     `statistic` gives n numbers of how often each image is drawn: counts (N,) -> (n,).
@@ -88,9 +88,7 @@ def bootstrap(statistic, labels, resamples, seed, progress=True):
     rng = np.random.default_rng(seed)
     by_class = [np.flatnonzero(labels == k) for k in np.unique(labels)]
     values = []
-    for _ in tqdm(
-        range(resamples), desc="bootstrap", leave=False, disable=None if progress else True
-    ):
+    for _ in tqdm(range(resamples), desc="bootstrap", leave=False, disable=None):
         rows = np.concatenate([rng.choice(members, len(members)) for members in by_class])
         values.append(statistic(np.bincount(rows, minlength=len(labels))))
     return np.quantile(values, [0.025, 0.975], axis=0).T

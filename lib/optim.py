@@ -13,6 +13,7 @@ import torch
 # 2024, "Muon: An optimizer for hidden layers in neural networks".
 QUINTIC = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
+WARMUP = 0.05  # of the steps
 
 
 def orthogonalise(matrices):
@@ -153,9 +154,9 @@ def update(loss, optimizers, precision, device):
             optimizer.zero_grad(set_to_none=True)
 
 
-def learning_rate(step, steps, peak, warmup_fraction=0.05):
-    """Linear warm-up over the first fraction of the steps, then a cosine to zero."""
-    warmup = max(1, round(warmup_fraction * steps))
+def learning_rate(step, steps, peak):
+    """Linear warm-up over the first steps, then a cosine to zero."""
+    warmup = max(1, round(WARMUP * steps))
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))

@@ -136,13 +136,6 @@ def check_numbers(args):
     check(("allowed_fall",), lambda value: 0 <= value <= 1, "from 0 to 1")
 
 
-def check_output(out, inputs):
-    """UserError if the file `out` is one of the `inputs`; None is skipped."""
-    for path in inputs:
-        if path is not None and path.resolve() == out.resolve():
-            raise UserError(f"--out {out} would overwrite what is read from {path}: choose another")
-
-
 def new_network(kind, config):
     """`kind(**config)`, an `MAE` or `Classifier`; UserError, naming the flag, if that is invalid."""
     for name, limit in LARGEST.items():

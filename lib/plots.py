@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.collections import PatchCollection
 
-from lib.files import atomic_write, one_line
+from lib.files import atomic_write, one_line, reason_of
 
 LONGEST_LABEL = 80
 RESIDUAL = "residual (image − prediction), in the network's scale"
@@ -27,8 +27,7 @@ def attempt(show, *what):
         show(*what)
     except Exception as error:  # matplotlib, the fonts, the terminal or a full disk
         plt.close("all")
-        reason = one_line(str(error))[:200] or type(error).__name__
-        print(f"not shown ({show.__name__}): {reason}", file=sys.stderr)
+        print(f"not shown ({show.__name__}): {one_line(reason_of(error))}", file=sys.stderr)
 
 
 def label_of(name):

@@ -104,6 +104,16 @@ def _write_maps(file, maps_of, rows, side, quiet):
             bar.update(len(part))
 
 
+def is_of_another_class(labels, class_names, trained_on):
+    """(n,) bool: whether images are of a class that the MAE was not trained on.
+
+    `trained_on` are names of classes, or ["all"].
+    """
+    if trained_on == ["all"]:
+        return np.zeros(len(labels), bool)
+    return ~np.isin(np.array(class_names)[labels], trained_on)
+
+
 def auc_by_kind(scores, has_substructure, labels, class_names):
     """AUC of the score: (all substructure against smooth images, {class: this class of it})."""
     by_class = {}

@@ -33,7 +33,7 @@ MOST_PATCHES_A_SIDE = 128
 class Weights(NamedTuple):
     """An opened weights file. `content` has the keys model, config, class_names, run, seen.
 
-    It may have the key familiarity.
+    "seen" are hashes (n,) uint64, see `data.Dataset`. There may be the key familiarity.
     """
 
     path: Path
@@ -43,11 +43,6 @@ class Weights(NamedTuple):
     @property
     def is_classifier(self):
         return "num_classes" in self.content["config"]
-
-    @property
-    def seen(self):
-        """Hashes (n,) uint64 of the images that these weights were trained on."""
-        return self.content["seen"].numpy().view(np.uint64)
 
 
 # Writing
@@ -100,7 +95,6 @@ def read(path, num_heads=None, foreign=False):
     path = Path(path)
     if path.exists() and not path.is_file():
         raise UserError(f"{path} is no file: give a weights file")
-    foreign = foreign or num_heads is not None
     # A training script of facebookresearch keeps its options in the file.
     allowed = [argparse.Namespace] if foreign else []
     if path.suffix == ".safetensors":
@@ -120,11 +114,17 @@ def read(path, num_heads=None, foreign=False):
             raise UserError(f"{path}: {key} in its configuration is no configuration")
     if not 0 < _number(content["run"].get("mask_ratio", 0.5)) < 1:
         raise UserError(f"{path}: mask_ratio in its run is not between 0 and 1")
+    pixel_range = content["run"].get("pixel_range", [0, 0, 0])
+    if not isinstance(pixel_range, list) or len(pixel_range) != 3 or any(
+        math.isnan(_number(value)) for value in pixel_range
+    ):
+        raise UserError(f"{path}: pixel_range in its run is no range")
     if not all(isinstance(name, str) for name in content["class_names"]):
         raise UserError(f"{path}: class names must be text")
     seen = content.get("seen")
     if not isinstance(seen, torch.Tensor) or seen.dtype != torch.int64 or seen.dim() != 1:
         raise UserError(f"{path}: does not say which images it was trained on; train again")
+    content["seen"] = seen.numpy().view(np.uint64)
     return Weights(path, sha256, content)
 
 
@@ -209,32 +209,38 @@ def mae_of(opened):
     Raises UserError, naming the file, if tensors are missing, not finite or of another shape than
     the configuration says, or if it has no transform.
     """
-    model, transform = _mae_and_transform(opened)
-    if transform is None:
-        raise UserError(f"{opened.path}: its configuration has no usable transform")
-    return model, transform
-
-
-def _mae_and_transform(opened):
-    """`mae_of`; None for the transform where there is none, as in a foreign file."""
     if opened.is_classifier:
         raise UserError(f"{opened.path} is a classifier: give the weights of pretrain.py")
     arguments = {k: v for k, v in opened.content["config"].items() if k != "transform"}
     model = _build(opened.path, MAE, arguments, opened.content["model"])
-    constants = opened.content["config"].get("transform")
     try:
-        return model, constants and IntensityTransform(**constants)
+        return model, IntensityTransform(**transform_in(opened))
     except (TypeError, ValueError, OverflowError):
         raise UserError(f"{opened.path}: its configuration has no usable transform") from None
 
 
 def encoder_of(opened):
-    """`mae_of`; of a foreign file the `MAE`, or without a decoder the `Encoder` alone, and None."""
+    """`mae_of`; of a foreign file the `Encoder` alone, and None.
+
+    A foreign decoder would be of no use: the file does not tell its attention heads, nor the scale
+    of the pixels that it predicts.
+    """
     if opened.content["run"]:
         return mae_of(opened)
-    if "decoder_embed_dim" in opened.content["config"]:
-        return _mae_and_transform(opened)
-    return _build(opened.path, Encoder, opened.content["config"], opened.content["model"]), None
+    parts_of_decoder = ("decoder_", "mask_token")
+    state = {k: v for k, v in opened.content["model"].items() if not k.startswith(parts_of_decoder)}
+    return _build(opened.path, Encoder, opened.content["config"], state), None
+
+
+def transform_in(opened):
+    """The arguments of `IntensityTransform`; UserError unless all of them are there.
+
+    Defaults in the place of some would change what the network sees.
+    """
+    arguments = opened.content["config"].get("transform", {})
+    if arguments.keys() != {"kind", "offset", "softening", "mean", "std"}:
+        raise UserError(f"{opened.path}: its configuration has no usable transform")
+    return arguments
 
 
 def classifier_of(opened):
@@ -242,8 +248,7 @@ def classifier_of(opened):
     config = opened.content["config"]
     if not opened.is_classifier:
         raise UserError(f"{opened.path} is no classifier: give the weights of finetune.py")
-    if not config.get("transform"):
-        raise UserError(f"{opened.path}: its configuration has no usable transform")
+    transform_in(opened)
     kind = ResidualClassifier if "mae" in config else Classifier
     model = _build(opened.path, kind, config, opened.content["model"])
     if len(opened.content["class_names"]) != config.get("num_classes"):

@@ -51,7 +51,7 @@ def test_every_tensor_comes_back_from_hugging_face(generation, runs):
     back, arguments = convert.from_foreign(theirs, config["num_heads"])
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in state)
-    same = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "decoder_depth")
+    same = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
     assert {name: arguments[name] for name in same} == {name: config[name] for name in same}
 
 
@@ -70,17 +70,20 @@ def test_a_checkpoint_of_facebookresearch_can_be_fine_tuned(wrapped, network, pa
 def test_ours_can_be_exported_to_hugging_face_and_taken_back(runs, packed, tmp_path):
     path = runs / "pretrain" / "vit-mae-wt.pth"
     run_script("export.py", "--what", "huggingface", "--weights", path, "--out", tmp_path / "hf")
-    opened = weights.read(tmp_path / "hf" / "pytorch_model.bin", num_heads=2)
+    opened = weights.read(tmp_path / "hf" / "pytorch_model.bin", num_heads=2, foreign=True)
     back, transform = weights.encoder_of(opened)
     assert transform is None
     ours = weights.load_mae(path)[0].state_dict()
     assert all(torch.equal(tensor, ours[name]) for name, tensor in back.state_dict().items())
+    process = run_script("finetune.py", "--data", packed, "--strategy", "residual", "--pretrained",
+                         opened.path, "--out", tmp_path / "residual", check=False)  # fmt: skip
+    assert_user_error(process, "pytorch_model.bin", "from elsewhere", "another strategy")
 
 
 def test_what_is_no_mae_is_refused(tmp_path, packed):
     torch.save({"layer.weight": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match=r"other\.pth: not a masked autoencoder"):
-        weights.read(tmp_path / "other.pth", num_heads=2)
+        weights.read(tmp_path / "other.pth", num_heads=2, foreign=True)
     torch.save({"vit.embeddings.cls_token": "text"}, tmp_path / "text.pth")
     process = run_script(
         "finetune.py", "--data", packed, "--strategy", "head", "--pretrained",

@@ -93,6 +93,16 @@ def test_the_cache_can_be_elsewhere(tmp_path):
     assert sorted(os.listdir(root)) == ["a", "b"]
 
 
+@pytest.mark.parametrize("inside", [".", "a", "a/deep", "new/deep"])
+def test_a_cache_inside_the_data_is_refused(inside, tmp_path):
+    """The next command would take it for a class or for images."""
+    root = write_classes(tmp_path / "d", {"a": 3, "b": 3})
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="--cache-dir .* part of the data: choose another"):
+        data.load(root, root / inside)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_split_is_complete_and_has_its_shares_of_every_class(tmp_path):
     dataset = data.load(write_classes(tmp_path / "d", {"a": 1000, "b": 1000}, size=4))
     parts = data.split(dataset)

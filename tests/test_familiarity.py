@@ -72,7 +72,7 @@ def test_an_image_with_pixels_that_are_no_numbers_is_as_strange_as_can_be(fitted
     assert familiarity_of(fitted, images) == pytest.approx(1 / 601)
 
 
-def test_it_does_not_depend_on_the_unit_of_its_training_images(fitted):
+def test_it_does_not_depend_on_the_unit_of_its_training_images():
     parts = lenses.simulate("Model_II", 100, seed=5, progress=False)
     images = np.concatenate([part for _, part, _ in parts])
     rows, values = np.random.default_rng(0).permutation(300), []
@@ -165,7 +165,7 @@ def test_a_classifier_knows_all_its_training_images_whatever_labels_it_had(
     parts = data.split(dataset)
     opened = weights.read(tmp_path / "few" / CLASSIFIER)
     known = np.concatenate([parts["train"], parts["validation"]])
-    assert set(dataset.hashes[known]) <= set(opened.seen)
+    assert set(dataset.hashes[known]) <= set(opened.content["seen"])
     kept = weights.familiarity_in(opened.path, opened.content)
     again, config = familiarity.fit(
         dataset, parts["train"], parts["validation"], opened.content["config"]["transform"]

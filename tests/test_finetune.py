@@ -55,8 +55,7 @@ def test_a_strategy_changes_what_it_says_and_nothing_else(strategy, runs):
         "full": set(shared) - {"pos_embed"},
         "residual": set(),
     }
-    unused = {"cls_token"}  # mean pooling: its gradient only flows through attention
-    assert changed - unused == expected[strategy] - unused
+    assert changed == expected[strategy]
 
 
 @pytest.mark.parametrize(
@@ -341,7 +340,6 @@ def test_defaults_follow_the_strategy_and_what_it_starts_from_but_not_over_what_
     encoder = weights.read(runs / "pretrain" / PRETRAINED)
     classifier = weights.read(runs / "head" / CLASSIFIER)
     for strategy, defaults in finetune.DEFAULTS.items():
-        assert finetune.strategy_defaults(strategy, None) == defaults
         assert finetune.strategy_defaults(strategy, encoder) == defaults
         continuing = finetune.strategy_defaults(strategy, classifier)
         assert continuing == defaults | finetune.CONTINUING[strategy]
@@ -357,27 +355,30 @@ def test_defaults_follow_the_strategy_and_what_it_starts_from_but_not_over_what_
     assert args.patch_dropout == defaults["patch_dropout"]
 
 
-@pytest.mark.parametrize(
-    ("images", "more", "expected"),
-    [
-        (216, [], ("flips",)), (10**6, [], ()), (216, ["--augment", "none"], ()),
-        (216, ["--augment", "halfturn"], ("halfturn",)), (216, ["--epochs", "1"], ("flips",)),
-    ],
-)  # fmt: skip
-def test_few_images_are_flipped_unless_something_else_is_given(images, more, expected):
+def full_of(images, source, *more):
+    """The options of `--strategy full` on so many images, after the defaults are filled in."""
     args = finetune.parse_args(
-        ["--data", "d", "--out", "o", "--pretrained", "none", "--strategy", "full", *more]
+        ["--data", "d", "--out", "o", "--pretrained", "w.pth", "--strategy", "full", *more]
     )
-    finetune.fill_in_defaults(args, None, images)
-    assert args.augment == expected
+    finetune.fill_in_defaults(args, source, images)
+    return args
 
 
-def test_few_images_are_not_flipped_where_a_classifier_is_continued(runs):
-    args = finetune.parse_args(
-        ["--data", "d", "--out", "o", "--pretrained", "w.pth", "--strategy", "full"]
-    )
-    finetune.fill_in_defaults(args, weights.read(runs / "full" / CLASSIFIER), 216)
-    assert args.augment == ()
+def test_few_images_get_other_defaults(runs):
+    usual, few = finetune.DEFAULTS["full"], finetune.DEFAULTS["full"]["few"]
+    mae = weights.read(runs / "pretrain" / PRETRAINED)
+    for images, expected in ((10**6, usual), (216, few)):
+        args = full_of(images, mae)
+        assert {name: getattr(args, name) for name in few} == {n: expected[n] for n in few}
+    args = full_of(216, mae, "--epochs", "1")
+    assert (args.epochs, args.augment) == (1, few["augment"])
+    given = ("--augment", "none", "--patch-dropout", "0.25", "--layer-decay", "0.5")
+    args = full_of(216, mae, *given)
+    assert (args.augment, args.patch_dropout, args.layer_decay) == ((), 0.25, 0.5)
+    args = full_of(216, None)
+    assert (args.augment, args.patch_dropout) == (few["augment"], usual["patch_dropout"])
+    args = full_of(216, weights.read(runs / "full" / CLASSIFIER))  # continued
+    assert (args.augment, args.layer_decay) == ((), usual["layer_decay"])
 
 
 def test_augmentation_is_refused_where_the_head_learns_alone(packed, runs, tmp_path):
@@ -582,6 +583,15 @@ def test_fine_tuning_may_start_from_a_classifier(runs, folder, tmp_path):
     )
     for name in ("fc.0.weight", "fc.4.bias", "blocks.0.norm1.weight"):
         assert torch.allclose(before[name], after[name], atol=1e-6), name
+
+
+def test_a_classifier_keeps_its_pooling(packed, tmp_path):
+    common = ("--data", packed, "--strategy", "full", "--epochs", 1, "--quiet")
+    run_script("finetune.py", *common, "--pretrained", "none", "--pool", "mean", "--embed-dim", 16,
+               "--depth", 1, "--patch-size", 16, "--out", tmp_path / "first")  # fmt: skip
+    run_script("finetune.py", *common, "--pretrained", tmp_path / "first" / CLASSIFIER, "--out",
+               tmp_path / "second")  # fmt: skip
+    assert weights.load_classifier(tmp_path / "second" / CLASSIFIER)[0].pool == "mean"
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_predictions_do_not_see_removed_pixels():
 def test_reconstruction_keeps_visible_pixels_and_hides_removed_ones():
     model = tiny_mae().eval()
     images, noise = torch.randn(2, 1, 16, 16), torch.rand(2, 16)
-    _, masked, reconstruction = model.reconstruct(images, 0.5, noise)
+    masked, reconstruction = model.reconstruct(images, 0.5, noise)
     visible = ~torch.isnan(masked)
     assert visible.float().mean() == 0.5
     assert torch.equal(reconstruction[visible], images[visible])

@@ -17,7 +17,7 @@ def test_auc_and_intervals_are_right_for_a_known_case():
     # Two unit normals one apart: AUC = Φ(1/√2).
     expected = 0.5 * (1 + math.erf(0.5))
     measure = metrics.measures_of_counts(probabilities, labels)
-    low, high = metrics.bootstrap(measure, labels, 200, 0, progress=False)[1]
+    low, high = metrics.bootstrap(measure, labels, 200, 0)[1]
     assert low < expected < high
     assert 0.03 < high - low < 0.09
     perfect = np.eye(3)[np.repeat([0, 1, 2], 5)]
@@ -42,14 +42,14 @@ def test_a_bootstrap_draws_within_each_class():
     def by_class(counts):
         return np.bincount(labels, weights=counts)
 
-    intervals = metrics.bootstrap(by_class, labels, 20, 0, progress=False)
+    intervals = metrics.bootstrap(by_class, labels, 20, 0)
     assert intervals.tolist() == [[30, 30], [3, 3]]
 
     def mean_row(counts):
         return [np.average(np.arange(33), weights=counts)]
 
-    mean = metrics.bootstrap(mean_row, labels, 20, 0, progress=False)
-    again = metrics.bootstrap(mean_row, labels, 20, 0, progress=False)
+    mean = metrics.bootstrap(mean_row, labels, 20, 0)
+    again = metrics.bootstrap(mean_row, labels, 20, 0)
     assert mean[0, 0] < mean[0, 1]
     assert np.array_equal(mean, again)
 

@@ -5,8 +5,6 @@ import json
 import pytest
 from conftest import TINY_DECODER, TINY_NETWORK, assert_user_error, run_script
 
-from lib import loop
-
 FAST = ("--epochs", 1, "--batch-size", 16, "--precision", "float32", "--quiet")
 
 
@@ -35,7 +33,8 @@ def content(out):
 def test_a_finished_run_is_not_trained_again_by_resume(finished, packed, monkeypatch):
     script, out = finished
     before = content(out)
-    monkeypatch.setattr(loop, "fit", None)  # not reached
+    for module in ("pretrain", "finetune"):
+        monkeypatch.setattr(f"{module}.fit", None)  # not reached
     process = script(packed, out, "--resume")
     assert "already finished" in process.stdout
     assert content(out) == before

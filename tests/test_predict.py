@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from conftest import assert_user_error, run_code, run_script
 
+import predict
+from lib import plots
+
 
 def read_csv(path):
     with path.open(newline="") as file:
@@ -103,6 +106,16 @@ def test_fits_without_astropy_says_what_to_install(runs, tmp_path):
     )  # fmt: skip
     assert process.returncode == 1
     assert "pip install astropy" in process.stderr
+
+
+def test_names_reach_the_sheet_as_they_are(monkeypatch, tmp_path):
+    drawn = {}
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.update({path: figure}))
+    entry = ((0, 0.9, 0), "folder/a$b$.npy", np.zeros((1, 8, 8), np.float32), [0.9, 0.1], "c$m$")
+    assert predict.try_to_draw(plots.contact_sheet, "s", [entry], ["c$m$", "other"], None) is None
+    panel = drawn["s"].axes[0]
+    assert panel.get_title() == "a\\$b\\$.npy\nc\\$m\\$"  # what matplotlib draws as a$b$.npy
+    assert panel.title.get_color() == "black"
 
 
 def test_prediction_draws_a_sheet_with_maps(runs, folder, tmp_path):

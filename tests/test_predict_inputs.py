@@ -253,7 +253,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_that_training_takes_is_predicted(form, predict, models, tmp_path):
+def test_every_form_that_training_takes_is_predicted(form, predict, tmp_path):
     array, count = FORMS[form]
     np.save(tmp_path / "x.npy", array, allow_pickle=True)
     np.save(tmp_path / "plain.npy", IMAGES * 1000 if form == "integers" else IMAGES)

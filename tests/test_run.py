@@ -50,7 +50,7 @@ def test_a_second_run_into_the_same_folder_is_refused(packed, tmp_path):
         pass
 
 
-def test_a_checkpoint_is_read_only_on_demand(tmp_path):
+def test_a_checkpoint_is_resumed_only_on_demand(tmp_path):
     assert resumed(tmp_path) is None
     with_checkpoint(tmp_path)
     assert resumed(tmp_path)["step"] == 3
@@ -162,7 +162,7 @@ def test_the_weights_take_the_place_of_the_checkpoint(tmp_path, monkeypatch):
         run.save_weights(state, {"depth": 4}, seen, number_format="float32")
     assert not run.checkpoint_path.exists()
     opened = weights.read(tmp_path / "w.pth")
-    assert opened.seen.tolist() == [3, 2**64 - 1] or opened.seen.tolist() == [2**64 - 1, 3]
+    assert set(opened.content["seen"].tolist()) == {3, 2**64 - 1}
     content = opened.content
     assert content["run"] == {
         "lr": 0.1, "augment": ["noise"], "data_fingerprint": "f" * 64, "split": data.SPLIT,

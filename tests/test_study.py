@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +15,7 @@ import finetune
 import pretrain
 import simulate
 from experiments import kinds, results, study
-from lib import familiarity, lenses, plots, residuals, weights
+from lib import data, familiarity, lenses, plots, residuals, weights
 from lib.files import UserError
 
 TINY = {
@@ -162,7 +163,7 @@ def test_a_run_of_other_options_defaults_or_source_is_replaced(tmp_path):
         script.DEFAULTS["full"]["lr"] = lr
         before = len(started)
         for _ in range(2):
-            study.trained(script, tmp_path / "run", options, "w.pth", source)
+            study.trained(script, tmp_path / "run", options, "w.pth", "f", source)
         assert len(started) == before + 1, (options, lr, source)
 
 
@@ -317,6 +318,29 @@ def test_pretraining_on_all_classes_takes_as_many_steps_as_on_one(packed, tmp_pa
                 str(tmp_path / "r"), "--seeds", "0", "--only", "pretraining_images",
                 "--precision", "float32"])  # fmt: skip
     assert trained_for == [None, 4]  # of a usual 12, on three times as many images
+
+
+def test_the_ordinary_class_may_have_any_name(tiny_study, packed, tmp_path):
+    own = tmp_path / "own"
+    shutil.copytree(packed, own)
+    description = json.loads((own / "dataset.json").read_text())
+    names = ["smooth" if name == "no_sub" else name for name in description["class_names"]]
+    (own / "dataset.json").write_text(json.dumps({**description, "class_names": names}))
+    options = f"--epochs 1 {' '.join(TINY_NETWORK)} {' '.join(TINY_DECODER)} --classes"
+    command = ("--data", own, "--seeds", 0, "--only", "without_labels", "--pretraining")
+    kept_in = tiny_study(*command, f"{options} smooth")
+    (row,) = json.loads((kept_in / "without_labels.json").read_text())["rows"]
+    assert 0 <= row["residual AUC cdm"] <= 1 and "residual AUC smooth" not in row
+    with pytest.raises(UserError, match="trained on all: no other classes to compare"):
+        tiny_study(*command, f"{options} all")
+
+
+@pytest.mark.parametrize(("classes", "epochs"), [("no_sub", 4), ("no_sub cdm", 8), ("all", 12)])
+def test_all_classes_take_as_many_steps_as_some(classes, epochs, packed):
+    lab = SimpleNamespace(
+        dataset=data.load(packed), pretraining=("--epochs", "12", "--classes", *classes.split())
+    )
+    assert study.on_all_classes(lab) == ["--classes", "all", "--epochs", epochs]
 
 
 def test_strengths_belong_to_the_images(monkeypatch):

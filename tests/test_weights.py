@@ -12,6 +12,7 @@ from lib import files, weights
 from lib.files import UserError
 from mae import MAE, Classifier
 
+TRANSFORM = {"kind": "log", "offset": 0.0, "softening": 0.5, "mean": 0.0, "std": 1.0}
 TINY = {"patch_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2}
 CLASS_NAMES = ("a", "b", "c")
 SEEN = np.array([1, 2**63 + 1], dtype=np.uint64)
@@ -22,7 +23,7 @@ def mae_file(tmp_path):
     """A weights file of an MAE: (path, network)."""
     config = {**TINY, "decoder_embed_dim": 8, "decoder_num_heads": 2}
     network = MAE(**config)
-    config["transform"] = {"kind": "asinh", "softening": 0.5}
+    config["transform"] = {**TRANSFORM, "kind": "asinh"}
     path = tmp_path / "mae.pth"
     run = {"lr": 0.1, "augment": ("noise",)}
     weights.save(path, network.state_dict(), config, CLASS_NAMES, run, SEEN)
@@ -32,7 +33,7 @@ def mae_file(tmp_path):
 @pytest.fixture
 def classifier_file(tmp_path):
     """A weights file of a classifier: (path, network)."""
-    config = {**TINY, "num_classes": 3, "pool": "stats", "transform": {"kind": "log"}}
+    config = {**TINY, "num_classes": 3, "pool": "stats", "transform": TRANSFORM}
     network = Classifier(**config)
     path = tmp_path / "classifier.pth"
     weights.save(path, network.state_dict(), config, CLASS_NAMES, {}, SEEN)
@@ -116,7 +117,11 @@ WRONG_WEIGHTS = {
     "unknown option": (lambda c: c["config"].update(colour=1), "colour"),
     "no configuration": (lambda c: c.pop("config"), "'config' is missing"),
     "no transform": (lambda c: c["config"].pop("transform"), "no usable transform"),
-    "other transform": (lambda c: c["config"].update(transform={"kind": "cube"}), "transform"),
+    "empty transform": (lambda c: c["config"].update(transform={}), "no usable transform"),
+    "half a transform": (lambda c: c["config"]["transform"].pop("mean"), "no usable transform"),
+    "pixel range": (lambda c: c["run"].update(pixel_range=[1, 2]), "pixel_range"),
+    "no pixel range": (lambda c: c["run"].update(pixel_range=None), "pixel_range"),
+    "other transform": (lambda c: c["config"].update(transform={**TRANSFORM, "kind": "cube"}), "transform"),
     "class names": (lambda c: c.update(class_names=[1, 2]), "class names must be text"),
 }
 
@@ -145,7 +150,7 @@ def test_files_that_hold_no_weights_are_named(tmp_path, monkeypatch):
             weights.read(tmp_path / name)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(UserError, match=r"x\.safetensors needs safetensors: pip install"):
-        weights.read(tmp_path / "x.safetensors", num_heads=2)
+        weights.read(tmp_path / "x.safetensors", num_heads=2, foreign=True)
 
 
 @pytest.mark.parametrize("strategy", ["head", "residual"])
