@@ -167,8 +167,8 @@ def write_csv(path, rows):
         atomic_write(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8") as file,
     ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([readable(cell) for cell in row] for row in rows)
+        # The usual line ends: with others, csv does not quote a carriage return in a name.
+        csv.writer(file).writerows([readable(cell) for cell in row] for row in rows)
 
 
 def check_output(path):

@@ -17,7 +17,7 @@ from lib import plots
 from lib.residuals import measure
 
 NAMES = ("accuracy", "macro", "all", "images", "calibration_error", "a,b|c \"d\"", "$x^{$", "\\frac$1",
-         "_under <b>", "Ünï 透鏡", "two\nlines", "long " * 40, os.fsdecode(b"latin \xe9"))  # fmt: skip
+         "_under <b>", "Ünï 透鏡", "two\nlines", "return\r", "long " * 40, os.fsdecode(b"latin \xe9"))  # fmt: skip
 NETWORK = ("--patch-size", 16, "--embed-dim", 16, "--depth", 1, "--num-heads", 2)
 RUN = ("--epochs", 1, "--batch-size", 16, "--precision", "float32", "--quiet")
 
