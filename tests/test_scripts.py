@@ -131,9 +131,9 @@ def mistakes(runs, folder, tmp_path):
         "no results": ("experiments/results.py", (runs, *out), runs),
         "seeds": ("experiments/study.py", (*cache, *out, "--seeds", -1), "--seeds"),
         "repeats": ("experiments/bench.py", (*out, "--repeats", 0), "--repeats"),
-        "nothing to export": ("export.py", ("--weights", file, *out), file),
+        "nothing to export": ("export.py", ("--weights", file, "--out", tmp_path / "m.onnx"), file),
         "no data to check with": (
-            "export.py", ("--weights", classifier, *out, "--data", tmp_path / "x"), "--data",
+            "export.py", ("--weights", classifier, "--out", tmp_path / "m.onnx", "--data", tmp_path / "x"), "--data",
         ),
         "no model": ("predict.py", ("--model", tmp_path / "x.onnx", *out, file), "x.onnx"),
         "no images": (
