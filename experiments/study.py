@@ -555,9 +555,10 @@ def substructure_strengths():
     mass = (radius / lenses.einstein_radius(1.0)) ** 2
     ring = lenses.einstein_radius(lenses.LENS_MASS) * lenses.deflection_factor()
     near = np.abs(np.hypot(x, y) - ring) < RING_WIDTH
+    mass_near = (mass * near).sum(axis=1).clip(lenses.CDM_MASS_RANGE[0])  # the least where none is
     return {
         "axion": ("log10 m / eV", np.log10(axion_mass)),
-        "cdm": ("log10 subhalo mass near the ring / M☉", np.log10((mass * near).sum(axis=1))),
+        "cdm": ("log10 subhalo mass near the ring / M☉", np.log10(mass_near)),
     }
 
 

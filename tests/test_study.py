@@ -343,6 +343,13 @@ def test_all_classes_take_as_many_steps_as_some(classes, epochs, packed):
     assert study.on_all_classes(lab) == ["--classes", "all", "--epochs", epochs]
 
 
+def test_an_image_without_subhalos_near_the_ring_has_a_strength(monkeypatch):
+    monkeypatch.setattr(study, "MISTAKES_PER_CLASS", 6)
+    monkeypatch.setattr(study, "RING_WIDTH", 0.0)
+    _, values = study.substructure_strengths()["cdm"]
+    assert values.tolist() == [6.0] * 6  # the smallest subhalo has 10⁶ M☉
+
+
 def test_strengths_belong_to_the_images(monkeypatch):
     monkeypatch.setattr(study, "MISTAKES_PER_CLASS", 6)
     strengths = study.substructure_strengths()
