@@ -53,7 +53,7 @@ DEFAULTS = {
     "residual": {"lr": 3e-3, "batch_size": 64, "epochs": 2, "fewest_steps": 1000,
                  "augment": ("halfturn",), "patch_dropout": 0.0},
 }  # fmt: skip
-# What differs for random weights, which few images would otherwise overfit.
+# What differs for random weights: with all patches they overfit few images.
 FROM_SCRATCH = {"full": {"few": {"augment": ("flips",)}}}
 # What differs when continuing from a classifier: its head is already trained, so use small steps.
 CONTINUING = {

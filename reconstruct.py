@@ -18,12 +18,12 @@ from lib import clusters, data, lenses, options, plots
 from lib.device import resolve_device
 from lib.files import UserError, make_folder, one_line, path_argument, run, write_csv, write_json
 from lib.residuals import (
-    is_of_another_class,
     mask_ratio_of,
     measure,
     residual_reader,
     scores_and_powers,
     scores_of,
+    unlike_training,
 )
 
 EXAMPLE = """examples:
@@ -43,10 +43,7 @@ def reconstruct(args):
     if args.clusters:
         clusters.gaussians_for(args.clusters, len(fitted))  # a mistake ends here, not after minutes
     labels = dataset.labels[rows]
-    trained_on = content["run"].get("classes", [])
-    if trained_on == ["all"]:
-        trained_on = list(dataset.class_names)
-    has_substructure = is_of_another_class(labels, dataset.class_names, trained_on)
+    trained_on, has_substructure = unlike_training(content, labels, dataset.class_names)
     make_folder(args.out)
     if (args.out / "comparison.md").exists():
         raise UserError(f"{args.out} holds the results of evaluate.py: choose another --out")

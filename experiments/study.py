@@ -217,10 +217,11 @@ def residual_auc(lab, path, dataset, whole):
     """AUC of an MAE's residual, which needs no labels: all substructure, and each kind of it."""
     content, residuals_of = residuals_on(lab, path, dataset)
     rows = data.rows_to_evaluate(dataset, content, whole)
-    labels, trained_on = dataset.labels[rows], content["run"]["classes"]
-    has_substructure = residuals.is_of_another_class(labels, dataset.class_names, trained_on)
+    labels = dataset.labels[rows]
+    _, has_substructure = residuals.unlike_training(content, labels, dataset.class_names)
     if has_substructure.all() or not has_substructure.any():
-        raise UserError(f"{path} was trained on {', '.join(trained_on)}: no other classes to compare")
+        classes = ", ".join(content["run"]["classes"])
+        raise UserError(f"{path} was trained on {classes}: no other classes to compare")
     scores = residuals.scores_of(residuals_of, rows)
     every, by_class = residuals.auc_by_kind(scores, has_substructure, labels, dataset.class_names)
     columns = {f"residual AUC {name}": float(auc) for name, auc in by_class.items()}
@@ -267,7 +268,7 @@ def summary(lab, strategy, path):
     return {f"{strategy} {figure}": result[figure] for figure in ("macro AUC", "accuracy %")}
 
 
-def pretraining_epochs(lab):
+def usual_pretraining(lab):
     """(epochs, share of the training images) of the study's default pre-training."""
     args = pretrain.parse_args(["--data", "unused", "--out", "unused", *lab.pretraining])
     rows = data.split(lab.dataset)["train"]
@@ -277,7 +278,7 @@ def pretraining_epochs(lab):
 
 def on_all_classes(lab):
     """Options of a pre-training on all classes that takes as many steps as the default one."""
-    epochs, share = pretraining_epochs(lab)
+    epochs, share = usual_pretraining(lab)
     return ["--classes", "all", "--epochs", max(1, round(epochs * share))]
 
 
@@ -426,7 +427,7 @@ def choices(lab):
         add(f"transform {kind}", f"transform-{kind}", seed, pretraining=["--transform", kind])
     add("norm_pix_loss", "norm-pix", seed, pretraining=["--norm-pix-loss"])
     # Four times the patches cost about four and a half times as much a step.
-    epochs = max(1, round(pretraining_epochs(lab)[0] / 4.5))
+    epochs = max(1, round(usual_pretraining(lab)[0] / 4.5))
     add(
         "patch size 4, same compute", "patch-4", seed,
         pretraining=["--patch-size", 4, "--epochs", epochs],

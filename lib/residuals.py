@@ -104,14 +104,15 @@ def _write_maps(file, maps_of, rows, side, quiet):
             bar.update(len(part))
 
 
-def is_of_another_class(labels, class_names, trained_on):
-    """(n,) bool: whether images are of a class that the MAE was not trained on.
+def unlike_training(content, labels, class_names):
+    """What an MAE was not trained on: (names of its classes, (n,) bool: is an image of another?).
 
-    `trained_on` are names of classes, or ["all"].
+    `content` is that of its weights file.
     """
+    trained_on = content["run"].get("classes", [])
     if trained_on == ["all"]:
-        return np.zeros(len(labels), bool)
-    return ~np.isin(np.array(class_names)[labels], trained_on)
+        trained_on = list(class_names)
+    return trained_on, ~np.isin(np.array(class_names)[labels], trained_on)
 
 
 def auc_by_kind(scores, has_substructure, labels, class_names):
