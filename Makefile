@@ -184,7 +184,7 @@ endef
 
 # Rewritten only when the data changed, so a changed folder is trained on again.
 $(RUNS)/dataset.json: $(SIMULATED) FORCE | $(READY)
-	$(PY) data.py $(INPUT) --out $@
+	$(PY) prepare.py $(INPUT) --out $@
 
 $(PRETRAINED): $(RUNS)/dataset.json $(OPTIONS)/pretraining | $(READY)
 	@$(mode) set -x; \

@@ -12,7 +12,8 @@ from sklearn.metrics import confusion_matrix, roc_curve
 
 from lib import data, metrics, options, plots, report, tables, weights
 from lib.device import resolve_device
-from lib.files import UserError, make_folder, path_argument, run, write_json, write_text
+from lib.errors import UserError, path_argument, run
+from lib.files import make_folder, write_json, write_text
 from lib.loader import batch_reader, in_batches
 from lib.onnxfile import LEAST_FAMILIARITY, is_unfamiliar
 

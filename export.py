@@ -27,15 +27,8 @@ from torch import nn
 
 from lib import data, options, weights
 from lib.convert import to_hugging_face
-from lib.files import (
-    UserError,
-    atomic_directory,
-    atomic_write,
-    check_outputs,
-    path_argument,
-    run,
-    write_json,
-)
+from lib.errors import UserError, path_argument, run
+from lib.files import atomic_directory, atomic_write, check_outputs, write_json
 from lib.metrics import accuracy, auc_by_class
 from lib.onnxfile import open_session
 from lib.residuals import mask_ratio_of

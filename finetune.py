@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from lib import data, distributed, familiarity, metrics, optim, options, plots, weights
 from lib.augment import SYMMETRIES
 from lib.device import resolve_device
-from lib.files import UserError, run
+from lib.errors import UserError, run
 from lib.loader import fit_transform, in_batches, larger_than_memory
 from lib.loop import fit, precision_of
 from lib.residuals import mask_ratio_of

@@ -12,7 +12,7 @@ import torch
 from lib import data, distributed, familiarity, optim, options, plots
 from lib.augment import augment
 from lib.device import resolve_device
-from lib.files import run
+from lib.errors import run
 from lib.loader import (
     StoredImages,
     batch_reader,

@@ -16,7 +16,8 @@ import torch
 
 from lib import clusters, data, lenses, options, plots
 from lib.device import resolve_device
-from lib.files import UserError, make_folder, one_line, path_argument, run, write_csv, write_json
+from lib.errors import UserError, one_line, path_argument, run
+from lib.files import make_folder, write_csv, write_json
 from lib.residuals import (
     mask_ratio_of,
     measure,

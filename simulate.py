@@ -10,7 +10,8 @@ import numpy as np
 
 from lib import lenses, options
 from lib.data import PackedWriter, require_space
-from lib.files import atomic_directory, make_folder, path_argument, run
+from lib.errors import path_argument, run
+from lib.files import atomic_directory, make_folder
 
 EXAMPLE = "example: python simulate.py --model Model_II --per-class 1000 --out lenses"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lib.cutouts import read_images, within
-from lib.files import UserError, one_line, run
+from lib.errors import UserError, one_line, run
 from lib.onnxfile import (
     LEAST_FAMILIARITY,
     UNFAMILIAR,

@@ -36,8 +36,9 @@ import predict
 import simulate
 from lib import data, lenses, metrics, optim, options, tables, weights
 from lib.device import Precision, bfloat16_is_fast, resolve_device, seconds_of
-from lib.files import UserError, make_folder, path_argument, run, write_json, write_text
-from lib.graphs import GraphedStep
+from lib.errors import UserError, path_argument, run
+from lib.files import make_folder, write_json, write_text
+from lib.cuda_graphs import GraphedStep
 from lib.loader import batch_reader, fit_transform, in_batches
 from mae import MAE, Classifier, IntensityTransform, set_attention_form
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from lib import augment, lenses
 from lib.cutouts import FITS_SUFFIXES, find_files, read_arrays
-from lib.files import UserError
+from lib.errors import UserError
 from lib.readers import fits_images
 
 EUCLID = lenses.INSTRUMENTS["Model_II"]

@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluate import predict_probabilities
 from lib import data, lenses, options, weights
 from lib.device import resolve_device
-from lib.files import UserError, atomic_directory, atomic_write, path_argument, run
+from lib.errors import UserError, path_argument, run
+from lib.files import atomic_directory, atomic_write
 from lib.readers import read_npy
 
 EXAMPLE = """examples:

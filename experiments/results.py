@@ -12,7 +12,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lib import plots, tables
-from lib.files import UserError, path_argument, read_json, run, write_json, write_text
+from lib.errors import UserError, path_argument, run
+from lib.files import read_json, write_json, write_text
 
 EXAMPLE = """example:
   python experiments/results.py runs/study/results-0 runs/study/results-1 --out runs/results"""

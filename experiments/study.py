@@ -28,7 +28,8 @@ import simulate
 from experiments import kinds, refusals, results
 from lib import augment, clusters, data, lenses, metrics, options, residuals, weights
 from lib.device import choose_precision, resolve_device
-from lib.files import UserError, make_folder, path_argument, read_json, run, sha256_of, write_json
+from lib.errors import UserError, path_argument, run
+from lib.files import make_folder, read_json, sha256_of, write_json
 from lib.run import FREE_OPTIONS
 from mae import POOLINGS
 

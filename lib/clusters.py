@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
-from lib.files import UserError
+from lib.errors import UserError
 from lib.metrics import bootstrap
 
 GAUSSIANS = 20

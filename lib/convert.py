@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from lib.files import UserError
+from lib.errors import UserError
 
 # Hugging Face's name (of any generation of transformers) -> ours, which is facebookresearch's.
 PARTS = {

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from lib.files import UserError
+from lib.errors import UserError
 from lib.readers import forget_pages, is_hidden, read_fits, read_npy, read_npz
 
 FITS_SUFFIXES = (

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from lib.files import UserError, atomic_directory, make_folder, read_json, write_json
+from lib.errors import UserError
+from lib.files import atomic_directory, make_folder, read_json, write_json
 from lib.readers import forget_pages, is_hidden, read_npy
 
 FORMAT = 2

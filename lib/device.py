@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from lib import distributed
-from lib.files import UserError
+from lib.errors import UserError
 
 # Products in bfloat16 are about 500 times slower than in float32 on a CPU without the units, and
 # 4 (AVX-512) to 6 times (AMX) faster with them: one measurement tells which, however noisy.

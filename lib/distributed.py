@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lib.files import UserError
+from lib.errors import UserError
 
 # A run ends with an error if a process is silent for longer; packing a large folder takes hours.
 TIMEOUT = timedelta(hours=12)

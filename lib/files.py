@@ -1,6 +1,5 @@
-"""Errors that a user can fix, and files that survive a crash; the standard library alone."""
+"""Files that survive a crash; the standard library alone."""
 
-import argparse
 import contextlib
 import csv
 import errno
@@ -9,101 +8,13 @@ import hashlib
 import json
 import os
 import platform
-import re
 import shutil
-import sys
 from pathlib import Path
+
+from lib.errors import UserError, readable
 
 MAX_JSON_BYTES = 16 * 2**20
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # by a file system
-
-
-class UserError(Exception):
-    """A mistake that the user can fix: its text names the file or flag and the remedy."""
-
-
-def run(main):
-    """Run a script's `main` and exit: 0, or one line on stderr and 2 for a user's mistake.
-
-    Any text can be printed: characters that the terminal lacks become backslash escapes, and a
-    closed pipe ends the script silently.
-    """
-    _accept_any_output()
-    try:
-        code = main()
-        with contextlib.suppress(BrokenPipeError):  # the work is done, even if nobody reads the output
-            sys.stdout.flush()
-    except UserError as error:
-        _say(f"error: {error}")
-        code = 2
-    except BrokenPipeError:
-        code = 141  # as the shell reports SIGPIPE
-    except OSError as error:  # full disk, missing permission
-        if error.filename is None and error.errno is None:
-            raise
-        where = f"{error.filename}: " if error.filename else ""
-        _say(f"error: {where}{error.strerror or error}")
-        code = 2
-    except KeyboardInterrupt:
-        _say("interrupted")
-        code = 130
-    _discard_unwritten_output()
-    sys.exit(code)
-
-
-def path_argument(text):
-    """A path from the command line. An empty one, mostly an unset variable, is refused."""
-    if not text:
-        raise argparse.ArgumentTypeError("the path is empty")
-    return Path(text)
-
-
-def _accept_any_output():
-    """Let stdout and stderr take any text, and swallow it if they are closed."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif hasattr(stream, "reconfigure"):
-            with contextlib.suppress(OSError):  # a stream that is read and written
-                stream.reconfigure(errors="backslashreplace")
-
-
-def _say(text):
-    """Print one line on stderr, if anything still reads it."""
-    with contextlib.suppress(OSError):
-        print(one_line(text), file=sys.stderr, flush=True)
-
-
-def _discard_unwritten_output():
-    """Keep Python from failing at exit because stdout or stderr cannot be written."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, stream.fileno())
-            os.close(null)
-
-
-# Text
-
-
-def readable(text):
-    """`text` as valid Unicode: bytes of a file name that are not UTF-8 become escapes (\\xff)."""
-    text = re.sub("[\ud800-\udc7f\udd00-\udfff]", lambda found: ascii(found[0])[1:-1], text)
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def reason_of(error):
-    """The first line of an exception's text, or its type if it has none."""
-    lines = str(error).splitlines()
-    return lines[0][:200] if lines else type(error).__name__
-
-
-def one_line(text):
-    """`readable`, with unprintable characters, such as a newline in a file name, become escapes (\\n)."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in readable(text))
 
 
 # Writing

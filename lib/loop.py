@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from lib import distributed
 from lib.device import Precision, choose_precision
-from lib.files import UserError
+from lib.errors import UserError
 from lib.loader import shuffled
-from lib.graphs import GraphedStep
+from lib.cuda_graphs import GraphedStep
 from lib.optim import (
     learning_rate,
     make_capturable,

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import onnxruntime
 
-from lib.files import UserError, reason_of
+from lib.errors import UserError, reason_of
 
 LEAST_FAMILIARITY = 0.01  # below it an image is unlike the training images
 UNFAMILIAR = "unfamiliar"  # the prediction for such an image

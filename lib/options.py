@@ -4,7 +4,7 @@ import argparse
 import math
 
 from lib.augment import KINDS
-from lib.files import UserError, path_argument
+from lib.errors import UserError, path_argument
 from lib.weights import LARGEST, MOST_PATCHES_A_SIDE
 from mae import TRANSFORM_KINDS
 

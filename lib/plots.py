@@ -10,7 +10,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.collections import PatchCollection
 
-from lib.files import atomic_write, one_line, reason_of
+from lib.errors import one_line, reason_of
+from lib.files import atomic_write
 
 LONGEST_LABEL = 80
 RESIDUAL = "residual (image − prediction), in the network's scale"

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.files import UserError, reason_of
+from lib.errors import UserError, reason_of
 
 MAX_PICKLE_BYTES = 64 * 2**20  # an axion file is one image and a number
 MAX_PICKLE_OPCODES = 100_000  # a stack of images takes about 20 an image

@@ -4,7 +4,8 @@ import base64
 import html
 from pathlib import Path
 
-from lib.files import one_line, read_json, write_text
+from lib.errors import one_line
+from lib.files import read_json, write_text
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }

@@ -7,7 +7,8 @@ from tqdm import tqdm
 
 from lib import data, distributed, weights
 from lib.clusters import octave_powers
-from lib.files import UserError, atomic_write
+from lib.errors import UserError
+from lib.files import atomic_write
 from lib.loader import batch_reader, in_batches
 from lib.metrics import auc_of_counts, bootstrap
 from lib.readers import read_npy

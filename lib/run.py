@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from lib import data, distributed, weights
-from lib.files import UserError, make_folder, write_json, write_text
+from lib.errors import UserError
+from lib.files import make_folder, write_json, write_text
 from lib.readers import is_hidden
 
 # Options that do not change the weights: a run may be resumed under others.

@@ -1,6 +1,6 @@
 """Tables as text."""
 
-from lib.files import one_line
+from lib.errors import one_line
 
 
 def markdown(rows):

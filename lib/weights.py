@@ -20,7 +20,8 @@ import torch
 from lib.augment import disturbances
 from lib.convert import from_foreign, heads_told
 from lib.familiarity import Familiarity
-from lib.files import UserError, atomic_write, read_json, sha256_of
+from lib.errors import UserError
+from lib.files import atomic_write, read_json, sha256_of
 from mae import MAE, Classifier, Encoder, IntensityTransform, ResidualClassifier
 
 LARGEST = {"embed_dim": 4096, "decoder_embed_dim": 4096, "depth": 64, "decoder_depth": 64}

@@ -23,7 +23,7 @@ import export
 import finetune
 import pretrain
 import simulate
-from lib import files, lenses, loader, loop, plots, strategies
+from lib import errors, lenses, loader, loop, plots, strategies
 
 # Seconds after which a process hangs for sure, however slow the machine and whatever runs beside.
 HUNG = 900
@@ -33,7 +33,7 @@ PICTURES = ("loss_curves", "reconstructions", "classifier_curves")  # of lib/plo
 
 
 def run_script(name, *arguments, check=True, folder=ROOT):
-    """Run a script's `main` as `files.run` does, in this process, which has torch loaded already.
+    """Run a script's `main` as `errors.run` does, in this process, which has torch loaded already.
 
     `name` is a path from the root, such as "experiments/study.py"; `folder` is the working
     directory. Returns what `run_python` does.
@@ -45,7 +45,7 @@ def run_script(name, *arguments, check=True, folder=ROOT):
         contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(folder),
         mock.patch.object(sys, "argv", [name, *argv]), pytest.raises(SystemExit) as ended,
     ):  # fmt: skip
-        files.run(lambda: module.main(argv))
+        errors.run(lambda: module.main(argv))
     process = subprocess.CompletedProcess([name, *argv], ended.value.code or 0)
     process.stdout, process.stderr = out.getvalue(), err.getvalue()
     if check:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lib import clusters
-from lib.files import UserError
+from lib.errors import UserError
 from lib.options import LARGEST_SEED
 
 SLOPES = (0.0, 1.0, 2.0)  # of the amplitude over the frequency: three kinds of noise

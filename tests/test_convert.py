@@ -7,7 +7,7 @@ import torch
 from conftest import assert_user_error, run_script
 
 from lib import convert, weights
-from lib.files import UserError
+from lib.errors import UserError
 from mae import MAE
 
 # As transformers 5.24 names a model's tensors in memory; its files have older names.

@@ -10,7 +10,7 @@ from conftest import assert_user_error, run_script
 import finetune
 import pretrain
 from lib import convert, weights
-from lib.files import UserError
+from lib.errors import UserError
 from mae import MAE
 
 SIZES = {"embed_dim": 96, "depth": 1, "decoder_embed_dim": 32, "decoder_num_heads": 2}

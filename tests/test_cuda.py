@@ -18,7 +18,7 @@ from conftest import (
 import evaluate
 import export
 import finetune
-from lib import data, familiarity, graphs, lenses, loader, weights
+from lib import cuda_graphs, data, familiarity, lenses, loader, weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -96,7 +96,7 @@ def test_a_gpu_refuses_the_images_that_a_cpu_refuses():
 
 def test_the_steps_of_a_graph_learn_what_single_steps_do(packed, tmp_path, monkeypatch):
     run_script("pretrain.py", *pretraining(packed, tmp_path / "graph", *ON_GPU))
-    monkeypatch.setattr(graphs, "WARM_UP", 10**9)
+    monkeypatch.setattr(cuda_graphs, "WARM_UP", 10**9)
     run_script("pretrain.py", *pretraining(packed, tmp_path / "single", *ON_GPU))
     assert_same_tensors(*(tensors_in(tmp_path / n / PRETRAINED) for n in ("graph", "single")))
 

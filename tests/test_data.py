@@ -17,7 +17,8 @@ from conftest import (
 )
 
 from lib import data
-from lib.files import UserError, read_json
+from lib.errors import UserError
+from lib.files import read_json
 
 
 def write_classes(root, counts, size=8, seed=0):
@@ -196,7 +197,7 @@ def test_bad_folders_are_named_and_leave_no_cache(how, tmp_path):
 
 
 def test_a_missing_data_set_is_a_user_error(tmp_path):
-    process = run_script("data.py", "--data", tmp_path / "nowhere", check=False)
+    process = run_script("prepare.py", "--data", tmp_path / "nowhere", check=False)
     assert_user_error(process, tmp_path / "nowhere")
 
 
@@ -211,14 +212,14 @@ def test_a_damaged_packed_data_set_is_named(name, packed, tmp_path):
 
 def test_the_description_is_not_rewritten_for_the_same_data(packed, tmp_path):
     out = tmp_path / "dataset.json"
-    run_script("data.py", "--data", packed, "--out", out)
+    run_script("prepare.py", "--data", packed, "--out", out)
     before = out.stat().st_mtime_ns
-    run_script("data.py", "--data", packed, "--out", out)
+    run_script("prepare.py", "--data", packed, "--out", out)
     assert out.stat().st_mtime_ns == before
 
 
 def test_the_description_counts_the_images_of_each_part(packed, tmp_path):
-    process = run_script("data.py", "--data", packed, "--out", tmp_path / "dataset.json")
+    process = run_script("prepare.py", "--data", packed, "--out", tmp_path / "dataset.json")
     dataset = data.load(packed)
     described = read_json(tmp_path / "dataset.json")
     assert described["fingerprint"] == dataset.fingerprint
@@ -254,10 +255,10 @@ def test_a_read_only_data_folder_works_with_the_cache_elsewhere(folder, tmp_path
     for path in (root, *root.iterdir()):
         path.chmod(0o500)
     try:
-        refused = run_python("data.py", "--data", root, check=False, before=bound)
+        refused = run_python("prepare.py", "--data", root, check=False, before=bound)
         assert_user_error(refused, root, "--cache-dir")
         cache = ("--cache-dir", tmp_path / "cache")
-        run_python("data.py", "--data", root, *cache, before=bound)
+        run_python("prepare.py", "--data", root, *cache, before=bound)
     finally:
         for path in (root, *root.iterdir()):
             path.chmod(0o700)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lib import device
-from lib.files import UserError
+from lib.errors import UserError
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,7 @@ from conftest import HUNG, ROOT, finetuning, history_of, pretraining, run_script
 
 from lib import distributed, loader, strategies
 from lib.augment import KINDS
-from lib.files import UserError
+from lib.errors import UserError
 
 
 def torchrun(script, arguments, processes=2):
@@ -54,7 +54,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
 import finetune, pretrain
-from lib import distributed, files, loader, loop, strategies
+from lib import distributed, errors, loader, loop, strategies
 
 loader.EVALUATION_BATCH = strategies.EVALUATION_BATCH = 8  # validation takes several batches
 
@@ -97,7 +97,7 @@ with distributed.process_group("cpu"):
         steps.clear()
         try:
             {"pretrain": pretrain, "finetune": finetune}[script].main(arguments)
-        except files.UserError as mistake:
+        except errors.UserError as mistake:
             error = str(mistake)
         seen[name] = list(steps)
     Path(sys.argv[2]).with_name(f"seen-{distributed.rank()}.json").write_text(

@@ -13,7 +13,8 @@ from conftest import ROOT, TINY_NETWORK, assert_user_error, run_script
 import export
 import mae
 from lib import data, onnxfile, weights
-from lib.files import UserError, sha256_of
+from lib.errors import UserError
+from lib.files import sha256_of
 
 
 @pytest.mark.parametrize("precision", ["float16", "int8"])

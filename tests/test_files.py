@@ -8,8 +8,9 @@ import signal
 import pytest
 from conftest import run_python
 
-from lib import files
-from lib.files import UserError, atomic_directory, atomic_write
+from lib import errors, files
+from lib.errors import UserError
+from lib.files import atomic_directory, atomic_write
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):
@@ -25,7 +26,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_stays(tmp_path):
     code = (
         "import os, sys\n"
-        "from lib import files\n"
+        "from lib import errors, files\n"
         "with files.atomic_write(sys.argv[1]) as t, files.atomic_directory(sys.argv[2]) as d:\n"
         "    t.write_text('half'); (d / 'x').write_text('half'); os.kill(os.getpid(), 9)\n"
     )
@@ -76,7 +77,7 @@ def test_a_mistake_is_one_line_and_an_exit_code(error, code, said, capsys):
         return 0
 
     with pytest.raises(SystemExit) as ended:
-        files.run(main)
+        errors.run(main)
     assert ended.value.code == code
     assert capsys.readouterr().err == said
 
@@ -86,4 +87,4 @@ def test_a_bug_is_not_taken_for_a_mistake_of_the_user():
         raise ValueError
 
     with pytest.raises(ValueError):  # noqa: PT011
-        files.run(main)
+        errors.run(main)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lib import files, onnxfile, readers, weights
-from lib.files import UserError
+from lib.errors import UserError
 
 FUZZED_FILES = int(os.environ.get("FUZZED_FILES", "2000"))
 MAX_BYTES, MAX_SECONDS = 200 * 2**20, 2.0

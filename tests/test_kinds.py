@@ -7,7 +7,7 @@ from torch import nn
 
 from experiments import kinds, refusals
 from lib import lenses
-from lib.files import UserError
+from lib.errors import UserError
 
 PER_CLASS, SEED = 4, 7
 

@@ -34,8 +34,8 @@ from torch import nn
 
 import finetune
 import pretrain
-from lib import files, loader, loop, optim, plots
-from lib.files import UserError
+from lib import errors, loader, loop, optim, plots
+from lib.errors import UserError
 from lib.run import open_run
 
 KILLS = int(os.environ.get("KILLS", "3"))
@@ -294,7 +294,7 @@ def run_forked(script, arguments, output, checkpoint_seconds, largest_file):
     for name in PICTURES:
         setattr(plots, name, lambda *_: None)
     module = importlib.import_module(script)
-    files.run(lambda: module.main(arguments))
+    errors.run(lambda: module.main(arguments))
 
 
 @pytest.fixture

@@ -67,11 +67,11 @@ def test_make_reproduce_runs_on_a_folder_and_does_nothing_twice(python, folder, 
     ("goal", "expected"),
     [
         (("reproduce", "BASELINE=1"), {
-            "simulate.py", "data.py", "pretrain.py", "finetune.py", "evaluate.py",
+            "simulate.py", "prepare.py", "pretrain.py", "finetune.py", "evaluate.py",
             "reconstruct.py", "export.py", "predict.py",
         }),
         (("study", "UNSEEN=x", "CUTOUTS=a b"), {
-            "simulate.py", "data.py", "experiments/study.py", "experiments/results.py",
+            "simulate.py", "prepare.py", "experiments/study.py", "experiments/results.py",
         }),
         (("real", "REAL=Makefile"), {
             "simulate.py", "pretrain.py", "finetune.py", "experiments/real_images.py",

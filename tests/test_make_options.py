@@ -31,7 +31,7 @@ if script == "simulate.py":
     origin = f"simulate.py Model_II, {option('--per-class')} a class, seed {option('--seed')}, noise-free"
     write(out / "dataset.json", json.dumps({"origin": origin}, indent=2))
     write(out / "images.npy", "")
-elif script == "data.py":
+elif script == "prepare.py":
     folder = pathlib.Path(option("--data"))
     text = json.dumps(sorted(p.read_text() for p in folder.rglob("*") if p.is_file()))
     if not out.exists() or out.read_text() != text:
@@ -55,7 +55,7 @@ elif script == "reconstruct.py":
 else:
     write(out, "")
 """
-ALL = ["data.py dataset.json", "pretrain.py pretrain", "finetune.py head", "finetune.py layernorm",
+ALL = ["prepare.py dataset.json", "pretrain.py pretrain", "finetune.py head", "finetune.py layernorm",
        "finetune.py full", "finetune.py residual", "evaluate.py evaluation", "reconstruct.py residuals",
        "export.py classifier.onnx", "export.py reconstruction.onnx", "predict.py predictions.csv"]  # fmt: skip
 FINETUNED = ["finetune.py head", "finetune.py layernorm", "finetune.py full",
@@ -87,12 +87,12 @@ def make(tmp_path):
 
 
 def scripts(calls):
-    """What was called, apart from data.py, which looks whether the data changed."""
-    return sorted(f"{script} {out}" for script, out, _ in calls if script != "data.py")
+    """What was called, apart from prepare.py, which looks whether the data changed."""
+    return sorted(f"{script} {out}" for script, out, _ in calls if script != "prepare.py")
 
 
 def without_data(names):
-    return sorted(name for name in names if not name.startswith("data.py"))
+    return sorted(name for name in names if not name.startswith("prepare.py"))
 
 
 def images(folder, *classes, count=7):

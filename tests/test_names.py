@@ -12,7 +12,7 @@ from conftest import assert_user_error, run_script
 from matplotlib import pyplot as plt
 
 import evaluate
-from lib.files import one_line, readable
+from lib.errors import one_line, readable
 from lib import plots
 from lib.residuals import measure
 

@@ -101,7 +101,7 @@ def test_fits_without_astropy_says_what_to_install(runs, tmp_path):
     process = run_code(
         f"import sys; sys.argv = ['predict.py', '--model', {str(runs / 'classifier.onnx')!r}, "
         f"'--out', {str(tmp_path / 'p.csv')!r}, {str(tmp_path / 'one.fits')!r}]\n"
-        "import predict\nfrom lib import files\nfiles.run(predict.main)",
+        "import predict\nfrom lib import errors\nerrors.run(predict.main)",
         without=("astropy",), check=False,
     )  # fmt: skip
     assert process.returncode == 1

@@ -11,7 +11,7 @@ from conftest import assert_user_error, history_of, pretraining, run_script, ten
 import mae
 import pretrain
 from lib import data, options, plots
-from lib.files import UserError
+from lib.errors import UserError
 
 
 def test_pretraining_learns_and_sees_one_class_of_training_and_validation(

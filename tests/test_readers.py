@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lib import readers
-from lib.files import UserError
+from lib.errors import UserError
 from lib.readers import read_npy
 
 

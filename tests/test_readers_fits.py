@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lib import readers
-from lib.files import UserError
+from lib.errors import UserError
 from lib.readers import read_fits
 
 fits = pytest.importorskip("astropy.io.fits")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lib import data
-from lib.files import UserError
+from lib.errors import UserError
 from lib.readers import read_npy, read_npz
 
 IMAGES = np.random.default_rng(0).random((3, 8, 8))

@@ -132,9 +132,8 @@ def test_written_commands_use_the_projects_environment():
                 assert in_environment or makes_one, f"{path.name}: {command}"
 
 
-def test_readme_is_short_and_names_every_file():
+def test_readme_names_every_file():
     text = TEXTS[README]
-    assert len(text.splitlines()) <= 150
     named = set(re.findall(r"[\w.-]+", text))
     files = [*ROOT.glob("*.py"), *ROOT.glob("*.txt"), ROOT / "Makefile"]
     for folder in ("lib", "experiments"):

@@ -12,7 +12,7 @@ import pytest
 import simulate
 from experiments import real_images
 from lib import data, lenses
-from lib.files import UserError
+from lib.errors import UserError
 
 FOLDER = os.environ.get("REAL_IMAGES")
 PICTURES, MODEL_III = (Path(FOLDER or "", f) for f in ("testVI_pictures.npz", "model3_no_sub.npy"))

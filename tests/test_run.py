@@ -11,7 +11,7 @@ import torch
 from conftest import assert_user_error, pretraining, run_script, sigterm_at
 
 from lib import data, distributed, weights
-from lib.files import UserError
+from lib.errors import UserError
 from lib.run import Run, open_run
 
 DATASET = SimpleNamespace(

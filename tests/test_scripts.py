@@ -24,7 +24,7 @@ from test_predict import read_csv
 
 from lib import weights
 
-SCRIPTS = ("simulate", "data", "pretrain", "finetune", "evaluate", "reconstruct", "export",
+SCRIPTS = ("simulate", "prepare", "pretrain", "finetune", "evaluate", "reconstruct", "export",
            "predict")  # fmt: skip
 EXPERIMENTS = ("study", "results", "bench", "real_images")
 MODULES = [path.stem for path in sorted((ROOT / "lib").glob("*.py"))]
@@ -43,13 +43,13 @@ def test_help_shows_an_example_and_defaults(script):
 
 @pytest.mark.parametrize(
     ("script", "option"),
-    [("data", "--device"), ("simulate", "--device"), ("export", "--device"), ("predict", "--seed")],
+    [("prepare", "--device"), ("simulate", "--device"), ("export", "--device"), ("predict", "--seed")],
 )
 def test_options_that_would_do_nothing_are_refused(script, option):
     process = run_script(f"{script}.py", "--help")
     assert option not in process.stdout
     parse_args = importlib.import_module(script).parse_args
-    given = {"data": ["--data", "x"], "simulate": ["--out", "x"],
+    given = {"prepare": ["--data", "x"], "simulate": ["--out", "x"],
              "export": ["--weights", "x", "--out", "x"],
              "predict": ["--model", "x", "--out", "x", "x"]}[script]  # fmt: skip
     parse_args(given)
@@ -79,7 +79,7 @@ def mistakes(runs, folder, tmp_path):
             np.save(two / name / f"{i}.npy", np.random.default_rng([i, len(name)]).random((64, 64)))
     full = ("--strategy", "full")
     return {
-        "nothing to pack": ("data.py", ("--data", tmp_path / "gone"), "gone"),
+        "nothing to pack": ("prepare.py", ("--data", tmp_path / "gone"), "gone"),
         "no images a class": ("simulate.py", (*out, "--per-class", 0), "--per-class"),
         "simulated already": ("simulate.py", ("--out", small, "--per-class", 1), small),
         "no such class": ("pretrain.py", (*cache, *out, "--classes", "wdm"), "wdm"),
@@ -271,13 +271,13 @@ def test_prediction_needs_numpy_and_onnxruntime_alone(runs, lens_image, tmp_path
         "import os, sys\n"
         "os.chdir(sys.argv.pop(1))\n"
         "import predict\n"
-        "from lib import files\n"
+        "from lib import errors, files\n"
         "assert files.__file__.startswith(os.getcwd()), files.__file__\n"
         "arguments = sys.argv[1:]\n"
         "predict.main(arguments)\n"
         "try:\n"
         "    predict.main([*arguments, '--sheet', 'sheet.png'])\n"
-        "except files.UserError as error:\n"
+        "except errors.UserError as error:\n"
         "    print(error)\n"
     )
     process = run_code(

@@ -11,7 +11,8 @@ from conftest import TINY_DECODER, TINY_NETWORK, assert_user_error, run_script
 
 from lib import data, lenses
 from lib.augment import augment
-from lib.files import UserError, atomic_write
+from lib.errors import UserError
+from lib.files import atomic_write
 import simulate
 
 

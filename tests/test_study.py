@@ -16,7 +16,7 @@ import pretrain
 import simulate
 from experiments import kinds, results, study
 from lib import data, familiarity, lenses, plots, residuals, weights
-from lib.files import UserError
+from lib.errors import UserError
 
 TINY = {
     "SCRATCH_EPOCHS": 2, "LABEL_SHARES": (0.2, 1.0), "ROBUSTNESS_PER_CLASS": 8, "UNFAMILIAR_PER_CLASS": 4,

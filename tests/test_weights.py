@@ -9,7 +9,7 @@ import torch
 from conftest import assert_user_error, run_script
 
 from lib import files, weights
-from lib.files import UserError
+from lib.errors import UserError
 from mae import MAE, Classifier
 
 TRANSFORM = {"kind": "log", "offset": 0.0, "softening": 0.5, "mean": 0.0, "std": 1.0}

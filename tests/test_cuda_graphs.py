@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib import graphs
+from lib import cuda_graphs
 
 CPU = torch.device("cpu")
 
@@ -37,8 +37,8 @@ def test_a_step_is_recorded_after_a_few_and_again_where_it_changes(log):
         log.append("step")
         return rows
 
-    graphed = graphs.GraphedStep(step, CPU, changes_at=(0.5,))
-    one_phase = ["step"] * graphs.WARM_UP + ["record", "step", "replay", "replay"]
+    graphed = cuda_graphs.GraphedStep(step, CPU, changes_at=(0.5,))
+    one_phase = ["step"] * cuda_graphs.WARM_UP + ["record", "step", "replay", "replay"]
     for start in (0.0, 0.5):
         for i in range(5):
             assert graphed(np.array([i, 7]), start + 0.1 * i).tolist() == [i, 7]

@@ -8,9 +8,10 @@ import argparse
 
 from lib import options
 from lib.data import load, split
-from lib.files import UserError, path_argument, read_json, run, write_json
+from lib.errors import UserError, path_argument, run
+from lib.files import read_json, write_json
 
-EXAMPLE = "example: python data.py --data lenses"
+EXAMPLE = "example: python prepare.py --data lenses"
 
 
 def parse_args(argv=None):
