@@ -13,9 +13,10 @@ from sklearn.metrics import confusion_matrix, roc_curve
 from lib import data, metrics, options, plots, report, tables, weights
 from lib.device import resolve_device
 from lib.errors import UserError, path_argument, run
-from lib.files import make_folder, write_json, write_text
+from lib.files import make_folder, sha256_of, write_json, write_text
 from lib.loader import batch_reader, in_batches
 from lib.onnxfile import LEAST_FAMILIARITY, is_unfamiliar
+from lib.provenance import LIBRARY, identity_of, is_current, made_from, sign
 
 EXAMPLE = """example:
   python evaluate.py --data lenses --out runs/evaluation \\
@@ -49,6 +50,10 @@ def evaluate(args):
     by_identity = {}
     class_names = list(dataset.class_names)
     paths = dict(zip(names_of_runs(args.weights), args.weights, strict=True))
+    hashes = {name: sha256_of(path) for name, path in paths.items()}
+    made = made_from(args, [*LIBRARY, __file__], data=identity_of(dataset), weights=hashes)
+    if args.update and is_current(args.out / "metrics.json", made):
+        return
     for name, path in paths.items():
         model, content = weights.load_classifier(path)
         data.check_size(path, model, dataset)
@@ -104,6 +109,7 @@ def evaluate(args):
         (report.write, args.out, paths, results, class_names, best, published),
     ):
         plots.attempt(show, *what)
+    sign(args.out / "metrics.json", made)
 
 
 def predict_probabilities(model, images, rows, device):

@@ -17,7 +17,8 @@ import torch
 from lib import clusters, data, lenses, options, plots
 from lib.device import resolve_device
 from lib.errors import UserError, one_line, path_argument, run
-from lib.files import make_folder, write_csv, write_json
+from lib.files import make_folder, sha256_of, write_csv, write_json
+from lib.provenance import LIBRARY, identity_of, is_current, made_from, sign
 from lib.residuals import (
     mask_ratio_of,
     measure,
@@ -48,11 +49,16 @@ def reconstruct(args):
     make_folder(args.out)
     if (args.out / "comparison.md").exists():
         raise UserError(f"{args.out} holds the results of evaluate.py: choose another --out")
+    identities = {"data": identity_of(dataset), "weights": sha256_of(args.weights)}
+    made = made_from(args, [*LIBRARY, __file__], **identities)
+    if args.update and is_current(args.out / "metrics.json", made):
+        return
 
     if args.clusters:
         scores, kinds, found = sort_into_kinds(residuals, rows, fitted, args.clusters, args.seed)
     else:
         scores, kinds, found = scores_of(residuals, rows), None, None
+    (args.out / "metrics.json").unlink(missing_ok=True)  # an earlier call's
     write_scores(args.out / "scores.csv", rows, labels, scores, dataset.class_names, found)
     how = dataset.class_names, args.resamples, args.seed
     result, lines = {}, []
@@ -78,8 +84,6 @@ def reconstruct(args):
         result |= {"masks": f"{args.rounds} rounds, {ratio} hidden, seed {args.seed}"}
         result |= {"weights": str(args.weights), "data_fingerprint": dataset.fingerprint}
         write_json(args.out / "metrics.json", result)
-    else:
-        (args.out / "metrics.json").unlink(missing_ok=True)  # an earlier call's
     for show, *what in (
         (print, "\n".join(lines)),
         (warn, clusters.doubt(kinds) if kinds else None),
@@ -87,6 +91,7 @@ def reconstruct(args):
         (draw_maps, args.out / "maps.png", dataset, rows, scores, transformed, residuals),
     ):
         plots.attempt(show, *what)
+    sign(args.out / "metrics.json", made)
 
 
 def sort_into_kinds(residuals, rows, fitted, count, seed):
