@@ -93,6 +93,10 @@ def add_training_arguments(parser):
     either.add_argument(
         "--overwrite", action="store_true", help="replace a finished or stopped run in --out"
     )
+    either.add_argument(
+        "--update", action="store_true",
+        help="skip a finished run of the same settings and data, resume a stopped one, replace any other",
+    )  # fmt: skip
     group.add_argument("--quiet", action="store_true", help="no progress bar")
 
 

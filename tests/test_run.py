@@ -22,7 +22,7 @@ DATASET = SimpleNamespace(
 def options(out, **changed):
     given = {"out": out, "resume": False, "lr": 0.1, "augment": ("noise",), "data": Path("lenses"),
              "cache_dir": None, "quiet": True, "device": "cpu", "pretrained": "none",
-             "overwrite": False}  # fmt: skip
+             "overwrite": False, "update": False}  # fmt: skip
     return argparse.Namespace(**given | changed)
 
 
@@ -55,6 +55,25 @@ def test_a_checkpoint_is_resumed_only_on_demand(tmp_path):
     with_checkpoint(tmp_path)
     assert resumed(tmp_path)["step"] == 3
     assert Run(options(tmp_path, overwrite=True), DATASET, "w.pth").checkpoint is None
+
+
+def test_update_resumes_a_run_of_the_same_settings_and_replaces_any_other(tmp_path):
+    with_checkpoint(tmp_path)
+    same = Run(options(tmp_path, update=True), DATASET, "w.pth")
+    assert same.checkpoint["step"] == 3 and not same.replaces
+    for other in (Run(options(tmp_path, update=True, lr=0.2), DATASET, "w.pth"),
+                  Run(options(tmp_path, update=True), DATASET, "w.pth", pretrained_sha256="b")):
+        assert other.checkpoint is None and other.replaces and not other.is_finished
+    (tmp_path / "checkpoint.pth").write_bytes(b"broken")
+    assert Run(options(tmp_path, update=True), DATASET, "w.pth").replaces
+
+
+def test_a_run_on_renamed_classes_is_not_resumed(tmp_path):
+    """The fingerprint of the data knows the order of the classes, not their names."""
+    with_checkpoint(tmp_path)
+    renamed = SimpleNamespace(**{**vars(DATASET), "class_names": ("a", "c")})
+    with pytest.raises(UserError, match="class_names"):
+        resumed(tmp_path, renamed)
 
 
 class Executes:
@@ -93,7 +112,7 @@ def test_only_the_same_settings_are_resumed(tmp_path):
     with_checkpoint(tmp_path, pretrained_sha256="abc")
     same = {"settings": {"pretrained_sha256": "abc"}}
     assert resumed(tmp_path, **same)["step"] == 3
-    other_data = SimpleNamespace(fingerprint="0" * 64)
+    other_data = SimpleNamespace(**{**vars(DATASET), "fingerprint": "0" * 64})
     for named, changed in (
         ("lr = 0.1", {"lr": 0.2}),
         ("augment", {"augment": ()}),
@@ -166,7 +185,8 @@ def test_the_weights_take_the_place_of_the_checkpoint(tmp_path, monkeypatch):
     content = opened.content
     assert content["run"] == {
         "lr": 0.1, "augment": ["noise"], "data_fingerprint": "f" * 64, "split": data.SPLIT,
-        "pretrained_sha256": "abc", "number_format": "float32", "data": "lenses",
+        "class_names": ["a", "b"], "pretrained_sha256": "abc", "number_format": "float32",
+        "data": "lenses", "cache_dir": None,
     }  # fmt: skip
 
 
