@@ -42,6 +42,7 @@ $(if $(strip $(value DATA)),,$(error DATA is empty: name a folder, or leave it o
 FOLDER := $(call quoted,$(value DATA))
 INPUT = --data $(FOLDER) --cache-dir $(RUNS)/cache
 IMAGES := packed
+SAMPLES :=
 CLUSTERS :=
 else
 FOLDER := $(RUNS)/samples
@@ -77,7 +78,7 @@ THREADS = $(shell jobs=$(JOBS:-j%=%); threads=$$(($$(getconf _NPROCESSORS_ONLN) 
 SHARE = $(if $(JOBS),$(if $(OMP_NUM_THREADS),,OMP_NUM_THREADS=$(THREADS)))
 
 # make only puts the stages into order: each of them is called, and knows what is left to do.
-.PHONY: reproduce packed study real bench test test-heavy clean \
+.PHONY: reproduce packed study real bench test test-heavy clean $(RUNS)/.made-by-make \
   $(RUNS)/data/dataset.json $(RUNS)/samples $(PRETRAINED) $(STRATEGIES) $(SCRATCH) $(EVALUATION) $(RESIDUALS) \
   $(MODEL) $(MAPS) $(PREDICTIONS) $(STUDY_PARTS:%=study-%) $(REAL_ANSWERS) $(PICTURES)/dataset.json \
   $(PICTURES)-pretrain/vit-mae-wt.pth $(PICTURES)-full/vit-mae-classifier-wt.pth \
