@@ -63,9 +63,7 @@ def parse_args(argv=None):
         help="Model_II and Model_III: an observation with sky, read-out and photon noise in place "
         "of the noise-free files that are published (Model_I has its noise always)",
     )  # fmt: skip
-    args = parser.parse_args(argv)
-    options.check_numbers(args)
-    return args
+    return options.parsed(parser, argv)
 
 
 def main(argv=None):

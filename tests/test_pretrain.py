@@ -48,11 +48,12 @@ def test_the_classes_to_learn_from_are_chosen_by_name(classes, learned, packed):
 
 def test_few_images_are_passed_over_more_often_unless_epochs_are_given(packed, tmp_path):
     arguments = pretraining(packed, tmp_path)
+    defaults = pretrain.DEFAULTS
+    assert defaults.recipe(pretrain.parse_args(arguments), 80).epochs == 3
+    arguments[arguments.index("--epochs") : arguments.index("--epochs") + 2] = []
     args = pretrain.parse_args(arguments)
-    assert pretrain.epochs_for(args, 80) == 3
-    args.epochs = None
-    assert pretrain.epochs_for(args, 80) == pretrain.FEWEST_STEPS / 10  # 10 batches of 8
-    assert pretrain.epochs_for(args, 10**6) == pretrain.EPOCHS
+    assert defaults.recipe(args, 80).epochs == defaults.fewest_steps / 10  # 10 batches of 8
+    assert defaults.recipe(args, 10**6).epochs == defaults.epochs
 
 
 def test_every_validation_hides_the_same_patches():
