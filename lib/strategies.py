@@ -25,7 +25,7 @@ from lib.loader import (
 )
 from lib.recipe import Defaults
 from lib.residuals import mask_ratio_of, stored_maps
-from mae import MAE, Classifier, ResidualClassifier, random_masking, usual_squares
+from mae import MAE, Classifier, ResidualClassifier, random_masking, default_map_pool
 
 ALL_PATCHES_FROM = 0.5  # of the steps: patch dropout ends here
 BATCHNORM_IMAGES = 2048  # training images that BatchNorm's statistics are computed from
@@ -270,7 +270,7 @@ class Residual(Strategy):
             )
         sizes = {k: v for k, v in start.content["config"].items() if k != "transform"}
         config = {"mae": sizes, "mask_ratio": mask_ratio_of(start.content),
-                  "averaged": usual_squares(pretrained.img_size), **more}  # fmt: skip
+                  "map_pool": default_map_pool(pretrained.img_size), **more}  # fmt: skip
         try:
             model = self.kind(**config)
         except ValueError as error:
