@@ -203,7 +203,7 @@ def test_complementary_masks_hide_the_share_that_is_asked_for(patches, ratio):
         assert abs(len(hidden) - asked) <= max(1, 0.1 * min(asked, patches - asked))
     times = torch.bincount(torch.cat([hidden for _, hidden in masks]), minlength=patches)
     assert times.min() >= 1
-    assert times.max() - times.min() <= 4 / 2 or times.max() <= 1.15 * times.min()
+    assert times.max() - times.min() <= 2
 
 
 def test_complementary_masks_hide_every_patch_equally_often():
@@ -216,7 +216,7 @@ def test_complementary_masks_hide_every_patch_equally_often():
     assert times_hidden.tolist() == [6] * 64
     one, other = (complementary_masks(64, 0.9, rounds=1, seed=seed)[0][0] for seed in (0, 1))
     assert one.tolist() != other.tolist()
-    assert len(complementary_masks(4, 0.1, 1)) == 2  # something must be hidden, and predicted
+    assert len(complementary_masks(4, 0.1, 1)) == 4  # something must be hidden, and predicted
 
 
 def test_the_residual_of_a_patch_does_not_depend_on_what_stands_in_it():
