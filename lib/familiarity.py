@@ -48,16 +48,20 @@ class Familiarity(nn.Module):
     unit : brightness that raw pixels are divided by.
     components, known : principal components, and how many of them the polynomial takes.
     calibration : number of images that it was calibrated on.
+    any_orientation : whether mirror images and quarter turns are as familiar as the image. Half a
+        turn always is: it changes no lens.
 
     The buffers are filled by `fit`. Raises ValueError for a unit that is not positive.
     """
 
-    def __init__(self, transform, img_size, unit, components, known, calibration):
+    def __init__(
+        self, transform, img_size, unit, components, known, calibration, any_orientation=False
+    ):
         super().__init__()
         if not 0 < unit < math.inf:
             raise ValueError(f"unit must be positive, got {unit}")
         self.transform = IntensityTransform(**transform)
-        self.unit, self.known = float(unit), known
+        self.unit, self.known, self.any_orientation = float(unit), known, any_orientation
         self.levels = levels_of(img_size)
         self.register_buffer("terms", monomials(known, DEGREE), persistent=False)
         self.quadratic = len(monomials(known, 2))  # monomials are sorted by their degree
@@ -92,7 +96,14 @@ class Familiarity(nn.Module):
         return (1 + stranger) / (1 + len(self.strangeness_seen))
 
     def strangeness(self, images):
-        """(B,), growing with the distance from the training images."""
+        """(B,), growing with the distance from the training images; the least of all orientations."""
+        views = [images, images.mT, images.flip(2), images.mT.flip(2)]
+        views = views if self.any_orientation else views[:1]
+        views += [view.flip(2, 3) for view in views]
+        return torch.stack([self.strangeness_of_view(view) for view in views]).amin(dim=0)
+
+    def strangeness_of_view(self, images):
+        """(B,) of images in the orientation that they have."""
         distance = self.distances(*self.measure(images)).clamp_min(TINY).log()
         return ((distance - self.usual) / self.above_usual).clamp_max(20).exp().sum(dim=1)
 
@@ -206,8 +217,8 @@ def fit(dataset, rows, validation, transform, augmentations=(), quiet=False):
     """A `Familiarity` of training `rows`, calibrated on `validation` rows, and its arguments.
 
     None if there are fewer than FEWEST_IMAGES of either. `transform` are the arguments
-    of the network's transform. Images are disturbed as the network's `augmentations` do it. Labels
-    play no part.
+    of the network's transform. Images are disturbed as the network's `augmentations` do it, and
+    those of all orientations count as alike if it learned all (`flips`). Labels play no part.
     """
     if min(len(rows), len(validation)) < FEWEST_IMAGES:
         return None
@@ -224,7 +235,7 @@ def fit(dataset, rows, validation, transform, augmentations=(), quiet=False):
     unit = in_batches(lambda batch: images_of(batch).flatten(1).amax(dim=1), first).median().item()
     config = {"transform": transform, "img_size": dataset.img_size, "components": components,
               "unit": max(abs(unit), np.finfo(np.float32).tiny.item()), "known": known,
-              "calibration": len(validation)}  # fmt: skip
+              "calibration": len(validation), "any_orientation": "flips" in augmentations}  # fmt: skip
     model = Familiarity(**config)
 
     z = in_batches(lambda batch: model.transform(images_of(batch)).flatten(1), first)

@@ -138,11 +138,9 @@ class Strategy:
         data.check_split(content["run"])
         data.check_size(start.path, model, dataset, OTHER_SIZE)
         if not isinstance(model, self.kind):
-            other = next(s for s in STRATEGIES.values() if isinstance(model, s.kind))
-            names = [name for name, s in STRATEGIES.items() if s.kind is other.kind]
-            raise UserError(
-                f"{start.path} is a classifier of --strategy {' or '.join(names)}: continue with that"
-            )
+            *others, last = (name for name, s in STRATEGIES.items() if isinstance(model, s.kind))
+            names = f"{', '.join(others)} or {last}" if others else last
+            raise UserError(f"{start.path} is a classifier of --strategy {names}: continue with that")
         if content["class_names"] != list(dataset.class_names):
             raise UserError(
                 f"{start.path} tells {', '.join(content['class_names'])} apart; start from an MAE for "

@@ -283,13 +283,15 @@ def identity(kept):
 def familiarity_for(opened, dataset, augmentations):
     """The `Familiarity` of opened `Weights`, and its arguments, for a training that starts from them.
 
-    None if it was fitted to other images than those of `dataset`, or if `augmentations` disturb
-    these otherwise than before.
+    None if it was fitted to other images than those of `dataset`, or if `augmentations` disturb or
+    turn these otherwise than before.
     """
     run = opened.content["run"]
     before = run.get("augment")
     same_images = run.get("data_fingerprint") == dataset.fingerprint and isinstance(before, list)
     if not same_images or disturbances(before) != disturbances(augmentations):
+        return None
+    if ("flips" in before) != ("flips" in augmentations):
         return None
     known = familiarity_in(opened.path, opened.content)
     return known and (known, opened.content["familiarity"]["config"])

@@ -351,7 +351,7 @@ def test_a_recipe_follows_the_strategy_and_what_it_starts_from_but_not_over_what
         first, continuing = (recipe_of(name, 10**6, opened[start]) for start in starts)
         assert (first.lr, first.epochs) == (strategy.defaults.lr, strategy.defaults.epochs)
         assert continuing.lr < first.lr
-        assert (first.keep, first.validations) == (("last", 2) if name == "residual" else ("best", first.epochs))
+        assert (first.keep, first.validations) == (("last", 2) if name == "residual" else ("best", min(50, first.epochs)))
     full = finetune.STRATEGIES["full"].defaults
     recipe = recipe_of("full", 10**6, None, "--lr", "0.5")
     assert recipe.lr == 0.5

@@ -34,7 +34,7 @@ from torch import nn
 
 import finetune
 import pretrain
-from lib import errors, loader, loop, plots, recipe
+from lib import errors, loader, loop, optim, plots, recipe
 from lib.errors import UserError
 from lib.run import open_run
 

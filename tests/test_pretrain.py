@@ -10,7 +10,7 @@ from conftest import assert_user_error, history_of, pretraining, run_script, ten
 
 import mae
 import pretrain
-from lib import data, options, plots
+from lib import data, network, plots
 from lib.errors import UserError
 
 
@@ -79,7 +79,7 @@ def test_the_weights_are_there_if_the_pictures_fail(packed, tmp_path, monkeypatc
 
 
 def test_more_patches_than_weights_may_have_are_refused_before_training(packed, tmp_path, monkeypatch):
-    monkeypatch.setattr(options, "MOST_PATCHES_A_SIDE", 32)  # images of 64 pixels
+    monkeypatch.setattr(network, "MOST_PATCHES_A_SIDE", 32)  # images of 64 pixels
     run_script("pretrain.py", *pretraining(packed, tmp_path, "--patch-size", 2, "--epochs", 1))
     with pytest.raises(UserError, match=r"--patch-size 1 cuts.*more than 32×32"):
         pretrain.main([str(a) for a in pretraining(packed, tmp_path / "x", "--patch-size", 1)])
