@@ -106,7 +106,7 @@ def train(args, strategy, start, chosen, dataset, rows, parts, run):
     state, history = fit(learner, chosen, rows, run, device, precision)
     computation.trained.load_state_dict(state)
     outputs = validation_outputs()  # in float32, apart from what is stored
-    known = familiarity_of(start, dataset, parts, config, chosen, args)
+    fitted = familiarity_of(start, dataset, parts, config, chosen, args)
     if not distributed.is_main():
         return
     for name, value in task.calibrated(outputs.numpy(), dataset.labels[validation]).items():
@@ -118,7 +118,7 @@ def train(args, strategy, start, chosen, dataset, rows, parts, run):
     if chosen.keep == "best":
         best = max(reversed(history), key=lambda line: line[f"validation_{task.score}"])
     run.save_weights(
-        model.state_dict(), config, seen, known, number_format=precision.name,
+        model.state_dict(), config, seen, fitted, number_format=precision.name,
         pixel_range=data.pixel_range(data.extremes_of(dataset, rows)), best=best,
     )  # fmt: skip
     plots.attempt(plots.classifier_curves, args.out / "curves.png", history)
@@ -130,17 +130,17 @@ def familiarity_of(start, dataset, parts, config, chosen, args):
     It needs no labels, so it may see all images of the training part. That of `start` is kept if it
     was fitted to the same images.
     """
-    known = weights.familiarity_for(start, dataset, chosen.augment) if start else None
-    if known is None:
-        known = familiarity.fit(
+    fitted = weights.familiarity_for(start, dataset, chosen.augment) if start else None
+    if fitted is None:
+        fitted = familiarity.fit(
             dataset, parts["train"], parts["validation"], config["transform"], chosen.augment, args.quiet
         )
-    if known is None and distributed.is_main():
+    if fitted is None and distributed.is_main():
         print(
             f"a familiarity needs {familiarity.FEWEST_IMAGES} validation images, and there are "
             f"{len(parts['validation'])}: the classifier cannot refuse images unlike its training images"
         )
-    return known
+    return fitted
 
 
 def start_argument(text):

@@ -12,7 +12,7 @@ import torch
 from lib import data, distributed, familiarity, network, options, plots, recipe
 from lib.augment import augment
 from lib.device import resolve_device
-from lib.errors import run
+from lib.errors import one_line, run
 from lib.intensity import fit_transform
 from lib.loader import StoredImages, batch_reader, in_batches, larger_than_memory, read_disturbed
 from lib.loop import Learner, fit, precision_of
@@ -32,8 +32,11 @@ def pretrain(args):
     )
     chosen = DEFAULTS.recipe(args, len(rows))
     with open_run(args, dataset, "vit-mae-wt.pth", chosen, **network.described(args)) as run:
-        if not run.is_finished:
-            train(args, chosen, dataset, rows, validation, parts, run)
+        if run.is_finished:
+            return
+        if distributed.is_main():
+            print(one_line(f"{', '.join(args.classes)}, {len(rows):,} training images: {chosen}"))
+        train(args, chosen, dataset, rows, validation, parts, run)
 
 
 def train(args, chosen, dataset, rows, validation, parts, run):
@@ -75,14 +78,14 @@ def train(args, chosen, dataset, rows, validation, parts, run):
     set_attention_form(model, precision.attention)
     state, history = fit(learner, chosen, rows, run, device, precision)
     # For the classifiers that start from these weights.
-    known = familiarity.fit(
+    fitted = familiarity.fit(
         dataset, parts["train"], parts["validation"], constants, chosen.augment, args.quiet
     )
     if not distributed.is_main():
         return
     run.save_weights(
         state, {**config, "transform": constants},
-        dataset.hashes[np.concatenate([rows, validation])], known,
+        dataset.hashes[np.concatenate([rows, validation])], fitted,
         number_format=precision.name, last=history[-1],
         pixel_range=data.pixel_range(data.extremes_of(dataset, rows)),
     )  # fmt: skip
