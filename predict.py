@@ -230,8 +230,10 @@ def parse_args(argv=None):
         description=__doc__, epilog=EXAMPLE, formatter_class=options.HelpFormatter
     )
     parser.add_argument("paths", type=path_argument, nargs="+", metavar="PATH", help="files or folders")
-    parser.add_argument("--model", type=path_argument, required=True, metavar="FILE.onnx")
-    parser.add_argument("--out", type=path_argument, required=True, metavar="CSV")
+    parser.add_argument("--model", type=path_argument, required=True, metavar="FILE.onnx",
+                        help="classifier that export.py wrote")  # fmt: skip
+    parser.add_argument("--out", type=path_argument, required=True, metavar="CSV",
+                        help="table to write")  # fmt: skip
     parser.add_argument(
         "--crop", action="store_true", help="use the centre of images larger than the network's"
     )

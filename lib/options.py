@@ -28,7 +28,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows the default of each option, unless its help does, and the example as it was written."""
 
     def _get_help_string(self, action):
-        said = action.default is None or "default:" in action.help
+        said = action.default in (None, False) or "default:" in action.help
         return action.help if said else super()._get_help_string(action)
 
 
