@@ -249,7 +249,7 @@ def test_a_data_set_that_is_too_small_gets_none_and_says_so(packed, runs, tmp_pa
     [
         lambda kept: kept["config"].update(components=10**9),
         lambda kept: kept["config"].update(components=-1),
-        lambda kept: kept["config"].update(known="x"),
+        lambda kept: kept["config"].update(leading="x"),
         lambda kept: kept["config"].update(unit=float("nan")),
         lambda kept: kept["config"].update(img_size=10**6),
         lambda kept: kept["model"].pop("mean"),
