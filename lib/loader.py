@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from lib import distributed
 from lib.augment import augment, disturbances
-from lib.readers import forget_pages
+from lib.images import forget_pages
 from mae import IntensityTransform
 
 EVALUATION_BATCH = 256
