@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from lib import augment, lenses
-from lib.cutouts import FITS_SUFFIXES, find_files, read_arrays
 from lib.errors import UserError
-from lib.readers import fits_images
+from lib.images import FITS_SUFFIXES, find_files, fits_images, read_arrays
 
 EUCLID = lenses.INSTRUMENTS["Model_II"]
 SIDE = EUCLID.pixels

@@ -26,7 +26,7 @@ from lib import data, lenses, options, weights
 from lib.device import resolve_device
 from lib.errors import UserError, path_argument, run
 from lib.files import atomic_directory, atomic_write
-from lib.readers import read_npy
+from lib.images import read_npy
 
 EXAMPLE = """examples:
   python experiments/real_images.py fit --images real/testVI_pictures.npz

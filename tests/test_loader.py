@@ -10,7 +10,7 @@ from conftest import finetuning, pretraining
 
 import finetune
 import pretrain
-from lib import data, intensity, lenses, loader, readers, strategies
+from lib import data, images, intensity, lenses, loader, strategies
 
 CPU = torch.device("cpu")
 
@@ -123,13 +123,13 @@ def test_looking_at_images_from_everywhere_leaves_no_pages_behind(tmp_path):
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("RssFile")).split()[1]) * 1024
 
-    images = np.lib.format.open_memmap(
+    stored = np.lib.format.open_memmap(
         tmp_path / "images.npy", "w+", dtype=np.float32, shape=(4000, 64, 64)
     )
-    images[:] = np.random.default_rng(0).random((4000, 1, 1))
-    images.flush()
-    del images
-    mapped = readers.read_npy(tmp_path / "images.npy")
+    stored[:] = np.random.default_rng(0).random((4000, 1, 1))
+    stored.flush()
+    del stored
+    mapped = images.read_npy(tmp_path / "images.npy")
     before = resident()
     intensity.fit_transform(mapped, np.arange(4000), "log")
     assert resident() - before < 16e6  # of 66 MB

@@ -197,6 +197,15 @@ def test_other_data_are_predicted_on(make, tmp_path):
     assert str(other / "a" / "0.npy") in calls[-1][2]
 
 
+def test_images_of_every_kind_are_predicted_on(make, tmp_path):
+    data = images(tmp_path / "data", "a")
+    kinds = ("0.fits", "1.FIT.gz", "2.npz", "3.fts.bz2", "4.fz")
+    for i, name in enumerate((*kinds, "5.txt")):
+        (data / "a" / f"{i}.npy").rename(data / "a" / name)
+    _, calls = make(f"DATA={data}")
+    assert calls[-1][2][-5:] == [str(data / "a" / name) for name in kinds]
+
+
 @pytest.mark.parametrize("name", ["my data", "it's", 'a "b"', "a$HOME", "a;b&c", "tab\tand  two", "é"])
 @pytest.mark.parametrize("relative", [False, True])
 def test_paths_may_hold_anything(name, relative, make, tmp_path):
