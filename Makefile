@@ -128,9 +128,10 @@ $(PREDICTIONS): $(MODEL) $(MAPS) $(SAMPLES)
 	@rm -f $@
 	folder=$(FOLDER); set --; \
 	if [ -f "$$folder/dataset.json" ]; then set -- "$$folder/images.npy"; else \
-	  for class in "$$folder"/*/; do n=0; for file in "$$class"*.[nN][pP][yY]; do \
-	    if [ $$n -lt 5 ] && [ -f "$$file" ]; then set -- "$$@" "$$file"; n=$$((n + 1)); fi; \
-	  done; done; fi; \
+	  for class in "$$folder"/*/; do n=0; for file in "$$class"*; do case "$$file" in \
+	    *.[nN][pP][yYzZ]|*.[fF][iI][tT]*|*.[fF][tT][sS]*|*.[fF][zZ]) \
+	      if [ $$n -lt 5 ] && [ -f "$$file" ]; then set -- "$$@" "$$file"; n=$$((n + 1)); fi;; \
+	  esac; done; done; fi; \
 	$(PY) predict.py --model $(MODEL) --maps $(MAPS) --sheet $(@D)/sheet.png --out $@ -- "$$@" \
 	  || [ $$? -eq 1 -a -s $@ ]  # 1: some files could not be read, which predict.py says
 

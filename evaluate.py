@@ -234,9 +234,7 @@ def parse_args(argv=None):
         "--weights", type=path_argument, nargs="+", required=True, metavar="PTH", help="classifiers"
     )
     options.add_test_arguments(parser)
-    args = parser.parse_args(argv)
-    options.check_numbers(args)
-    return args
+    return options.parsed(parser, argv)
 
 
 def main(argv=None):

@@ -519,8 +519,7 @@ def parse_args(argv=None):
         "--cache-dir", type=path_argument, default=None, help="where a folder's packed copy is kept"
     )
     group.add_argument("--seed", type=int, default=0, help="which images are used to check")
-    args = parser.parse_args(argv)
-    options.check_numbers(args)
+    args = options.parsed(parser, argv)
     if args.what != "classifier" and args.precision != "float32":
         raise UserError(f"--precision {args.precision}: only a classifier is exported in it")
     if args.what == "huggingface" and args.update:

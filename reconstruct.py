@@ -166,8 +166,7 @@ def parse_args(argv=None):
         help="sort the images into K kinds without labels. The kinds are found in the validation part "
         "(with --split all: in the images themselves), and labels only score them (default: none)",
     )  # fmt: skip
-    args = parser.parse_args(argv)
-    options.check_numbers(args)
+    args = options.parsed(parser, argv)
     if args.clusters == 0:
         raise UserError("--clusters must be at least 2, got 0; leave it out for none")
     return args

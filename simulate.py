@@ -10,9 +10,9 @@ import numpy as np
 
 from lib import lenses, options
 from lib.data import PackedWriter, require_space
-from lib.errors import UserError, path_argument, run
-from lib.files import atomic_directory, make_folder, read_json
-from lib.provenance import is_current, made_from, sign
+from lib.errors import path_argument, run
+from lib.files import atomic_directory, make_folder
+from lib.provenance import is_current, made_from, require_origin, sign
 
 EXAMPLE = "example: python simulate.py --model Model_II --per-class 1000 --out lenses"
 # The file of each layout that says what the images were made from.
@@ -52,13 +52,6 @@ def write_packed(out, batches, per_class, model, origin, made=None, replaced=Non
         sign(folder / DESCRIPTIONS["packed"], made)
 
 
-def refuse_others(description):
-    """UserError if the data set of a dataset.json is not one of this script, which may be replaced."""
-    if description.exists() and description.name == DESCRIPTIONS["packed"]:
-        if not str(read_json(description).get("origin")).startswith("simulate.py "):
-            raise UserError(f"{description.parent} was not simulated: remove it or choose another folder")
-
-
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=options.HelpFormatter
@@ -80,9 +73,7 @@ def parse_args(argv=None):
         "--update", action="store_true",
         help="do nothing if --out holds the same images of this simulator; replace others that it made",
     )  # fmt: skip
-    args = parser.parse_args(argv)
-    options.check_numbers(args)
-    return args
+    return options.parsed(parser, argv)
 
 
 def main(argv=None):
@@ -92,7 +83,8 @@ def main(argv=None):
         replaced = DESCRIPTIONS[args.layout]
         if is_current(args.out / replaced, made):
             return
-        refuse_others(args.out / replaced)
+        if args.layout == "packed":
+            require_origin(args.out / replaced, "simulate.py ")
     instrument = lenses.INSTRUMENTS[args.model]
     batches = lenses.simulate(args.model, args.per_class, args.seed, args.noise)
     if args.layout == "folder":

@@ -367,9 +367,7 @@ def parse_args(argv=None):
         "--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of our steps"
     )
     options.add_device_argument(parser)
-    args = parser.parse_args(argv)
-    options.check_numbers(args)
-    return args
+    return options.parsed(parser, argv)
 
 
 def main(argv=None):

@@ -14,11 +14,10 @@ from scipy.special import logsumexp, softmax
 from sklearn.metrics import roc_auc_score
 
 from lib import lenses
-from lib.cutouts import FITS_SUFFIXES, find_files, read_arrays
 from lib.errors import UserError
+from lib.images import FITS_SUFFIXES, find_files, fits_images, read_arrays
 from lib.loader import batch_reader, in_batches
 from lib.onnxfile import LEAST_FAMILIARITY, is_unfamiliar
-from lib.readers import fits_images
 
 EUCLID = lenses.INSTRUMENTS["Model_II"]
 SIDE = EUCLID.pixels

@@ -118,11 +118,7 @@ def finetuned(study, seed, strategy, start, *changes, name="base", images=None, 
         start = finetuned(study, seed, "head", start, name=name, images=images)
     out = study.args.out / name / f"seed{seed}" / ("scratch" if start == "none" else strategy)
     own = (*options_of(study, out, seed, images), "--pretrained", start, "--strategy", strategy, "--labels", labels)
-    given = shlex.split(study.args.finetuning)
-    if start != "none":  # whose weights decide the network
-        network = {f"--{name.replace('_', '-')}" for name in options.NETWORK}
-        given = [w for f, values in grouped(given).items() if f not in network for w in (f, *values)]
-    call(finetune, own, shlex.join(given), changes)
+    call(finetune, own, study.args.finetuning, changes)
     return out / "vit-mae-classifier-wt.pth"
 
 
@@ -231,7 +227,7 @@ def on_all_classes(study):
     args = pretrain.parse_args(["--data", "x", "--out", "x", *shlex.split(study.args.pretraining)])
     rows = data.split(study.own.dataset)["train"]
     images = len(pretrain.rows_to_learn_from(study.own.dataset, rows, args.classes))
-    epochs = pretrain.epochs_for(args, images) * images / len(rows)
+    epochs = pretrain.DEFAULTS.recipe(args, images).epochs * images / len(rows)
     return "--classes", "all", "--epochs", max(1, round(epochs))
 
 

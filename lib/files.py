@@ -174,6 +174,11 @@ def _flush_to_disk(path):
 # Reading
 
 
+def is_hidden(path):
+    """Whether a part of the path is a hidden name, or the folder __MACOSX that zip files bring."""
+    return any(part[:1] == "." or part == "__MACOSX" for part in Path(path).parts)
+
+
 def read_json(path):
     """The dict in a JSON file; UserError if it is missing, too large, broken or not a dict."""
     path = Path(path)

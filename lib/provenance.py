@@ -47,3 +47,9 @@ def is_current(path, made):
 def sign(path, made):
     """Add to a JSON file what its result was made from: the last step, when all of it is written."""
     write_json(path, {**(read_json(path) if path.exists() else {}), "made_from": made})
+
+
+def require_origin(path, *beginnings):
+    """UserError if a dataset.json has another origin than one that begins so: only such may be replaced."""
+    if path.exists() and not str(read_json(path).get("origin")).startswith(beginnings):
+        raise UserError(f"{path.parent} holds other images: remove it or choose another folder")

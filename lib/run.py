@@ -13,8 +13,7 @@ import torch
 
 from lib import data, distributed, weights
 from lib.errors import UserError
-from lib.files import make_folder, write_json, write_text
-from lib.readers import is_hidden
+from lib.files import is_hidden, make_folder, write_json, write_text
 
 # Options that do not change the weights: a run may be resumed under others.
 FREE_OPTIONS = {
@@ -32,21 +31,23 @@ class Run:
 
     args : the script's options.
     file : name of the weights file that the run leaves.
-    settings : what decides the weights; a run is resumed under the same settings only.
+    settings : what decides the weights: the options, and the recipe and `more` in their place. A
+        run is resumed under the same settings only.
     maps_path : where the residual maps of these settings are kept until the run is finished.
     checkpoint : state to resume from, or None.
     is_finished : whether --resume or --update found nothing left to do.
     replaces : whether what another run left here is removed, see `write_config`.
     """
 
-    def __init__(self, args, dataset, file, **settings):
+    def __init__(self, args, dataset, file, recipe, **more):
         self.args, self.out, self.dataset = args, Path(args.out), dataset
+        self.recipe, self.quiet = recipe, args.quiet
         self.weights_path, self.checkpoint_path = self.out / file, self.out / "checkpoint.pth"
         options = {k: v for k, v in vars(args).items() if k not in FREE_OPTIONS}
         described = {"data_fingerprint": dataset.fingerprint, "class_names": dataset.class_names,
                      "split": data.SPLIT}  # fmt: skip
         # Through JSON, as in a weights file, so that both compare equal.
-        self.settings = json.loads(json.dumps({**options, **described, **settings}))
+        self.settings = json.loads(json.dumps({**options, **recipe._asdict(), **more, **described}))
         identity = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
         self.maps_path = self.out / f"maps-{identity[:16]}.npy"
         checkpoint = self._read_checkpoint() if self.checkpoint_path.exists() else None
@@ -135,7 +136,8 @@ class Run:
         write_json(
             self.out / "config.json",
             {"command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-             "options": options, "data": described, **more, "versions": versions},
+             "options": options, "recipe": self.recipe._asdict(), "data": described, **more,
+             "versions": versions},
         )  # fmt: skip
 
     def write_metrics(self, history):
@@ -165,17 +167,17 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(args, dataset, file, **settings):
+def open_run(args, dataset, file, recipe, **more):
     """Create and lock the folder --out, resume or start in it, and yield its `Run`.
 
-    `settings` are added to `Run.settings`. Raises UserError if another run holds the folder, or if
-    it holds what the run would replace without --overwrite.
+    For `recipe` and `more` see `Run.settings`. Raises UserError if another run holds the folder, or
+    if it holds what the run would replace without --overwrite.
     """
     folder = Path(args.data).resolve()
     if folder in args.out.resolve().parents and not (folder / "dataset.json").exists():
         raise UserError(f"--out {args.out} lies inside the data: choose a folder outside of it")
     with _locked(args.out):
-        run = Run(args, dataset, file, **settings)
+        run = Run(args, dataset, file, recipe, **more)
         if run.is_finished and distributed.is_main():
             print(f"already finished: weights in {run.weights_path}")
         yield run

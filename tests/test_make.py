@@ -214,6 +214,15 @@ def test_a_packed_data_set_is_predicted_on_as_a_whole(make, tmp_path):
     assert calls[-1][1][-1] == f"{data}/images.npy"
 
 
+def test_images_of_every_kind_are_predicted_on(make, tmp_path):
+    (tmp_path / "data" / "a").mkdir(parents=True)
+    paths = [tmp_path / "data" / "a" / name for name in ("0.fits", "1.FIT.gz", "2.npz", "3.fts.bz2", "4.fz")]
+    for path in (*paths, tmp_path / "data" / "a" / "5.txt"):
+        path.touch()
+    _, calls = make(f"DATA={tmp_path / 'data'}")
+    assert calls[-1][1][-5:] == list(map(str, paths))
+
+
 def test_predictions_of_an_earlier_call_do_not_hide_a_crash(make):
     """predict.py exits with 1 for a file that it cannot read, too: then it has left its table."""
     make()
