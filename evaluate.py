@@ -86,7 +86,7 @@ def evaluate(args):
             "data": {"origin": dataset.origin, "fingerprint": dataset.fingerprint},
             "weights": {name: str(path) for name, path in paths.items()},
             "split": args.split,
-            "intervals": f"95 %, {args.resamples} bootstrap resamples, seed {args.seed}",
+            "intervals": f"95 %; AUC: {args.resamples} bootstrap resamples, seed {args.seed}; accuracy: Wilson",
             "class_names": class_names,
             "results": results,
             "confusion": {name: matrix.tolist() for name, matrix in matrices.items()},
@@ -95,7 +95,7 @@ def evaluate(args):
     write_text(args.out / "comparison.md", table + "\n")
     best = max(results, key=lambda name: results[name]["macro"]["value"])
     for show, *what in (
-        (print, "\n".join([table, *map(about_refusals, results, results.values())])),
+        (print, "\n".join([table, *about_results(results)])),
         (plots.roc_curves, args.out / "roc.png", curves),
         (plots.confusion_matrices, args.out / "confusion_matrix.png", matrices, class_names),
         (plots.reliability, args.out / "reliability.png", reliability),
@@ -124,7 +124,6 @@ def familiarity_of(known, images, rows, device):
 
 def draw_familiarity(path, familiarities):
     """The picture of the familiarities of each run, or none where no run has them."""
-    path.unlink(missing_ok=True)  # an earlier call's
     if familiarities:
         plots.familiarity(path, familiarities, LEAST_FAMILIARITY)
 
@@ -137,6 +136,13 @@ def refusals(familiarity, probabilities, labels):
         "unfamiliar": float(1 - answered.mean()),
         "familiar_accuracy": float(right[answered].mean()) if answered.any() else None,
     }
+
+
+def about_results(results):
+    """Lines on what the table does not show, of results by run."""
+    lines = [about_refusals(name, result) for name, result in results.items()]
+    aucs = [auc for r in results.values() for auc in (*r["auc"].values(), r["macro"])]
+    return lines + list(filter(None, [metrics.about_intervals(aucs)]))
 
 
 def about_refusals(name, result):
@@ -152,16 +158,20 @@ def about_refusals(name, result):
 def figures(probabilities, labels, class_names, args):
     """{"auc": {class name: figure}, "macro": figure, "accuracy": figure, "images": n}.
 
-    A figure is {"value", "low", "high"}.
+    A figure is {"value", "low", "high"}; the intervals are of a bootstrap, that of the accuracy is
+    Wilson's.
     """
     values = metrics.measures(probabilities, labels)
     measure = metrics.measures_of_counts(probabilities, labels)
     intervals = metrics.bootstrap(measure, labels, args.resamples, args.seed)
-    *aucs, macro, accuracy = (
+    *aucs, macro, _ = (
         {"value": value, "low": low, "high": high}
         for value, (low, high) in zip(values.tolist(), intervals.tolist(), strict=True)
     )
     by_class = dict(zip(class_names, aucs, strict=True))
+    right = (probabilities.argmax(axis=1) == labels).sum()
+    low, high = metrics.wilson(right, len(labels))
+    accuracy = {"value": values[-1].item(), "low": low, "high": high}
     return {"auc": by_class, "macro": macro, "accuracy": accuracy, "images": len(labels)}
 
 

@@ -38,7 +38,7 @@ def write(folder, weights, results, class_names, best, published):
     parts = [
         "<h1>Lens classification: evaluation</h1>",
         f"<p>{images} images that no training saw. Best macro AUC: <b>{escaped(best)}</b>. "
-        "Intervals are 95 % bootstrap intervals.</p>",
+        "95 % intervals: of a bootstrap for AUC, Wilson's for accuracy.</p>",
         "<h2>Comparison</h2>",
         comparison_table(results, best, class_names, published),
         picture(folder / "roc.png", "ROC curves, one class against the rest"),
