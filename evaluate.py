@@ -79,7 +79,7 @@ def evaluate(args):
         }  # fmt: skip
 
     published = published_rows(dataset)
-    table = comparison(results, class_names, published)
+    table = tables.markdown(tables.comparison(results, class_names) + published)
     write_json(
         args.out / "metrics.json",
         {
@@ -108,7 +108,7 @@ def evaluate(args):
 
 def predict_probabilities(model, images, rows, device):
     """Class probabilities (n, K) of rows of the raw `images` (N, H, W), in float32."""
-    read = batch_reader(images, device)
+    read = batch_reader(images, device, once=True)
     model.eval().to(device)
     return in_batches(
         lambda batch: model(read(batch)).softmax(dim=1), rows, bar="evaluation"
@@ -117,7 +117,7 @@ def predict_probabilities(model, images, rows, device):
 
 def familiarity_of(known, images, rows, device):
     """Familiarity (n,) of rows of the raw `images` (N, H, W)."""
-    read = batch_reader(images, device)
+    read = batch_reader(images, device, once=True)
     known.to(device)
     return in_batches(lambda batch: known(read(batch)), rows, bar="familiarity").numpy()
 
@@ -195,20 +195,6 @@ def most_confident_mistakes(probabilities, labels, rows):
     wrong = np.flatnonzero(predicted != labels)
     wrong = wrong[np.argsort(-confidence[wrong])][:SHOWN_MISTAKES]
     return [(int(rows[i]), int(labels[i]), int(predicted[i]), float(confidence[i])) for i in wrong]
-
-
-def comparison(results, class_names, published):
-    """Markdown table of the results with intervals, the rows of `published_rows` below."""
-
-    def cell(entry, scale=1, digits=4):
-        low, high = scale * entry["low"], scale * entry["high"]
-        return f"{scale * entry['value']:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
-
-    rows = [["run", *(f"AUC {name}" for name in class_names), "macro AUC", "accuracy %"]]
-    for name, result in results.items():
-        aucs = [cell(result["auc"][class_name]) for class_name in class_names]
-        rows.append([name, *aucs, cell(result["macro"]), cell(result["accuracy"], 100, 2)])
-    return tables.markdown(rows + published)
 
 
 def published_rows(dataset):
