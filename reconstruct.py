@@ -18,6 +18,7 @@ from lib import clusters, data, lenses, options, plots
 from lib.device import resolve_device
 from lib.errors import UserError, one_line, path_argument, run
 from lib.files import make_folder, sha256_of, write_csv, write_json
+from lib.metrics import about_intervals
 from lib.provenance import LIBRARY, identity_of, is_current, made_from, sign
 from lib.residuals import (
     mask_ratio_of,
@@ -67,6 +68,7 @@ def reconstruct(args):
         lines += [f"all substructure: AUC {as_text(measured['all'], 4)}"]
         lines += [f"{one_line(name)}: AUC {as_text(auc, 4)}"
                   for name, auc in measured["classes"].items()]  # fmt: skip
+        lines += filter(None, [about_intervals([measured["all"], *measured["classes"].values()])])
     else:
         some = "all" if not has_substructure.any() else "none"
         lines += [
@@ -74,7 +76,7 @@ def reconstruct(args):
             "images are of these classes: pre-train on some of the classes to compare"
         ]
     if kinds:
-        result["clusters"] = measured = clusters.measure(kinds, found, labels, *how)
+        result["clusters"] = measured = clusters.measure(kinds, found, labels, dataset.class_names)
         percent = {name: 100 * value for name, value in measured["accuracy"].items()}
         lines += [f"{args.clusters} clusters: accuracy {as_text(percent, 2)} %, "
                   f"overlap left {kinds.overlap:.3f}"]  # fmt: skip

@@ -1,6 +1,7 @@
 """Every picture of the project; nothing here computes a result."""
 
 import sys
+from pathlib import Path
 
 import matplotlib
 
@@ -22,9 +23,12 @@ plt.rcParams.update({"figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3, "f
 def attempt(show, *what):
     """Call `show(*what)` when the results are written: failing to show them is one line on stderr.
 
-    A failed picture must not end a run.
+    A failed picture must not end a run. If the first of `what` is the picture's file, the picture of an
+    earlier call is removed: nobody should take it for this one.
     """
     try:
+        if what and isinstance(what[0], Path) and what[0].is_file():
+            what[0].unlink()
         show(*what)
     except Exception as error:  # matplotlib, the fonts, the terminal or a full disk
         plt.close("all")

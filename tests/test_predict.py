@@ -77,7 +77,7 @@ def test_prediction_reads_npz_and_crops_when_asked(runs, tmp_path, lens_image):
 
 def test_names_reach_the_sheet_as_they_are(monkeypatch, tmp_path):
     drawn = {}
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.update({path: figure}))
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.update({path: figure}))
     entry = ((0, 0.9, 0), "folder/a$b$.npy", np.zeros((1, 8, 8), np.float32), [0.9, 0.1], "c$m$")
     assert predict.try_to_draw(plots.contact_sheet, "s", [entry], ["c$m$", "other"], None) is None
     panel = drawn["s"].axes[0]
