@@ -137,17 +137,15 @@ $(PREDICTIONS): $(MODEL) $(MAPS) $(SAMPLES)
 
 # The parts are independent, so -j runs them side by side.
 study: $(STUDY_PARTS:%=study-%)
-	$(PY) experiments/results.py --out $(RUNS)/study/results $(STUDY_PARTS:%=$(RUNS)/study/results-%)
-
-run_study = $(SHARE) $(PY) experiments/study.py $(INPUT) --out $(RUNS)/study/$(1) --results $(RUNS)/study/results-$(1)
+	$(PY) experiments/results.py --out $(RUNS)/study/results $(STUDY_PARTS:%=$(RUNS)/study/%/results)
 
 $(SEEDS:%=study-all-%): study-all-%: $(IMAGES)
-	$(call run_study,all-$*) --seeds $* $(if $(UNSEEN),--unseen $(call quoted,$(value UNSEEN))) \
-	  $(if $(CUTOUTS),--cutouts $(call quoted,$(value CUTOUTS))) \
+	$(SHARE) $(PY) experiments/study.py $(INPUT) --out $(RUNS)/study/all-$* --seeds $* \
+	  $(if $(UNSEEN),--unseen $(call quoted,$(value UNSEEN))) $(if $(CUTOUTS),--cutouts $(call quoted,$(value CUTOUTS))) \
 	  --only strategies scratch without_labels mistakes labels labels_all_classes unfamiliar
 
 study-instruments: $(IMAGES)
-	$(call run_study,instruments) --seeds $(SEEDS) --only instruments
+	$(SHARE) $(PY) experiments/study.py $(INPUT) --out $(RUNS)/study/instruments --seeds $(SEEDS) --only instruments
 
 # From simulated images, as pictures show them, to predictions for real ones.
 ifneq ($(filter real,$(MAKECMDGOALS)),)
