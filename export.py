@@ -195,7 +195,8 @@ def reduce_precision(path, precision, images, metadata):
     float16: weights and activations, except from the input through the intensity transform, whose
     range is wider.
     int8: the linear layers of blocks and head multiply 8-bit weights and activations, whose ranges
-    come from `images` (n, 1, H, W); their outputs and everything else are float32.
+    come from `images` (n, 1, H, W); their outputs and everything else are float32. The bytes are
+    unsigned, see `use_unsigned_bytes`.
     What computes the familiarity stays in float32, which it needs.
     """
     kept = nodes_for_familiarity_alone(onnx.load(path).graph)
@@ -220,7 +221,21 @@ def reduce_precision(path, precision, images, metadata):
         finally:
             logging.disable(logging.NOTSET)
             quantised.unlink(missing_ok=True)
+        use_unsigned_bytes(proto.graph)
     save_proto(proto, path, metadata)
+
+
+def use_unsigned_bytes(graph):
+    """Shift every 8-bit number, zero points included, from -128...127 to 0...255.
+
+    The values stay the same. x86 processors without VNNI multiply unsigned by signed bytes in sums of
+    16 bits, which saturate; onnxruntime multiplies unsigned by unsigned ones exactly everywhere.
+    """
+    for tensor in graph.initializer:
+        if tensor.data_type == onnx.TensorProto.INT8:
+            shifted = onnx.numpy_helper.to_array(tensor).astype(np.int16) + 128
+            tensor.CopyFrom(onnx.numpy_helper.from_array(shifted.astype(np.uint8), tensor.name))
+    del graph.value_info[:]  # the signed types
 
 
 def nodes_for_familiarity_alone(graph):
