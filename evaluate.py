@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from sklearn.metrics import confusion_matrix, roc_curve
 
-from lib import data, metrics, options, plots, report, tables, weights
+from lib import compatibility, data, metrics, options, plots, report, tables, weights
 from lib.device import resolve_device
 from lib.errors import UserError, path_argument, run
 from lib.files import make_folder, sha256_of, write_json, write_text
@@ -93,14 +93,14 @@ def evaluate(args):
 def predictions_of(paths, dataset, device, whole):
     """{run: `Prediction`} of weights files on the test part, or on the `whole` data set.
 
-    UserError as `data.rows_to_evaluate` raises it, and for classes or sizes that do not fit.
+    UserError as `compatibility.rows_to_evaluate` raises it, and for classes or sizes that do not fit.
     """
     predictions, familiarities = {}, {}
     for name, path in paths.items():
         model, content = weights.load_classifier(path)
-        data.check_size(path, model, dataset)
-        order = data.class_order(content["class_names"], dataset, path)
-        rows = data.rows_to_evaluate(dataset, content, whole)
+        compatibility.check_size(path, model, dataset)
+        order = compatibility.class_order(content["class_names"], dataset, path)
+        rows = compatibility.rows_to_evaluate(dataset, content, whole)
         probabilities = predict_probabilities(model, dataset.images, rows, device)[:, order]
         guard, identity = weights.familiarity_in(path, content), None
         if guard is not None:
