@@ -14,8 +14,8 @@ from lib import data, metrics, options, plots, report, tables, weights
 from lib.device import resolve_device
 from lib.errors import UserError, path_argument, run
 from lib.files import make_folder, write_json, write_text
+from lib.guard import LEAST_FAMILIARITY, Guard
 from lib.loader import batch_reader, in_batches
-from lib.onnxfile import LEAST_FAMILIARITY, is_unfamiliar
 
 EXAMPLE = """example:
   python evaluate.py --data lenses --out runs/evaluation \\
@@ -67,7 +67,9 @@ def evaluate(args):
             if identity not in by_identity:
                 by_identity[identity] = familiarity_of(known, dataset.images, rows, device)
             familiarities[name] = by_identity[identity]
-            results[name] |= refusals(familiarities[name], probabilities, labels)
+            guard = Guard(len(known.strangeness_seen))
+            predicted = probabilities.argmax(axis=1)
+            results[name] |= refusals(guard, familiarities[name], predicted, labels)
         mistakes[name] = most_confident_mistakes(probabilities, labels, rows)
         matrices[name] = confusion_matrix(
             labels, probabilities.argmax(axis=1), labels=range(len(class_names))
@@ -129,10 +131,10 @@ def draw_familiarity(path, familiarities):
         plots.familiarity(path, familiarities, LEAST_FAMILIARITY)
 
 
-def refusals(familiarity, probabilities, labels):
+def refusals(guard, familiarity, predicted, labels):
     """{"unfamiliar": share of the images, "familiar_accuracy": of the others, None without any}."""
-    answered = ~is_unfamiliar(familiarity, LEAST_FAMILIARITY)
-    right = probabilities.argmax(axis=1) == labels
+    answered = guard.answers(predicted, familiarity)
+    right = predicted == labels
     return {
         "unfamiliar": float(1 - answered.mean()),
         "familiar_accuracy": float(right[answered].mean()) if answered.any() else None,

@@ -8,15 +8,16 @@ from scipy.special import logsumexp, softmax
 from sklearn.metrics import roc_auc_score
 
 from experiments.kinds import HELD_BACK
+from lib.guard import Guard
 from lib.loader import batch_reader, in_batches
-from lib.onnxfile import LEAST_FAMILIARITY, is_unfamiliar
 
 
 class Answers(NamedTuple):
     """What is said of images (n,): the class, and three measures that are low for strange ones."""
 
     predicted: np.ndarray
-    familiarity: np.ndarray  # float32, as predict.py compares it
+    answered: np.ndarray  # bool: predict.py does not refuse it
+    familiarity: np.ndarray
     softmax: np.ndarray  # minus the probability of the other classes, which does not round to 1
     energy: np.ndarray  # minus the energy, of logits without the fitted temperature
 
@@ -52,7 +53,9 @@ def answers_of(model, familiarity, images, device):
     logits, known = together[:, :-1].astype(np.float64), together[:, -1]
     others = np.sort(softmax(logits, axis=1), axis=1)[:, :-1].sum(axis=1)
     energy = logsumexp(logits * model.temperature.item(), axis=1)
-    return Answers(logits.argmax(axis=1), known, -others, energy)
+    predicted = logits.argmax(axis=1)
+    answered = Guard(len(familiarity.strangeness_seen)).answers(predicted, known)
+    return Answers(predicted, answered, known, -others, energy)
 
 
 def figures(answers, truth, clean):
@@ -60,7 +63,7 @@ def figures(answers, truth, clean):
 
     `clean` are the `Answers` to clean images, None if these are they.
     """
-    answered = ~is_unfamiliar(answers.familiarity, LEAST_FAMILIARITY)
+    answered = answers.answered
     row = {"answered %": 100 * float(answered.mean())}
     if truth is not None:
         right = answers.predicted == truth
