@@ -31,6 +31,7 @@ from lib.errors import UserError, path_argument, run
 from lib.files import atomic_directory, atomic_write, check_outputs, write_json
 from lib.metrics import accuracy, auc_by_class
 from lib.onnxfile import open_session
+from lib.provenance import LIBRARY, made_from
 from lib.residuals import mask_ratio_of
 from mae import (
     Block,
@@ -450,6 +451,12 @@ def export(args):
         "familiarity_images": str(familiarity_images(model)),
         "run": json.dumps(content["run"]),
     }
+    checked_on = [dataset.fingerprint, dataset.class_names]
+    made = made_from(args, [*LIBRARY, __file__], data=checked_on, weights=opened.sha256)
+    metadata["made_from"] = json.dumps(made)
+    if args.update and metadata["made_from"] == made_from_in(args.out):
+        print(f"already up to date: {args.out}")
+        return
     with atomic_write(args.out) as temporary:
         write_onnx(model, temporary, metadata)
         difference = largest_difference(model, temporary, images)
@@ -463,6 +470,15 @@ def export(args):
             lower_precision(temporary, args, model, dataset, order, parts, images, metadata)
         store_known_answers(model, temporary, images, metadata)
     print(f"{opened.path} -> {args.out}")
+
+
+def made_from_in(path):
+    """What an exported file says that it was made from; None if there is no such file."""
+    try:
+        properties = onnx.load(path, load_external_data=False).metadata_props
+    except Exception:  # of a broken file, onnx and protobuf raise many kinds
+        return None
+    return {item.key: item.value for item in properties}.get("made_from")
 
 
 def lower_precision(path, args, model, dataset, order, parts, images, metadata):
@@ -535,6 +551,7 @@ def parse_args(argv=None):
         "--precision", choices=("float32", "float16", "int8"), default="float32",
         help="of the weights (classifier only)",
     )  # fmt: skip
+    options.add_update_argument(parser)
     group = parser.add_argument_group("checks")
     group.add_argument(
         "--allowed-fall", type=float, default=0.002, metavar="SHARE",
@@ -547,10 +564,11 @@ def parse_args(argv=None):
         "--cache-dir", type=path_argument, default=None, help="where a folder's packed copy is kept"
     )
     group.add_argument("--seed", type=int, default=0, help="which images are used to check")
-    args = parser.parse_args(argv)
-    options.check_numbers(args)
+    args = options.parsed(parser, argv)
     if args.what != "classifier" and args.precision != "float32":
         raise UserError(f"--precision {args.precision}: only a classifier is exported in it")
+    if args.what == "huggingface" and args.update:
+        raise UserError("--update: only an ONNX file says what it was made from")
     if args.what != "classifier" and len(args.weights) > 1:
         raise UserError(f"--what {args.what} takes one file of weights")
     return args

@@ -13,6 +13,7 @@ weights travel in both directions. Shapes in comments: B images, C channels, H =
 p pixels a side of a patch, N = (H/p)² patches, D embedding width.
 """
 
+import itertools
 import math
 
 import torch
@@ -76,23 +77,28 @@ def mean_and_spread(patches):
 
 
 def complementary_masks(num_patches, mask_ratio, rounds, seed=0):
-    """Masks that together hide every patch, and equally often.
+    """Masks that hide a share `mask_ratio` of the patches, and together hide every patch.
 
-    Each round cuts a random order of the patches into parts as large as what `mask_ratio` leaves
-    visible, and every part is visible once: at 75 % a round is four masks, and a patch is hidden
-    in three of them.
+    Each round slides a window over a random order of the patches: over the visible ones, or over the
+    hidden ones where these are fewer. At 75 % a round is four masks, and a patch is hidden in three of
+    them. Windows overlap where the number of patches makes it necessary, but to have one less, each
+    may be a tenth larger.
 
     Returns a list of (visible, hidden), int64 tensors (n,) and (N - n,).
     """
     generator = torch.Generator().manual_seed(seed)
-    keep = max(1, int(num_patches * (1 - mask_ratio)))
-    parts = max(2, round(num_patches / keep))
-    orders = [torch.randperm(num_patches, generator=generator) for _ in range(rounds)]
+    keep = min(max(1, int(num_patches * (1 - mask_ratio))), num_patches - 1)
+    size = max(1, min(keep, num_patches - keep))
+    windows = max(2, math.ceil(num_patches / (1.1 * size)))
+    starts = [math.ceil(i * num_patches / windows) for i in range(windows + 1)]
+    places = torch.arange(num_patches)
     masks = []
-    for order in orders:
-        split = order.tensor_split(parts)
-        for i, visible in enumerate(split):
-            masks.append((visible, torch.cat(split[:i] + split[i + 1 :])))
+    for _ in range(rounds):
+        order = torch.randperm(num_patches, generator=generator)
+        for start, end in itertools.pairwise(starts):
+            inside = (places - start) % num_patches < max(size, end - start)
+            window, rest = order[inside], order[~inside]
+            masks.append((window, rest) if size == keep else (rest, window))
     return masks
 
 
@@ -118,18 +124,14 @@ def random_masking(noise, keep):
     return order[:, :keep], order[:, keep:]
 
 
-def take(tokens, ids):
+def gather_patches(tokens, ids):
     """The tokens (B, N, D) that `ids` (B, n) names: (B, n, D)."""
-    return tokens.gather(1, _rows(ids, tokens))
+    return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
-def put(tokens, ids, new):
+def scatter_patches(tokens, ids, new):
     """A copy of tokens (B, N, D) with `new` (B, n, D), or one number, where `ids` (B, n) says."""
-    return tokens.scatter(1, _rows(ids, tokens), new)
-
-
-def _rows(ids, tokens):
-    return ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])
+    return tokens.scatter(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]), new)
 
 
 class PatchEmbed(nn.Module):
@@ -257,7 +259,7 @@ class Encoder(nn.Module):
         """
         positions = self.pos_embed[:, 1:]
         if ids_keep is not None:
-            patches = take(patches, ids_keep)
+            patches = gather_patches(patches, ids_keep)
             positions = positions[0][ids_keep]
         x = self.patch_embed(patches) + positions
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
@@ -355,7 +357,7 @@ class MAE(Encoder):
         ids_keep, ids_removed = random_masking(noise, keep)
         pred = self.decode(self.encode(patches, ids_keep), ids_keep, ids_removed)
 
-        target = take(patches, ids_removed)
+        target = gather_patches(patches, ids_removed)
         if self.norm_pix_loss:
             mean, spread = mean_and_spread(target)
             target = (target - mean) / spread
@@ -375,9 +377,9 @@ class MAE(Encoder):
         """
         _, pred, ids_removed = self(images, mask_ratio, noise)
         patches = patchify(images, self.patch_size)
-        masked = put(patches, ids_removed, math.nan)
-        pixels = self.pixels(pred, take(patches, ids_removed))
-        reconstruction = put(patches, ids_removed, pixels)
+        masked = scatter_patches(patches, ids_removed, math.nan)
+        pixels = self.pixels(pred, gather_patches(patches, ids_removed))
+        reconstruction = scatter_patches(patches, ids_removed, pixels)
         p, c = self.patch_size, self.in_chans
         return unpatchify(masked, p, c), unpatchify(reconstruction, p, c)
 
@@ -392,7 +394,7 @@ class MAE(Encoder):
         self.check_images(images)
         patches = patchify(images, self.patch_size)
         b = patches.shape[0]
-        differences, places = [], []
+        total = torch.zeros_like(patches)
         for group in _groups_of_masks(masks):
             visible, hidden = (torch.stack(ids).to(patches.device) for ids in zip(*group, strict=True))
             m = len(group)
@@ -401,16 +403,14 @@ class MAE(Encoder):
                 ids.unsqueeze(1).expand(-1, b, -1).flatten(0, 1) for ids in (visible, hidden)
             )
             pred = self.decode(self.encode(repeated, ids_keep), ids_keep, ids_removed)
-            own = take(repeated, ids_removed)
+            own = gather_patches(repeated, ids_removed)
             difference = (own - self.pixels(pred, own)).unflatten(0, (m, b))
-            differences.append(difference.transpose(0, 1).flatten(1, 2))  # (B, m·(N - n), p²C)
-            places.append(hidden.flatten())
-        # Every patch is hidden equally often: sorted by patch, (B, N, times hidden, p²C).
-        places = torch.cat(places)
-        keys = places * len(places) + torch.arange(len(places), device=places.device)
-        by_patch = torch.cat(differences, dim=1)[:, keys.argsort()].unflatten(1, (self.num_patches, -1))
+            # One mask at a time hides a patch once, so a GPU adds in the same order every time.
+            for ids, of_mask in zip(hidden, difference, strict=True):
+                total = total.index_add(1, ids, of_mask)
+        times_hidden = torch.bincount(torch.cat([hidden for _, hidden in masks])).to(patches)
         p, c = self.patch_size, self.in_chans
-        return unpatchify(by_patch.mean(dim=2), p, c)
+        return unpatchify(total / times_hidden.unsqueeze(1), p, c)
 
 
 def residual_scores(maps):
@@ -450,7 +450,7 @@ class IntensityTransform(nn.Module):
         return (x - self.mean) / self.std
 
 
-def upright(images):
+def brighter_half_right(images):
     """Turn those of the images (B, C, H, W) by half whose left half is the brighter one.
 
     Lens, shear and source are symmetric under half a turn, so both orientations are the same lens;
@@ -509,10 +509,10 @@ class Classifier(Encoder):
     def features(self, images, ids_keep=None):
         """Pooled encoder output of raw images, (B, C, H, W) -> (B, D · POOLINGS[pool]).
 
-        The encoder sees them `upright`. `ids_keep` (B, n) restricts it to some of the patches.
+        The encoder sees them with the brighter half right. `ids_keep` (B, n) restricts it to some of the patches.
         """
         self.check_images(images)
-        seen = upright(self.transform(images))
+        seen = brighter_half_right(self.transform(images))
         tokens = self.encode(patchify(seen, self.patch_size), ids_keep)
         if self.pool == "cls":
             return tokens[:, 0]
@@ -530,7 +530,7 @@ class Classifier(Encoder):
         return self.fc(self.features(images)) / self.temperature
 
 
-def usual_squares(img_size):
+def default_map_pool(img_size):
     """Pixels a side of the squares that maps of such images are averaged over: see MAP_SIDE."""
     return max(1, img_size // MAP_SIDE)
 
@@ -573,23 +573,19 @@ class ResidualClassifier(nn.Module):
     mae : arguments of the `MAE`, a dict.
     transform : arguments of `IntensityTransform`, a dict.
     mask_ratio, rounds : of `complementary_masks`.
-    averaged : maps are averaged over squares of so many pixels a side; None: 1, but images twice as
-        wide as MAP_SIDE need a number.
+    map_pool : maps are averaged over squares of so many pixels a side; None: `default_map_pool`.
 
-    Raises ValueError for maps of fewer than 16 pixels a side, for impossible masks, and for large
-    images without `averaged`.
+    Raises ValueError for maps of fewer than 16 pixels a side and for impossible masks.
     """
 
-    def __init__(self, mae, transform, num_classes=3, mask_ratio=0.75, rounds=1, averaged=None):
+    def __init__(self, mae, transform, num_classes=3, mask_ratio=0.75, rounds=1, map_pool=None):
         super().__init__()
         self.mae = MAE(**mae)
         self.img_size = self.mae.img_size
-        if averaged is None and usual_squares(self.img_size) > 1:
-            raise ValueError("an earlier version wrote it, without `averaged`: fine-tune again")
-        self.averaged = 1 if averaged is None else averaged
-        if not isinstance(self.averaged, int) or self.averaged < 1:
-            raise ValueError(f"maps cannot be averaged over {averaged!r} pixels")
-        self.map_side = self.img_size // self.averaged
+        self.map_pool = default_map_pool(self.img_size) if map_pool is None else map_pool
+        if not isinstance(self.map_pool, int) or self.map_pool < 1:
+            raise ValueError(f"maps cannot be averaged over {map_pool!r} pixels")
+        self.map_side = self.img_size // self.map_pool
         if self.map_side < 2 ** len(MAP_WIDTHS):
             raise ValueError(f"maps must be at least {2 ** len(MAP_WIDTHS)} pixels wide")
         if not 0 < mask_ratio <= LARGEST_MASK_RATIO or rounds < 1:
@@ -603,7 +599,7 @@ class ResidualClassifier(nn.Module):
     def maps(self, images):
         """Residual maps (B, C, map_side, map_side) of raw images."""
         residual = self.mae.residual(self.transform(images), self.masks)
-        return F.avg_pool2d(residual, self.averaged) if self.averaged > 1 else residual
+        return F.avg_pool2d(residual, self.map_pool) if self.map_pool > 1 else residual
 
     def logits(self, maps):
         """Logits (B, num_classes) of residual maps, before the temperature."""

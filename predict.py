@@ -20,10 +20,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib.cutouts import SUFFIXES, find_files, read_images
+from lib import options
 from lib.errors import UserError, one_line, path_argument, reason_of, run
 from lib.files import check_outputs, identity, write_csv
 from lib.guard import LEAST_FAMILIARITY, UNFAMILIAR, Guard
+from lib.images import SUFFIXES, find_files, read_images
 from lib.onnxfile import classify, open_classifier, open_maps
 
 EXAMPLE = """examples:
@@ -253,23 +254,25 @@ def try_to_draw(draw_sheet, path, shown, class_names, maps_of):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, epilog=EXAMPLE, formatter_class=options.HelpFormatter
     )
     parser.add_argument("paths", type=path_argument, nargs="+", metavar="PATH", help="files or folders")
-    parser.add_argument("--model", type=path_argument, required=True, metavar="FILE.onnx")
-    parser.add_argument("--out", type=path_argument, required=True, metavar="CSV")
+    parser.add_argument("--model", type=path_argument, required=True, metavar="FILE.onnx",
+                        help="classifier that export.py wrote")  # fmt: skip
+    parser.add_argument("--out", type=path_argument, required=True, metavar="CSV",
+                        help="table to write")  # fmt: skip
     parser.add_argument(
         "--crop", action="store_true", help="use the centre of images larger than the network's"
     )
     parser.add_argument(
         "--scale", type=float, default=1.0, metavar="FACTOR",
         help="multiply all pixels by it: for images in another unit than the training images "
-        "(0.00392 for 1/255; default: 1)",
+        "(0.00392 for 1/255)",
     )  # fmt: skip
     parser.add_argument(
         "--least-familiarity", type=float, default=LEAST_FAMILIARITY, metavar="SHARE",
         help=f'predict "{UNFAMILIAR}" for images of less familiarity; it is also the share of '
-        f"ordinary images that get this prediction; 0: for none (default: {LEAST_FAMILIARITY:g})",
+        "ordinary images that get this prediction; 0: for none",
     )  # fmt: skip
     group = parser.add_argument_group("pictures")
     group.add_argument(
@@ -281,24 +284,16 @@ def parse_args(argv=None):
         "--sheet", type=path_argument, metavar="PNG", help="picture of the most confident predictions"
     )
     group.add_argument(
-        "--sheet-images", type=int, default=40, help="images on the sheet (default: 40)"
+        "--sheet-images", type=int, default=40, help="images on the sheet"
     )
     parser.add_argument(
         "--batch-size", type=int, default=BATCH_SIZE,
-        help=f"images at once (default: {BATCH_SIZE}; more may be faster on a GPU)",
+        help="images at once; more may be faster on a GPU",
     )  # fmt: skip
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)"
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="what computes"
     )
-    args = parser.parse_args(argv)
-    for flag, value in (("batch-size", args.batch_size), ("sheet-images", args.sheet_images)):
-        if value < 1:
-            raise UserError(f"--{flag} must be at least 1, got {value}")
-    if not 0 <= args.least_familiarity < 1:
-        raise UserError(f"--least-familiarity must be in [0, 1), got {args.least_familiarity}")
-    if not 0 < args.scale < np.inf:
-        raise UserError(f"--scale must be positive, got {args.scale}")
-    return args
+    return options.parsed(parser, argv)
 
 
 def main(argv=None):

@@ -9,24 +9,18 @@ import argparse
 import numpy as np
 import torch
 
-from lib import data, distributed, familiarity, optim, options, plots
+from lib import data, distributed, familiarity, network, options, plots, recipe
 from lib.augment import augment
 from lib.device import resolve_device
-from lib.errors import run
-from lib.loader import (
-    StoredImages,
-    batch_reader,
-    fit_transform,
-    in_batches,
-    larger_than_memory,
-    read_disturbed,
-)
-from lib.loop import fit, precision_of
+from lib.errors import one_line, run
+from lib.intensity import fit_transform
+from lib.loader import StoredImages, batch_reader, in_batches, larger_than_memory, read_disturbed
+from lib.loop import Learner, fit, precision_of
 from lib.run import open_run
 from mae import MAE, IntensityTransform, set_attention_form
 
 EXAMPLE = "example: python pretrain.py --data lenses --out runs/pretrain"
-EPOCHS, FEWEST_STEPS = 8, 1500
+DEFAULTS = recipe.Defaults(epochs=8, fewest_steps=1500, batch_size=64, lr=2e-3, beta2=0.95, keep="last")
 
 
 def pretrain(args):
@@ -36,20 +30,24 @@ def pretrain(args):
     rows, validation = (
         rows_to_learn_from(dataset, parts[part], args.classes) for part in ("train", "validation")
     )
-    args.epochs = epochs_for(args, len(rows))
-    with open_run(args, dataset, "vit-mae-wt.pth") as run:
-        if not run.is_finished:
-            train(args, dataset, rows, validation, parts, run)
+    chosen = DEFAULTS.recipe(args, len(rows))
+    with open_run(args, dataset, "vit-mae-wt.pth", chosen, **network.described(args)) as run:
+        if run.is_finished:
+            return
+        if distributed.is_main():
+            print(one_line(f"{', '.join(args.classes)}, {len(rows):,} training images: {chosen}"))
+        train(args, chosen, dataset, rows, validation, parts, run)
 
 
-def train(args, dataset, rows, validation, parts, run):
-    """Train on images `rows`, validate on `validation`, and save the weights."""
+def train(args, chosen, dataset, rows, validation, parts, run):
+    """Train by the `chosen` recipe on images `rows`, validate on `validation`, save the weights."""
     device = resolve_device(args.device)
     config = mae_config(args, dataset.img_size)
-    constants = fit_transform(dataset.images, rows, args.transform, args.augment)
+    kind = network.described(args)["transform"]
+    constants = fit_transform(dataset.images, rows, kind, chosen.augment)
 
-    torch.manual_seed(args.seed)
-    model = options.new_network(MAE, config).to(device)
+    torch.manual_seed(chosen.seed)
+    model = network.build(MAE, config).to(device)
     transform = IntensityTransform(**constants).to(device)
     read = batch_reader(dataset.images, device)
     noise = validation_noise(len(validation), model.num_patches, seed=0)
@@ -57,7 +55,7 @@ def train(args, dataset, rows, validation, parts, run):
 
     def batch_loss(batch, _):
         part = distributed.local_slice(len(batch))
-        images = augment(read(batch[part]), args.augment, len(batch), part)
+        images = augment(read(batch[part]), chosen.augment, len(batch), part)
         noise = torch.rand(len(batch), model.num_patches, device=device)[part]
         loss, _, _ = model(transform(images), args.mask_ratio, noise)
         return {"loss": loss}
@@ -65,30 +63,29 @@ def train(args, dataset, rows, validation, parts, run):
     def validate():
         def loss_of(batch):
             fixed = noise[[place[row] for row in batch]].to(device)
-            images = transform(read_disturbed(read, batch, args.augment))
+            images = transform(read_disturbed(read, batch, chosen.augment))
             loss, _, _ = model(images, args.mask_ratio, fixed)
             return loss.expand(len(batch))  # every image has the same number of hidden patches
 
         return {"loss": in_batches(loss_of, validation).mean().item()}
 
-    learning = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = optim.parameter_groups(learning, args.weight_decay)
-    run.write_config(model=config, transform=constants)
-    precision = precision_of(run, device)
-    set_attention_form(model, precision.attention)
-    state, history = fit(
-        model, groups, batch_loss, validate, rows, run, device, precision, betas=(0.9, 0.95),
-        in_blocks=larger_than_memory(dataset.images), on_device=isinstance(read, StoredImages),
+    learner = Learner(
+        model, [(n, p) for n, p in model.named_parameters() if p.requires_grad], batch_loss, validate,
+        on_device=isinstance(read, StoredImages), in_blocks=larger_than_memory(dataset.images),
     )  # fmt: skip
+    run.write_config(model=config, transform=constants)
+    precision = precision_of(chosen, run, device)
+    set_attention_form(model, precision.attention)
+    state, history = fit(learner, chosen, rows, run, device, precision)
     # For the classifiers that start from these weights.
-    known = familiarity.fit(
-        dataset, parts["train"], parts["validation"], constants, args.augment, args.quiet
+    fitted = familiarity.fit(
+        dataset, parts["train"], parts["validation"], constants, chosen.augment, args.quiet
     )
     if not distributed.is_main():
         return
     run.save_weights(
         state, {**config, "transform": constants},
-        dataset.hashes[np.concatenate([rows, validation])], known,
+        dataset.hashes[np.concatenate([rows, validation])], fitted,
         number_format=precision.name, last=history[-1],
         pixel_range=data.pixel_range(data.extremes_of(dataset, rows)),
     )  # fmt: skip
@@ -103,19 +100,14 @@ def train(args, dataset, rows, validation, parts, run):
 
 def mae_config(args, img_size):
     """The arguments of `MAE` that the options ask for."""
-    names = ("patch_size", "embed_dim", "depth", "num_heads", "decoder_embed_dim",
-             "decoder_depth", "decoder_num_heads", "mlp_ratio", "norm_pix_loss")  # fmt: skip
-    return {"img_size": img_size, "in_chans": 1, **{n: getattr(args, n) for n in names}}
+    sizes = {name: value for name, value in network.described(args).items() if name != "transform"}
+    names = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "mlp_ratio", "norm_pix_loss")
+    return {"img_size": img_size, "in_chans": 1, **sizes, **{n: getattr(args, n) for n in names}}
 
 
 def rows_to_learn_from(dataset, rows, classes):
     """Those of `rows` whose class is among `classes`, or all of them for ["all"]."""
     return rows if classes == ["all"] else data.rows_of_classes(dataset, rows, classes)
-
-
-def epochs_for(args, images):
-    """--epochs or, by default, what suits this number of training images."""
-    return args.epochs or optim.enough_epochs(EPOCHS, FEWEST_STEPS, images, args.batch_size)
 
 
 def validation_noise(count, num_patches, seed):
@@ -148,10 +140,8 @@ def parse_args(argv=None):
         description=__doc__, epilog=EXAMPLE, formatter_class=options.HelpFormatter
     )
     options.add_data_arguments(parser)
-    options.add_training_arguments(parser)
-    parser.set_defaults(lr=2e-3)
-    options.add_model_arguments(parser)
-    parser.set_defaults(**options.NETWORK)
+    recipe.add_arguments(parser, {"pretrain": DEFAULTS})
+    network.add_arguments(parser)
     group = parser.add_argument_group("masked autoencoder")
     group.add_argument("--mask-ratio", type=float, default=0.75, help="fraction of patches to hide")
     group.add_argument("--decoder-embed-dim", type=int, default=96, help="width of the decoder")
@@ -165,9 +155,7 @@ def parse_args(argv=None):
         "--classes", nargs="+", default=["no_sub"], metavar="CLASS",
         help="classes to learn from, without their labels; all for every class",
     )  # fmt: skip
-    args = parser.parse_args(argv)
-    options.check_numbers(args)
-    return args
+    return options.parsed(parser, argv)
 
 
 def main(argv=None):

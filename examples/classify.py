@@ -8,9 +8,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lib.cutouts import read_images
 from lib.errors import UserError, one_line, run
 from lib.guard import UNFAMILIAR, Guard
+from lib.images import read_images
 from lib.onnxfile import classify, open_classifier
 
 

@@ -1,96 +1,103 @@
 """The one training loop.
 
-`fit` knows nothing of masks or classes: it gets the trainable parameters, a function that computes
-the loss of a batch, and a function that validates.
+`fit` knows nothing of masks or classes: it gets a `Learner`, which computes the loss of a batch and
+validates, and a `Recipe`.
 """
 
 import math
 import signal
 import sys
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from lib import distributed
+from lib.cuda_graphs import GraphedStep
 from lib.device import Precision, choose_precision
 from lib.errors import UserError
 from lib.loader import shuffled
-from lib.cuda_graphs import GraphedStep
 from lib.optim import (
     learning_rate,
     make_capturable,
     new_optimizers,
+    parameter_groups,
     set_learning_rate,
     update,
 )
-from lib.options import MOST_VALIDATIONS
 
 CHECKPOINT_SECONDS = 30.0
+# What a checkpoint holds of a `Training` beside its network, optimizers and random numbers.
+PROGRESS = ("step", "history", "best", "sums", "steps_since_validation", "in_blocks")
 
 
-def fit(
-    model, groups, batch_loss, validate, rows, run, device, precision, *, betas=(0.9, 0.999),
-    score=None, in_blocks=False, on_device=False, changes_at=(),
-):  # fmt: skip
-    """Train `model`; leaves checkpoints and `metrics.jsonl` in the run's folder.
+class Learner(NamedTuple):
+    """What a training trains.
 
-    Parameters
-    ----------
     model : module whose state is trained and checkpointed.
-    groups : what learns, see `optim.parameter_groups`.
+    learning : its parameters that learn, (name, parameter) pairs.
     batch_loss : (rows (b,), fraction of the steps done) -> dict of scalar tensors, "loss" among
         them; of several processes each computes its part of the rows.
     validate : () -> dict of numbers; must not draw from torch's global random numbers.
-    rows : (n,) int, the training rows.
-    run : `run.Run`, whose `args` are those of `options.add_training_arguments`.
-    precision : of the steps, see `precision_of`.
-    score : name of the validation figure whose largest value decides which weights are returned;
-        None: the last weights are.
-    in_blocks : see `loader.shuffled`; a resumed run keeps its own.
+    score : the number of `validate` whose largest value is the best.
     on_device : whether `batch_loss` needs nothing but what the device holds. Then a GPU gets its
         rows as a tensor there, and a whole step as a CUDA graph.
+    in_blocks : see `loader.shuffled`; a resumed run keeps its own.
     changes_at : fractions of the steps from which `batch_loss` does something else.
+    lr_scale : function from a parameter's name to the factor of its learning rate.
+    """
 
-    Returns (state dict, history: a list of dicts, the lines of metrics.jsonl).
+    model: nn.Module
+    learning: list
+    batch_loss: callable
+    validate: callable
+    score: str | None = None
+    on_device: bool = False
+    in_blocks: bool = False
+    changes_at: tuple = ()
+    lr_scale: callable = lambda name: 1.0
+
+
+def fit(learner, recipe, rows, run, device, precision):
+    """Train `learner` on `rows` (n,) by a recipe; leaves checkpoints and `metrics.jsonl` in the run.
+
+    Returns (state dict, history: a list of dicts, the lines of metrics.jsonl). The state is that of
+    the best validation or the last one, as the recipe says.
     Raises UserError if a figure is not finite; SystemExit 130 or 143 after SIGINT or SIGTERM, with
     a checkpoint left behind.
     """
-    args = run.args
-    batch_size = min(args.batch_size, len(rows))
+    batch_size = min(recipe.batch_size, len(rows))
     check_batch(batch_size, rows)
     steps_per_epoch = len(rows) // batch_size
-    steps = args.epochs * steps_per_epoch
-    validations = args.validations or min(args.epochs, MOST_VALIDATIONS)
+    steps = recipe.epochs * steps_per_epoch
+    score = learner.score if recipe.keep == "best" else None
 
-    optimizers = new_optimizers(groups, args.lr, betas)
-    loss_of = distributed.averaged(model, batch_loss)
-    training = Training(model, loss_of, optimizers, run, device, precision, in_blocks)
-    if on_device and device.type == "cuda" and distributed.world_size() == 1:
-        training.record(changes_at)
+    training = Training(learner, recipe, run, device, precision)
     if distributed.is_main():
         print(f"{device}: {precision.name}, {precision.attention} attention")
         if training.step:
             print(f"resumes at step {training.step} of {steps}")
-    batches = batches_from(training.step, rows, batch_size, args, training.in_blocks)
+    batches = batches_from(training.step, rows, batch_size, recipe, training.in_blocks)
 
     bar = progress_bar(run, steps * batch_size, training.step * batch_size)
     figure, shown = score or "loss", {}
     with bar, Interruption() as interruption:
         for batch in batches:
-            lr = learning_rate(training.step, steps, args.lr)
+            lr = learning_rate(training.step, steps, recipe.lr)
             loss = training.take_step(batch, training.step / steps, lr)
             epoch = training.step / steps_per_epoch
-            shown |= {"epoch": f"{epoch:.1f}/{args.epochs}", "loss": f"{loss:.5f}"}
+            shown |= {"epoch": f"{epoch:.1f}/{recipe.epochs}", "loss": f"{loss:.5f}"}
 
-            if training.step * validations // steps > (training.step - 1) * validations // steps:
-                line = training.validate(validate, round(epoch, 4), score)
+            if validation_is_due(training.step, steps, recipe.validations):
+                line = training.validate(learner.validate, round(epoch, 4), score)
                 run.write_metrics(training.history)
                 shown[f"validation {figure}"] = f"{line[f'validation_{figure}']:.5f}"
                 if distributed.is_main():
                     left = line["seconds"] * (steps - training.step) / training.step
-                    bar.write(f"{described(line, args.epochs)}; {left:.0f} s left")
+                    bar.write(f"{described(line, recipe.epochs)}; {left:.0f} s left")
             bar.set_postfix(shown, refresh=False)
             bar.update(batch_size)
             if training.checkpoint_is_due() or interruption.signal or training.step == steps:
@@ -100,29 +107,35 @@ def fit(
                       file=sys.stderr)  # fmt: skip
                 raise SystemExit(128 + interruption.signal)
     run.write_metrics(training.history)
-    state = training.best["model"] if training.best else model.state_dict()
+    state = training.best["model"] if training.best else learner.model.state_dict()
     return state, training.history
 
 
-def precision_of(run, device):
-    """The `Precision` that a training's options ask for; a resumed one keeps its own."""
+def precision_of(recipe, run, device):
+    """The `Precision` that a recipe asks for; a resumed training keeps its own."""
     if run.checkpoint:
         return Precision(*run.checkpoint["precision"])
-    return choose_precision(run.args.precision, device)
+    return choose_precision(recipe.precision, device)
 
 
 class Training:
     """The state of a training between two steps: what a checkpoint holds, and how it changes."""
 
-    def __init__(self, model, loss_of, optimizers, run, device, precision, in_blocks):
-        self.model, self.loss_of, self.optimizers, self.run = model, loss_of, optimizers, run
-        self.device, self.precision, self.in_blocks = device, precision, in_blocks
-        self.compute, self.names = self.learn, []  # names: of what `loss_of` gives
+    def __init__(self, learner, recipe, run, device, precision):
+        self.model, self.run, self.device, self.precision = learner.model, run, device, precision
+        groups = parameter_groups(learner.learning, recipe.weight_decay, learner.lr_scale)
+        self.optimizers = new_optimizers(groups, recipe.lr, (0.9, recipe.beta2))
+        self.loss_of = distributed.averaged(learner.model, learner.batch_loss)
+        self.names = []  # of what `loss_of` gives
         self.step, self.history, self.best = 0, [], None
         self.sums, self.steps_since_validation, elapsed = {}, 0, 0.0
-        self.lr = None
+        self.in_blocks, self.lr = learner.in_blocks, None
         if run.checkpoint:
             elapsed = self._restore(run.checkpoint)
+        self.compute = self.learn
+        if learner.on_device and device.type == "cuda" and distributed.world_size() == 1:
+            make_capturable(self.optimizers, device)
+            self.compute = GraphedStep(self.learn, device, learner.changes_at)
         self.begun, self.saved_at = time.perf_counter() - elapsed, time.perf_counter()
 
     def _restore(self, checkpoint):
@@ -131,7 +144,7 @@ class Training:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
             own = optimizer.state_dict()["param_groups"]  # depend on options and device
             optimizer.load_state_dict({**state, "param_groups": own})
-        for name in ("step", "history", "best", "sums", "steps_since_validation", "in_blocks"):
+        for name in PROGRESS:
             setattr(self, name, checkpoint[name])
         if checkpoint["device"] != self.device.type and distributed.is_main():
             print(f"continues on another device than {checkpoint['device']}: the weights will not be "
@@ -146,16 +159,11 @@ class Training:
         self.require_finite("largest weight", largest)
         on_gpu = self.device.type == "cuda"
         self.run.save_checkpoint({
+            **{name: getattr(self, name) for name in PROGRESS},
             "precision": tuple(self.precision),
             "device": self.device.type,
-            "in_blocks": self.in_blocks,
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "step": self.step,
-            "history": self.history,
-            "best": self.best,
-            "sums": self.sums,
-            "steps_since_validation": self.steps_since_validation,
             "elapsed": time.perf_counter() - self.begun,
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if on_gpu else None,
@@ -165,18 +173,14 @@ class Training:
     def checkpoint_is_due(self):
         return time.perf_counter() - self.saved_at > CHECKPOINT_SECONDS
 
-    def record(self, changes_at):
-        """From now on a step is a CUDA graph, see `GraphedStep`."""
-        make_capturable(self.optimizers, self.device)
-        self.compute = GraphedStep(self.learn, self.device, changes_at)
-
     def take_step(self, batch, progress, lr):
         """One step on a batch of rows; returns its loss."""
         self.lr = lr
         set_learning_rate(self.optimizers, lr)
         if not self.model.training:
             self.model.train()
-        figures = self.compute(batch, progress).tolist()
+        # Every process keeps the same sums, so that a checkpoint of one is a checkpoint of all.
+        figures = distributed.mean(self.compute(batch, progress).tolist())
         losses = dict(zip(self.names, figures, strict=True))
         self.require_finite("training loss", losses["loss"])
         for name, value in losses.items():
@@ -199,12 +203,11 @@ class Training:
         measured = validate()
         for name, value in measured.items():
             self.require_finite(f"validation {name}", value)
-        means = distributed.mean([s / self.steps_since_validation for s in self.sums.values()])
         line = {
             "epoch": epoch,
             "step": self.step,
             "lr": self.lr,
-            **{f"train_{name}": mean for name, mean in zip(self.sums, means, strict=True)},
+            **{f"train_{name}": total / self.steps_since_validation for name, total in self.sums.items()},
             **{f"validation_{name}": value for name, value in measured.items()},
             "seconds": round(time.perf_counter() - self.begun, 2),
         }
@@ -236,22 +239,27 @@ def check_batch(batch_size, rows):
         )
 
 
-def batches_from(first_step, rows, batch_size, args, in_blocks):
+def batches_from(first_step, rows, batch_size, recipe, in_blocks):
     """Yield the rows (batch_size,) of every step from `first_step` on; each epoch has its order."""
     steps_per_epoch = len(rows) // batch_size
     first_epoch, position = divmod(first_step, steps_per_epoch)
-    for epoch in range(first_epoch, args.epochs):
-        order = shuffled(rows, np.random.default_rng([args.seed, epoch]), in_blocks)
+    for epoch in range(first_epoch, recipe.epochs):
+        order = shuffled(rows, np.random.default_rng([recipe.seed, epoch]), in_blocks)
         for place in range(position, steps_per_epoch):
             yield order[place * batch_size : (place + 1) * batch_size]
         position = 0
+
+
+def validation_is_due(step, steps, validations):
+    """Whether one of the `validations`, spread evenly over the steps, falls on this step."""
+    return step * validations // steps > (step - 1) * validations // steps
 
 
 def progress_bar(run, images, done):
     """A live line on a terminal, nothing elsewhere."""
     return tqdm(
         total=images, initial=done, unit="img", unit_scale=True, desc=run.out.name,
-        disable=True if run.args.quiet or not distributed.is_main() else None,
+        disable=True if run.quiet or not distributed.is_main() else None,
     )  # fmt: skip
 
 

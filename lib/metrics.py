@@ -3,6 +3,7 @@
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
+from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
@@ -94,15 +95,41 @@ def bootstrap(statistic, labels, resamples, seed):
     return np.quantile(values, [0.025, 0.975], axis=0).T
 
 
+def wilson(right, images):
+    """95 % interval (low, high) of the share of images that are right (Wilson 1927).
+
+    It has a width even if all are right, where a bootstrap draws right ones only.
+    """
+    interval = binomtest(int(right), int(images)).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def about_intervals(aucs):
+    """One line on AUCs {"value", "low", "high"} whose bootstrap interval has no width, or None."""
+    if all(auc["low"] < auc["high"] for auc in aucs):
+        return None
+    return (
+        "an AUC interval has no width: these images hold no mistake in order, so no resample does; it says "
+        "nothing of mistakes that are too rare for so few images"
+    )
+
+
 def fit_temperature(logits, labels):
     """The number, 0.1 to 10, by which logits (n, K) are divided for the least cross-entropy.
 
-    Cross-entropy is convex in the inverse of the temperature (Guo et al. 2017, section 4.2).
+    Cross-entropy is convex in the inverse of the temperature (Guo et al. 2017, section 4.2). Without a
+    mistake it would have no least value: n images of a class that are all right do not make certain
+    that the next one is. So the target of their class is (n + 1) / (n + 2), and the other classes
+    share the rest (Platt 1999, "Probabilistic outputs for support vector machines", section 2.2).
     """
     logits = logits.astype(np.float64)
+    classes, rows = logits.shape[1], np.arange(len(labels))
+    images = np.bincount(labels, minlength=classes)[labels]
+    targets = np.repeat(1 / (images + 2) / (classes - 1), classes).reshape(-1, classes)
+    targets[rows, labels] = (images + 1) / (images + 2)
 
     def cross_entropy(inverse):
-        return -log_softmax(inverse * logits, axis=1)[np.arange(len(labels)), labels].mean()
+        return -(targets * log_softmax(inverse * logits, axis=1)).sum(axis=1).mean()
 
     low, high = (1 / temperature for temperature in reversed(TEMPERATURE_RANGE))
     result = minimize_scalar(cross_entropy, bounds=(low, high), options={"xatol": 1e-6})

@@ -160,9 +160,3 @@ def learning_rate(step, steps, peak):
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def enough_epochs(epochs, fewest_steps, images, batch_size):
-    """`epochs`, or as many as give `fewest_steps` steps where the images are few."""
-    steps_per_epoch = max(1, images // batch_size)
-    return max(epochs, math.ceil(fewest_steps / steps_per_epoch))

@@ -13,12 +13,11 @@ import torch
 
 from lib import data, distributed, weights
 from lib.errors import UserError
-from lib.files import make_folder, write_json, write_text
-from lib.readers import is_hidden
+from lib.files import is_hidden, make_folder, write_json, write_text
 
 # Options that do not change the weights: a run may be resumed under others.
 FREE_OPTIONS = {
-    "out", "resume", "overwrite", "quiet", "device", "data", "cache_dir", "pretrained"
+    "out", "resume", "overwrite", "update", "quiet", "device", "data", "cache_dir", "pretrained"
 }  # fmt: skip
 
 MAPS = f"maps-{16 * '[0-9a-f]'}.npy"  # residual maps of a run, see `Run`
@@ -32,28 +31,59 @@ class Run:
 
     args : the script's options.
     file : name of the weights file that the run leaves.
-    settings : what decides the weights; a run is resumed under the same settings only.
+    settings : what decides the weights: the options, and the recipe and `more` in their place. A
+        run is resumed under the same settings only.
     maps_path : where the residual maps of these settings are kept until the run is finished.
     checkpoint : state to resume from, or None.
-    is_finished : whether --resume found nothing left to do.
+    is_finished : whether --resume or --update found nothing left to do.
+    replaces : whether what another run left here is removed, see `write_config`.
     """
 
-    def __init__(self, args, dataset, file, **settings):
+    def __init__(self, args, dataset, file, recipe, **more):
         self.args, self.out, self.dataset = args, Path(args.out), dataset
+        self.recipe, self.quiet = recipe, args.quiet
         self.weights_path, self.checkpoint_path = self.out / file, self.out / "checkpoint.pth"
         options = {k: v for k, v in vars(args).items() if k not in FREE_OPTIONS}
-        described = {"data_fingerprint": dataset.fingerprint, "split": data.SPLIT}
+        described = {"data_fingerprint": dataset.fingerprint, "class_names": dataset.class_names,
+                     "split": data.SPLIT}  # fmt: skip
         # Through JSON, as in a weights file, so that both compare equal.
-        self.settings = json.loads(json.dumps({**options, **described, **settings}))
+        self.settings = json.loads(json.dumps({**options, **recipe._asdict(), **more, **described}))
         identity = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
         self.maps_path = self.out / f"maps-{identity[:16]}.npy"
         checkpoint = self._read_checkpoint() if self.checkpoint_path.exists() else None
         self._refuse_to_overwrite(checkpoint)
-        self.checkpoint = self._checkpoint_to_resume(checkpoint) if args.resume else None
-        self.is_finished = args.resume and not self.checkpoint and self.weights_path.exists()
-        if self.is_finished:
+        self.checkpoint, self.is_finished, self.replaces = None, False, args.overwrite
+        if args.resume or args.update:
+            self._look_for_earlier_run(checkpoint)
+
+    def _look_for_earlier_run(self, checkpoint):
+        """Find the finished or stopped run of these settings; --update replaces any other one.
+
+        Raises UserError with --resume for a broken checkpoint and for a run of other settings.
+        """
+        if checkpoint is not None:
+            before = checkpoint.get("settings") if "in_blocks" in checkpoint else None
+        elif self.weights_path.exists():
             kept = weights.read(self.weights_path).content["run"]  # the settings and the outcome
-            self._require_same_settings({name: kept.get(name) for name in self.settings})
+            before = {name: kept.get(name) for name in self.settings}
+        else:
+            return
+        if before == self.settings:
+            self.checkpoint, self.is_finished = checkpoint, checkpoint is None
+        elif self.args.update:
+            self.replaces = True
+        elif not isinstance(before, dict):
+            raise UserError(
+                f"{self.checkpoint_path} is broken or of another version: remove it, or give "
+                "--overwrite instead of --resume, to start again"
+            )
+        else:
+            names = sorted(before.keys() | self.settings.keys())
+            name = next(n for n in names if before.get(n) != self.settings.get(n))
+            raise UserError(
+                f"--resume: the run in {self.out} has {name} = {before.get(name)}, now it is "
+                f"{self.settings.get(name)}: use the same settings, or --overwrite instead of --resume"
+            )
 
     def _refuse_to_overwrite(self, checkpoint):
         """UserError if the folder holds what this run would replace without --overwrite."""
@@ -67,7 +97,7 @@ class Run:
                 raise UserError(
                     f"{self.out} holds a stopped run of another script: choose another --out"
                 )
-        if self.args.resume or self.args.overwrite:
+        if self.args.resume or self.args.overwrite or self.args.update:
             return
         for path, state in ((self.checkpoint_path, "stopped"), (self.weights_path, "finished")):
             if path.exists():
@@ -75,18 +105,6 @@ class Run:
                     f"{self.out} holds a {state} run: give --resume to continue it, --overwrite to "
                     "replace it, or another --out"
                 )
-
-    def _checkpoint_to_resume(self, checkpoint):
-        """The run's checkpoint or None; UserError if it is broken, of other settings or too old."""
-        if checkpoint is None:
-            return None
-        if not isinstance(checkpoint.get("settings"), dict) or "in_blocks" not in checkpoint:
-            raise UserError(
-                f"{self.checkpoint_path} is broken or of another version: remove it, or give "
-                "--overwrite instead of --resume, to start again"
-            )
-        self._require_same_settings(checkpoint["settings"])
-        return checkpoint
 
     def _read_checkpoint(self):
         """The content of the checkpoint; {} if it cannot be read."""
@@ -96,27 +114,19 @@ class Run:
             return {}
         return content if isinstance(content, dict) else {}
 
-    def _require_same_settings(self, before):
-        for name in sorted(before.keys() | self.settings.keys()):
-            if before.get(name) != self.settings.get(name):
-                raise UserError(
-                    f"--resume: the run in {self.out} has {name} = {before.get(name)}, now it is "
-                    f"{self.settings.get(name)}: use the same settings, or --overwrite instead of --resume"
-                )
-
     def write_config(self, **more):
         """Write `config.json`: the command, its options, the data and the versions.
 
-        From here on the folder is of this run: with --overwrite the replaced run is removed.
+        From here on the folder is of this run: what it `replaces` is removed.
         """
         if not distributed.is_main():
             return
-        if self.args.overwrite:
+        if self.replaces:
             for path in (self.weights_path, self.checkpoint_path, *map(self.out.joinpath, LEFT)):
                 path.unlink(missing_ok=True)
         # Maps of runs that were stopped or killed.
         for path in [*self.out.glob(MAPS), *self.out.glob(".maps-*.tmp.npy")]:
-            if self.args.overwrite or path != self.maps_path:
+            if self.replaces or path != self.maps_path:
                 path.unlink()
         dataset = self.dataset
         options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
@@ -126,7 +136,8 @@ class Run:
         write_json(
             self.out / "config.json",
             {"command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-             "options": options, "data": described, **more, "versions": versions},
+             "options": options, "recipe": self.recipe._asdict(), "data": described, **more,
+             "versions": versions},
         )  # fmt: skip
 
     def write_metrics(self, history):
@@ -146,7 +157,8 @@ class Run:
         `seen` are the hashes of all images that the weights were trained or validated on. For
         `familiarity` see `weights.save`.
         """
-        run = {**self.settings, **outcome, "data": str(self.args.data)}
+        cache_dir = self.args.cache_dir and str(self.args.cache_dir)
+        run = {**self.settings, **outcome, "data": str(self.args.data), "cache_dir": cache_dir}
         class_names = self.dataset.class_names
         weights.save(self.weights_path, state, config, class_names, run, seen, familiarity)
         self.maps_path.unlink(missing_ok=True)
@@ -155,17 +167,17 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(args, dataset, file, **settings):
+def open_run(args, dataset, file, recipe, **more):
     """Create and lock the folder --out, resume or start in it, and yield its `Run`.
 
-    `settings` are added to `Run.settings`. Raises UserError if another run holds the folder, or if
-    it holds what the run would replace without --overwrite.
+    For `recipe` and `more` see `Run.settings`. Raises UserError if another run holds the folder, or
+    if it holds what the run would replace without --overwrite.
     """
     folder = Path(args.data).resolve()
     if folder in args.out.resolve().parents and not (folder / "dataset.json").exists():
         raise UserError(f"--out {args.out} lies inside the data: choose a folder outside of it")
     with _locked(args.out):
-        run = Run(args, dataset, file, **settings)
+        run = Run(args, dataset, file, recipe, **more)
         if run.is_finished and distributed.is_main():
             print(f"already finished: weights in {run.weights_path}")
         yield run

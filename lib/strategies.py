@@ -1,4 +1,9 @@
-"""The strategies of fine-tuning: what each one trains, and how it computes the logits of rows."""
+"""The strategies of fine-tuning. All that is true of one stands in its class.
+
+A `Strategy` says what a training takes by default, which options make no sense for it, which network
+it builds from the weights that it starts from, what of it learns, and how outputs come about. A new
+one is one more class, and an object of it in STRATEGIES.
+"""
 
 from typing import NamedTuple
 
@@ -6,120 +11,304 @@ import numpy as np
 import torch
 from torch import nn
 
-from lib import distributed
-from lib.augment import augment
-from lib.loader import EVALUATION_BATCH, StoredImages, batch_reader, in_batches, read_disturbed
-from lib.residuals import stored_maps
-from mae import random_masking
+from lib import data, distributed, network, weights
+from lib.augment import KINDS, SYMMETRIES, augment
+from lib.errors import UserError
+from lib.intensity import fit_transform
+from lib.loader import (
+    EVALUATION_BATCH,
+    StoredImages,
+    batch_reader,
+    in_batches,
+    larger_than_memory,
+    read_disturbed,
+)
+from lib.recipe import Defaults
+from lib.residuals import mask_ratio_of, stored_maps
+from mae import MAE, Classifier, ResidualClassifier, random_masking, default_map_pool
 
 ALL_PATCHES_FROM = 0.5  # of the steps: patch dropout ends here
 BATCHNORM_IMAGES = 2048  # training images that BatchNorm's statistics are computed from
+DEFAULT_POOL = "stats"
+OTHER_SIZE = ": pre-train on images of this size"
 
 
-class Strategy(NamedTuple):
-    """How one training computes.
+class Computation(NamedTuple):
+    """How one training computes; rows are those of a data set.
 
     trained : the module that is trained, validated and checkpointed.
     learning : its parameters that are trained, (name, parameter) pairs; all others are frozen.
-    training_logits : (rows (b,), fraction of the steps done) -> logits (b, K) of a training step.
-    logits : rows (b,) -> logits (b, K) as the finished network gives them, before its temperature.
-    on_device, changes_at : of `training_logits`, see `loop.fit`.
+    training_outputs : (rows (b,), fraction of the steps done) -> outputs (b, width) of a step.
+    outputs : rows (b,) -> outputs (b, width) as the finished network gives them, not calibrated.
+    on_device, in_blocks, changes_at, lr_scale : see `loop.Learner`.
     """
 
     trained: nn.Module
     learning: list
-    training_logits: callable
-    logits: callable
+    training_outputs: callable
+    outputs: callable
     on_device: bool
+    in_blocks: bool = False
     changes_at: tuple = ()
+    lr_scale: callable = lambda name: 1.0
 
 
-def head(model, dataset, rows, args, run, device):
+class Strategy:
+    """A head on the pre-trained encoder, a `Classifier`; base of all strategies.
+
+    defaults : of its recipe when it starts from an MAE.
+    from_scratch : what differs for random weights; None: it needs weights to start from.
+    continuing : what differs when it continues from a classifier, whose head is already trained.
+    augmentations : the kinds of `augment.KINDS` that it can use.
+    drops_patches, has_pool, decays_layers : whether these options mean something to it.
+    """
+
+    name, kind = None, Classifier
+    defaults = None
+    from_scratch, continuing = None, {}
+    augmentations, no_augmentation = KINDS, ""
+    drops_patches, has_pool, decays_layers = True, True, False
+
+    # Options
+
+    def check(self, args):
+        """UserError, naming the flag, for options that this strategy has no use for."""
+        if args.pretrained == "none" and self.from_scratch is None:
+            raise UserError(
+                f"--pretrained none: --strategy {self.name} needs pre-trained weights; use --strategy full"
+            )
+        if args.batch_size == 1:
+            raise UserError("--batch-size must be at least 2: BatchNorm needs several images a step")
+        if set(args.augment or ()) - set(self.augmentations):
+            raise UserError(f"--augment: {self.no_augmentation}; use --strategy full")
+        if args.patch_dropout and not self.drops_patches:
+            raise UserError("--patch-dropout: all patches are needed; use --strategy layernorm or full")
+        if args.pool and not self.has_pool:
+            raise UserError("--pool: there are no patch tokens; leave it out or use another --strategy")
+        decays = self.decays_layers and args.pretrained != "none"
+        if args.layer_decay not in (None, 1) and not decays:
+            raise UserError("--layer-decay needs --strategy full and pre-trained weights")
+
+    def defaults_from(self, start):
+        """`Defaults` of a training that starts from opened `Weights`, or from None."""
+        if start is None:
+            return self.defaults._replace(**self.from_scratch)
+        return self.defaults._replace(**self.continuing) if start.is_classifier else self.defaults
+
+    def recipe(self, args, start, images):
+        """The `Recipe` of parsed options for a number of training images."""
+        kept = start.content["config"].get("pool") if start else None  # of a classifier
+        pool = args.pool or kept or DEFAULT_POOL
+        return self.defaults_from(start).recipe(args, images, pool if self.has_pool else None)
+
+    # Network
+
+    def build(self, args, start, recipe, task, dataset, rows):
+        """The network that training starts from, and the arguments of its constructor.
+
+        `start` is None for random weights; an opened MAE, of which `around` takes what it needs; or
+        an opened classifier, which is taken whole, head included. Raises UserError where options,
+        data, weights and strategy do not fit. `rows` are the training images.
+        """
+        options = network.described(args, start)
+
+        def new_transform():
+            return fit_transform(dataset.images, rows, options["transform"], recipe.augment)
+
+        if start is None:
+            sizes = {name: value for name, value in options.items() if name != "transform"}
+            config = {"img_size": dataset.img_size, **sizes, "num_classes": task.width,
+                      "pool": recipe.pool, "transform": new_transform()}  # fmt: skip
+            return network.build(self.kind, config), config
+        data.check_unit(dataset, rows, start.content["run"])
+        if start.is_classifier:
+            return self.continued(start, recipe, dataset), start.content["config"]
+        pretrained, transform = weights.encoder_of(start)
+        data.check_size(start.path, pretrained, dataset, OTHER_SIZE)
+        if transform is None:  # a checkpoint from elsewhere
+            constants = new_transform()
+        else:
+            data.check_split(start.content["run"])
+            constants = start.content["config"]["transform"]
+        return self.around(start, pretrained, recipe, {"num_classes": task.width, "transform": constants})
+
+    def continued(self, start, recipe, dataset):
+        """The classifier of opened `Weights`, to be trained further; UserError if it does not fit."""
+        content = start.content
+        model = weights.classifier_of(start)
+        data.check_split(content["run"])
+        data.check_size(start.path, model, dataset, OTHER_SIZE)
+        if not isinstance(model, self.kind):
+            *others, last = (name for name, s in STRATEGIES.items() if isinstance(model, s.kind))
+            names = f"{', '.join(others)} or {last}" if others else last
+            raise UserError(f"{start.path} is a classifier of --strategy {names}: continue with that")
+        if content["class_names"] != list(dataset.class_names):
+            raise UserError(
+                f"{start.path} tells {', '.join(content['class_names'])} apart; start from an MAE for "
+                "other classes"
+            )
+        if self.has_pool and model.pool != recipe.pool:
+            raise UserError(
+                f"{start.path} has --pool {model.pool}; start from an MAE for another --pool"
+            )
+        model.temperature.fill_(1.0)
+        return model
+
+    def around(self, start, pretrained, recipe, more):
+        """A network with the `pretrained` encoder, and its arguments; `more` of them are given."""
+        sizes = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
+        described = start.content["config"]
+        config = {name: described[name] for name in sizes if name in described}
+        config |= {"pool": recipe.pool, **more}
+        model = self.kind(**config)
+        encoder = {k: v for k, v in pretrained.state_dict().items() if k in model.state_dict()}
+        model.load_state_dict({**model.state_dict(), **encoder})
+        return model, config
+
+    # Training
+
+    def learning(self, model):
+        """The parameters that are trained, (name, parameter) pairs."""
+        raise NotImplementedError
+
+    def computation(self, model, recipe, dataset, rows, run, device):
+        """The `Computation` of a training on augmented images; `rows` are all that it reads."""
+        read = batch_reader(dataset.images, device)
+
+        def training_outputs(batch, progress):
+            part = distributed.local_slice(len(batch))
+            ids_keep = patches_to_keep(model, len(batch), recipe.patch_dropout, progress, device)
+            images = augment(read(batch[part]), recipe.augment, len(batch), part)
+            own = model.features(images, None if ids_keep is None else ids_keep[part])
+            return model.fc(distributed.gather(own))
+
+        def outputs(batch):
+            return model.fc(model.features(read_disturbed(read, batch, recipe.augment)))
+
+        return Computation(
+            model, self.learning(model), training_outputs, outputs,
+            on_device=isinstance(read, StoredImages), in_blocks=larger_than_memory(dataset.images),
+            changes_at=(ALL_PATCHES_FROM,) if recipe.patch_dropout else (),
+            lr_scale=layer_scale(recipe.layer_decay, len(model.blocks)),
+        )  # fmt: skip
+
+
+class Head(Strategy):
     """Train the head alone; the frozen encoder's output is computed once, not every epoch."""
-    read = batch_reader(dataset.images, device)
-    stored = stored_features(model, read, rows, len(dataset.labels))
 
-    def logits(batch, progress=None):
-        return model.fc(stored[batch])
+    name = "head"
+    defaults = Defaults(epochs=100, fewest_steps=1000, batch_size=1024, lr=8e-3, augment=())
+    continuing = {"lr": 8e-4, "epochs": 20, "fewest_steps": 300}
+    augmentations, no_augmentation = (), "the head learns from stored features"
+    drops_patches = False
 
-    return Strategy(model.fc, head_parameters(model), logits, logits, on_device=True)
+    def learning(self, model):
+        return [(f"fc.{name}", parameter) for name, parameter in model.fc.named_parameters()]
+
+    def computation(self, model, recipe, dataset, rows, run, device):
+        read = batch_reader(dataset.images, device)
+        stored = stored_features(model, read, rows, len(dataset.labels))
+
+        def outputs(batch, progress=None):
+            return model.fc(stored[batch])
+
+        return Computation(model.fc, self.learning(model), outputs, outputs, on_device=True)
 
 
-def layernorm(model, dataset, rows, args, run, device):
+class LayerNorm(Strategy):
     """Train every LayerNorm and the head."""
-    return encoder(model, dataset, args, device, layernorm_parameters(model))
+
+    name = "layernorm"
+    defaults = Defaults(epochs=2, fewest_steps=1000, batch_size=64, lr=1e-2, augment=(), patch_dropout=0.5)
+    continuing = {"lr": 3e-4, "batch_size": 128, "epochs": 1, "fewest_steps": 300, "patch_dropout": 0.0}
+
+    def learning(self, model):
+        norms = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
+        inside = [(f"{n}.{k}", p) for n, m in norms for k, p in m.named_parameters()]
+        return inside + Head().learning(model)
 
 
-def full(model, dataset, rows, args, run, device):
-    """Train the whole network."""
-    return encoder(model, dataset, args, device, all_parameters(model))
+class Full(Strategy):
+    """Train the whole network, from pre-trained or from random weights."""
+
+    name, decays_layers = "full", True
+    defaults = Defaults(
+        epochs=4, fewest_steps=1000, batch_size=128, lr=3e-3, augment=(), patch_dropout=0.5, layer_decay=0.75,
+        few={"augment": ("flips",), "patch_dropout": 0.0, "layer_decay": 1.0},
+    )  # fmt: skip
+    # With all patches random weights overfit few images.
+    from_scratch = {"layer_decay": 1.0, "few": {"augment": ("flips",)}}
+    continuing = {"lr": 2e-4, "epochs": 1, "fewest_steps": 300, "patch_dropout": 0.0, "few": {}}
+
+    def learning(self, model):
+        return [(name, p) for name, p in model.named_parameters() if name != "pos_embed"]
 
 
-def encoder(model, dataset, args, device, learning):
-    """Train parameters of the encoder, `learning`, on augmented images."""
-    read = batch_reader(dataset.images, device)
-
-    def training_logits(batch, progress):
-        part = distributed.local_slice(len(batch))
-        ids_keep = patches_to_keep(model, len(batch), args.patch_dropout, progress, device)
-        images = augment(read(batch[part]), args.augment, len(batch), part)
-        own = model.features(images, None if ids_keep is None else ids_keep[part])
-        return model.fc(distributed.gather(own))
-
-    def logits(batch):
-        return model.fc(model.features(read_disturbed(read, batch, args.augment)))
-
-    changes_at = (ALL_PATCHES_FROM,) if args.patch_dropout else ()
-    on_device = isinstance(read, StoredImages)
-    return Strategy(model, learning, training_logits, logits, on_device, changes_at)
-
-
-def residual(model, dataset, rows, args, run, device):
+class Residual(Strategy):
     """Train a small network on the frozen MAE's residual maps, which are computed once.
 
     The maps are kept in --out until the run is finished. Of several processes each takes the whole
     step, as it does for the head: it is short.
     """
-    read = batch_reader(dataset.images, device)
-    model.eval()
-    maps = stored_maps(
-        lambda batch: model.maps(read(batch)), rows, run.maps_path, model.map_side, args.quiet
+
+    name, kind = "residual", ResidualClassifier
+    # The last weights are kept: the AUC of validation soon reaches 1 and says no more.
+    defaults = Defaults(
+        epochs=2, fewest_steps=1000, batch_size=64, lr=3e-3, keep="last", most_validations=4
     )
-    read_maps = batch_reader(maps, device)
-    on_device = isinstance(read_maps, StoredImages)
-    place = np.full(len(dataset.labels), -1)
-    place[rows] = np.arange(len(rows))
-    if on_device:
-        place = torch.from_numpy(place).to(device)
+    continuing = {"lr": 3e-4, "epochs": 1, "fewest_steps": 300}
+    augmentations = SYMMETRIES
+    no_augmentation = f"residual maps are computed once, so only {', '.join(SYMMETRIES)} or none is possible"
+    drops_patches, has_pool = False, False
 
-    def training_logits(batch, progress):
-        return model.network(augment(read_maps(place[batch]), args.augment))
+    def around(self, start, pretrained, recipe, more):
+        if not isinstance(pretrained, MAE):
+            raise UserError(
+                f"{start.path} is from elsewhere: --strategy residual needs the decoder of an MAE of "
+                "pretrain.py; use another strategy"
+            )
+        sizes = {k: v for k, v in start.content["config"].items() if k != "transform"}
+        config = {"mae": sizes, "mask_ratio": mask_ratio_of(start.content),
+                  "map_pool": default_map_pool(pretrained.img_size), **more}  # fmt: skip
+        try:
+            model = self.kind(**config)
+        except ValueError as error:
+            raise UserError(f"--strategy residual: {error}; use another strategy") from None
+        model.mae.load_state_dict(pretrained.state_dict())
+        return model, config
 
-    def logits(batch):
-        return model.logits(read_maps(place[batch]))
+    def learning(self, model):
+        return list(model.network.named_parameters())
 
-    learning = list(model.network.named_parameters())
-    return Strategy(model.network, learning, training_logits, logits, on_device)
+    def computation(self, model, recipe, dataset, rows, run, device):
+        read = batch_reader(dataset.images, device)
+        model.eval()
+        maps = stored_maps(
+            lambda batch: model.maps(read(batch)), rows, run.maps_path, model.map_side, run.quiet
+        )
+        read_maps = batch_reader(maps, device)
+        on_device = isinstance(read_maps, StoredImages)
+        place = np.full(len(dataset.labels), -1)
+        place[rows] = np.arange(len(rows))
+        if on_device:
+            place = torch.from_numpy(place).to(device)
+
+        def training_outputs(batch, progress):
+            return model.network(augment(read_maps(place[batch]), recipe.augment))
+
+        def outputs(batch):
+            return model.logits(read_maps(place[batch]))
+
+        return Computation(
+            model.network, self.learning(model), training_outputs, outputs, on_device,
+            in_blocks=larger_than_memory(dataset.images),
+        )  # fmt: skip
 
 
-STRATEGIES = {"head": head, "layernorm": layernorm, "full": full, "residual": residual}
+STRATEGIES = {strategy.name: strategy for strategy in (Head(), LayerNorm(), Full(), Residual())}
 
 
-# What learns
-
-
-def head_parameters(model):
-    return [(f"fc.{name}", parameter) for name, parameter in model.fc.named_parameters()]
-
-
-def layernorm_parameters(model):
-    norms = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.LayerNorm)]
-    inside = [(f"{n}.{k}", p) for n, m in norms for k, p in m.named_parameters()]
-    return inside + head_parameters(model)
-
-
-def all_parameters(model):
-    return [(name, p) for name, p in model.named_parameters() if name != "pos_embed"]
+# Parts of a training
 
 
 def freeze_others(model, learning):
@@ -129,7 +318,21 @@ def freeze_others(model, learning):
         parameter.requires_grad_(True)
 
 
-# Parts of a step
+def layer_scale(layer_decay, depth):
+    """Function from a parameter's name to the factor of its learning rate.
+
+    The rate of a block is `layer_decay` times that of the next one; the head's factor is 1.
+    """
+    return lambda name: layer_decay ** (depth + 1 - layer_of(name, depth))
+
+
+def layer_of(name, depth):
+    """How deep a parameter lies: 0 the embedding, 1..depth the blocks, depth + 1 the head."""
+    if name.startswith(("patch_embed", "cls_token")):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    return depth + 1
 
 
 def stored_features(model, read, rows, count):

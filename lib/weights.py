@@ -27,7 +27,7 @@ from mae import MAE, Classifier, Encoder, IntensityTransform, ResidualClassifier
 LARGEST = {"embed_dim": 4096, "decoder_embed_dim": 4096, "depth": 64, "decoder_depth": 64}
 LARGEST |= {"img_size": 4096, "patch_size": 512, "mlp_ratio": 16}
 LARGEST |= {"num_heads": 64, "decoder_num_heads": 64, "num_classes": 10_000, "rounds": 100}
-LARGEST |= {"components": 1024, "known": 16, "calibration": 10_000_000}
+LARGEST |= {"components": 1024, "leading": 16, "calibration": 10_000_000}
 MOST_PATCHES_A_SIDE = 128
 
 
@@ -283,16 +283,18 @@ def identity(kept):
 def familiarity_for(opened, dataset, augmentations):
     """The `Familiarity` of opened `Weights`, and its arguments, for a training that starts from them.
 
-    None if it was fitted to other images than those of `dataset`, or if `augmentations` disturb
-    these otherwise than before.
+    None if it was fitted to other images than those of `dataset`, or if `augmentations` disturb or
+    turn these otherwise than before.
     """
     run = opened.content["run"]
     before = run.get("augment")
     same_images = run.get("data_fingerprint") == dataset.fingerprint and isinstance(before, list)
     if not same_images or disturbances(before) != disturbances(augmentations):
         return None
-    known = familiarity_in(opened.path, opened.content)
-    return known and (known, opened.content["familiarity"]["config"])
+    if ("flips" in before) != ("flips" in augmentations):
+        return None
+    kept = familiarity_in(opened.path, opened.content)
+    return kept and (kept, opened.content["familiarity"]["config"])
 
 
 def _build(path, kind, arguments, state):

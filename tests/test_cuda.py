@@ -18,7 +18,7 @@ from conftest import (
 import evaluate
 import export
 import finetune
-from lib import cuda_graphs, data, familiarity, lenses, loader, weights
+from lib import cuda_graphs, data, familiarity, intensity, lenses, loader, weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -87,7 +87,7 @@ def test_a_gpu_refuses_the_images_that_a_cpu_refuses():
     rows = np.arange(3000)
     zeros = np.zeros(3000, np.uint64)
     dataset = data.Dataset(images, zeros.astype(int), zeros, ("lens",), "", "")
-    transform = loader.fit_transform(images, rows, "log")
+    transform = intensity.fit_transform(images, rows, "log")
     known, _ = familiarity.fit(dataset, rows[:1800], rows[1800:2400], transform, quiet=True)
     values = [evaluate.familiarity_of(known, images, rows[2400:], device) for device in (CPU, GPU)]
     assert np.abs(values[0] - values[1]).max() < 0.05

@@ -23,11 +23,16 @@ def dataset_of(images):
     return data.Dataset(images, np.zeros(n, np.int64), hashes, ("a",), "", "made here")
 
 
+def fitted_images():
+    """3,000 simulated lenses, the same at every call."""
+    parts = lenses.simulate("Model_II", 1000, seed=5, progress=False)
+    return np.random.default_rng(0).permutation(np.concatenate([part for _, part, _ in parts]))
+
+
 @pytest.fixture(scope="module")
 def fitted():
     """(Familiarity, its arguments, lenses that it has not seen) of 2,400 simulated lenses."""
-    parts = lenses.simulate("Model_II", 1000, seed=5, progress=False)
-    images = np.random.default_rng(0).permutation(np.concatenate([part for _, part, _ in parts]))
+    images = fitted_images()
     rows = np.arange(3000)
     model, config = familiarity.fit(dataset_of(images), rows[:1800], rows[1800:2400], LOG)
     return model.eval(), config, torch.from_numpy(images[2400:, None])
@@ -64,6 +69,25 @@ STRANGE = {
 def test_strange_images_are_unfamiliar(kind, fitted):
     values = familiarity_of(fitted, STRANGE[kind](fitted[2][:200]))
     assert (values < 0.01).mean() > 0.97
+
+
+def test_half_a_turn_changes_no_familiarity(fitted):
+    images = fitted[2][:100]
+    assert torch.equal(fitted[0](images), fitted[0](images.flip(2, 3)))
+
+
+def test_lenses_are_familiar_in_all_orientations_that_a_training_saw(fitted):
+    """A classifier that had learned all eight orientations refused mirrored lenses."""
+    images = fitted[2]
+    seen = dataset_of(fitted_images()[:2400])
+    rows = np.arange(2400)
+    model, _ = familiarity.fit(seen, rows[:1800], rows[1800:], LOG, ("flips",))
+    values = {name: model.eval()(STRANGE[name](images[:300])).numpy()
+              for name in ("mirrored", "turned", "noise", "shifted")}  # fmt: skip
+    for name in ("mirrored", "turned"):
+        assert (values[name] < 0.02).mean() < 0.06
+    for name in ("noise", "shifted"):
+        assert (values[name] < 0.01).mean() > 0.95
 
 
 def test_an_image_with_pixels_that_are_no_numbers_is_as_strange_as_can_be(fitted):
@@ -195,10 +219,12 @@ def test_classifiers_take_the_familiarity_of_their_pretraining(packed, tmp_path,
     assert not fitted_again
     classifier("noisy", before.path, "--augment", "noise")
     assert len(fitted_again) == 1
+    classifier("turned", before.path, "--augment", "flips")
+    assert len(fitted_again) == 2
     other = tmp_path / "other"
     run_script("simulate.py", "--per-class", 60, "--seed", 8, "--out", other)
     classifier("elsewhere", before.path, data=other)
-    assert len(fitted_again) == 2
+    assert len(fitted_again) == 3
 
 
 def test_other_weights_have_another_identity(fitted):
@@ -223,7 +249,7 @@ def test_a_data_set_that_is_too_small_gets_none_and_says_so(packed, runs, tmp_pa
     [
         lambda kept: kept["config"].update(components=10**9),
         lambda kept: kept["config"].update(components=-1),
-        lambda kept: kept["config"].update(known="x"),
+        lambda kept: kept["config"].update(leading="x"),
         lambda kept: kept["config"].update(unit=float("nan")),
         lambda kept: kept["config"].update(img_size=10**6),
         lambda kept: kept["model"].pop("mean"),

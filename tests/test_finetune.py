@@ -24,7 +24,7 @@ import finetune
 import mae
 import pretrain
 import simulate
-from lib import data, lenses, loader, metrics, optim, plots, strategies, weights
+from lib import data, intensity, lenses, loader, metrics, optim, plots, strategies, weights
 from lib.augment import augment
 from mae import Classifier
 
@@ -58,13 +58,10 @@ def test_a_strategy_changes_what_it_says_and_nothing_else(strategy, runs):
     assert changed == expected[strategy]
 
 
-@pytest.mark.parametrize(
-    "learning_of",
-    [strategies.head_parameters, strategies.layernorm_parameters, strategies.all_parameters],
-)
-def test_parameters_that_a_strategy_does_not_train_are_frozen(learning_of):
+@pytest.mark.parametrize("name", ["head", "layernorm", "full"])
+def test_parameters_that_a_strategy_does_not_train_are_frozen(name):
     model = Classifier(patch_size=16, embed_dim=32, depth=1, num_heads=2)
-    learning = learning_of(model)
+    learning = finetune.STRATEGIES[name].learning(model)
     strategies.freeze_others(model, learning)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {
         name for name, _ in learning
@@ -77,18 +74,17 @@ def test_layers_near_the_input_learn_more_slowly():
     model = Classifier(depth=3)
     depth = len(model.blocks)
     layers = [
-        finetune.layer_of(name, depth)
+        strategies.layer_of(name, depth)
         for name in ("patch_embed.proj.weight", "blocks.0.norm1.bias", "blocks.2.mlp.fc1.weight",
                      "norm.weight", "fc.0.weight")
     ]  # fmt: skip
     assert layers == [0, 1, 3, 4, 4]
-    groups = optim.parameter_groups(
-        strategies.all_parameters(model), 0.05, lambda name: 0.5 ** (4 - finetune.layer_of(name, 3))
-    )
+    learning = finetune.STRATEGIES["full"].learning(model)
+    groups = optim.parameter_groups(learning, 0.05, strategies.layer_scale(0.5, 3))
     assert {group["lr_scale"] for group in groups} == {0.5**k for k in range(5)}
     decayed = [p for g in groups if g["weight_decay"] for p in g["params"]]
     assert all(p.ndim > 1 for p in decayed)
-    assert sum(len(g["params"]) for g in groups) == len(strategies.all_parameters(model))
+    assert sum(len(g["params"]) for g in groups) == len(learning)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +179,7 @@ def test_stored_features_are_those_of_the_whole_network(pool, packed):
     dataset = data.load(packed)
     rows = np.array([7, 299, 150, 3])
     torch.manual_seed(0)
-    transform = loader.fit_transform(dataset.images, np.arange(300), "log")
+    transform = intensity.fit_transform(dataset.images, np.arange(300), "log")
     sizes = {"patch_size": 16, "embed_dim": 32, "depth": 2, "num_heads": 2}
     model = Classifier(**sizes, pool=pool, transform=transform).train()
     model.temperature.fill_(2.0)
@@ -325,9 +321,21 @@ def test_the_weights_are_there_if_the_picture_fails(packed, runs, tmp_path, monk
 # Options
 
 
+def options_of(strategy, *more, start="w.pth"):
+    return finetune.parse_args(
+        ["--data", "d", "--out", "o", "--pretrained", start, "--strategy", strategy, *more]
+    )
+
+
+def recipe_of(strategy, images, source, *more):
+    """The recipe of a training on so many images that starts from opened `Weights` or None."""
+    args = options_of(strategy, *more, start="w.pth" if source else "none")
+    return finetune.STRATEGIES[strategy].recipe(args, source, images)
+
+
 def test_the_steps_of_a_run_on_few_images_are_enough(packed, runs, tmp_path, monkeypatch):
-    monkeypatch.setitem(finetune.DEFAULTS["head"], "epochs", 2)
-    monkeypatch.setitem(finetune.DEFAULTS["head"], "fewest_steps", 30)
+    head = finetune.STRATEGIES["head"]
+    monkeypatch.setattr(head, "defaults", head.defaults._replace(epochs=2, fewest_steps=30))
     finetune.main([
         "--data", str(packed), "--pretrained", str(runs / "pretrain" / PRETRAINED),
         "--strategy", "head", "--out", str(tmp_path / "head"), "--quiet",
@@ -336,49 +344,51 @@ def test_the_steps_of_a_run_on_few_images_are_enough(packed, runs, tmp_path, mon
     assert (last["epoch"], last["step"]) == (30, 30)
 
 
-def test_defaults_follow_the_strategy_and_what_it_starts_from_but_not_over_what_is_given(runs):
-    encoder = weights.read(runs / "pretrain" / PRETRAINED)
-    classifier = weights.read(runs / "head" / CLASSIFIER)
-    for strategy, defaults in finetune.DEFAULTS.items():
-        assert finetune.strategy_defaults(strategy, encoder) == defaults
-        continuing = finetune.strategy_defaults(strategy, classifier)
-        assert continuing == defaults | finetune.CONTINUING[strategy]
-        assert continuing["lr"] < defaults["lr"]
-    args = finetune.parse_args(
-        ["--data", "d", "--out", "o", "--pretrained", "none", "--strategy", "full", "--lr", "0.5"]
-    )
-    finetune.fill_in_defaults(args, None, 10**6)
-    defaults = finetune.DEFAULTS["full"]
-    assert args.lr == 0.5
-    assert args.epochs == defaults["epochs"]
-    assert (args.batch_size, args.augment) == (defaults["batch_size"], defaults["augment"])
-    assert args.patch_dropout == defaults["patch_dropout"]
+def test_a_recipe_follows_the_strategy_and_what_it_starts_from_but_not_over_what_is_given(runs):
+    starts = {"mae": runs / "pretrain" / PRETRAINED, "classifier": runs / "head" / CLASSIFIER}
+    opened = {name: weights.read(path) for name, path in starts.items()}
+    for name, strategy in finetune.STRATEGIES.items():
+        first, continuing = (recipe_of(name, 10**6, opened[start]) for start in starts)
+        assert (first.lr, first.epochs) == (strategy.defaults.lr, strategy.defaults.epochs)
+        assert continuing.lr < first.lr
+        assert (first.keep, first.validations) == (("last", 2) if name == "residual" else ("best", min(50, first.epochs)))
+    full = finetune.STRATEGIES["full"].defaults
+    recipe = recipe_of("full", 10**6, None, "--lr", "0.5")
+    assert recipe.lr == 0.5
+    assert recipe[:2] == (full.epochs, full.batch_size)
+    assert (recipe.augment, recipe.patch_dropout, recipe.layer_decay) == ((), full.patch_dropout, 1)
 
 
-def full_of(images, source, *more):
-    """The options of `--strategy full` on so many images, after the defaults are filled in."""
-    args = finetune.parse_args(
-        ["--data", "d", "--out", "o", "--pretrained", "w.pth", "--strategy", "full", *more]
-    )
-    finetune.fill_in_defaults(args, source, images)
-    return args
-
-
-def test_few_images_get_other_defaults(runs):
-    usual, few = finetune.DEFAULTS["full"], finetune.DEFAULTS["full"]["few"]
+def test_few_images_get_another_recipe(runs):
+    usual = finetune.STRATEGIES["full"].defaults
+    few = usual.few
     mae = weights.read(runs / "pretrain" / PRETRAINED)
-    for images, expected in ((10**6, usual), (216, few)):
-        args = full_of(images, mae)
-        assert {name: getattr(args, name) for name in few} == {n: expected[n] for n in few}
-    args = full_of(216, mae, "--epochs", "1")
-    assert (args.epochs, args.augment) == (1, few["augment"])
+    assert recipe_of("full", 10**6, mae).patch_dropout == usual.patch_dropout
+    recipe = recipe_of("full", 216, mae)
+    assert {name: getattr(recipe, name) for name in few} == few
+    assert recipe.epochs == 1000
+    recipe = recipe_of("full", 216, mae, "--epochs", "1")
+    assert (recipe.epochs, recipe.augment) == (1, few["augment"])
     given = ("--augment", "none", "--patch-dropout", "0.25", "--layer-decay", "0.5")
-    args = full_of(216, mae, *given)
-    assert (args.augment, args.patch_dropout, args.layer_decay) == ((), 0.25, 0.5)
-    args = full_of(216, None)
-    assert (args.augment, args.patch_dropout) == (few["augment"], usual["patch_dropout"])
-    args = full_of(216, weights.read(runs / "full" / CLASSIFIER))  # continued
-    assert (args.augment, args.layer_decay) == ((), usual["layer_decay"])
+    recipe = recipe_of("full", 216, mae, *given)
+    assert (recipe.augment, recipe.patch_dropout, recipe.layer_decay) == ((), 0.25, 0.5)
+    recipe = recipe_of("full", 216, None)
+    assert (recipe.augment, recipe.patch_dropout) == (few["augment"], usual.patch_dropout)
+    recipe = recipe_of("full", 216, weights.read(runs / "full" / CLASSIFIER))  # continued
+    assert (recipe.augment, recipe.layer_decay) == ((), usual.layer_decay)
+
+
+def test_the_batch_size_does_not_decide_whether_images_are_few(runs, packed, tmp_path):
+    """72,000 images with large batches got the recipe for few images, without a word."""
+    mae = weights.read(runs / "pretrain" / PRETRAINED)
+    usual, large = (recipe_of("full", 72_000, mae, *more) for more in ((), ("--batch-size", "512")))
+    for name in ("augment", "patch_dropout", "layer_decay"):
+        assert getattr(large, name) == getattr(usual, name)
+    process = run_script("finetune.py", *finetuning(packed, tmp_path, "none", "full", "--epochs", 1))
+    assert "training images (few): epochs 1, batch size 16" in process.stdout
+    assert "augment flips" in process.stdout
+    stored = json.loads((tmp_path / "config.json").read_text())["recipe"]
+    assert (stored["augment"], stored["epochs"]) == (["flips"], 1)
 
 
 def test_augmentation_is_refused_where_the_head_learns_alone(packed, runs, tmp_path):

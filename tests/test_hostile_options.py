@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import math
 import os
 import shutil
 import signal
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import TINY_DECODER, TINY_NETWORK, run_script
 
-from lib import loop
+from lib import loop, options
 
 HOSTILE = ("", "-1", "0", "1", "nan", "inf", "1e-300", "9" * 20, "é\n$\"'", "\udcff", "FIFO",
            "a" * 300)  # fmt: skip
@@ -64,7 +65,7 @@ def commands(root):
     mae, classifier = root / "mae" / "vit-mae-wt.pth", root / "full" / "vit-mae-classifier-wt.pth"
     return {
         "simulate": ("--per-class", 1, "--out", root / "out"),
-        "data": data,
+        "prepare": data,
         "pretrain": (*run, *SMALL, *TINY_DECODER),
         "finetune": (*run, "--pretrained", mae, "--strategy", "layernorm"),
         "evaluate": (*data, "--weights", classifier, "--out", root / "out", "--resamples", 2),
@@ -75,7 +76,7 @@ def commands(root):
 
 
 def options_of(script, monkeypatch):
-    """The options of a script that take a value."""
+    """The options of a script that take a value, as argparse's actions."""
     found = []
     with monkeypatch.context() as patch:
         def remember(parser, *_):
@@ -85,10 +86,24 @@ def options_of(script, monkeypatch):
         patch.setattr(argparse.ArgumentParser, "parse_args", remember)
         with pytest.raises(SystemExit):
             importlib.import_module(script).parse_args([])
-    return [action.option_strings[0] for action in found]
+    return found
 
 
-@pytest.mark.parametrize("script", ["simulate", "data", "pretrain", "finetune", "evaluate",
+def may_be_accepted(action, value):
+    """Whether a value makes sense for an option: a number within its limits, or one of its choices."""
+    if action.choices is not None:
+        return value in action.choices
+    if action.type not in (int, float):
+        return True  # text or a path, which the script looks at itself
+    try:
+        number = action.type(value)
+    except ValueError:
+        return False
+    limits = [is_valid for names, is_valid, _ in options.LIMITS if action.dest in names]
+    return math.isfinite(number) and all(is_valid(number) for is_valid in limits)
+
+
+@pytest.mark.parametrize("script", ["simulate", "prepare", "pretrain", "finetune", "evaluate",
                                     "reconstruct", "export", "predict"])  # fmt: skip
 def test_no_value_of_any_option_ends_in_a_traceback(script, place, monkeypatch, tmp_path):
     monkeypatch.setattr(loop, "Interruption", Stop)
@@ -101,9 +116,10 @@ def test_no_value_of_any_option_ends_in_a_traceback(script, place, monkeypatch, 
         content = (place / "c.onnx").read_bytes()
         monkeypatch.setattr(module, "write_onnx", lambda _, path, __: path.write_bytes(content))
     command = commands(place)[script]
-    options = options_of(script, monkeypatch)
-    assert options
-    for option in options:
+    actions = options_of(script, monkeypatch)
+    assert actions
+    for action in actions:
+        option = action.option_strings[0]
         for value in HOSTILE:
             before = sorted(os.listdir(place))
             value = str(place / "fifo") if value == "FIFO" else value
@@ -113,6 +129,8 @@ def test_no_value_of_any_option_ends_in_a_traceback(script, place, monkeypatch, 
             assert process.returncode in (0, 1, 2, 130), what
             if process.returncode == 2:
                 assert "error: " in process.stderr, what
+            else:
+                assert may_be_accepted(action, value), what
             for path in (place / "out", *(place / name for name in os.listdir(place)
                                           if name not in before)):  # fmt: skip
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from conftest import finetuning, pretraining
 
 import finetune
 import pretrain
-from lib import data, lenses, loader, readers
+from lib import data, images, intensity, lenses, loader, strategies
 
 CPU = torch.device("cpu")
 
@@ -54,7 +54,8 @@ def test_rows_in_blocks_are_all_there_and_read_together():
 def test_images_that_do_not_fit_into_memory_are_trained_on_all_the_same(
     script, packed, runs, tmp_path, monkeypatch, rows_read, no_pictures
 ):
-    monkeypatch.setattr(script, "larger_than_memory", lambda _: True)
+    for module in (pretrain, strategies):
+        monkeypatch.setattr(module, "larger_than_memory", lambda _: True)
     monkeypatch.setattr(loader, "READ_BLOCK", 4)
     monkeypatch.setattr(loader, "BLOCKS_TOGETHER", 2)
     monkeypatch.setattr(loader, "FORGET_AFTER", 10)
@@ -122,15 +123,15 @@ def test_looking_at_images_from_everywhere_leaves_no_pages_behind(tmp_path):
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("RssFile")).split()[1]) * 1024
 
-    images = np.lib.format.open_memmap(
+    stored = np.lib.format.open_memmap(
         tmp_path / "images.npy", "w+", dtype=np.float32, shape=(4000, 64, 64)
     )
-    images[:] = np.random.default_rng(0).random((4000, 1, 1))
-    images.flush()
-    del images
-    mapped = readers.read_npy(tmp_path / "images.npy")
+    stored[:] = np.random.default_rng(0).random((4000, 1, 1))
+    stored.flush()
+    del stored
+    mapped = images.read_npy(tmp_path / "images.npy")
     before = resident()
-    loader.fit_transform(mapped, np.arange(4000), "log")
+    intensity.fit_transform(mapped, np.arange(4000), "log")
     assert resident() - before < 16e6  # of 66 MB
 
 
@@ -141,12 +142,12 @@ def test_transform_constants_come_from_the_training_rows_alone(packed):
     dataset = data.load(packed)
     rows = data.split(dataset)["train"]
     images = np.array(dataset.images)
-    before = loader.fit_transform(images, rows, "log")
+    before = intensity.fit_transform(images, rows, "log")
     others = np.setdiff1d(np.arange(len(images)), rows)
     images[others] = 1e6
-    assert loader.fit_transform(images, rows, "log") == before
+    assert intensity.fit_transform(images, rows, "log") == before
     images[rows] *= 2
-    assert loader.fit_transform(images, rows, "log") != before
+    assert intensity.fit_transform(images, rows, "log") != before
 
 
 @pytest.mark.parametrize("kind", ["log", "linear"])
@@ -154,12 +155,12 @@ def test_transform_constants_withstand_hot_pixels_and_bad_images(kind, packed):
     dataset = data.load(packed)
     rows = data.split(dataset)["train"]
     images = np.array(dataset.images)
-    before = loader.fit_transform(images, rows, kind)
+    before = intensity.fit_transform(images, rows, kind)
     assert before.pop("kind") == kind
     images[rows[::50], :6] = -99.0  # a sentinel border
     images[rows[100], 3, 3] = 1e9
     images[rows, 5, 5] = 1e4  # a hot pixel of the camera
-    after = loader.fit_transform(images, rows, kind)
+    after = intensity.fit_transform(images, rows, kind)
     assert after.pop("kind") == kind
     assert after == pytest.approx(before, rel=0.05, abs=0.01 * before["softening"])
 
@@ -172,5 +173,5 @@ def test_the_noise_of_simulated_images_is_measured():
         for noise in (True, False)
     )  # fmt: skip
     background, _ = lenses.noise_of(lenses.INSTRUMENTS["Model_II"], 0.0)
-    assert loader.noise_level(noisy) == pytest.approx(background, rel=0.2)  # photons add to it
-    assert loader.noise_level(clean) < 0.01 * background
+    assert intensity.noise_level(noisy) == pytest.approx(background, rel=0.2)  # photons add to it
+    assert intensity.noise_level(clean) < 0.01 * background

@@ -34,7 +34,7 @@ from torch import nn
 
 import finetune
 import pretrain
-from lib import errors, loader, loop, optim, plots
+from lib import errors, loader, loop, optim, plots, recipe
 from lib.errors import UserError
 from lib.run import open_run
 
@@ -51,9 +51,10 @@ def fit_line(out, validate=None, score=None, spoil=lambda rows, loss: loss, rows
     `spoil(rows, loss)` gives the loss that the loop gets. Returns what `loop.fit` returns, and the
     calls of the loss: [(rows, progress, whether the model was in training mode)].
     """
-    given = {"out": out, "epochs": 3, "batch_size": 8, "validations": None, "lr": 0.1, "seed": 0,
-             "precision": "float32", "quiet": True, "resume": False, "overwrite": True,
-             "data": "points"}  # fmt: skip
+    options = {"out": out, "epochs": 3, "batch_size": 8, "validations": None, "lr": 0.1, "seed": 0,
+               "precision": "float32", "quiet": True, "resume": False, "overwrite": True,
+               "update": False, "data": "points", "weight_decay": 0.0}  # fmt: skip
+    args = argparse.Namespace(**options | changed)
     dataset = SimpleNamespace(fingerprint="f", origin="", class_names=(), labels=[])
     torch.manual_seed(0)
     x = torch.randn(40, 2)
@@ -69,12 +70,13 @@ def fit_line(out, validate=None, score=None, spoil=lambda rows, loss: loss, rows
         with torch.no_grad():
             return {"loss": F.mse_loss(model(x)[:, 0], y).item()}
 
-    groups = optim.parameter_groups(model.named_parameters(), 0.0)
-    with open_run(argparse.Namespace(**given | changed), dataset, "w.pth") as run:
-        result = loop.fit(
-            model, groups, batch_loss, validate or (lambda: whole_loss()), np.arange(rows), run,
-            torch.device("cpu"), loop.precision_of(run, torch.device("cpu")), score=score,
-        )  # fmt: skip
+    learner = loop.Learner(
+        model, list(model.named_parameters()), batch_loss, validate or (lambda: whole_loss()), score
+    )
+    chosen = recipe.Defaults(3, 0, 8, 0.1).recipe(args, rows)
+    with open_run(args, dataset, "w.pth", chosen) as run:
+        precision = loop.precision_of(chosen, run, torch.device("cpu"))
+        result = loop.fit(learner, chosen, np.arange(rows), run, torch.device("cpu"), precision)
     return *result, calls
 
 
@@ -114,12 +116,6 @@ def test_rows_that_fill_no_batch_wait_for_another_epoch(tmp_path):
 def test_validations_are_spread_over_the_steps(epochs, validations, expected, tmp_path):
     _, history, *_ = fit_line(tmp_path, epochs=epochs, validations=validations)
     assert [line["step"] for line in history] == expected
-
-
-def test_many_epochs_are_not_validated_one_by_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "MOST_VALIDATIONS", 4)
-    _, history, *_ = fit_line(tmp_path, epochs=8)
-    assert [line["epoch"] for line in history] == [2, 4, 6, 8]
 
 
 def test_training_figures_are_means_since_the_last_validation(tmp_path):

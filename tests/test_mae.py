@@ -13,15 +13,15 @@ from mae import (
     ResidualClassifier,
     complementary_masks,
     patchify,
-    put,
+    scatter_patches,
     random_masking,
     residual_scores,
     set_attention_form,
     sincos_positions,
-    take,
+    gather_patches,
     unpatchify,
-    upright,
-    usual_squares,
+    brighter_half_right,
+    default_map_pool,
 )
 
 REFERENCE = np.load(Path(__file__).parent / "reference" / "huggingface.npz")
@@ -53,7 +53,7 @@ def test_equals_hugging_face_for_the_same_weights_and_noise(norm_pix_loss, form)
     loss, pred, ids_removed = model(images, float(REFERENCE["mask_ratio"]), noise)
     expected = part_of_reference(f"norm_pix_loss_{norm_pix_loss}/")
     assert abs(loss.item() - expected["loss"].item()) < 1e-5
-    assert (pred - take(expected["pred"], ids_removed)).abs().max() < 1e-4
+    assert (pred - gather_patches(expected["pred"], ids_removed)).abs().max() < 1e-4
     mask = torch.zeros_like(noise).scatter(1, ids_removed, 1.0)
     assert torch.equal(mask, expected["mask"])
 
@@ -88,7 +88,7 @@ def test_masked_patches_alone_enter_the_loss():
     loss, pred, ids_removed = model(images, 0.75, noise)
     assert pred.shape == (2, 12, 16)
     assert torch.equal(ids_removed, noise.argsort(1)[:, 4:])
-    assert torch.allclose(loss, (pred - take(patchify(images, 4), ids_removed)).square().mean())
+    assert torch.allclose(loss, (pred - gather_patches(patchify(images, 4), ids_removed)).square().mean())
 
 
 @pytest.mark.parametrize(("ratio", "removed"), [(0.01, 1), (0.5, 8), (0.99, 15)])
@@ -105,12 +105,12 @@ def test_what_the_last_block_leaves_out_changes_nothing(depth):
     pred = model.decode(latent, ids[:, :4], ids[:, 4:])
     # As in the reference: all tokens in their places, all the way.
     x = model.decoder_embed(latent)
-    tokens = put(model.mask_token.expand(2, 16, 8), ids[:, :4], x[:, 1:])
+    tokens = scatter_patches(model.mask_token.expand(2, 16, 8), ids[:, :4], x[:, 1:])
     x = torch.cat([x[:, :1], tokens], 1) + model.decoder_pos_embed
     for block in model.decoder_blocks:
         x = block(x)
     everything = model.decoder_pred(model.decoder_norm(x[:, 1:]))
-    assert torch.allclose(pred, take(everything, ids[:, 4:]), atol=1e-5)
+    assert torch.allclose(pred, gather_patches(everything, ids[:, 4:]), atol=1e-5)
 
 
 def test_predictions_do_not_see_removed_pixels():
@@ -118,7 +118,7 @@ def test_predictions_do_not_see_removed_pixels():
     images, noise = torch.randn(1, 1, 16, 16), torch.rand(1, 16)
     _, pred, ids_removed = model(images, 0.75, noise)
     patches = patchify(images, 4)
-    other = unpatchify(put(patches, ids_removed, take(patches, ids_removed) + 5), 4)
+    other = unpatchify(scatter_patches(patches, ids_removed, gather_patches(patches, ids_removed) + 5), 4)
     assert torch.equal(model(other, 0.75, noise)[1], pred)
 
 
@@ -176,10 +176,10 @@ def test_a_classifier_sees_every_image_with_its_brighter_half_on_the_right():
     images[:4, ..., :20] += 0.1
     images[4:, ..., -20:] += 0.1
     turned = images.flip(2, 3)
-    assert torch.equal(upright(images), torch.cat([turned[:4], images[4:]]))
-    assert torch.equal(upright(images), upright(turned))
+    assert torch.equal(brighter_half_right(images), torch.cat([turned[:4], images[4:]]))
+    assert torch.equal(brighter_half_right(images), brighter_half_right(turned))
     even = torch.ones(1, 1, 5, 5)
-    assert torch.equal(upright(even), even)
+    assert torch.equal(brighter_half_right(even), even)
     model = Classifier(embed_dim=32, depth=1, num_heads=2).eval()
     assert torch.equal(model(images), model(turned))
     assert not torch.allclose(model(images), model(images.flip(2)))
@@ -192,6 +192,20 @@ def test_encoder_names_are_shared_by_both_models():
     assert encoder == rest
 
 
+@pytest.mark.parametrize("patches", [16, 25, 64, 225])
+@pytest.mark.parametrize("ratio", [0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.8, 0.9, 0.99])
+def test_complementary_masks_hide_the_share_that_is_asked_for(patches, ratio):
+    """Ratios from 0.1 to 0.4 hid half of the patches."""
+    masks = complementary_masks(patches, ratio, rounds=2)
+    asked = min(max(1, patches - int(patches * (1 - ratio))), patches - 1)
+    for visible, hidden in masks:
+        assert torch.equal(torch.cat([visible, hidden]).sort().values, torch.arange(patches))
+        assert abs(len(hidden) - asked) <= max(1, 0.1 * min(asked, patches - asked))
+    times = torch.bincount(torch.cat([hidden for _, hidden in masks]), minlength=patches)
+    assert times.min() >= 1
+    assert times.max() - times.min() <= 2
+
+
 def test_complementary_masks_hide_every_patch_equally_often():
     masks = complementary_masks(64, 0.75, rounds=2)
     assert len(masks) == 8
@@ -202,7 +216,7 @@ def test_complementary_masks_hide_every_patch_equally_often():
     assert times_hidden.tolist() == [6] * 64
     one, other = (complementary_masks(64, 0.9, rounds=1, seed=seed)[0][0] for seed in (0, 1))
     assert one.tolist() != other.tolist()
-    assert len(complementary_masks(4, 0.1, 1)) == 2  # something must be hidden, and predicted
+    assert len(complementary_masks(4, 0.1, 1)) == 4  # something must be hidden, and predicted
 
 
 def test_the_residual_of_a_patch_does_not_depend_on_what_stands_in_it():
@@ -266,7 +280,7 @@ def test_a_classifier_of_residual_maps_sees_the_maps_and_both_their_turns():
 
 def test_maps_of_large_images_are_averaged_over_squares():
     sizes = {"img_size": 150, "patch_size": 10, "embed_dim": 32, "depth": 1, "num_heads": 2}
-    model = ResidualClassifier(sizes, {"kind": "linear"}, averaged=usual_squares(150)).eval()
+    model = ResidualClassifier(sizes, {"kind": "linear"}, map_pool=default_map_pool(150)).eval()
     images = torch.randn(2, 1, 150, 150)
     residual = model.mae.residual(images, model.masks)
     maps = model.maps(images)
@@ -287,27 +301,19 @@ def test_maps_too_small_for_the_stages_are_refused():
     with pytest.raises(ValueError, match="at least 16"):
         ResidualClassifier({"img_size": 8, "patch_size": 4}, {"kind": "linear"})
     with pytest.raises(ValueError, match="at least 16"):
-        residual_classifier(averaged=5)
+        residual_classifier(map_pool=5)
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, "2"])
 def test_maps_that_cannot_be_averaged_so_are_refused(wrong):
     with pytest.raises(ValueError, match="cannot be averaged"):
-        residual_classifier(averaged=wrong)
-
-
-def test_weights_for_large_images_must_say_how_far_maps_are_averaged():
-    # Weights of an earlier version see maps of all pixels, or averaged ones: nothing tells which.
-    sizes = {"img_size": 128, "patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2}
-    with pytest.raises(ValueError, match="fine-tune again"):
-        ResidualClassifier(sizes, {"kind": "linear"})
-    assert ResidualClassifier(sizes, {"kind": "linear"}, averaged=1).map_side == 128
+        residual_classifier(map_pool=wrong)
 
 
 def test_stats_pooling_is_mean_spread_and_extremes_of_the_patch_tokens():
     model = Classifier(embed_dim=32, depth=1, num_heads=2, pool="stats").eval()
     images = torch.rand(3, 1, 64, 64)
-    tokens = model.encode(patchify(upright(model.transform(images)), 8))[:, 1:]
+    tokens = model.encode(patchify(brighter_half_right(model.transform(images)), 8))[:, 1:]
     features = model.features(images)
     assert features.shape == (3, 128)
     assert torch.allclose(features[:, :32], tokens.mean(1), atol=1e-5)

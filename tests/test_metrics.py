@@ -54,6 +54,15 @@ def test_a_bootstrap_draws_within_each_class():
     assert np.array_equal(mean, again)
 
 
+def test_all_right_is_an_interval_with_a_width():
+    """100 % of three images had the interval 100 % to 100 %."""
+    assert metrics.wilson(3, 3) == pytest.approx((1 / (1 + 1.959964**2 / 3), 1.0))
+    low, high = metrics.wilson(8, 10)  # Wilson 1927, by hand
+    assert (low, high) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
+    assert metrics.about_intervals([{"low": 0.9, "high": 1.0}]) is None
+    assert "no width" in metrics.about_intervals([{"low": 0.9, "high": 1.0}, {"low": 1.0, "high": 1.0}])
+
+
 def test_figures_of_counts_are_those_of_repeated_images():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 200)
@@ -83,15 +92,25 @@ def test_the_fitted_temperature_makes_probabilities_calibrated():
 
 def test_the_temperature_stays_in_its_range():
     low, high = metrics.TEMPERATURE_RANGE
-    perfect, labels = np.eye(3, dtype=np.float32), np.arange(3)
-    assert metrics.fit_temperature(perfect, labels) == pytest.approx(low, rel=0.01)
-    wrong = labels[::-1]
-    assert metrics.fit_temperature(100 * perfect, wrong) == pytest.approx(high, rel=0.01)
+    right, labels = np.tile(np.eye(3, dtype=np.float32), (100, 1)), np.tile(np.arange(3), 100)
+    assert metrics.fit_temperature(0.1 * right, labels) == pytest.approx(low, rel=0.01)
+    assert metrics.fit_temperature(100 * right, labels[::-1]) == pytest.approx(high, rel=0.01)
+
+
+@pytest.mark.parametrize("images", [4, 20, 1000])
+def test_no_mistake_among_few_images_is_no_certainty(images):
+    """The temperature ran to its limit, and every probability became 1.000000."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(2 * images) % 2
+    margin = (2 * labels - 1) * (5 + rng.random(2 * images))
+    logits = np.stack([-margin, margin], axis=1)
+    confidence = softmax(logits / metrics.fit_temperature(logits, labels), axis=1).max(axis=1)
+    assert confidence.mean() == pytest.approx((images + 1) / (images + 2), abs=0.01)
 
 
 def test_the_fitted_temperature_is_that_of_a_case_solved_by_hand():
-    """Two classes, logits ±3, 80 % right: sigmoid(6 / T) = 0.8, so T = 6 / log 4."""
+    """Two classes, logits ±3, 80 % right: the targets are 0.9 and 0.25 of class 0, on average 0.77."""
     logits = np.tile(np.float32([3, -3]), (10, 1))
     labels = np.array([0] * 8 + [1] * 2)
-    expected = 6 / math.log(4)
+    expected = 6 / math.log(0.77 / 0.23)
     assert metrics.fit_temperature(logits, labels) == pytest.approx(expected, rel=1e-4)

@@ -134,12 +134,6 @@ def test_tokens_and_vectors_have_no_weight_decay():
     assert decays == {(1, 1, 4): 0.0, (4,): 0.0, (4, 4): 0.05}
 
 
-def test_few_images_are_passed_over_more_often():
-    assert optim.enough_epochs(2, 1000, 72_000, 64) == 2
-    assert optim.enough_epochs(2, 1000, 640, 64) == 100
-    assert optim.enough_epochs(2, 1000, 10, 64) == 1000
-
-
 def test_learning_rate_warms_up_and_ends_at_zero():
     rates = [optim.learning_rate(step, 100, 1.0) for step in range(100)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])

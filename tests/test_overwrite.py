@@ -30,12 +30,13 @@ def content(out):
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
-def test_a_finished_run_is_not_trained_again_by_resume(finished, packed, monkeypatch):
+@pytest.mark.parametrize("flag", ["--resume", "--update"])
+def test_a_finished_run_is_not_trained_again(finished, packed, monkeypatch, flag):
     script, out = finished
     before = content(out)
     for module in ("pretrain", "finetune"):
         monkeypatch.setattr(f"{module}.fit", None)  # not reached
-    process = script(packed, out, "--resume")
+    process = script(packed, out, flag)
     assert "already finished" in process.stdout
     assert content(out) == before
 
@@ -55,6 +56,8 @@ def test_a_finished_run_is_replaced_only_with_overwrite(finished, packed):
     assert content(out) == before
     script(packed, out, "--seed", 1, "--overwrite")
     assert json.loads((out / "config.json").read_text())["options"]["seed"] == 1
+    script(packed, out, "--update", "--seed", 2)
+    assert json.loads((out / "config.json").read_text())["options"]["seed"] == 2
     script(packed, out, "--overwrite")
 
 

@@ -10,7 +10,7 @@ from conftest import assert_user_error, history_of, pretraining, run_script, ten
 
 import mae
 import pretrain
-from lib import data, options, plots
+from lib import data, network, plots
 from lib.errors import UserError
 
 
@@ -48,11 +48,12 @@ def test_the_classes_to_learn_from_are_chosen_by_name(classes, learned, packed):
 
 def test_few_images_are_passed_over_more_often_unless_epochs_are_given(packed, tmp_path):
     arguments = pretraining(packed, tmp_path)
+    defaults = pretrain.DEFAULTS
+    assert defaults.recipe(pretrain.parse_args(arguments), 80).epochs == 3
+    arguments[arguments.index("--epochs") : arguments.index("--epochs") + 2] = []
     args = pretrain.parse_args(arguments)
-    assert pretrain.epochs_for(args, 80) == 3
-    args.epochs = None
-    assert pretrain.epochs_for(args, 80) == pretrain.FEWEST_STEPS / 10  # 10 batches of 8
-    assert pretrain.epochs_for(args, 10**6) == pretrain.EPOCHS
+    assert defaults.recipe(args, 80).epochs == defaults.fewest_steps / 10  # 10 batches of 8
+    assert defaults.recipe(args, 10**6).epochs == defaults.epochs
 
 
 def test_every_validation_hides_the_same_patches():
@@ -78,7 +79,7 @@ def test_the_weights_are_there_if_the_pictures_fail(packed, tmp_path, monkeypatc
 
 
 def test_more_patches_than_weights_may_have_are_refused_before_training(packed, tmp_path, monkeypatch):
-    monkeypatch.setattr(options, "MOST_PATCHES_A_SIDE", 32)  # images of 64 pixels
+    monkeypatch.setattr(network, "MOST_PATCHES_A_SIDE", 32)  # images of 64 pixels
     run_script("pretrain.py", *pretraining(packed, tmp_path, "--patch-size", 2, "--epochs", 1))
     with pytest.raises(UserError, match=r"--patch-size 1 cuts.*more than 32×32"):
         pretrain.main([str(a) for a in pretraining(packed, tmp_path / "x", "--patch-size", 1)])

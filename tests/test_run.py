@@ -12,6 +12,7 @@ from conftest import assert_user_error, pretraining, run_script, sigterm_at
 
 from lib import data, distributed, weights
 from lib.errors import UserError
+from lib.recipe import Recipe
 from lib.run import Run, open_run
 
 DATASET = SimpleNamespace(
@@ -19,34 +20,40 @@ DATASET = SimpleNamespace(
 )
 
 
+RECIPE = Recipe(
+    epochs=2, batch_size=8, lr=0.1, beta2=0.999, weight_decay=0.0, augment=("noise",), patch_dropout=0.0,
+    layer_decay=1.0, pool=None, validations=2, keep="best", seed=0, precision="float32",
+)  # fmt: skip
+
+
 def options(out, **changed):
-    given = {"out": out, "resume": False, "lr": 0.1, "augment": ("noise",), "data": Path("lenses"),
+    given = {"out": out, "resume": False, "lr": None, "mask_ratio": 0.5, "data": Path("lenses"),
              "cache_dir": None, "quiet": True, "device": "cpu", "pretrained": "none",
-             "overwrite": False}  # fmt: skip
+             "overwrite": False, "update": False}  # fmt: skip
     return argparse.Namespace(**given | changed)
 
 
 def with_checkpoint(out, **settings):
     """Leave a checkpoint in `out`."""
-    with open_run(options(out), DATASET, "w.pth", **settings) as run:
+    with open_run(options(out), DATASET, "w.pth", RECIPE, **settings) as run:
         run.save_checkpoint({"step": 3, "in_blocks": False})
 
 
 def resumed(out, dataset=DATASET, **changed):
     """The checkpoint that a run into `out` resumes from."""
-    settings = changed.pop("settings", {})
-    return Run(options(out, resume=True, **changed), dataset, "w.pth", **settings).checkpoint
+    settings, recipe = changed.pop("settings", {}), changed.pop("recipe", RECIPE)
+    return Run(options(out, resume=True, **changed), dataset, "w.pth", recipe, **settings).checkpoint
 
 
 def test_a_second_run_into_the_same_folder_is_refused(packed, tmp_path):
     out = tmp_path / "run"
-    with open_run(options(out), DATASET, "w.pth") as run:
+    with open_run(options(out), DATASET, "w.pth", RECIPE) as run:
         run.write_config()
         before = (out / "config.json").read_text()
         second = run_script("pretrain.py", *pretraining(packed, out), check=False)
         assert_user_error(second, out, "choose another --out")
         assert (out / "config.json").read_text() == before
-    with open_run(options(out), DATASET, "w.pth"):  # free again
+    with open_run(options(out), DATASET, "w.pth", RECIPE):  # free again
         pass
 
 
@@ -54,7 +61,26 @@ def test_a_checkpoint_is_resumed_only_on_demand(tmp_path):
     assert resumed(tmp_path) is None
     with_checkpoint(tmp_path)
     assert resumed(tmp_path)["step"] == 3
-    assert Run(options(tmp_path, overwrite=True), DATASET, "w.pth").checkpoint is None
+    assert Run(options(tmp_path, overwrite=True), DATASET, "w.pth", RECIPE).checkpoint is None
+
+
+def test_update_resumes_a_run_of_the_same_settings_and_replaces_any_other(tmp_path):
+    with_checkpoint(tmp_path)
+    same = Run(options(tmp_path, update=True), DATASET, "w.pth", RECIPE)
+    assert same.checkpoint["step"] == 3 and not same.replaces
+    for other in (Run(options(tmp_path, update=True), DATASET, "w.pth", RECIPE._replace(lr=0.2)),
+                  Run(options(tmp_path, update=True), DATASET, "w.pth", RECIPE, pretrained_sha256="b")):
+        assert other.checkpoint is None and other.replaces and not other.is_finished
+    (tmp_path / "checkpoint.pth").write_bytes(b"broken")
+    assert Run(options(tmp_path, update=True), DATASET, "w.pth", RECIPE).replaces
+
+
+def test_a_run_on_renamed_classes_is_not_resumed(tmp_path):
+    """The fingerprint of the data knows the order of the classes, not their names."""
+    with_checkpoint(tmp_path)
+    renamed = SimpleNamespace(**{**vars(DATASET), "class_names": ("a", "c")})
+    with pytest.raises(UserError, match="class_names"):
+        resumed(tmp_path, renamed)
 
 
 class Executes:
@@ -93,10 +119,11 @@ def test_only_the_same_settings_are_resumed(tmp_path):
     with_checkpoint(tmp_path, pretrained_sha256="abc")
     same = {"settings": {"pretrained_sha256": "abc"}}
     assert resumed(tmp_path, **same)["step"] == 3
-    other_data = SimpleNamespace(fingerprint="0" * 64)
+    other_data = SimpleNamespace(**{**vars(DATASET), "fingerprint": "0" * 64})
     for named, changed in (
-        ("lr = 0.1", {"lr": 0.2}),
-        ("augment", {"augment": ()}),
+        ("lr = 0.1", {"recipe": RECIPE._replace(lr=0.2)}),
+        ("augment", {"recipe": RECIPE._replace(augment=())}),
+        ("mask_ratio = 0.5", {"mask_ratio": 0.6}),
         ("new_option = None", {"new_option": 1}),
         ("data_fingerprint", {"dataset": other_data}),
         ("pretrained_sha256 = abc", {"settings": {"pretrained_sha256": "def"}}),
@@ -128,12 +155,12 @@ def test_resume_with_other_settings_names_the_setting_and_changes_nothing(packed
 
 def test_the_configuration_says_how_to_repeat_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/somewhere/pretrain.py", "--data", "my lenses"])
-    with open_run(options(tmp_path), DATASET, "w.pth") as run:
+    with open_run(options(tmp_path), DATASET, "w.pth", RECIPE) as run:
         run.write_config(model={"depth": 4}, transform={"kind": "log"})
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["command"] == "python pretrain.py --data 'my lenses'"
     assert config["options"]["data"] == "lenses"
-    assert config["options"]["augment"] == ["noise"]
+    assert config["recipe"]["augment"] == ["noise"]
     assert config["data"] == {"origin": "a test", "fingerprint": "f" * 64,
                               "class_names": ["a", "b"], "images": 2}  # fmt: skip
     assert (config["model"], config["transform"]) == ({"depth": 4}, {"kind": "log"})
@@ -144,7 +171,7 @@ def test_the_weights_take_the_place_of_the_checkpoint(tmp_path, monkeypatch):
     with_checkpoint(tmp_path)
     seen = np.array([2**64 - 1, 3, 3], dtype=np.uint64)
     again = options(tmp_path, overwrite=True)
-    with open_run(again, DATASET, "w.pth", pretrained_sha256="abc") as run:
+    with open_run(again, DATASET, "w.pth", RECIPE, pretrained_sha256="abc") as run:
         assert run.checkpoint_path.exists()
         run.write_config()
         assert not run.checkpoint_path.exists()  # of the run that is replaced
@@ -164,20 +191,22 @@ def test_the_weights_take_the_place_of_the_checkpoint(tmp_path, monkeypatch):
     opened = weights.read(tmp_path / "w.pth")
     assert set(opened.content["seen"].tolist()) == {3, 2**64 - 1}
     content = opened.content
+    recipe = json.loads(json.dumps(RECIPE._asdict()))
     assert content["run"] == {
-        "lr": 0.1, "augment": ["noise"], "data_fingerprint": "f" * 64, "split": data.SPLIT,
-        "pretrained_sha256": "abc", "number_format": "float32", "data": "lenses",
+        **recipe, "mask_ratio": 0.5, "data_fingerprint": "f" * 64, "split": data.SPLIT,
+        "class_names": ["a", "b"], "pretrained_sha256": "abc", "number_format": "float32",
+        "data": "lenses", "cache_dir": None,
     }  # fmt: skip
 
 
 def test_the_main_process_alone_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "is_main", lambda: False)
-    with open_run(options(tmp_path), DATASET, "w.pth") as run:
+    with open_run(options(tmp_path), DATASET, "w.pth", RECIPE) as run:
         run.write_config()
         run.write_metrics([{"epoch": 1}])
         run.save_checkpoint({"step": 1})
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
-    with open_run(options(tmp_path), DATASET, "w.pth") as run:
+    with open_run(options(tmp_path), DATASET, "w.pth", RECIPE) as run:
         run.write_metrics([{"epoch": 1}, {"epoch": 2}])
     assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1}\n{"epoch": 2}\n'

@@ -1,0 +1,69 @@
+"""The options of a network that starts from random weights, and its checked construction."""
+
+from lib.errors import UserError
+from lib.weights import LARGEST, MOST_PATCHES_A_SIDE
+from mae import TRANSFORM_KINDS
+
+DEFAULTS = {"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4, "transform": "log"}
+
+
+def add_arguments(parser):
+    """The geometry of the network and the intensity scale that it sees."""
+    group = parser.add_argument_group("network")
+
+    def add(name, text, **more):
+        flag = f"--{name.replace('_', '-')}"
+        group.add_argument(flag, default=None, help=f"{text} (default: {DEFAULTS[name]})", **more)
+
+    add("patch_size", "side of a patch in pixels", type=int)
+    add("embed_dim", "width of the encoder", type=int)
+    add("depth", "blocks of the encoder", type=int)
+    add("num_heads", "attention heads of the encoder", type=int)
+    add("transform", "intensity scale that the network sees", choices=TRANSFORM_KINDS)
+
+
+def described(args, start=None):
+    """{option: value} of the network: that of the weights `start` or, without them, of the options.
+
+    `start` is an opened `Weights` or None. Raises UserError, naming the flag, if an option says
+    something else than the weights.
+    """
+    given = {name: getattr(args, name) for name in DEFAULTS}
+    if start is None:
+        return {name: DEFAULTS[name] if value is None else value for name, value in given.items()}
+    config = start.content["config"]
+    sizes = config.get("mae", config)
+    kind = config.get("transform", {}).get("kind", given["transform"] or DEFAULTS["transform"])
+    network = {name: sizes.get(name, DEFAULTS[name]) for name in DEFAULTS} | {"transform": kind}
+    for name, value in given.items():
+        if value not in (None, network[name]):
+            raise UserError(
+                f"--{name.replace('_', '-')} {value}: the network of {start.path} has "
+                f"{network[name]}; leave the option out"
+            )
+    return network
+
+
+def build(kind, config):
+    """`kind(**config)`, an `MAE` or `Classifier`; UserError, naming the flag, if that is invalid."""
+    for name, limit in LARGEST.items():
+        if config.get(name, 0) > limit:
+            raise UserError(f"--{name.replace('_', '-')} must be at most {limit}, got {config[name]}")
+    patch_size, img_size = config["patch_size"], config["img_size"]
+    if img_size % patch_size:
+        raise UserError(
+            f"--patch-size {patch_size} does not divide the image size {img_size}: "
+            "choose one that does"
+        )
+    if img_size // patch_size > MOST_PATCHES_A_SIDE:
+        raise UserError(
+            f"--patch-size {patch_size} cuts images of {img_size} pixels into more than "
+            f"{MOST_PATCHES_A_SIDE}×{MOST_PATCHES_A_SIDE} patches: choose a larger one"
+        )
+    for name in ("embed_dim", "decoder_embed_dim"):
+        if int(config.get(name, 1) * config.get("mlp_ratio", 4.0)) < 1:
+            raise UserError(f"--mlp-ratio {config['mlp_ratio']} leaves no width: choose a larger one")
+    try:
+        return kind(**config)
+    except ValueError as error:
+        raise UserError(f"these network options do not fit together: {error}") from None

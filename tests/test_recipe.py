@@ -1,0 +1,57 @@
+"""Recipes: what decides them, and what does not."""
+
+import argparse
+
+import pytest
+
+from lib import recipe
+from lib.recipe import Defaults
+
+DEFAULTS = Defaults(epochs=2, fewest_steps=1000, batch_size=64, lr=0.1, most_validations=4,
+                    few={"augment": ("flips",), "patch_dropout": 0.5})  # fmt: skip
+
+
+def recipe_of(images, **given):
+    nothing = dict.fromkeys(
+        ("epochs", "batch_size", "lr", "weight_decay", "augment", "validations", "patch_dropout")
+    )
+    return DEFAULTS.recipe(
+        argparse.Namespace(**{**nothing, "seed": 0, "precision": "auto", **given}), images
+    )
+
+
+def test_few_images_are_passed_over_more_often():
+    assert [recipe_of(images).epochs for images in (72_000, 640, 10)] == [2, 100, 1000]
+    assert recipe_of(640, epochs=3).epochs == 3
+
+
+def test_the_number_of_images_alone_says_whether_they_are_few():
+    assert not DEFAULTS.are_few(32_000)
+    assert DEFAULTS.are_few(31_999 - 63)
+    for given in ({}, {"batch_size": 1024}, {"epochs": 1}, {"batch_size": 1, "epochs": 50}):
+        assert recipe_of(72_000, **given).augment == ("halfturn",)
+        assert recipe_of(640, **given).augment == ("flips",)
+
+
+def test_what_is_given_stands():
+    chosen = recipe_of(10, augment=(), patch_dropout=0.0, lr=1.0, batch_size=8, validations=9)
+    assert (chosen.augment, chosen.patch_dropout, chosen.lr) == ((), 0.0, 1.0)
+    assert (chosen.batch_size, chosen.validations, chosen.epochs) == (8, 9, 1000)
+
+
+def test_epochs_are_validated_once_each_until_they_are_many():
+    assert [recipe_of(64_000, epochs=n).validations for n in (1, 3, 100)] == [1, 3, 4]
+
+
+def test_a_recipe_is_never_changed():
+    with pytest.raises(AttributeError):
+        recipe_of(64).lr = 1.0
+
+
+def test_the_help_tells_the_default_of_each():
+    parser = argparse.ArgumentParser()
+    recipe.add_arguments(parser, {"a": DEFAULTS, "b": DEFAULTS._replace(lr=0.25, augment=())})
+    text = " ".join(parser.format_help().split())
+    for told in ("learning rate (default: a 0.1, b 0.25)", "images per step (default: 64)",
+                 "a halfturn, b none", "(default: 2; more for few images)"):  # fmt: skip
+        assert told in text
