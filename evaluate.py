@@ -15,8 +15,8 @@ from lib import compatibility, data, metrics, options, plots, report, tables, we
 from lib.device import resolve_device
 from lib.errors import UserError, path_argument, run
 from lib.files import make_folder, sha256_of, write_json, write_text
+from lib.guard import LEAST_FAMILIARITY, Guard
 from lib.loader import batch_reader, in_batches
-from lib.onnxfile import LEAST_FAMILIARITY, is_unfamiliar
 from lib.provenance import LIBRARY, identity_of, is_current, made_from, sign
 
 EXAMPLE = """example:
@@ -45,13 +45,14 @@ class Prediction(NamedTuple):
     """What a classifier says of rows (n,) of a data set.
 
     labels (n,) and probabilities (n, classes) are in the order of the data's classes. familiarity (n,)
-    is None if the weights hold none.
+    and the `Guard` that judges it are None if the weights hold none.
     """
 
     rows: np.ndarray
     labels: np.ndarray
     probabilities: np.ndarray
     familiarity: np.ndarray | None
+    guard: Guard | None
 
 
 def evaluate(args):
@@ -102,14 +103,15 @@ def predictions_of(paths, dataset, device, whole):
         order = compatibility.class_order(content["class_names"], dataset, path)
         rows = compatibility.rows_to_evaluate(dataset, content, whole)
         probabilities = predict_probabilities(model, dataset.images, rows, device)[:, order]
-        guard, identity = weights.familiarity_in(path, content), None
-        if guard is not None:
+        judge, identity, guard = weights.familiarity_in(path, content), None, None
+        if judge is not None:
             # Classifiers from one pre-training share theirs.
-            identity = weights.identity({**content["familiarity"], "model": guard.state_dict()})
+            identity = weights.identity({**content["familiarity"], "model": judge.state_dict()})
             if identity not in familiarities:
-                familiarities[identity] = familiarity_of(guard, dataset.images, rows, device)
+                familiarities[identity] = familiarity_of(judge, dataset.images, rows, device)
+            guard = Guard(len(judge.strangeness_seen))
         predictions[name] = Prediction(
-            rows, dataset.labels[rows], probabilities, familiarities.get(identity)
+            rows, dataset.labels[rows], probabilities, familiarities.get(identity), guard
         )
     return predictions
 
@@ -150,11 +152,11 @@ def predict_probabilities(model, images, rows, device):
     ).numpy()
 
 
-def familiarity_of(guard, images, rows, device):
+def familiarity_of(judge, images, rows, device):
     """Familiarity (n,) of rows of the raw `images` (N, H, W)."""
     read = batch_reader(images, device, once=True)
-    guard.to(device)
-    return in_batches(lambda batch: guard(read(batch)), rows, bar="familiarity").numpy()
+    judge.to(device)
+    return in_batches(lambda batch: judge(read(batch)), rows, bar="familiarity").numpy()
 
 
 def draw_familiarity(path, familiarities):
@@ -163,10 +165,11 @@ def draw_familiarity(path, familiarities):
         plots.familiarity(path, familiarities, LEAST_FAMILIARITY)
 
 
-def refusals(familiarity, probabilities, labels):
+def refusals(prediction):
     """{"unfamiliar": share of the images, "familiar_accuracy": of the others, None without any}."""
-    answered = ~is_unfamiliar(familiarity, LEAST_FAMILIARITY)
-    right = probabilities.argmax(axis=1) == labels
+    predicted = prediction.probabilities.argmax(axis=1)
+    answered = prediction.guard.answers(predicted, prediction.familiarity)
+    right = predicted == prediction.labels
     return {
         "unfamiliar": float(1 - answered.mean()),
         "familiar_accuracy": float(right[answered].mean()) if answered.any() else None,
@@ -213,7 +216,7 @@ def figures(prediction, class_names, args):
     result = {"auc": by_class, "macro": macro, "accuracy": accuracy, "images": len(labels),
               "calibration_error": error}  # fmt: skip
     if prediction.familiarity is not None:
-        result |= refusals(prediction.familiarity, probabilities, labels)
+        result |= refusals(prediction)
     return result
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import evaluate
 import export
-from lib import data, familiarity, lenses, onnxfile, weights
+from lib import data, familiarity, guard, lenses, onnxfile, weights
 
 CLASSIFIER = "vit-mae-classifier-wt.pth"
 LOG = {"kind": "log", "offset": 0.0, "softening": 1e-3, "mean": 1.3, "std": 2.2}
@@ -317,5 +317,5 @@ def test_an_exported_familiarity_is_that_of_pytorch_in_every_precision(
     assert np.abs(values - expected).max() < 0.03
     assert values[-6:] == pytest.approx(1 / 601, rel=1e-3)
     session, *_ = onnxfile.open_classifier(tmp_path / "c.onnx")
-    assert onnxfile.can_refuse(session, 0.01)
-    assert not onnxfile.can_refuse(session, 1 / 601)
+    assert guard.Guard.of(session, 0.01).can_refuse
+    assert not guard.Guard.of(session, 1 / 601).can_refuse
