@@ -89,7 +89,9 @@ def test_choosing_the_precision_leaves_the_random_numbers():
 
 def test_products_have_the_chosen_format_and_attention_the_kernel_that_is_fast_in_it():
     a, gpu = torch.ones(4, 4), torch.device("cuda")
-    for name, dtype, attention in (("float32", torch.float32, "fused"), ("bfloat16", torch.bfloat16, "plain")):
+    for name, dtype, attention in (
+        ("float32", torch.float32, "fused"), ("bfloat16", torch.bfloat16, "plain"),
+    ):  # fmt: skip
         precision = device.choose_precision(name, CPU)
         assert precision.attention == attention
         with precision.autocast(CPU):

@@ -6,7 +6,15 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import PRETRAINED, assert_refused, history_of, pretrain_on, pretraining, tensors_in, write_classes
+from conftest import (
+    PRETRAINED,
+    assert_refused,
+    history_of,
+    pretrain_on,
+    pretraining,
+    tensors_in,
+    write_classes,
+)
 
 import mae
 import pretrain
