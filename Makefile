@@ -1,21 +1,33 @@
-# make reproduce [DATA=folder]   everything from images to predictions, in runs/; resumes, and
-#                                repeats what depends on an option or on data that changed;
-#                                with -j2 the fine-tunings run side by side
+# make reproduce [DATA=folder]   everything from images to predictions, in runs/. Each script knows by
+#                                content whether its result is there: what is finished is skipped, what
+#                                was stopped resumes, what an option or the data changed is replaced.
+#                                With -j2 the fine-tunings run side by side
 #   BASELINE=1                   also from random weights
 #   PER_CLASS                    simulated images of a class, without DATA
 #   CLUSTERS                     kinds to sort images into without labels; 3 without DATA, none with it
 #   PRETRAINING, FINETUNING      more options for pretrain.py and finetune.py, such as "--seed 1"
 # make study [DATA=folder]       the experiments of docs/results/, in runs/study/results; hours
 #   SEEDS="0 1 2"                with -j its parts run side by side
+#   UNSEEN, CUTOUTS              folders: images of another simulator to test on; real cutouts
 # make real REAL=file.npz        two classifiers for 8-bit pictures, and their answers on real images
 # make bench                     the table of speeds, in runs/bench
 # make test                      the tests
 # make test-heavy                the same with more kills, more fuzzed files, more images
-# make clean                     remove runs/
+# make clean                     remove what make has put into runs/
+#
+# RUNS=folder names another folder than runs/. All these are read from make's command line: a variable
+# of the environment that has such a name belongs to something else.
 
-PYTHON ?= python3
-RUNS ?= runs
-PER_CLASS ?= 30000
+PYTHON := python3
+RUNS := runs
+PER_CLASS := 30000
+SEEDS := 0 1 2
+BASELINE :=
+PRETRAINING :=
+FINETUNING :=
+UNSEEN :=
+CUTOUTS :=
+REAL :=
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
@@ -25,20 +37,19 @@ PEERS := .venv-bench
 quoted = '$(subst ','\'',$(1))'
 
 # Without DATA the images are simulated; a folder given with DATA is packed once into runs/cache.
-ifneq ($(origin DATA),undefined)
+ifeq ($(origin DATA),command line)
 $(if $(strip $(value DATA)),,$(error DATA is empty: name a folder, or leave it out to simulate))
 FOLDER := $(call quoted,$(value DATA))
 INPUT = --data $(FOLDER) --cache-dir $(RUNS)/cache
-FEWER_INPUT = $(INPUT)
-CLUSTERS ?=
+IMAGES := packed
+SAMPLES :=
+CLUSTERS :=
 else
 FOLDER := $(RUNS)/samples
 INPUT := --data $(RUNS)/data
-SIMULATED_SAMPLES := $(RUNS)/samples/.ready
-SIMULATED := $(RUNS)/data/dataset.json
-FEWER := $(RUNS)/data-fewer/dataset.json
-FEWER_INPUT := --data $(RUNS)/data-fewer
-CLUSTERS ?= 3
+IMAGES := $(RUNS)/data/dataset.json
+SAMPLES := $(RUNS)/samples
+CLUSTERS := 3
 endif
 
 PRETRAINED := $(RUNS)/pretrain/vit-mae-wt.pth
@@ -48,19 +59,16 @@ FULL := $(RUNS)/full/vit-mae-classifier-wt.pth
 RESIDUAL := $(RUNS)/residual/vit-mae-classifier-wt.pth
 STRATEGIES := $(HEAD) $(LAYERNORM) $(FULL) $(RESIDUAL)
 SCRATCH := $(RUNS)/scratch/vit-mae-classifier-wt.pth
+EVALUATION := $(RUNS)/evaluation/metrics.json
+RESIDUALS := $(RUNS)/residuals/metrics.json
 MODEL := $(RUNS)/classifier.onnx
 MAPS := $(RUNS)/reconstruction.onnx
+PREDICTIONS := $(RUNS)/predictions.csv
+PICTURES := $(RUNS)/pictures
+REAL_ANSWERS := $(RUNS)/real-full.csv $(RUNS)/real-residual.csv
+STUDY_PARTS := $(SEEDS:%=all-%) instruments
 $(foreach name,RUNS MODEL,$(if $(filter 1,$(words $($(name)))),,\
   $(error $(name) must be one path without spaces, got "$($(name))")))
-
-# One file per stage holds its options and is rewritten when they change. make then repeats every
-# stage that is older.
-OPTIONS := $(RUNS)/options
-pretraining_options = $(PRETRAINING)
-finetuning_options = $(FINETUNING)
-evaluation_options = $(if $(BASELINE),with the baseline)
-residuals_options = $(if $(CLUSTERS),--clusters $(call quoted,$(CLUSTERS)))
-predictions_options = $(MODEL) and $(MAPS) of $(FOLDER)
 
 # With -jN the stages that run side by side share the cores: threads that wait for each other crawl.
 # -j without a number counts as -j4: so many long stages wait for the pre-training.
@@ -69,63 +77,98 @@ THREADS = $(shell jobs=$(JOBS:-j%=%); threads=$$(($$(getconf _NPROCESSORS_ONLN) 
   echo $$((threads > 1 ? threads : 1)))
 SHARE = $(if $(JOBS),$(if $(OMP_NUM_THREADS),,OMP_NUM_THREADS=$(THREADS)))
 
-.PHONY: reproduce study real bench test test-heavy clean FORCE
-.DELETE_ON_ERROR:
+# make only puts the stages into order: each of them is called, and knows what is left to do.
+.PHONY: reproduce packed study real bench test test-heavy clean $(RUNS)/.made-by-make \
+  $(RUNS)/data/dataset.json $(RUNS)/samples $(PRETRAINED) $(STRATEGIES) $(SCRATCH) $(EVALUATION) $(RESIDUALS) \
+  $(MODEL) $(MAPS) $(PREDICTIONS) $(STUDY_PARTS:%=study-%) $(REAL_ANSWERS) $(PICTURES)/dataset.json \
+  $(PICTURES)-pretrain/vit-mae-wt.pth $(PICTURES)-full/vit-mae-classifier-wt.pth \
+  $(PICTURES)-residual/vit-mae-classifier-wt.pth
 
-reproduce: $(RUNS)/evaluation/metrics.json $(RUNS)/residuals/.done $(RUNS)/predictions.csv
+reproduce: $(EVALUATION) $(RESIDUALS) $(PREDICTIONS)
 	@cat $(RUNS)/evaluation/comparison.md
 
-# UNSEEN=folder also tests on images of another simulator, CUTOUTS=folder on real cutouts. The parts
-# are independent, so -j runs them side by side. Comparisons at equal compute use fewer images, and
-# the choices one seed.
-SEEDS ?= 0 1 2
-STUDY_PARTS := $(SEEDS:%=all-%) $(SEEDS:%=fewer-%) instruments
+$(RUNS)/data/dataset.json: $(READY) $(RUNS)/.made-by-make
+	$(PY) simulate.py --model Model_II --per-class $(call quoted,$(PER_CLASS)) --out $(@D) --update
 
+packed: $(READY) $(RUNS)/.made-by-make
+	$(PY) prepare.py $(INPUT)
+
+$(PRETRAINED): $(IMAGES)
+	$(PY) pretrain.py $(INPUT) --out $(@D) --update $(PRETRAINING)
+
+$(HEAD) $(FULL) $(RESIDUAL): $(RUNS)/%/vit-mae-classifier-wt.pth: $(PRETRAINED)
+	$(SHARE) $(PY) finetune.py $(INPUT) --pretrained $(PRETRAINED) --strategy $* --out $(@D) --update $(FINETUNING)
+
+# The LayerNorms continue from the trained head.
+$(LAYERNORM): $(HEAD)
+	$(SHARE) $(PY) finetune.py $(INPUT) --pretrained $(HEAD) --strategy layernorm --out $(@D) --update $(FINETUNING)
+
+$(SCRATCH): $(IMAGES)
+	$(SHARE) $(PY) finetune.py $(INPUT) --pretrained none --strategy full --out $(@D) --update $(FINETUNING)
+
+$(EVALUATION): $(STRATEGIES) $(if $(BASELINE),$(SCRATCH))
+	$(SHARE) $(PY) evaluate.py $(INPUT) --weights $^ --out $(@D) --update
+
+$(RESIDUALS): $(PRETRAINED)
+	$(SHARE) $(PY) reconstruct.py $(INPUT) --weights $(PRETRAINED) --out $(@D) --update \
+	  $(if $(CLUSTERS),--clusters $(call quoted,$(CLUSTERS)))
+
+# The strategy that is best on validation.
+$(MODEL): $(STRATEGIES)
+	$(SHARE) $(PY) export.py $(INPUT) --weights $^ --out $@ --update
+
+$(MAPS): $(PRETRAINED)
+	$(SHARE) $(PY) export.py $(INPUT) --what reconstruction --weights $^ --out $@ --update
+
+$(RUNS)/samples: $(READY) $(RUNS)/.made-by-make
+	$(PY) simulate.py --model Model_II --per-class 5 --seed 1 --layout folder --out $@ --update
+
+# On a few images: freshly simulated, or those of a packed data set, or the first of every class folder.
+$(PREDICTIONS): $(MODEL) $(MAPS) $(SAMPLES)
+	@rm -f $@
+	folder=$(FOLDER); set --; \
+	if [ -f "$$folder/dataset.json" ]; then set -- "$$folder/images.npy"; else \
+	  for class in "$$folder"/*/; do n=0; for file in "$$class"*; do case "$$file" in \
+	    *.[nN][pP][yYzZ]|*.[fF][iI][tT]*|*.[fF][tT][sS]*|*.[fF][zZ]) \
+	      if [ $$n -lt 5 ] && [ -f "$$file" ]; then set -- "$$@" "$$file"; n=$$((n + 1)); fi;; \
+	  esac; done; done; fi; \
+	$(PY) predict.py --model $(MODEL) --maps $(MAPS) --sheet $(@D)/sheet.png --out $@ -- "$$@" \
+	  || [ $$? -eq 1 -a -s $@ ]  # 1: some files could not be read, which predict.py says
+
+# The parts are independent, so -j runs them side by side.
 study: $(STUDY_PARTS:%=study-%)
-	$(PY) experiments/results.py --out $(RUNS)/study/results $(STUDY_PARTS:%=$(RUNS)/study/results-%)
+	$(PY) experiments/results.py --out $(RUNS)/study/results $(STUDY_PARTS:%=$(RUNS)/study/%/results)
 
-study-all-%: $(RUNS)/dataset.json
-	$(PY) experiments/study.py $(INPUT) --out $(RUNS)/study/all-$* --results $(RUNS)/study/results-all-$* \
-	  --seeds $* $(if $(UNSEEN),--unseen $(call quoted,$(value UNSEEN))) \
-	  $(if $(CUTOUTS),--cutouts $(call quoted,$(value CUTOUTS))) \
+$(SEEDS:%=study-all-%): study-all-%: $(IMAGES)
+	$(SHARE) $(PY) experiments/study.py $(INPUT) --out $(RUNS)/study/all-$* --seeds $* \
+	  $(if $(UNSEEN),--unseen $(call quoted,$(value UNSEEN))) $(if $(CUTOUTS),--cutouts $(call quoted,$(value CUTOUTS))) \
 	  --only strategies scratch without_labels mistakes labels labels_all_classes unfamiliar
 
-study-fewer-%: $(RUNS)/dataset.json $(FEWER)
-	$(PY) experiments/study.py $(FEWER_INPUT) --out $(RUNS)/study/fewer-$* --results $(RUNS)/study/results-fewer-$* \
-	  --seeds $* --only mask_ratio \
-	  $(if $(filter $*,$(firstword $(SEEDS))),pretraining_images choices real_images)
-
-study-instruments: $(RUNS)/dataset.json
-	$(PY) experiments/study.py $(INPUT) --out $(RUNS)/study/instruments --results $(RUNS)/study/results-instruments \
-	  --seeds $(SEEDS) --only instruments
+study-instruments: $(IMAGES)
+	$(SHARE) $(PY) experiments/study.py $(INPUT) --out $(RUNS)/study/instruments --seeds $(SEEDS) --only instruments
 
 # From simulated images, as pictures show them, to predictions for real ones.
-PICTURES := $(RUNS)/pictures
-ifeq ($(filter real,$(MAKECMDGOALS)),real)
+ifneq ($(filter real,$(MAKECMDGOALS)),)
 $(if $(shell test -e $(call quoted,$(value REAL)) && echo found),,$(error name a file of real images: make real REAL=file.npz))
 endif
-classify_real = $(PY) experiments/real_images.py classify --images $(call quoted,$(value REAL)) \
-  --weights $(PICTURES)-$(1)/vit-mae-classifier-wt.pth --out $(RUNS)/real-$(1).csv
-real: $(PICTURES)-full/vit-mae-classifier-wt.pth $(PICTURES)-residual/vit-mae-classifier-wt.pth
-	$(call classify_real,full)
-	$(call classify_real,residual)
+real: $(REAL_ANSWERS)
+
+$(REAL_ANSWERS): $(RUNS)/real-%.csv: $(PICTURES)-%/vit-mae-classifier-wt.pth
+	$(PY) experiments/real_images.py classify --images $(call quoted,$(value REAL)) --weights $^ --out $@
 
 $(PICTURES)/dataset.json: $(RUNS)/data/dataset.json
-	rm -rf $(@D)
-	$(PY) experiments/real_images.py pictures --any --data $(RUNS)/data --out $(PICTURES)
+	$(PY) experiments/real_images.py pictures --any --data $(RUNS)/data --out $(@D) --update
 
 $(PICTURES)-pretrain/vit-mae-wt.pth: $(PICTURES)/dataset.json
-	@$(mode) set -x; \
-	$(PY) pretrain.py --data $(PICTURES) --out $(@D) $$mode
+	$(PY) pretrain.py --data $(PICTURES) --out $(@D) --update
 
 $(PICTURES)-full/vit-mae-classifier-wt.pth $(PICTURES)-residual/vit-mae-classifier-wt.pth: \
   $(PICTURES)-%/vit-mae-classifier-wt.pth: $(PICTURES)-pretrain/vit-mae-wt.pth
-	@$(mode) set -x; \
-	$(PY) finetune.py --data $(PICTURES) --pretrained $< --strategy $* $(if $(filter full,$*),--epochs 12) \
-	  --out $(@D) $$mode
+	$(SHARE) $(PY) finetune.py --data $(PICTURES) --pretrained $^ --strategy $* $(if $(filter full,$*),--epochs 12) \
+	  --out $(@D) --update
 
 # In an environment of its own, with the peers.
-bench: $(PEERS)/ready
+bench: $(READY) $(PEERS)/ready $(RUNS)/.made-by-make
 	$(PEERS)/bin/python experiments/bench.py --out $(RUNS)/bench
 
 # A process per core; each test file stays in one, since its tests share what they trained.
@@ -138,8 +181,17 @@ test-heavy: export FUZZED_FILES := 200000
 test-heavy: export PREDICT_IMAGES := 200000
 test-heavy: test
 
+# In a folder that make created itself, what the stages leave there.
+MADE := data samples cache pretrain head layernorm full residual scratch evaluation residuals classifier.onnx \
+  reconstruction.onnx predictions.csv predictions.csv.errors.csv sheet.png study pictures pictures-pretrain \
+  pictures-full pictures-residual real-full.csv real-residual.csv bench
 clean:
-	rm -rf $(RUNS)
+	@if [ ! -e $(RUNS)/.made-by-make ]; then echo 'nothing removed: make did not create a folder $(RUNS)'; exit; fi; \
+	rm -rf $(MADE:%=$(RUNS)/%); \
+	if [ "$$(ls -A $(RUNS))" = .made-by-make ]; then rm -r $(RUNS); else echo '$(RUNS) keeps what make did not make'; fi
+
+$(RUNS)/.made-by-make:
+	@[ -e $(RUNS) ] || { mkdir -p $(RUNS) && touch $@; }
 
 $(READY): requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -151,86 +203,3 @@ $(PEERS)/ready: requirements.txt experiments/requirements-bench.txt
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	-$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r experiments/requirements-bench.txt
 	touch $@
-
-$(OPTIONS)/%: FORCE
-	@mkdir -p $(@D)
-	@options=$(call quoted,$($*_options)); \
-	printf '%s\n' "$$options" | cmp -s - $@ || printf '%s\n' "$$options" > $@
-
-# A simulated data set of (images a class, seed). It replaces one of another number of images, and
-# nothing else.
-define simulate
-@origin='"origin": "simulate.py Model_II, $(1) a class, seed $(2), noise-free"'; \
-if [ -e $@ ] && grep -qF "$$origin" $@; then exit 0; fi; \
-if [ -e $@ ] && ! grep -qE '"origin": "simulate.py Model_II, [0-9]+ a class, seed $(2),' $@; then \
-  echo 'error: $(@D) was not simulated by make: name it with DATA, or remove it' >&2; exit 1; fi; \
-rm -rf $(@D).new; \
-$(PY) simulate.py --model Model_II --per-class $(call quoted,$(1)) --seed $(2) --out $(@D).new && \
-rm -rf $(@D) && mv $(@D).new $(@D)
-endef
-
-$(RUNS)/data/dataset.json: FORCE | $(READY)
-	$(call simulate,$(PER_CLASS),0)
-
-$(RUNS)/data-fewer/dataset.json: FORCE | $(READY)
-	$(call simulate,10000,10)
-
-# Start of a training's recipe: a run that started before one of its inputs changed is replaced, any
-# other is resumed. The script knows whether the run is still alive.
-define mode
-mode=--resume; for file in $^; do if [ -e $(@D)/config.json ] && [ $$file -nt $(@D)/config.json ]; then \
-  echo "$(@D) is older than $$file: it is trained again"; mode=--overwrite; fi; done;
-endef
-
-# Rewritten only when the data changed, so a changed folder is trained on again.
-$(RUNS)/dataset.json: $(SIMULATED) FORCE | $(READY)
-	$(PY) prepare.py $(INPUT) --out $@
-
-$(PRETRAINED): $(RUNS)/dataset.json $(OPTIONS)/pretraining | $(READY)
-	@$(mode) set -x; \
-	$(PY) pretrain.py $(INPUT) --out $(@D) $$mode $(PRETRAINING)
-
-$(HEAD) $(FULL) $(RESIDUAL): $(RUNS)/%/vit-mae-classifier-wt.pth: $(PRETRAINED) $(OPTIONS)/finetuning
-	@$(mode) set -x; \
-	$(SHARE) $(PY) finetune.py $(INPUT) --pretrained $(PRETRAINED) --strategy $* --out $(@D) $$mode $(FINETUNING)
-
-# The LayerNorms continue from the trained head.
-$(LAYERNORM): $(HEAD) $(OPTIONS)/finetuning
-	@$(mode) set -x; \
-	$(SHARE) $(PY) finetune.py $(INPUT) --pretrained $(HEAD) --strategy layernorm --out $(@D) $$mode $(FINETUNING)
-
-$(SCRATCH): $(RUNS)/dataset.json $(OPTIONS)/finetuning | $(READY)
-	@$(mode) set -x; \
-	$(SHARE) $(PY) finetune.py $(INPUT) --pretrained none --strategy full --out $(@D) $$mode $(FINETUNING)
-
-$(RUNS)/evaluation/metrics.json: $(STRATEGIES) $(if $(BASELINE),$(SCRATCH)) $(OPTIONS)/evaluation
-	$(SHARE) $(PY) evaluate.py $(INPUT) --weights $(filter %.pth,$^) --out $(@D)
-
-# Without images of two kinds there is no metrics.json.
-$(RUNS)/residuals/.done: $(PRETRAINED) $(OPTIONS)/residuals
-	$(SHARE) $(PY) reconstruct.py $(INPUT) --weights $(PRETRAINED) --out $(@D) $(residuals_options)
-	touch $@
-
-# The strategy that is best on validation.
-$(MODEL): $(STRATEGIES)
-	$(SHARE) $(PY) export.py $(INPUT) --weights $^ --out $@
-
-# A few images to predict on: freshly simulated, or those of a packed data set, or the first of every
-# class folder.
-$(RUNS)/samples/.ready: | $(READY)
-	rm -rf $(RUNS)/samples
-	$(PY) simulate.py --model Model_II --per-class 5 --seed 1 --layout folder --out $(RUNS)/samples
-	touch $@
-
-$(MAPS): $(PRETRAINED)
-	$(SHARE) $(PY) export.py $(INPUT) --what reconstruction --weights $(PRETRAINED) --out $@
-
-$(RUNS)/predictions.csv: $(MODEL) $(MAPS) $(SIMULATED_SAMPLES) $(OPTIONS)/predictions
-	@rm -f $@
-	folder=$(FOLDER); set --; \
-	if [ -f "$$folder/dataset.json" ]; then set -- "$$folder/images.npy"; else \
-	  for class in "$$folder"/*/; do n=0; for file in "$$class"*.[nN][pP][yY]; do \
-	    if [ $$n -lt 5 ] && [ -f "$$file" ]; then set -- "$$@" "$$file"; n=$$((n + 1)); fi; \
-	  done; done; fi; \
-	$(PY) predict.py --model $(MODEL) --maps $(MAPS) --sheet $(@D)/sheet.png --out $@ -- "$$@" \
-	  || [ $$? -eq 1 -a -s $@ ]  # 1: some files could not be read, which predict.py says

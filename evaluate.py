@@ -13,9 +13,10 @@ from sklearn.metrics import confusion_matrix, roc_curve
 from lib import data, metrics, options, plots, report, tables, weights
 from lib.device import resolve_device
 from lib.errors import UserError, path_argument, run
-from lib.files import make_folder, write_json, write_text
+from lib.files import make_folder, sha256_of, write_json, write_text
 from lib.loader import batch_reader, in_batches
 from lib.onnxfile import LEAST_FAMILIARITY, is_unfamiliar
+from lib.provenance import LIBRARY, identity_of, is_current, made_from, sign
 
 EXAMPLE = """example:
   python evaluate.py --data lenses --out runs/evaluation \\
@@ -49,6 +50,10 @@ def evaluate(args):
     by_identity = {}
     class_names = list(dataset.class_names)
     paths = dict(zip(names_of_runs(args.weights), args.weights, strict=True))
+    hashes = {name: sha256_of(path) for name, path in paths.items()}
+    made = made_from(args, [*LIBRARY, __file__], data=identity_of(dataset), weights=hashes)
+    if args.update and is_current(args.out / "metrics.json", made):
+        return
     for name, path in paths.items():
         model, content = weights.load_classifier(path)
         data.check_size(path, model, dataset)
@@ -79,14 +84,14 @@ def evaluate(args):
         }  # fmt: skip
 
     published = published_rows(dataset)
-    table = comparison(results, class_names, published)
+    table = tables.markdown(tables.comparison(results, class_names) + published)
     write_json(
         args.out / "metrics.json",
         {
             "data": {"origin": dataset.origin, "fingerprint": dataset.fingerprint},
             "weights": {name: str(path) for name, path in paths.items()},
             "split": args.split,
-            "intervals": f"95 %, {args.resamples} bootstrap resamples, seed {args.seed}",
+            "intervals": f"95 %; AUC: {args.resamples} bootstrap resamples, seed {args.seed}; accuracy: Wilson",
             "class_names": class_names,
             "results": results,
             "confusion": {name: matrix.tolist() for name, matrix in matrices.items()},
@@ -95,7 +100,7 @@ def evaluate(args):
     write_text(args.out / "comparison.md", table + "\n")
     best = max(results, key=lambda name: results[name]["macro"]["value"])
     for show, *what in (
-        (print, "\n".join([table, *map(about_refusals, results, results.values())])),
+        (print, "\n".join([table, *about_results(results)])),
         (plots.roc_curves, args.out / "roc.png", curves),
         (plots.confusion_matrices, args.out / "confusion_matrix.png", matrices, class_names),
         (plots.reliability, args.out / "reliability.png", reliability),
@@ -104,11 +109,12 @@ def evaluate(args):
         (report.write, args.out, paths, results, class_names, best, published),
     ):
         plots.attempt(show, *what)
+    sign(args.out / "metrics.json", made)
 
 
 def predict_probabilities(model, images, rows, device):
     """Class probabilities (n, K) of rows of the raw `images` (N, H, W), in float32."""
-    read = batch_reader(images, device)
+    read = batch_reader(images, device, once=True)
     model.eval().to(device)
     return in_batches(
         lambda batch: model(read(batch)).softmax(dim=1), rows, bar="evaluation"
@@ -117,14 +123,13 @@ def predict_probabilities(model, images, rows, device):
 
 def familiarity_of(known, images, rows, device):
     """Familiarity (n,) of rows of the raw `images` (N, H, W)."""
-    read = batch_reader(images, device)
+    read = batch_reader(images, device, once=True)
     known.to(device)
     return in_batches(lambda batch: known(read(batch)), rows, bar="familiarity").numpy()
 
 
 def draw_familiarity(path, familiarities):
     """The picture of the familiarities of each run, or none where no run has them."""
-    path.unlink(missing_ok=True)  # an earlier call's
     if familiarities:
         plots.familiarity(path, familiarities, LEAST_FAMILIARITY)
 
@@ -137,6 +142,13 @@ def refusals(familiarity, probabilities, labels):
         "unfamiliar": float(1 - answered.mean()),
         "familiar_accuracy": float(right[answered].mean()) if answered.any() else None,
     }
+
+
+def about_results(results):
+    """Lines on what the table does not show, of results by run."""
+    lines = [about_refusals(name, result) for name, result in results.items()]
+    aucs = [auc for r in results.values() for auc in (*r["auc"].values(), r["macro"])]
+    return lines + list(filter(None, [metrics.about_intervals(aucs)]))
 
 
 def about_refusals(name, result):
@@ -152,16 +164,20 @@ def about_refusals(name, result):
 def figures(probabilities, labels, class_names, args):
     """{"auc": {class name: figure}, "macro": figure, "accuracy": figure, "images": n}.
 
-    A figure is {"value", "low", "high"}.
+    A figure is {"value", "low", "high"}; the intervals are of a bootstrap, that of the accuracy is
+    Wilson's.
     """
     values = metrics.measures(probabilities, labels)
     measure = metrics.measures_of_counts(probabilities, labels)
     intervals = metrics.bootstrap(measure, labels, args.resamples, args.seed)
-    *aucs, macro, accuracy = (
+    *aucs, macro, _ = (
         {"value": value, "low": low, "high": high}
         for value, (low, high) in zip(values.tolist(), intervals.tolist(), strict=True)
     )
     by_class = dict(zip(class_names, aucs, strict=True))
+    right = (probabilities.argmax(axis=1) == labels).sum()
+    low, high = metrics.wilson(right, len(labels))
+    accuracy = {"value": values[-1].item(), "low": low, "high": high}
     return {"auc": by_class, "macro": macro, "accuracy": accuracy, "images": len(labels)}
 
 
@@ -185,20 +201,6 @@ def most_confident_mistakes(probabilities, labels, rows):
     wrong = np.flatnonzero(predicted != labels)
     wrong = wrong[np.argsort(-confidence[wrong])][:SHOWN_MISTAKES]
     return [(int(rows[i]), int(labels[i]), int(predicted[i]), float(confidence[i])) for i in wrong]
-
-
-def comparison(results, class_names, published):
-    """Markdown table of the results with intervals, the rows of `published_rows` below."""
-
-    def cell(entry, scale=1, digits=4):
-        low, high = scale * entry["low"], scale * entry["high"]
-        return f"{scale * entry['value']:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
-
-    rows = [["run", *(f"AUC {name}" for name in class_names), "macro AUC", "accuracy %"]]
-    for name, result in results.items():
-        aucs = [cell(result["auc"][class_name]) for class_name in class_names]
-        rows.append([name, *aucs, cell(result["macro"]), cell(result["accuracy"], 100, 2)])
-    return tables.markdown(rows + published)
 
 
 def published_rows(dataset):

@@ -19,9 +19,9 @@ import warnings
 import numpy as np
 
 from lib import options
-from lib.cutouts import SUFFIXES, find_files, read_images, within
 from lib.errors import UserError, one_line, path_argument, reason_of, run
 from lib.files import check_outputs, identity, write_csv
+from lib.images import SUFFIXES, find_files, read_images, within
 from lib.onnxfile import (
     LEAST_FAMILIARITY,
     UNFAMILIAR,

@@ -1,4 +1,4 @@
-"""Pack a folder of .npy images into one memory-mapped array, and say what the data set holds.
+"""Pack a folder of images into one memory-mapped array, and say what the data set holds.
 
 Training packs a folder by itself. This script shows beforehand whether the images can be read, and
 how many of each class fall into the training, validation and test parts.

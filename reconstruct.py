@@ -17,7 +17,9 @@ import torch
 from lib import clusters, data, lenses, options, plots
 from lib.device import resolve_device
 from lib.errors import UserError, one_line, path_argument, run
-from lib.files import make_folder, write_csv, write_json
+from lib.files import make_folder, sha256_of, write_csv, write_json
+from lib.metrics import about_intervals
+from lib.provenance import LIBRARY, identity_of, is_current, made_from, sign
 from lib.residuals import (
     mask_ratio_of,
     measure,
@@ -48,11 +50,16 @@ def reconstruct(args):
     make_folder(args.out)
     if (args.out / "comparison.md").exists():
         raise UserError(f"{args.out} holds the results of evaluate.py: choose another --out")
+    identities = {"data": identity_of(dataset), "weights": sha256_of(args.weights)}
+    made = made_from(args, [*LIBRARY, __file__], **identities)
+    if args.update and is_current(args.out / "metrics.json", made):
+        return
 
     if args.clusters:
         scores, kinds, found = sort_into_kinds(residuals, rows, fitted, args.clusters, args.seed)
     else:
         scores, kinds, found = scores_of(residuals, rows), None, None
+    (args.out / "metrics.json").unlink(missing_ok=True)  # an earlier call's
     write_scores(args.out / "scores.csv", rows, labels, scores, dataset.class_names, found)
     how = dataset.class_names, args.resamples, args.seed
     result, lines = {}, []
@@ -61,6 +68,7 @@ def reconstruct(args):
         lines += [f"all substructure: AUC {as_text(measured['all'], 4)}"]
         lines += [f"{one_line(name)}: AUC {as_text(auc, 4)}"
                   for name, auc in measured["classes"].items()]  # fmt: skip
+        lines += filter(None, [about_intervals([measured["all"], *measured["classes"].values()])])
     else:
         some = "all" if not has_substructure.any() else "none"
         lines += [
@@ -68,7 +76,7 @@ def reconstruct(args):
             "images are of these classes: pre-train on some of the classes to compare"
         ]
     if kinds:
-        result["clusters"] = measured = clusters.measure(kinds, found, labels, *how)
+        result["clusters"] = measured = clusters.measure(kinds, found, labels, dataset.class_names)
         percent = {name: 100 * value for name, value in measured["accuracy"].items()}
         lines += [f"{args.clusters} clusters: accuracy {as_text(percent, 2)} %, "
                   f"overlap left {kinds.overlap:.3f}"]  # fmt: skip
@@ -78,8 +86,6 @@ def reconstruct(args):
         result |= {"masks": f"{args.rounds} rounds, {ratio} hidden, seed {args.seed}"}
         result |= {"weights": str(args.weights), "data_fingerprint": dataset.fingerprint}
         write_json(args.out / "metrics.json", result)
-    else:
-        (args.out / "metrics.json").unlink(missing_ok=True)  # an earlier call's
     for show, *what in (
         (print, "\n".join(lines)),
         (warn, clusters.doubt(kinds) if kinds else None),
@@ -87,6 +93,7 @@ def reconstruct(args):
         (draw_maps, args.out / "maps.png", dataset, rows, scores, transformed, residuals),
     ):
         plots.attempt(show, *what)
+    sign(args.out / "metrics.json", made)
 
 
 def sort_into_kinds(residuals, rows, fitted, count, seed):

@@ -12,17 +12,21 @@ from lib import lenses, options
 from lib.data import PackedWriter, require_space
 from lib.errors import path_argument, run
 from lib.files import atomic_directory, make_folder
+from lib.provenance import is_current, made_from, require_origin, sign
 
 EXAMPLE = "example: python simulate.py --model Model_II --per-class 1000 --out lenses"
+# The file of each layout that says what the images were made from.
+DESCRIPTIONS = {"packed": "dataset.json", "folder": "simulated.json"}
 
 
-def write_folder(out, batches, whole=False):
+def write_folder(out, batches, whole=False, made=None, replaced=None):
     """Write the public folder layout: one .npy an image, axion as object array [image, mass].
 
-    Images are float64, and int64 where they are counts (`whole`).
+    Images are float64, and int64 where they are counts (`whole`). `made` is kept beside them, for
+    `replaced` see `atomic_directory`.
     """
     counts = dict.fromkeys(lenses.CLASS_NAMES, 0)
-    with atomic_directory(out) as folder:
+    with atomic_directory(out, replaced) as folder:
         for class_name in lenses.CLASS_NAMES:
             (folder / class_name).mkdir()
         for class_name, images, axion_mass in batches:
@@ -33,17 +37,19 @@ def write_folder(out, batches, whole=False):
                 name = f"{class_name}_sim_{counts[class_name]}.npy"
                 np.save(folder / class_name / name, content, allow_pickle=True)
                 counts[class_name] += 1
+        sign(folder / DESCRIPTIONS["folder"], made)
 
 
-def write_packed(out, batches, per_class, model, origin):
-    """Write the packed layout that training maps into memory."""
+def write_packed(out, batches, per_class, model, origin, made=None, replaced=None):
+    """Write the packed layout that training maps into memory; more as for `write_folder`."""
     pixels = lenses.INSTRUMENTS[model].pixels
-    with atomic_directory(out) as folder:
+    with atomic_directory(out, replaced) as folder:
         shape = (len(lenses.CLASS_NAMES) * per_class, pixels, pixels)
         writer = PackedWriter(folder, shape, lenses.CLASS_NAMES, origin)
         for class_name, images, _ in batches:
             writer.append(images, lenses.CLASS_NAMES.index(class_name))
         writer.close()
+        sign(folder / DESCRIPTIONS["packed"], made)
 
 
 def parse_args(argv=None):
@@ -63,21 +69,32 @@ def parse_args(argv=None):
         help="Model_II and Model_III: an observation with sky, read-out and photon noise in place "
         "of the noise-free files that are published (Model_I has its noise always)",
     )  # fmt: skip
+    parser.add_argument(
+        "--update", action="store_true",
+        help="do nothing if --out holds the same images of this simulator; replace others that it made",
+    )  # fmt: skip
     return options.parsed(parser, argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
+    made, replaced = made_from(args, [lenses.__file__]), None
+    if args.update:
+        replaced = DESCRIPTIONS[args.layout]
+        if is_current(args.out / replaced, made):
+            return
+        if args.layout == "packed":
+            require_origin(args.out / replaced, "simulate.py ")
     instrument = lenses.INSTRUMENTS[args.model]
     batches = lenses.simulate(args.model, args.per_class, args.seed, args.noise)
     if args.layout == "folder":
         make_folder(args.out.parent)
         pixels = len(lenses.CLASS_NAMES) * args.per_class * instrument.pixels**2
         require_space(args.out.parent, 8 * pixels)
-        write_folder(args.out, batches, instrument.counts)
+        write_folder(args.out, batches, instrument.counts, made, replaced)
     else:
         origin = lenses.origin_of(args.model, args.per_class, args.seed, args.noise)
-        write_packed(args.out, batches, args.per_class, args.model, origin)
+        write_packed(args.out, batches, args.per_class, args.model, origin, made, replaced)
     print(f"{len(lenses.CLASS_NAMES) * args.per_class} images of {args.model} in {args.out}")
 
 

@@ -7,6 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
@@ -25,7 +26,7 @@ EXAMPLE = """example:
 
 @torch.no_grad()
 def overview_of(args):
-    """What `plots.overview` shows of the first test image of every class, as its arguments."""
+    """What `draw_overview` shows of the first test image of every class, as its arguments."""
     dataset, device = data.load(args.data, args.cache_dir), resolve_device(args.device)
     mae, transform, _ = weights.load_mae(args.mae)
     classifier, content = weights.load_classifier(args.classifier)
@@ -47,6 +48,85 @@ def overview_of(args):
     return (*pictures, probabilities, dataset.class_names, lenses.marks_of(dataset, rows))
 
 
+def draw_overview(
+    path, original, masked, reconstruction, residual, probabilities, class_names, marks=None
+):
+    """A row an image (n, H, W): what the MAE makes of it, and what the classifier says of it.
+
+    `probabilities` (n, classes); `marks` as in `plots.residual_maps`.
+    """
+    titles = ("image", "75 % masked", "reconstruction", "substructure map", "class")
+    figure, axes = plt.subplots(
+        len(original), 5, figsize=(9, 1.75 * len(original)), squeeze=False, layout="constrained"
+    )
+    limit = np.quantile(np.abs(residual), 0.995)
+    for i, row in enumerate(axes):
+        low, high = original[i].min(), original[i].max()
+        for panel, images in zip(row, (original, masked, reconstruction), strict=False):
+            panel.imshow(images[i], vmin=low, vmax=high, cmap="magma", origin="lower")
+        row[3].imshow(residual[i], vmin=-limit, vmax=limit, cmap="RdBu_r", origin="lower")
+        if marks is not None:
+            plots.circles(row[3], marks[i])
+        for panel in row[:4]:
+            panel.set(xticks=[], yticks=[], facecolor="0.8")
+        row[0].set_ylabel(plots.label_of(class_names[i]))
+        best = int(np.argmax(probabilities[i]))
+        colors = ["tab:blue" if k == best else "0.7" for k in range(len(class_names))]
+        row[4].barh(range(len(class_names)), probabilities[i], color=colors)
+        row[4].set_yticks(range(len(class_names)), [plots.label_of(name) for name in class_names])
+        row[4].set(xlim=(0, 1), xticks=[0, 0.5, 1])
+        row[4].yaxis.tick_right()
+        row[4].invert_yaxis()
+    for panel, title in zip(axes[0], titles, strict=True):
+        panel.set_title(title)
+    plots.save(figure, path)
+
+
+def draw_design(path):
+    """Boxes and arrows: pre-training above, below it classification by the encoder and by residual maps."""
+    figure, axes = plt.subplots(figsize=(9, 5))
+    axes.set(xlim=(-0.5, 100.5), ylim=(0, 56))
+    axes.set_axis_off()
+
+    def box(x, y, width, text, color):
+        axes.add_patch(
+            plt.Rectangle((x, y), width, 10, facecolor=color, edgecolor="0.3", linewidth=0.8)
+        )
+        axes.text(x + width / 2, y + 5, text, ha="center", va="center", fontsize=8)
+
+    def arrow(start, end):
+        style = {"arrowstyle": "-|>", "color": "0.3", "linewidth": 1}
+        axes.annotate("", xy=end, xytext=start, arrowprops=style)
+
+    given, learned, partly = "#f3e3c3", "#cfe0f5", "#dff0d8"
+    upper, middle, lower = 42, 22, 2
+    box(0, upper, 15, "smooth lenses\nlog, standardised", given)
+    box(19, upper, 14, "64 patches\n75 % hidden", given)
+    box(37, upper, 18, "encoder: 4 blocks\nwidth 128, 17 tokens", learned)
+    box(59, upper, 18, "decoder: 1 block\nwidth 96, 65 tokens", learned)
+    box(81, upper, 19, "hidden patches\nmean squared error", given)
+    box(0, middle, 15, "all classes\nlog, standardised", given)
+    box(19, middle, 14, "64 patches", given)
+    box(37, middle, 18, "encoder, 65 tokens\nfixed, its norms, or all", partly)
+    box(59, middle, 18, "mean, deviation and\nextremes of tokens", given)
+    box(81, middle, 19, "512 → 64 → classes\ncross-entropy", learned)
+    box(0, lower, 15, "all classes\nlog, standardised", given)
+    box(19, lower, 14, "four masks", given)
+    box(37, lower, 18, "the whole MAE, fixed:\nimage − prediction", given)
+    box(59, lower, 18, "4 stages: convolution,\nhalving; then mean", learned)
+    box(81, lower, 19, "96 → 64 → classes\ncross-entropy", learned)
+    for y in (upper + 5, middle + 5, lower + 5):
+        for start, end in ((15, 19), (33, 37), (55, 59), (77, 81)):
+            arrow((start, y), (end, y))
+    arrow((46, upper), (46, middle + 10))
+    axes.text(47, (upper + middle + 10) / 2, "weights", va="center", fontsize=8)
+    for y, title in ((upper, "pre-training, no labels"), (middle, "head, layernorm, full"),
+                     (lower, "residual")):  # fmt: skip
+        axes.text(0, y + 11.5, title, fontsize=9, fontweight="bold")
+    axes.text(100, 0, "blue learns; green by strategy", ha="right", fontsize=8)
+    plots.save(figure, path)
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=options.HelpFormatter
@@ -59,15 +139,13 @@ def parse_args(argv=None):
     parser.add_argument("--out", type=path_argument, required=True, help="folder of the pictures")
     parser.add_argument("--seed", type=int, default=1, help="of the mask that is shown")
     options.add_device_argument(parser)
-    args = parser.parse_args(argv)
-    options.check_numbers(args)
-    return args
+    return options.parsed(parser, argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    plots.overview(args.out / "overview.png", *overview_of(args))
-    plots.design(args.out / "design.png")
+    draw_overview(args.out / "overview.png", *overview_of(args))
+    draw_design(args.out / "design.png")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lib.cutouts import read_images, within
 from lib.errors import UserError, one_line, run
+from lib.images import read_images, within
 from lib.onnxfile import (
     LEAST_FAMILIARITY,
     UNFAMILIAR,

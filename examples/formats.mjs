@@ -309,7 +309,11 @@ function imagesOf(unpickled) {
     throw new Error('not an object array');
   }
   const elements = unpickled.value.map(contentOf);
-  if (Array.isArray(elements[0])) return elements.map(imageOfRow);
+  if (Array.isArray(elements[0])) {
+    const parts = elements.reduce((total, row) => total + (row?.length ?? 0), 0);
+    if (parts > MAX_PICKLE_OPCODES) throw new Error('not that many rows'); // one row again and again
+    return elements.map(imageOfRow);
+  }
   return elements.length > 1 && elements.every(isImage) ? elements : imageOfRow(elements);
 }
 

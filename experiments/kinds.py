@@ -1,8 +1,8 @@
-"""Kinds of images to test a classifier on: like the training images, disturbed, or no lens at all.
+"""Kinds of images that a classifier may find strange, and what it says of them.
 
-`make` gives the images of any kind in KINDS. Clean and disturbed images of one seed show the same
-lenses, freshly simulated with the instrument of Model_II. `scaled` brings cutouts from elsewhere into
-the units of such images. A kind has random numbers of its own, so it does not depend on the others.
+Clean and disturbed images of one seed show the same lenses, freshly simulated with the instrument of
+Model_II; others show no lens, or come from elsewhere. A kind has random numbers of its own, so it does
+not depend on the others.
 """
 
 import functools
@@ -10,11 +10,14 @@ import functools
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.special import logsumexp, softmax
+from sklearn.metrics import roc_auc_score
 
-from lib import augment, lenses
-from lib.cutouts import FITS_SUFFIXES, find_files, read_arrays
+from lib import lenses
 from lib.errors import UserError
-from lib.readers import fits_images
+from lib.images import FITS_SUFFIXES, find_files, fits_images, read_arrays
+from lib.loader import batch_reader, in_batches
+from lib.onnxfile import LEAST_FAMILIARITY, is_unfamiliar
 
 EUCLID = lenses.INSTRUMENTS["Model_II"]
 SIDE = EUCLID.pixels
@@ -81,7 +84,8 @@ def usual_peak(per_class, seed):
     return float(np.median(simulated(EUCLID, per_class, seed).max(axis=(1, 2))))
 
 
-# The same lenses, disturbed: functions of clean images (n, H, W) and random numbers
+# The same lenses: disturbed, by functions of clean images (n, H, W) and random numbers, or otherwise
+# simulated
 
 
 def min_max(images):
@@ -92,7 +96,6 @@ def min_max(images):
 
 def with_noise(percent):
     """White noise whose rms is `percent` of an image's peak."""
-
     def disturb(images, rng):
         rms = percent / 100 * images.max(axis=(1, 2), keepdims=True)
         return images + rms * rng.standard_normal(images.shape, dtype=np.float32)
@@ -104,12 +107,6 @@ def as_observed(images, rng):
     """With the noise of one observation by Euclid, in the units of the noise-free images."""
     exposure = torch.from_numpy(images / EUCLID.copies)
     return EUCLID.copies * lenses.observe(exposure, EUCLID, True, rng).numpy()
-
-
-def turned_at_random(images, rng):
-    angle = torch.from_numpy(rng.uniform(0, 2 * np.pi, len(images))).float()
-    upright = torch.from_numpy(images.copy())[:, None]
-    return augment.move(upright, angle, torch.zeros(len(images), 2))[:, 0].numpy()
 
 
 DISTURBED = {
@@ -124,13 +121,8 @@ DISTURBED = {
     "shifted 1 px": lambda images, rng: np.roll(images, 1, axis=2),
     "shifted 5 px": lambda images, rng: np.roll(images, 5, axis=2),
     "turned 90°": lambda images, rng: np.rot90(images, axes=(1, 2)),
-    "turned at random": turned_at_random,
     "mirrored": lambda images, rng: images[:, :, ::-1],
 }
-
-
-# The same lenses, simulated otherwise
-
 OTHERWISE_SIMULATED = {
     "PSF −20 %": EUCLID._replace(psf_fwhm=0.8 * EUCLID.psf_fwhm),
     "PSF +20 %": EUCLID._replace(psf_fwhm=1.2 * EUCLID.psf_fwhm),
@@ -146,8 +138,7 @@ def second_source(per_class, seed, rng):
         for _, (source, point_masses, _) in lenses.draw(class_name, per_class, seed):
             other = rng.uniform(-lenses.SOURCE_RANGE, lenses.SOURCE_RANGE, source.shape)
             brightness = EUCLID.copies * rng.uniform(0.3, 1, (len(source), 1, 1))
-            image = lenses.render(other, point_masses, EUCLID, torch.float32).numpy()
-            parts.append(brightness * image)
+            parts.append(brightness * lenses.render(other, point_masses, EUCLID, torch.float32).numpy())
     return np.concatenate(parts)
 
 
@@ -169,8 +160,8 @@ def blobs(count, peak, rng):
 
 def galaxies(count, peak, rng):
     """Galaxies that nothing lenses: an exponential disk and a Sérsic bulge, as Euclid sees them."""
-    axis = (np.arange(OVERSAMPLING * SIDE) + 0.5) / OVERSAMPLING - SIDE / 2
-    y, x = np.meshgrid(axis * EUCLID.pixel_scale, axis * EUCLID.pixel_scale, indexing="ij")
+    axis = ((np.arange(OVERSAMPLING * SIDE) + 0.5) / OVERSAMPLING - SIDE / 2) * EUCLID.pixel_scale
+    y, x = np.meshgrid(axis, axis, indexing="ij")
     blur = lenses.psf_matrix(EUCLID).numpy()
     images = np.empty((count, SIDE, SIDE))
     for image in images:
@@ -180,8 +171,7 @@ def galaxies(count, peak, rng):
         bulge = sersic(x - x0, y - y0, rng.uniform(0.1, 0.4), rng.uniform(2, 4),
                        rng.uniform(0.7, 1), angle)  # fmt: skip
         both = disk / disk.sum() + rng.uniform(0.1, 1) * bulge / bulge.sum()
-        pixels = both.reshape(SIDE, OVERSAMPLING, SIDE, OVERSAMPLING).mean(axis=(1, 3))
-        image[:] = blur @ pixels @ blur.T
+        image[:] = blur @ both.reshape(SIDE, OVERSAMPLING, SIDE, OVERSAMPLING).mean(axis=(1, 3)) @ blur.T
     images /= images.max(axis=(1, 2), keepdims=True)
     return images * peak * rng.uniform(0.3, 1.3, (count, 1, 1))
 
@@ -232,10 +222,10 @@ def read_cutouts(folder):
 
 def planes_of(file):
     """The two-dimensional images in a file."""
-    if not file.name.lower().endswith(FITS_SUFFIXES):
-        arrays = [array for _, array in read_arrays(file) if array is not None and array.ndim >= 2]
-        return [plane for array in arrays for plane in array.reshape(-1, *array.shape[-2:])]
-    return fits_images(file)
+    if file.name.lower().endswith(FITS_SUFFIXES):
+        return fits_images(file)
+    arrays = [array for _, array in read_arrays(file) if array is not None and array.ndim >= 2]
+    return [plane for array in arrays for plane in array.reshape(-1, *array.shape[-2:])]
 
 
 def centre_of(plane, side):
@@ -247,8 +237,51 @@ def scaled(cutouts, peak):
     """{kind: images} of cutouts (n, 64, 64) as they are, with the usual `peak`, and from 0 to 1."""
     brightest = cutouts.max(axis=(1, 2), keepdims=True)
     factor = np.divide(peak, brightest, out=np.ones_like(brightest), where=brightest > 0)
-    return {
-        "cutouts as they are": cutouts,
-        "cutouts, simulated peak": cutouts * factor,
-        "cutouts, min-max": min_max(cutouts),
+    return {"cutouts as they are": cutouts, "cutouts, simulated peak": cutouts * factor,
+            "cutouts, min-max": min_max(cutouts)}  # fmt: skip
+
+
+# What a classifier says
+
+
+def answers_to(kinds, model, familiarity, device):
+    """Yield (kind, figures) of a classifier and its familiarity; `kinds` yields what `every` does.
+
+    AUC tells clean images, which come first, from those of a kind by a score that is low for strange
+    ones: the familiarity, the largest probability, or minus the energy.
+    """
+    model, familiarity = (part.eval().to(device) for part in (model, familiarity))
+    clean = None
+    for kind, images, truth in kinds:
+        predicted, scores = scores_of(images, model, familiarity, device)
+        answered = ~is_unfamiliar(scores["familiarity"], LEAST_FAMILIARITY)
+        row = {"held_back": kind in HELD_BACK, "answered %": 100 * float(answered.mean())}
+        if truth is not None:
+            right = predicted == truth
+            if answered.any():
+                row["right of answered %"] = 100 * float(right[answered].mean())
+            row["accuracy %"] = 100 * float(right.mean())
+        for name, score in scores.items() if clean else ():
+            is_clean = np.repeat([True, False], [len(clean[name]), len(score)])
+            auc = roc_auc_score(is_clean, np.concatenate([clean[name], score]))
+            row[f"AUC {name}"] = float(auc)
+        clean = clean or scores
+        yield f"{kind} (held back)" if row["held_back"] else kind, row
+
+
+def scores_of(images, model, familiarity, device):
+    """Predicted classes (n,) of raw images (n, H, W), and three scores (n,) that are low for strange ones."""
+    read = batch_reader(images, device)
+
+    def both(rows):
+        batch = read(rows)
+        return torch.cat([model(batch), familiarity(batch).unsqueeze(1)], dim=1)
+
+    together = in_batches(both, np.arange(len(images))).numpy()
+    logits = together[:, :-1].astype(np.float64)
+    others = np.sort(softmax(logits, axis=1), axis=1)[:, :-1].sum(axis=1)
+    return logits.argmax(axis=1), {
+        "familiarity": together[:, -1],  # float32, as predict.py compares it
+        "softmax": -others,  # minus the probability of the other classes, which does not round to 1
+        "energy": logsumexp(logits * model.temperature.item(), axis=1),  # without the fitted temperature
     }

@@ -12,7 +12,6 @@ image as .npy. Every image is divided by its own maximum.
 """
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
@@ -25,8 +24,9 @@ from evaluate import predict_probabilities
 from lib import data, lenses, options, weights
 from lib.device import resolve_device
 from lib.errors import UserError, path_argument, run
-from lib.files import atomic_directory, atomic_write
-from lib.readers import read_npy
+from lib.files import atomic_directory, write_csv
+from lib.images import read_npy
+from lib.provenance import identity_of, is_current, made_from, require_origin, sign
 
 EXAMPLE = """examples:
   python experiments/real_images.py fit --images real/testVI_pictures.npz
@@ -69,6 +69,9 @@ def load_images(path):
     return images / peaks.astype(np.float64), columns
 
 
+# fit
+
+
 def fit_smooth_lens(image, model="Model_II"):
     """The smooth lens nearest to an image (H, H) in any unit.
 
@@ -78,8 +81,7 @@ def fit_smooth_lens(image, model="Model_II"):
     target = image / image.max()
 
     def fitted(sources):  # (n, 2) -> (n, H, H)
-        masses = np.zeros((len(sources), 0, 3))
-        images = lenses.render(np.asarray(sources), masses, model).numpy()
+        images = lenses.render(np.asarray(sources), np.zeros((len(sources), 0, 3)), model).numpy()
         products = (images * target).sum((1, 2)) / (images**2).sum((1, 2))
         return images * products[:, None, None]
 
@@ -93,14 +95,34 @@ def fit_smooth_lens(image, model="Model_II"):
     return result.x, target - fitted(result.x[None])[0]
 
 
+def fit(args):
+    images, columns = load_images(args.images)
+    rows = np.flatnonzero(columns["labels"] == "no_sub") if "labels" in columns else range(len(images))
+    pixels = lenses.INSTRUMENTS[args.model].pixels
+    if images.shape[1] != pixels:
+        raise UserError(f"{args.images}: {args.model} has images of {pixels} pixels; see --model")
+    if not len(rows):
+        raise UserError(f"{args.images}: no image is labelled no_sub")
+    worst = 0.0
+    for row in rows:
+        source, residual = fit_smooth_lens(images[row], args.model)
+        rms, largest = np.sqrt(np.mean(residual**2)), np.abs(residual).max()
+        worst = max(worst, rms)
+        print(f"{row}: source ({source[0]:+.5f}, {source[1]:+.5f})″, rms {rms:.2g} of the peak, "
+              f"largest difference {largest:.2g}")  # fmt: skip
+    print(f"{len(rows)} images, largest rms {worst:.2g} of the peak")
+
+
+# pictures
+
+
 def as_pictures(images):
     """Images (..., H, W) as an 8-bit colour map shows them, decoded again; maximum 1.
 
     matplotlib takes the colour floor(256 x) of x in [0, 1], and the middle of its step is what can
     be known of x: (k + ½)/256, but 0 for the first colour and 1 for the last.
     """
-    peak = images.max(axis=(-2, -1), keepdims=True)
-    k = np.floor(images / peak * LEVELS).clip(0, LEVELS - 1)
+    k = np.floor(images / images.max(axis=(-2, -1), keepdims=True) * LEVELS).clip(0, LEVELS - 1)
     return np.where(k == 0, 0.0, np.where(k == LEVELS - 1, 1.0, (k + 0.5) / LEVELS))
 
 
@@ -125,43 +147,30 @@ def is_exact(images):
     return np.abs(as_pictures(images) - images).max(axis=(1, 2)) < 1e-6
 
 
-def fit(args):
-    images, columns = load_images(args.images)
-    rows = range(len(images))
-    if "labels" in columns:
-        rows = np.flatnonzero(columns["labels"] == "no_sub")
-    pixels = lenses.INSTRUMENTS[args.model].pixels
-    if images.shape[1] != pixels:
-        raise UserError(f"{args.images}: {args.model} has images of {pixels} pixels; see --model")
-    if not len(rows):
-        raise UserError(f"{args.images}: no image is labelled no_sub")
-    worst = 0.0
-    for row in rows:
-        source, residual = fit_smooth_lens(images[row], args.model)
-        rms, largest = np.sqrt(np.mean(residual**2)), np.abs(residual).max()
-        worst = max(worst, rms)
-        print(f"{row}: source ({source[0]:+.5f}, {source[1]:+.5f})″, rms {rms:.2g} of the peak, "
-              f"largest difference {largest:.2g}")  # fmt: skip
-    print(f"{len(rows)} images, largest rms {worst:.2g} of the peak")
-
-
-def write_pictures(args):
+def pictures(args):
     dataset, rng = data.load(args.data), np.random.default_rng(args.seed)
     kind = f"pictures of any kind, seed {args.seed}," if args.any else "8-bit pictures"
-    with atomic_directory(args.out) as folder:
-        writer = data.PackedWriter(
-            folder, dataset.images.shape, dataset.class_names, f"{kind} of {dataset.origin}"
-        )
+    made = made_from(argparse.Namespace(), [__file__], kind=kind, data=identity_of(dataset))
+    if args.update:
+        if is_current(args.out / "dataset.json", made):
+            return
+        require_origin(args.out / "dataset.json", "pictures of ", "8-bit pictures ")
+    with atomic_directory(args.out, "dataset.json" if args.update else None) as folder:
+        origin = f"{kind} of {dataset.origin}"
+        writer = data.PackedWriter(folder, dataset.images.shape, dataset.class_names, origin)
         for start in range(0, len(dataset.images), data.CHECK_BLOCK):
             images = np.asarray(dataset.images[start : start + data.CHECK_BLOCK], np.float64)
             if not (images.max(axis=(1, 2)) > 0).all():
                 raise UserError(f"{args.data}: an image has no positive pixel")
-            labels = dataset.labels[start : start + data.CHECK_BLOCK].tolist()
-            pictures = as_any_pictures(images, rng) if args.any else as_pictures(images)
-            for picture, label in zip(pictures, labels, strict=True):
+            shown = as_any_pictures(images, rng) if args.any else as_pictures(images)
+            for picture, label in zip(shown, dataset.labels[start : start + len(shown)].tolist(), strict=True):
                 writer.append(picture[None], label)
         writer.close()
+        sign(folder / "dataset.json", made)
     print(f"{len(dataset.images)} pictures in {args.out}")
+
+
+# classify
 
 
 def classify(args):
@@ -173,18 +182,13 @@ def classify(args):
     for name in np.unique(columns.get("labels", [])):
         if name not in class_names:
             raise UserError(f"{args.images}: {args.weights} does not know the label {name}")
-    device = resolve_device(args.device)
-    probabilities = predict_probabilities(
-        model, images.astype(np.float32), np.arange(len(images)), device
-    )
-    predicted = np.array(class_names)[probabilities.argmax(1)]
-    with atomic_write(args.out) as temporary, temporary.open("w", newline="", encoding="utf-8") as f:
-        writer = csv.writer(f)
-        writer.writerow(["image", "exact", *columns, *class_names, "prediction"])
-        exact = is_exact(images)
-        for i, row in enumerate(probabilities):
-            extra = [column[i] for column in columns.values()]
-            writer.writerow([i, int(exact[i]), *extra, *(f"{p:.6f}" for p in row), predicted[i]])
+    rows, device = np.arange(len(images)), resolve_device(args.device)
+    probabilities = predict_probabilities(model, images.astype(np.float32), rows, device)
+    predicted, exact = np.array(class_names)[probabilities.argmax(1)], is_exact(images)
+    shares = [[f"{p:.6f}" for p in row] for row in probabilities]
+    extra = zip(*columns.values(), strict=True) if columns else ((),) * len(images)
+    lines = ([str(i), str(int(exact[i])), *map(str, known), *shares[i], predicted[i]] for i, known in enumerate(extra))
+    write_csv(args.out, [["image", "exact", *columns, *class_names, "prediction"], *lines])
     print(f"{len(images)} images in {args.out}")
     if "labels" not in columns:
         return
@@ -202,25 +206,27 @@ def parse_args(argv=None):
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("fit", help="fit the smooth lens to no_sub images")
-    command.add_argument("--images", type=path_argument, required=True, metavar="NPZ|NPY")
-    command.add_argument("--model", choices=lenses.INSTRUMENTS, default="Model_II")
-    command.set_defaults(function=fit)
-    command = commands.add_parser("pictures", help="a data set as 8-bit pictures")
-    command.add_argument("--data", type=path_argument, required=True, help="data set to convert")
-    command.add_argument("--out", type=path_argument, required=True, help="folder to create")
-    command.add_argument("--any", action="store_true", help="pictures of any kind, not 8-bit alone")
-    command.add_argument("--seed", type=int, default=0, help="of the kinds and their noise")
-    command.set_defaults(function=write_pictures)
-    command = commands.add_parser("classify", help="ask a classifier about real images")
-    command.add_argument("--images", type=path_argument, required=True, metavar="NPZ")
-    command.add_argument("--weights", type=path_argument, required=True, metavar="PTH")
-    command.add_argument("--out", type=path_argument, required=True, metavar="CSV")
-    options.add_device_argument(command)
-    command.set_defaults(function=classify)
-    args = parser.parse_args(argv)
-    options.check_numbers(args)
-    return args
+
+    def add(function, help):
+        command = commands.add_parser(function.__name__, help=help)
+        command.set_defaults(function=function)
+        return command.add_argument
+
+    option = add(fit, "fit the smooth lens to no_sub images")
+    option("--images", type=path_argument, required=True, metavar="NPZ|NPY")
+    option("--model", choices=lenses.INSTRUMENTS, default="Model_II")
+    option = add(pictures, "a data set as 8-bit pictures")
+    option("--data", type=path_argument, required=True, help="data set to convert")
+    option("--out", type=path_argument, required=True, help="folder to create")
+    option("--any", action="store_true", help="pictures of any kind, not 8-bit alone")
+    option("--seed", type=int, default=0, help="of the kinds and their noise")
+    option("--update", action="store_true", help="do nothing if --out holds the same pictures; replace others")
+    option = add(classify, "ask a classifier about real images")
+    option("--images", type=path_argument, required=True, metavar="NPZ")
+    option("--weights", type=path_argument, required=True, metavar="PTH")
+    option("--out", type=path_argument, required=True, metavar="CSV")
+    option("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    return options.parsed(parser, argv)
 
 
 def main(argv=None):

@@ -16,30 +16,26 @@ from lib.errors import UserError, path_argument, run
 from lib.files import read_json, write_json, write_text
 
 EXAMPLE = """example:
-  python experiments/results.py runs/study/results-0 runs/study/results-1 --out runs/results"""
+  python experiments/results.py runs/study/all-0/results runs/study/all-1/results --out runs/results"""
 
-FIGURES = ("AUC", "%", "error")  # keys of a row with one of these in them are measured
+FIGURES = ("AUC", "%")  # keys of a row with one of these in them are measured
 HOW = ("command", "commit", "precision")  # how rows were made
-DRAWN = {"x", "label", "logarithmic", "y"}  # see `draw`
 
 
 def by_run(rows):
     """{run: {figure: (mean, standard deviation, seeds)}}, in the order of the rows."""
     runs = {}
     for row in rows:
-        for key, value in row.items():
-            if _is_figure(key):
-                runs.setdefault(row["run"], {}).setdefault(key, []).append(value)
+        for key in filter(is_figure, row):
+            runs.setdefault(row["run"], {}).setdefault(key, []).append(row[key])
     return {
-        name: {
-            key: (float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, len(v))
-            for key, v in figures.items()
-        }
+        name: {k: (float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, len(v))
+               for k, v in figures.items()}
         for name, figures in runs.items()
-    }
+    }  # fmt: skip
 
 
-def _is_figure(key):
+def is_figure(key):
     return any(part in key for part in FIGURES)
 
 
@@ -51,15 +47,12 @@ def table(rows):
             return ""
         mean, deviation, seeds = figures[key]
         digits = 2 if key.endswith("%") else 5
-        tiny = "error" in key and mean <= 0.01
-        text = f"{mean:.2e}" if tiny else f"{mean:.{digits}f}"
-        spread = f"{deviation:.0e}" if tiny else f"{deviation:.{digits}f}"
-        return f"{text} ± {spread}" if seeds > 1 else text
+        return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if seeds > 1 else "")
 
     runs = by_run(rows)
     keys = list(dict.fromkeys(key for figures in runs.values() for key in figures))
-    rows = [[name, *(cell(key, figures) for key in keys)] for name, figures in runs.items()]
-    return tables.markdown([["run", *keys], *rows])
+    lines = [[name, *(cell(key, figures) for key in keys)] for name, figures in runs.items()]
+    return tables.markdown([["run", *keys], *lines])
 
 
 def draw(path, rows, drawn):
@@ -68,18 +61,16 @@ def draw(path, rows, drawn):
     `drawn` is None or {"x": key of a row, "label": its label or None where every kind has its own,
     "logarithmic": bool, "y": the figure}.
     """
+    runs = by_run(rows)
     if drawn is None:
-        plots.dots(path, {
-            run_name: {k: v[:2] for k, v in figures.items() if "AUC" in k}
-            for run_name, figures in by_run(rows).items()
-        })  # fmt: skip
+        plots.dots(path, {name: {k: v[:2] for k, v in figures.items() if "AUC" in k}
+                          for name, figures in runs.items()})  # fmt: skip
         return
-    series = {}
-    for run_name, figures in by_run(rows).items():
-        row = next(row for row in rows if row["run"] == run_name)
-        series.setdefault(row["kind"], []).append((row[drawn["x"]], *figures[drawn["y"]][:2]))
-    # Joined results may come in any order.
-    series = {kind: sorted(points) for kind, points in series.items()}
+    series, rows_of = {}, {row["run"]: row for row in rows}
+    for name, figures in runs.items():
+        point = (rows_of[name][drawn["x"]], *figures[drawn["y"]][:2])
+        series.setdefault(rows_of[name]["kind"], []).append(point)
+    series = {kind: sorted(points) for kind, points in series.items()}  # joined ones may come in any order
     plots.series(path, series, drawn["label"], drawn["y"], drawn["logarithmic"])
 
 
@@ -89,52 +80,33 @@ def write(folder, name, what, made, rows, drawn=None):
     `what` says what it compares. `made` is a list of dicts with the keys of HOW, one for each
     command that made some of the rows. For `drawn` see `draw`.
     """
-    content = {"what": what, "made": made, "drawn": drawn, "rows": rows}
-    write_json(folder / f"{name}.json", content)
+    write_json(folder / f"{name}.json", {"what": what, "made": made, "drawn": drawn, "rows": rows})
     draw(folder / f"{name}.png", rows, drawn)
     text = ["# Results of study.py", ""]
-    for other in names_in([folder]):
-        kept = read(folder / f"{other}.json")
-        text += [f"## {other}", "", kept["what"], "", table(kept["rows"]), ""]
-        text += [f"- `{m['command']}`, commit {m['commit']}, {m['precision']}"
-                 for m in kept["made"]]  # fmt: skip
-        text += ["", f"![{other}]({other}.png)", ""]
+    for path in sorted(folder.glob("*.json")):
+        kept = read(path)
+        text += [f"## {path.stem}", "", kept["what"], "", table(kept["rows"]), ""]
+        text += ["- `{command}`, commit {commit}, {precision}".format(**made) for made in kept["made"]]
+        text += ["", f"![{path.stem}]({path.stem}.png)", ""]
     write_text(folder / "tables.md", "\n".join(text))
-
-
-def names_in(folders):
-    """Names of the experiments whose results lie in any of the folders."""
-    return sorted({path.stem for folder in folders for path in folder.glob("*.json")})
 
 
 def read(path):
     """What `write` has kept of an experiment; UserError if it is something else."""
     kept = read_json(path)
-    what, made, rows, drawn = (kept.get(key) for key in ("what", "made", "rows", "drawn"))
-    if not (
-        isinstance(what, str)
-        and isinstance(made, list)
-        and all(isinstance(m, dict) and set(HOW) <= m.keys() for m in made)
-        and (drawn is None or (isinstance(drawn, dict) and DRAWN <= drawn.keys()))
-        and isinstance(rows, list)
-        and all(_is_row(row, drawn) for row in rows)
-    ):
+    try:
+        drawn, rows = kept["drawn"], kept["rows"]
+        axes = [drawn["x"], drawn["y"]] if drawn else []
+        texts = [kept["what"], *(made[key] for made in kept["made"] for key in HOW)]
+        texts += [row[key] for row in rows for key in (("run", "kind") if drawn else ("run",))]
+        numbers = [row[key] for row in rows for key in ("seed", *axes, *filter(is_figure, row))]
+        is_valid = isinstance(rows, list) and (not drawn or {"label", "logarithmic"} <= drawn.keys())
+    except (KeyError, TypeError, AttributeError):
+        is_valid = False
+    if not (is_valid and all(isinstance(text, str) for text in texts)
+            and all(isinstance(number, int | float) for number in numbers)):  # fmt: skip
         raise UserError(f"{path}: not a result of study.py; run the experiment again")
     return kept
-
-
-def _is_row(row, drawn):
-    """Whether `row` has what the table and the picture need, numbers where they must be."""
-    if not isinstance(row, dict):
-        return False
-    numbers = {"seed", *(key for key in row if _is_figure(key))}
-    texts = {"run"}
-    if drawn:
-        numbers |= {drawn["x"], drawn["y"]}
-        texts |= {"kind"}
-    return all(isinstance(row.get(key), int | float) for key in numbers) and all(
-        isinstance(row.get(key), str) for key in texts
-    )
 
 
 def join(folders, out):
@@ -142,27 +114,25 @@ def join(folders, out):
 
     Raises UserError if two folders hold the same run and seed, or if none holds any.
     """
-    names = names_in(folders)
+    names = sorted({path.stem for folder in folders for path in folder.glob("*.json")})
     if not names:
         raise UserError(f"no results of study.py in {', '.join(map(str, folders))}")
     for name in names:
-        made, rows, source = [], [], {}
-        for path in (f / f"{name}.json" for f in folders):
-            if not path.exists():
-                continue
-            kept = read(path)
-            made += kept["made"]
-            for row in kept["rows"]:
+        parts = {path: read(path) for path in (f / f"{name}.json" for f in folders) if path.exists()}
+        source = {}
+        for path, part in parts.items():
+            for row in part["rows"]:
                 before = source.setdefault((row["run"], row["seed"]), path)
                 if before != path:
                     raise UserError(
-                        f"{before} and {path} both have seed {row['seed']} of {row['run']!r}: "
-                        "leave one out"
+                        f"{before} and {path} both have seed {row['seed']} of {row['run']!r}: leave one out"
                     )
-                rows.append(row)
+        rows = [row for part in parts.values() for row in part["rows"]]
         runs = list(dict.fromkeys(row["run"] for row in rows))
         rows.sort(key=lambda row: (row["seed"], runs.index(row["run"])))
-        write(out, name, kept["what"], made, rows, kept.get("drawn"))
+        made = [made for part in parts.values() for made in part["made"]]
+        *_, last = parts.values()
+        write(out, name, last["what"], made, rows, last["drawn"])
     return names
 
 
@@ -170,7 +140,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folders", type=path_argument, nargs="+", help="folders that study.py had as --results")
+    parser.add_argument("folders", type=path_argument, nargs="+", help="folders results/ of study.py")
     parser.add_argument(
         "--out", type=path_argument, default=Path("runs/results"),
         help="folder of the joined results (default: %(default)s)",
@@ -180,8 +150,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    names = join(args.folders, args.out)
-    print(f"{', '.join(names)} in {args.out}")
+    print(f"{', '.join(join(args.folders, args.out))} in {args.out}")
 
 
 if __name__ == "__main__":

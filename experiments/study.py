@@ -1,16 +1,13 @@
 """Experiments that explain the figures: what pre-training gains, what decides it, where it fails.
 
-Every experiment trains with the project's own scripts, one run a folder in --out. Finished runs are
-not repeated, and a stopped run resumes. The results are kept in --results (see results.py). Test
-figures choose nothing.
+An experiment is a list of commands of this project, each with --update, and a table of what they
+left, so finished runs are not repeated and a stopped one resumes. The runs lie in --out, the rows,
+tables and pictures in --out/results (see results.py). Test figures choose nothing.
 """
 
 import argparse
-import functools
-import hashlib
-import json
+import itertools
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,31 +21,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate
 import finetune
 import pretrain
+import reconstruct
 import simulate
-from experiments import kinds, refusals, results
-from lib import augment, clusters, data, lenses, metrics, options, residuals, weights
+from experiments import kinds, results
+from lib import clusters, data, lenses, options, residuals, weights
 from lib.device import choose_precision, resolve_device
 from lib.errors import UserError, path_argument, run
-from lib.files import make_folder, read_json, sha256_of, write_json
-from lib.run import FREE_OPTIONS
-from mae import POOLINGS
+from lib.files import make_folder, read_json, write_json
 
 EXAMPLE = """examples:
   python experiments/study.py --data lenses --out own/study
-  python experiments/study.py --data lenses --out own/study --only labels mask_ratio --seeds 0"""
+  python experiments/study.py --data lenses --out own/study --only labels scratch --seeds 0"""
 
-STRATEGIES = tuple(finetune.STRATEGIES)
 # Epochs from scratch that cost at least as much processor time as pre-training and fine-tuning.
 SCRATCH_EPOCHS = 7
-# Options of the scripts that a study sets itself.
-OWN = ("--data", "--cache-dir", "--seed", "--out", "--resume", "--overwrite", "--device",
-       "--precision", "--strategy", "--pretrained", "--labels")  # fmt: skip
 LABEL_SHARES = (0.001, 0.003, 0.01, 0.1, 1.0)
-ROBUSTNESS_PER_CLASS = 1000
-ROBUSTNESS_KINDS = (
-    "clean", "Euclid noise", "PSF −20 %", "PSF +20 %", "shifted 1 px", "turned 90°",
-    "turned at random",
-)  # fmt: skip
 UNFAMILIAR_PER_CLASS = 300
 MISTAKES_PER_CLASS = 10000
 OTHER_MODELS = {  # options of pre-training, and of fine-tuning; noise takes more epochs
@@ -62,496 +49,272 @@ RING_WIDTH = 0.3  # arcsec around the Einstein ring
 FRESH_SEED = 1000  # of images simulated for testing; training data has other seeds
 
 
-class Lab(NamedTuple):
-    """Where a study reads and writes, and what its runs have in common."""
+class Images(NamedTuple):
+    """A data set to train or to test on, and which images of it are tested on."""
 
-    data: Path
-    dataset: data.Dataset  # what `data` holds
-    unseen: data.Dataset | None  # of another simulator, for testing only
+    folder: Path
+    dataset: data.Dataset
+    split: str = "test"  # or "all" of an unseen data set
+    name: str = "test"
+
+
+class Study(NamedTuple):
+    """What all experiments have in common."""
+
+    args: argparse.Namespace
+    own: Images
+    tests: tuple  # of Images, the own first
     cutouts: np.ndarray | None  # real ones (n, 64, 64), without labels
-    out: Path
-    seeds: tuple
-    label_shares: tuple  # of the training labels, for experiments with few
-    pretraining: tuple  # options of every pretrain.py run
-    finetuning: tuple  # options of every finetune.py run
-    common: tuple  # options of both
+    precision: str
     device: torch.device
 
 
-# Runs
+# Commands
 
 
-def claim(lab):
-    """Make the study's folder one of its data set: runs on other data would be replaced there.
-
-    Raises UserError if it holds the runs of another data set, or of a version that did not say.
-    """
-    path = lab.out / "data.json"
-    is_old = not path.exists() and any(lab.out.glob("*/seed*/*/study.json"))
-    if is_old or (path.exists() and read_json(path).get("fingerprint") != lab.dataset.fingerprint):
-        of = "an older version" if is_old else f"another data set than {lab.data}"
-        raise UserError(f"{lab.out} holds the runs of {of}: name another --out, or remove it")
-    make_folder(lab.out)
-    write_json(path, {"fingerprint": lab.dataset.fingerprint})
+def call(script, own, given="", changes=()):
+    """Run a script with its options `own`, those that the user has `given` and an experiment's `changes`."""
+    own, given, changes = grouped(own), grouped(shlex.split(given)), grouped(changes)
+    for flag in own.keys() & given.keys():
+        raise UserError(f"{flag} {' '.join(given[flag])}: the study itself sets it; leave it out")
+    script.main([word for flag, values in (own | given | changes).items() for word in (flag, *values)])
 
 
-def trained(script, out, arguments, file, fingerprint, source=""):
-    """Weights file of a run of `script`; an identical run that is finished is not repeated.
-
-    `fingerprint` identifies the data, `source` the weights that the run starts from. A run of other
-    options, defaults, data or source is replaced.
-    """
-    argv = [*map(str, arguments), "--out", str(out), "--resume"]
-    given = vars(script.parse_args(argv))
-    given = {k: str(v) for k, v in given.items() if k not in FREE_OPTIONS}
-    constants = ("DEFAULTS", "FROM_SCRATCH", "CONTINUING", "DEFAULT_POOL", "SCORES",
-                 "RESIDUAL_VALIDATIONS", "EPOCHS", "FEWEST_STEPS")  # fmt: skip
-    defaults = [getattr(script, name, None) for name in constants]
-    identity = json.dumps([given, defaults, fingerprint, source])
-    identity = hashlib.sha256(identity.encode()).hexdigest()
-    marker = out / "study.json"
-    if marker.exists() and read_json(marker).get("identity") != identity:
-        shutil.rmtree(out)
-    make_folder(out)
-    write_json(marker, {"identity": identity})
-    if not (out / file).exists():
-        script.main(argv)
-    return out / file
+def grouped(words):
+    """{option: its values} of a command's words; UserError if the first word is no option."""
+    options = {}
+    for word in map(str, words):
+        if word.startswith("--"):
+            flag, *value = word.split("=", 1)
+            options[flag] = value
+        elif options:
+            options[flag].append(word)
+        else:
+            raise UserError(f"{word} is no option: give options such as --epochs 2")
+    return options
 
 
-def pretrained(lab, name, seed, *options, images=None):
-    """Weights of a pre-training; `images` is a data set in place of the study's."""
-    arguments = [*lab.pretraining, "--data", images or lab.data, "--seed", seed, *lab.common]
-    return trained(
-        pretrain, lab.out / name / f"seed{seed}" / "pretrain", [*arguments, *options],
-        "vit-mae-wt.pth", fingerprint_of(lab, images),
-    )  # fmt: skip
+def options_of(study, out, seed, images):
+    """The options that every training of a study has, and no user may give."""
+    images = images or study.own
+    cache = ("--cache-dir", study.args.cache_dir) if study.args.cache_dir else ()
+    return ("--data", images.folder, *cache, "--out", out, "--update", "--seed", seed,
+            "--precision", study.precision, "--device", study.device)  # fmt: skip
 
 
-def fingerprint_of(lab, images):
-    """Identity of the study's data set, or of the one that stands in its place."""
-    return (data.load(images) if images else lab.dataset).fingerprint
+def pretrained(study, seed, *changes, name="base", images=None):
+    """Weights of a pre-training with the options `changes`, by default on the study's data."""
+    out = study.args.out / name / f"seed{seed}" / "pretrain"
+    call(pretrain, options_of(study, out, seed, images), study.args.pretraining, changes)
+    return out / "vit-mae-wt.pth"
 
 
-def finetuned(lab, name, seed, strategy, start, *options, images=None):
+def finetuned(study, seed, strategy, start, *changes, name="base", images=None, labels=1.0):
     """Weights of a fine-tuning that starts from the MAE `start`, or from "none".
 
     `layernorm` continues from the head's run, which comes first.
     """
     if strategy == "layernorm":
-        start = finetuned(lab, name, seed, "head", start, images=images)
-    finetuning = lab.finetuning if start == "none" else without_network(lab.finetuning)
-    arguments = [*finetuning, "--data", images or lab.data, "--seed", seed, *lab.common]
-    source = "" if start == "none" else sha256_of(start)
-    folder = strategy if start != "none" else "scratch"
-    return trained(
-        finetune, lab.out / name / f"seed{seed}" / folder,
-        [*arguments, "--pretrained", start, "--strategy", strategy, *options],
-        "vit-mae-classifier-wt.pth", fingerprint_of(lab, images), source,
-    )  # fmt: skip
+        start = finetuned(study, seed, "head", start, name=name, images=images)
+    out = study.args.out / name / f"seed{seed}" / ("scratch" if start == "none" else strategy)
+    own = (*options_of(study, out, seed, images), "--pretrained", start, "--strategy", strategy, "--labels", labels)
+    call(finetune, own, study.args.finetuning, changes)
+    return out / "vit-mae-classifier-wt.pth"
 
 
-def without_network(arguments):
-    """Options without those of the network, which weights decide; all of them take a value."""
-    flags = {f"--{name.replace('_', '-')}" for name in options.NETWORK}
-    words, kept = iter(arguments), []
-    for word in words:
-        if word in flags:
-            next(words, None)
-        elif word.split("=")[0] not in flags:
-            kept.append(word)
-    return kept
+def left_by(script, study, path, images):
+    """The metrics.json that evaluate.py or reconstruct.py leaves of the weights `path`."""
+    out = path.parent / f"{script.__name__}-{images.name}"
+    cache = ("--cache-dir", study.args.cache_dir) if study.args.cache_dir else ()
+    call(script, ("--data", images.folder, *cache, "--weights", path, "--out", out, "--split", images.split,
+                  "--resamples", 1, "--device", study.device, "--update"))  # fmt: skip
+    return read_json(out / "metrics.json")
 
 
-def cached_result(measure):
-    """Keep the dict that `measure(lab, path, dataset, whole)` returns beside the weights `path`.
-
-    A later call of the same code for the same weights reads it from there. `whole` measures on all
-    images of the data set instead of its test split.
-    """
-
-    @functools.wraps(measure)
-    def cached(lab, path, dataset, whole=False):
-        if not dataset.fingerprint:  # simulated for one use
-            return measure(lab, path, dataset, whole)
-        part = "all" if whole else "test"
-        made_by = f"{code_digest()}-{sha256_of(path)[:8]}"
-        name = f"{measure.__name__}-{part}-{dataset.fingerprint}-{made_by}.json"
-        file = path.parent / name
-        if not file.exists():
-            write_json(file, measure(lab, path, dataset, whole))
-        return read_json(file)
-
-    return cached
-
-
-@functools.cache
-def code_digest():
-    """Eight hex digits of the code that figures depend on: other code may measure others."""
-    root = Path(__file__).resolve().parents[1]
-    files = [root / "mae.py", root / "evaluate.py", Path(__file__), *sorted((root / "lib").glob("*.py"))]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:8]
-
-
-@cached_result
-def measured(lab, path, dataset, whole):
+def measured(study, path, images):
     """AUC of each class, macro AUC and accuracy (%) of a classifier."""
-    model, content = weights.load_classifier(path)
-    rows = data.rows_to_evaluate(dataset, content, whole)
-    labels = data.class_order(content["class_names"], dataset, path)[dataset.labels[rows]]
-    probabilities = evaluate.predict_probabilities(model, dataset.images, rows, lab.device)
-    *aucs, macro, accuracy = metrics.measures(probabilities, labels).tolist()
-    by_class = {f"AUC {name}": auc for name, auc in zip(content["class_names"], aucs, strict=True)}
-    return {**by_class, "macro AUC": macro, "accuracy %": 100 * accuracy}
+    (result,) = left_by(evaluate, study, path, images)["results"].values()
+    by_class = {f"AUC {name}": auc["value"] for name, auc in result["auc"].items()}
+    return {**by_class, "macro AUC": result["macro"]["value"], "accuracy %": 100 * result["accuracy"]["value"]}
 
 
-def residuals_on(lab, path, dataset):
-    """(content of an MAE's weights file, function from rows of `dataset` to `MAE.residual`)."""
-    content, residuals_of, _ = residuals.residual_reader(
-        path, dataset, lab.device, mask_ratio=None, rounds=2, seed=0
-    )
-    return content, residuals_of
-
-
-@cached_result
-def residual_auc(lab, path, dataset, whole):
+def residual_auc(study, path, images):
     """AUC of an MAE's residual, which needs no labels: all substructure, and each kind of it."""
-    content, residuals_of = residuals_on(lab, path, dataset)
-    rows = data.rows_to_evaluate(dataset, content, whole)
-    labels = dataset.labels[rows]
-    _, has_substructure = residuals.unlike_training(content, labels, dataset.class_names)
-    if has_substructure.all() or not has_substructure.any():
-        classes = ", ".join(content["run"]["classes"])
-        raise UserError(f"{path} was trained on {classes}: no other classes to compare")
-    scores = residuals.scores_of(residuals_of, rows)
-    every, by_class = residuals.auc_by_kind(scores, has_substructure, labels, dataset.class_names)
-    columns = {f"residual AUC {name}": float(auc) for name, auc in by_class.items()}
-    return {"residual AUC all": float(every), **columns}
+    auc = left_by(reconstruct, study, path, images).get("auc")
+    if auc is None:
+        raise UserError(f"{path}: trained on all of the classes, or on none: there is nothing to compare")
+    return {f"residual AUC {name}": a["value"] for name, a in {"all": auc["all"], **auc["classes"]}.items()}
 
 
-@cached_result
-def cluster_accuracy(lab, path, dataset, whole):
-    """Accuracy (%) of kinds that are found in an MAE's residuals, as many as the study has classes.
-
-    They are found in training images of the study, without labels, with the MAE's seed.
-    """
-    content, residuals_of = residuals_on(lab, path, dataset)
-    _, residuals_of_own = residuals_on(lab, path, lab.dataset)
-    rows, seed = data.rows_to_evaluate(dataset, content, whole), content["run"]["seed"]
-    train = np.random.default_rng(seed).permutation(data.split(lab.dataset)["train"])
-    chosen = np.sort(train[:CLUSTERED_IMAGES])
-    _, powers = residuals.scores_and_powers(residuals_of_own, chosen)
-    found_kinds = clusters.fit(powers, len(lab.dataset.class_names), seed)
-    _, powers = residuals.scores_and_powers(residuals_of, rows)
-    found, labels = clusters.assign(found_kinds, powers), dataset.labels[rows]
-    _, class_of = clusters.match(found, labels, found_kinds.count, len(dataset.class_names))
-    return {"clusters accuracy %": 100 * float((class_of[found] == labels).mean())}
+# Experiments: each gives the rows of its table for a seed, dicts with "run" and "seed".
 
 
-def chain(lab, name, seed, strategies=STRATEGIES, pretraining=(), finetuning=()):
-    """Pre-train and fine-tune by each strategy; one dict of what came out.
-
-    `finetuning` are options of the strategies that train the encoder.
-    """
-    start = pretrained(lab, name, seed, *pretraining)
-    _, _, content = weights.load_mae(start)
-    row = {"reconstruction error": content["run"]["last"]["validation_loss"]}
-    for strategy in strategies:
-        options = () if strategy in ("head", "residual") else finetuning
-        path = finetuned(lab, name, seed, strategy, start, *options)
-        row |= summary(lab, strategy, path)
-    return row
+def tested(study, name, seed, path):
+    """Rows of a classifier: on the test split and, if there are any, on unseen images."""
+    for images in study.tests:
+        yield {"run": f"{name}, {images.name}", "seed": seed, **measured(study, path, images)}
 
 
-def summary(lab, strategy, path):
-    """The columns of a strategy in tables that compare several."""
-    result = measured(lab, path, lab.dataset)
-    return {f"{strategy} {figure}": result[figure] for figure in ("macro AUC", "accuracy %")}
-
-
-def usual_pretraining(lab):
-    """(epochs, share of the training images) of the study's default pre-training."""
-    args = pretrain.parse_args(["--data", "unused", "--out", "unused", *lab.pretraining])
-    rows = data.split(lab.dataset)["train"]
-    images = len(pretrain.rows_to_learn_from(lab.dataset, rows, args.classes))
-    return pretrain.epochs_for(args, images), images / len(rows)
-
-
-def on_all_classes(lab):
-    """Options of a pre-training on all classes that takes as many steps as the default one."""
-    epochs, share = usual_pretraining(lab)
-    return ["--classes", "all", "--epochs", max(1, round(epochs * share))]
-
-
-# Experiments: each takes the lab and gives the rows of its table, dicts with "run" and "seed".
-
-
-def strategies(lab):
+def strategies(study, seed):
     """Every strategy, on the test split and on unseen images."""
-    rows = []
-    for seed in lab.seeds:
-        start = pretrained(lab, "base", seed)
-        for strategy in STRATEGIES:
-            path = finetuned(lab, "base", seed, strategy, start)
-            rows += results_of(lab, strategy, seed, path)
-    return rows
+    start = pretrained(study, seed)
+    for strategy in finetune.STRATEGIES:
+        yield from tested(study, strategy, seed, finetuned(study, seed, strategy, start))
 
 
-def scratch(lab):
+def scratch(study, seed):
     """The whole network from the pre-trained encoder and from random weights, all labels.
 
     "Same compute": as many epochs as cost what pre-training and fine-tuning cost together.
     """
-    rows = []
-    for seed in lab.seeds:
-        start = pretrained(lab, "base", seed)
-        longer = ("--epochs", SCRATCH_EPOCHS)
-        for name, path in {
-            "pre-trained, full": finetuned(lab, "base", seed, "full", start),
-            "from scratch, same epochs": finetuned(lab, "base", seed, "full", "none"),
-            "from scratch, same compute": finetuned(lab, "longer", seed, "full", "none", *longer),
-        }.items():
-            rows += results_of(lab, name, seed, path)
-    return rows
+    start, longer = pretrained(study, seed), ("--epochs", SCRATCH_EPOCHS)
+    for name, path in (
+        ("pre-trained, full", finetuned(study, seed, "full", start)),
+        ("from scratch, same epochs", finetuned(study, seed, "full", "none")),
+        ("from scratch, same compute", finetuned(study, seed, "full", "none", *longer, name="longer")),
+    ):
+        yield from tested(study, name, seed, path)
 
 
-def results_of(lab, name, seed, path):
-    """Rows of a classifier: on the test split and, if there are any, on unseen images."""
-    return [
-        {"run": f"{name}, {where}", "seed": seed,
-         **measured(lab, path, images, whole=where != "test")}
-        for where, images in test_sets(lab).items()
-    ]  # fmt: skip
-
-
-def test_sets(lab):
-    return {"test": lab.dataset} | ({"lenstronomy": lab.unseen} if lab.unseen else {})
-
-
-def without_labels(lab):
+def without_labels(study, seed):
     """Telling substructure from smooth lenses, and all kinds apart, by the residual without labels.
 
     "clusters": kinds that are found in the residuals of training images, scored by the classes.
     """
-    rows = []
-    for seed in lab.seeds:
-        path = pretrained(lab, "base", seed)
-        for where, images in test_sets(lab).items():
-            whole = where != "test"
-            rows.append({"run": where, "seed": seed,
-                         **residual_auc(lab, path, images, whole),
-                         **cluster_accuracy(lab, path, images, whole)})  # fmt: skip
-    return rows
+    path = pretrained(study, seed)
+    for images in study.tests:
+        row = residual_auc(study, path, images) | cluster_accuracy(study, path, images)
+        yield {"run": images.name, "seed": seed, **row}
 
 
-def labels(lab):
+def cluster_accuracy(study, path, images):
+    """Accuracy (%) of kinds that are found in an MAE's residuals, as many as the study has classes.
+
+    They are found in training images of the study, without labels, with the MAE's seed.
+    """
+    def powers_of(dataset, rows):
+        _, maps_of, _ = residuals.residual_reader(path, dataset, study.device, None, rounds=2, seed=0)
+        return residuals.scores_and_powers(maps_of, rows)[1]
+
+    content, own = weights.read(path).content, study.own.dataset
+    seed, count = content["run"]["seed"], len(own.class_names)
+    rows = data.rows_to_evaluate(images.dataset, content, images.split == "all")
+    train = np.random.default_rng(seed).permutation(data.split(own)["train"])
+    found_kinds = clusters.fit(powers_of(own, np.sort(train[:CLUSTERED_IMAGES])), count, seed)
+    found, labels = clusters.assign(found_kinds, powers_of(images.dataset, rows)), images.dataset.labels[rows]
+    _, class_of = clusters.match(found, labels, count, count)
+    return {"clusters accuracy %": 100 * float((class_of[found] == labels).mean())}
+
+
+def labels(study, seed):
     """Part of the training labels: how many does pre-training save?
 
     The MAE has seen images that are known to be smooth; "scratch" has not.
     """
-    rows = []
-    for seed in lab.seeds:
-        start = pretrained(lab, "base", seed)
-        rows += with_few_labels(lab, seed, "base", {
-            "residual": ("residual", start), "full": ("full", start), "head": ("head", start),
-            "scratch": ("full", "none"),
-        })  # fmt: skip
-    return rows
+    start = pretrained(study, seed)
+    starts = {"residual": start, "full": start, "head": start, "scratch": "none"}
+    yield from with_few_labels(study, seed, "base", starts)
 
 
-def labels_all_classes(lab):
+def labels_all_classes(study, seed):
     """The same with an MAE that has seen the images of all classes, without their labels."""
-    rows = []
-    for seed in lab.seeds:
-        start = pretrained(lab, "all-classes", seed, *on_all_classes(lab))
-        ways = {"residual": ("residual", start), "full": ("full", start)}
-        rows += with_few_labels(lab, seed, "all-classes", ways)
-    return rows
+    start = pretrained(study, seed, *on_all_classes(study), name="all-classes")
+    yield from with_few_labels(study, seed, "all-classes", {"residual": start, "full": start})
 
 
-def with_few_labels(lab, seed, folder, ways):
-    """Rows of every share of the labels; `ways` is {name: (strategy, MAE to start from)}.
+def on_all_classes(study):
+    """Options of a pre-training on all classes that takes as many steps as the default one."""
+    args = pretrain.parse_args(["--data", "x", "--out", "x", *shlex.split(study.args.pretraining)])
+    rows = data.split(study.own.dataset)["train"]
+    images = len(pretrain.rows_to_learn_from(study.own.dataset, rows, args.classes))
+    epochs = pretrain.DEFAULTS.recipe(args, images).epochs * images / len(rows)
+    return "--classes", "all", "--epochs", max(1, round(epochs))
+
+
+def with_few_labels(study, seed, folder, starts):
+    """Rows of every share of the labels; `starts` is {strategy: MAE to start from}, or "none" for scratch.
 
     All runs validate on the whole validation part, three times, whatever labels they train on.
     """
-    rows, images = [], len(data.split(lab.dataset)["train"])
-    for share in lab.label_shares:
-        options = ["--labels", share, "--validations", 3] if share < 1 else []
-        name = f"{folder}-labels-{share:g}" if share < 1 else folder
-        for kind, (strategy, start) in ways.items():
-            result = measured(lab, finetuned(lab, name, seed, strategy, start, *options), lab.dataset)
-            count = round(share * images)
-            rows.append({"run": f"{kind}, {count} labels", "seed": seed, "kind": kind,
-                         "labels": count, **result})  # fmt: skip
-    return rows
+    images = len(data.split(study.own.dataset)["train"])
+    for share, (kind, start) in itertools.product(LABEL_SHARES, starts.items()):
+        strategy = "full" if start == "none" else kind
+        if share < 1:
+            path = finetuned(study, seed, strategy, start, "--validations", 3,
+                             name=f"{folder}-labels-{share:g}", labels=share)  # fmt: skip
+        else:
+            path = finetuned(study, seed, strategy, start, name=folder)
+        count = round(share * images)
+        yield {"run": f"{kind}, {count} labels", "seed": seed, "kind": kind, "labels": count,
+               **measured(study, path, study.own)}  # fmt: skip
 
 
-def mask_ratio(lab):
-    """Share of patches that pre-training hides."""
-    return [
-        {"run": f"{100 * ratio:.0f} % hidden", "seed": seed, "mask_ratio": ratio,
-         **chain(lab, "base" if ratio == 0.75 else f"mask-{ratio:g}", seed,
-                 pretraining=["--mask-ratio", ratio])}
-        for seed in lab.seeds
-        for ratio in (0.5, 0.75, 0.9)
-    ]  # fmt: skip
-
-
-def pretraining_images(lab):
-    """Pre-training on smooth lenses against all classes without labels, for as many steps."""
-    rows = []
-    for seed in lab.seeds:
-        rows.append({"run": "no_sub", "seed": seed, **chain(lab, "base", seed)})
-        row = chain(lab, "all-classes", seed, pretraining=on_all_classes(lab))
-        rows.append({"run": "all classes", "seed": seed, **row})
-    return rows
-
-
-def choices(lab):
-    """Pooling, patch size, intensity scale and normalised targets, one seed each."""
-    seed, rows = lab.seeds[0], []
-
-    def add(run, *arguments, **options):
-        row = chain(lab, *arguments, strategies=("head", "full"), **options)
-        rows.append({"run": run, "seed": seed, **row})
-
-    add("defaults", "base", seed)
-    start = pretrained(lab, "base", seed)
-    for pool in POOLINGS:
-        if pool != finetune.DEFAULT_POOL:
-            row = {"run": f"pooling {pool}", "seed": seed}
-            for strategy in ("head", "full"):
-                path = finetuned(lab, f"pool-{pool}", seed, strategy, start, "--pool", pool)
-                row |= summary(lab, strategy, path)
-            rows.append(row)
-    for kind in ("linear", "sqrt", "asinh"):
-        add(f"transform {kind}", f"transform-{kind}", seed, pretraining=["--transform", kind])
-    add("norm_pix_loss", "norm-pix", seed, pretraining=["--norm-pix-loss"])
-    # Four times the patches cost about four and a half times as much a step.
-    epochs = max(1, round(usual_pretraining(lab)[0] / 4.5))
-    add(
-        "patch size 4, same compute", "patch-4", seed,
-        pretraining=["--patch-size", 4, "--epochs", epochs],
-        finetuning=["--labels", 0.45, "--epochs", 1],
-    )  # fmt: skip
-    return rows
-
-
-def real_images(lab):
-    """Trained on clean images and with augmentation, tested on what a telescope would see."""
-    tests = {k: kinds.make(k, ROBUSTNESS_PER_CLASS, FRESH_SEED)[0] for k in ROBUSTNESS_KINDS}
-    everything = ",".join(augment.KINDS)
-    rows, seed = [], lab.seeds[0]
-    for name, folder, changes in (
-        ("clean images", "base", ""),
-        ("--augment halfturn,noise", "augment-noise", "halfturn,noise"),
-        (f"--augment {everything}", "augment-all", everything),
-    ):
-        options = ["--augment", changes] if changes else []
-        start = pretrained(lab, folder, seed, *options)
-        path = finetuned(lab, folder, seed, "full", start, *options)
-        row = {"run": f"trained with {name}", "seed": seed}
-        for test, images in tests.items():
-            result = measured(lab, path, as_dataset(images, ROBUSTNESS_PER_CLASS), whole=True)
-            row |= {f"{test}: AUC": result["macro AUC"], f"{test}: %": result["accuracy %"]}
-        rows.append(row)
-    return rows
-
-
-def unfamiliar(lab):
+def unfamiliar(study, seed):
     """Images unlike the training images: which does a classifier refuse, and which of the others does it get right?
 
     AUC: telling clean images from those of a kind by familiarity, or by what is known without it,
     the largest probability and the energy (Liu et al. 2020, arXiv:2010.03759). "Held back": a
     kind that was not looked at until the design of the familiarity was fixed.
     """
-    networks = {}
-    for seed in lab.seeds:
-        start = pretrained(lab, "base", seed)
-        for strategy in ("full", "residual"):
-            path = finetuned(lab, "base", seed, strategy, start)
-            model, familiarity = known_classifier(path, "unfamiliar")
-            if familiarity is None:
-                raise UserError(f"{path} has no familiarity: give more images, or remove {path.parent}")
-            networks[seed, strategy] = model, familiarity
-    images = kinds.every(UNFAMILIAR_PER_CLASS, FRESH_SEED + 2, lab.cutouts)
-    return refusals.rows_of(networks, images, lab.device)
+    start = pretrained(study, seed)
+    for strategy in ("full", "residual"):
+        path = finetuned(study, seed, strategy, start)
+        model, familiarity = known_classifier(path)
+        if familiarity is None:
+            raise UserError(f"{path} has no familiarity: give more images, or remove {path.parent}")
+        tests = kinds.every(UNFAMILIAR_PER_CLASS, FRESH_SEED + 2, study.cutouts)
+        for kind, row in kinds.answers_to(tests, model, familiarity, study.device):
+            yield {"run": f"{strategy}: {kind}", "seed": seed, "strategy": strategy, **row}
 
 
-def known_classifier(path, experiment):
+def known_classifier(path):
     """(model, familiarity) of weights for the classes of simulate.py."""
     model, content = weights.load_classifier(path)
     if tuple(content["class_names"]) != lenses.CLASS_NAMES:
-        raise UserError(f"{experiment}: the study's data must have the classes of simulate.py")
+        raise UserError(f"{path}: this experiment needs data with the classes of simulate.py")
     return model, weights.familiarity_in(path, content)
 
 
-def as_dataset(images, per_class):
-    """A `data.Dataset` of freshly simulated images, sorted by class."""
-    labels = np.repeat(np.arange(len(lenses.CLASS_NAMES)), per_class)
-    hashes = np.zeros(len(images), np.uint64)  # never split
-    return data.Dataset(images, labels, hashes, lenses.CLASS_NAMES, "", "freshly simulated")
-
-
-def instruments(lab):
+def instruments(study, seed):
     """The other two data models, by the strategy `residual` and without labels."""
-    rows = []
     for model, (pretraining, finetuning) in OTHER_MODELS.items():
-        images = lab.out / f"data-{model}"
-        if not images.exists():
-            size = ("--per-class", str(OTHER_PER_CLASS))
-            simulate.main(["--model", model, *size, "--out", str(images)])
-        dataset = data.load(images)
-        for seed in lab.seeds:
-            start = pretrained(lab, model, seed, *pretraining, images=images)
-            path = finetuned(lab, model, seed, "residual", start, *finetuning, images=images)
-            row = measured(lab, path, dataset) | residual_auc(lab, start, dataset)
-            rows.append({"run": model, "seed": seed, **row})
-    return rows
+        folder = study.args.out / f"data-{model}"
+        call(simulate, ("--model", model, "--per-class", OTHER_PER_CLASS, "--out", folder, "--update"))
+        images = Images(folder, data.load(folder))
+        start = pretrained(study, seed, *pretraining, name=model, images=images)
+        path = finetuned(study, seed, "residual", start, *finetuning, name=model, images=images)
+        yield {"run": model, "seed": seed, **measured(study, path, images), **residual_auc(study, start, images)}
 
 
-def mistakes(lab):
+def mistakes(study, seed):
     """Where `full` goes wrong: accuracy and AUC against the strength of the substructure.
 
     On images simulated for this. AUC is that of a bin's images against all of the other classes.
     """
-    parts = lenses.simulate("Model_II", MISTAKES_PER_CLASS, FRESH_SEED + 1)
-    images = np.concatenate([images for _, images, _ in parts])
-    truth = as_dataset(images, MISTAKES_PER_CLASS).labels
-    strengths, rows = substructure_strengths(), []
-    for seed in lab.seeds:
-        path = finetuned(lab, "base", seed, "full", pretrained(lab, "base", seed))
-        model, _ = known_classifier(path, "mistakes")
-        probabilities = evaluate.predict_probabilities(
-            model, images, np.arange(len(images)), lab.device
-        )
-        for class_name, (quantity, values) in strengths.items():
-            k = lenses.CLASS_NAMES.index(class_name)
-            correct = probabilities[truth == k].argmax(axis=1) == k
-            edges = np.quantile(values, np.linspace(0, 1, STRENGTH_BINS + 1))
-            bins = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, STRENGTH_BINS - 1)
-            for b in range(STRENGTH_BINS):
-                own, others = probabilities[truth == k, k][bins == b], probabilities[truth != k, k]
-                auc = roc_auc_score(
-                    np.repeat([True, False], [len(own), len(others)]),
-                    np.concatenate([own, others]),
-                )
-                rows.append({
-                    "run": f"{class_name}, {quantity} {edges[b]:.2f} to {edges[b + 1]:.2f}",
-                    "seed": seed, "kind": f"{class_name}: {quantity}",
-                    "strength": float(values[bins == b].mean()), "AUC": float(auc),
-                    "accuracy %": 100 * float(correct[bins == b].mean()),
-                })  # fmt: skip
-    return rows
+    model, _ = known_classifier(finetuned(study, seed, "full", pretrained(study, seed)))
+    images = np.concatenate([i for _, i, _ in lenses.simulate("Model_II", MISTAKES_PER_CLASS, FRESH_SEED + 1)])
+    probabilities = evaluate.predict_probabilities(model, images, np.arange(len(images)), study.device)
+    truth = np.repeat(np.arange(len(lenses.CLASS_NAMES)), MISTAKES_PER_CLASS)
+    for class_name, (quantity, values) in substructure_strengths().items():
+        k = lenses.CLASS_NAMES.index(class_name)
+        edges = np.quantile(values, np.linspace(0, 1, STRENGTH_BINS + 1))
+        bins = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, STRENGTH_BINS - 1)
+        for b in range(STRENGTH_BINS):
+            own, others = probabilities[truth == k][bins == b], probabilities[truth != k, k]
+            auc = roc_auc_score(np.repeat([True, False], [len(own), len(others)]),
+                                np.concatenate([own[:, k], others]))  # fmt: skip
+            yield {
+                "run": f"{class_name}, {quantity} {edges[b]:.2f} to {edges[b + 1]:.2f}",
+                "seed": seed, "kind": f"{class_name}: {quantity}",
+                "strength": float(values[bins == b].mean()), "AUC": float(auc),
+                "accuracy %": 100 * float((own.argmax(axis=1) == k).mean()),
+            }  # fmt: skip
 
 
 def substructure_strengths():
     """{class: (quantity, its value for each of the images that `mistakes` simulates)}."""
-    draws = {
-        name: [parameters for _, parameters in
-               lenses.draw(name, MISTAKES_PER_CLASS, FRESH_SEED + 1)]
-        for name in ("axion", "cdm")
-    }  # fmt: skip
+    draws = {name: [parameters for _, parameters in lenses.draw(name, MISTAKES_PER_CLASS, FRESH_SEED + 1)]
+             for name in ("axion", "cdm")}  # fmt: skip
     axion_mass = np.concatenate([mass for _, _, mass in draws["axion"]])
     radius, x, y = np.concatenate([masses for _, masses, _ in draws["cdm"]]).transpose(2, 0, 1)
     mass = (radius / lenses.einstein_radius(1.0)) ** 2
@@ -566,56 +329,36 @@ def substructure_strengths():
 
 EXPERIMENTS = {
     function.__name__: function
-    for function in (
-        strategies, scratch, without_labels, labels, labels_all_classes, mask_ratio, pretraining_images, choices,
-        real_images, unfamiliar, instruments, mistakes,
-    )
+    for function in (strategies, scratch, without_labels, labels, labels_all_classes, unfamiliar,
+                     instruments, mistakes)
 }  # fmt: skip
 # What pictures draw against what; the other experiments' have a dot a run.
+BY_LABELS = {"x": "labels", "label": "training labels", "logarithmic": True, "y": "accuracy %"}
 DRAWN = {
-    "labels": {"x": "labels", "label": "training labels", "logarithmic": True, "y": "accuracy %"},
-    "labels_all_classes": {"x": "labels", "label": "training labels", "logarithmic": True,
-                           "y": "accuracy %"},
+    "labels": BY_LABELS, "labels_all_classes": BY_LABELS,
     "mistakes": {"x": "strength", "label": None, "logarithmic": False, "y": "AUC"},
-}
+}  # fmt: skip
 
 
-def words_of(flag, text):
-    """The options in the value of a flag; UserError for an open quote or an option of OWN."""
-    try:
-        words = tuple(shlex.split(text))
-    except ValueError as error:
-        raise UserError(f"{flag} {text}: {error}") from None
-    for word in words:
-        if word.split("=")[0] in OWN:
-            raise UserError(f"{flag} {text}: the study itself sets {word.split('=')[0]}; leave it out")
-    return words
+# The script
 
 
-def command_of(args, name, precision):
-    """The command that repeats one experiment of this study."""
-    words = ["python", "experiments/study.py", "--data", args.data, "--out", args.out]
-    results_folder = args.results if args.results != args.out / "results" else None
-    for flag, value in (("--cache-dir", args.cache_dir), ("--results", results_folder),
-                        ("--unseen", args.unseen), ("--cutouts", args.cutouts),
-                        ("--pretraining", args.pretraining), ("--finetuning", args.finetuning),
-                        ("--precision", precision)):  # fmt: skip
-        words += [f"{flag}={value}"] if value else []
-    if tuple(args.label_shares) != LABEL_SHARES:
-        words += ["--label-shares", *args.label_shares]
-    return shlex.join(map(str, [*words, "--only", name, "--seeds", *args.seeds]))
+def claim(out, dataset):
+    """Make the folder of runs one of its data set: runs on other data would be replaced there."""
+    path = out / "data.json"
+    if path.exists() and read_json(path).get("fingerprint") != dataset.fingerprint:
+        raise UserError(f"{out} holds the runs of another data set: name another --out, or remove it")
+    make_folder(out)
+    write_json(path, {"fingerprint": dataset.fingerprint})
 
 
 def commit():
     """The commit of this checkout, or "unknown"."""
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
-        process = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent,
-            capture_output=True, text=True,
-        )  # fmt: skip
+        return subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown"
     except OSError:
         return "unknown"
-    return process.stdout.strip() or "unknown"
 
 
 def parse_args(argv=None):
@@ -623,66 +366,49 @@ def parse_args(argv=None):
         description=__doc__, epilog=EXAMPLE, formatter_class=options.HelpFormatter
     )
     options.add_data_arguments(parser)
-    parser.add_argument("--out", type=path_argument, required=True, help="folder of the runs")
-    parser.add_argument(
-        "--results", type=path_argument, help="folder of rows, tables and pictures (default: <out>/results)"
-    )
-    parser.add_argument(
-        "--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="experiments"
-    )
-    parser.add_argument(
-        "--unseen", type=path_argument, default=None,
-        help="lenstronomy's images, to test on as well (see tests/reference/make_lenstronomy.py)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--cutouts", type=path_argument, default=None, metavar="FOLDER",
-        help="real cutouts, FITS or .npy, for the experiment `unfamiliar`; they are only read",
-    )  # fmt: skip
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each")
-    parser.add_argument(
-        "--label-shares", type=float, nargs="+", default=list(LABEL_SHARES), metavar="SHARE",
-        help="of the training labels, for the experiments with few of them",
-    )  # fmt: skip
-    parser.add_argument(
-        "--pretraining", default="", metavar="OPTIONS", help="more options of every pretrain.py"
-    )
-    parser.add_argument(
-        "--finetuning", default="", metavar="OPTIONS", help="more options of every finetune.py"
-    )
-    parser.add_argument(
-        "--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="of every run; auto: bfloat16 where the machine is fast in it",
-    )  # fmt: skip
+    add = parser.add_argument
+    add("--out", type=path_argument, required=True, help="folder of the runs and of results/")
+    add("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="experiments")
+    add("--unseen", type=path_argument, default=None,
+        help="lenstronomy's images, to test on as well (see tests/reference/make_lenstronomy.py)")  # fmt: skip
+    add("--cutouts", type=path_argument, default=None, metavar="FOLDER",
+        help="real cutouts, FITS or .npy, for the experiment `unfamiliar`; they are only read")  # fmt: skip
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each")
+    add("--pretraining", default="", metavar="OPTIONS", help="more options of every pretrain.py")
+    add("--finetuning", default="", metavar="OPTIONS", help="more options of every finetune.py")
     options.add_device_argument(parser)
     args = parser.parse_args(argv)
-    args.results = args.results or args.out / "results"
     if min(args.seeds) < 0:
         raise UserError("--seeds must not be negative")
-    if not all(0 < share <= 1 for share in args.label_shares):
-        raise UserError("--label-shares must be in (0, 1]")
+    for flag, text in (("--pretraining", args.pretraining), ("--finetuning", args.finetuning)):
+        try:
+            grouped(shlex.split(text))
+        except ValueError as error:
+            raise UserError(f"{flag} {text}: {error}") from None
     return args
+
+
+def study_of(args):
+    """The `Study` that the options ask for."""
+    own = Images(args.data, data.load(args.data, args.cache_dir))
+    unseen = args.unseen and Images(args.unseen, data.load(args.unseen, args.cache_dir), "all", "lenstronomy")
+    cutouts = kinds.read_cutouts(args.cutouts) if args.cutouts else None
+    device = resolve_device(args.device)
+    tests = (own, unseen) if unseen else (own,)
+    return Study(args, own, tests, cutouts, choose_precision("auto", device).name, device)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    device = resolve_device(args.device)
-    precision = choose_precision(args.precision, device).name
-    cache = ["--cache-dir", str(args.cache_dir)] if args.cache_dir else []
-    lab = Lab(
-        args.data, data.load(args.data, args.cache_dir),
-        data.load(args.unseen, args.cache_dir) if args.unseen else None,
-        kinds.read_cutouts(args.cutouts) if args.cutouts else None, args.out, tuple(args.seeds),
-        tuple(args.label_shares),
-        words_of("--pretraining", args.pretraining), words_of("--finetuning", args.finetuning),
-        ("--precision", precision, "--device", args.device, *cache), device,
-    )  # fmt: skip
-    claim(lab)
+    study = study_of(args)
+    claim(args.out, study.own.dataset)
+    command = shlex.join(["python", "experiments/study.py", *map(str, argv or sys.argv[1:])])
+    made = [{"command": command, "commit": commit(), "precision": study.precision}]
     for name in args.only:
         what = EXPERIMENTS[name].__doc__.splitlines()[0]
         print(f"== {name}: {what}", flush=True)
-        rows = EXPERIMENTS[name](lab)
-        made = {"command": command_of(args, name, precision), "commit": commit(), "precision": precision}
-        results.write(args.results, name, what, [made], rows, DRAWN.get(name))
+        rows = [row for seed in args.seeds for row in EXPERIMENTS[name](study, seed)]
+        results.write(args.out / "results", name, what, made, rows, DRAWN.get(name))
         print(results.table(rows), flush=True)
 
 

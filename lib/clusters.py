@@ -15,7 +15,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
 from lib.errors import UserError
-from lib.metrics import bootstrap
+from lib.metrics import wilson
 
 GAUSSIANS = 20
 IMAGES_A_GAUSSIAN = 200  # with fewer, some Gaussians hold a few images each, and are left as kinds
@@ -154,17 +154,15 @@ def match(found, labels, clusters, classes):
     return table, class_of
 
 
-def measure(kinds, found, labels, class_names, resamples, seed):
+def measure(kinds, found, labels, class_names):
     """How well kinds agree with classes: {"accuracy", "overlap", "fitted_on", "table"}.
 
-    The accuracy is {"value", "low", "high"}, with a 95 % bootstrap interval under the same match.
+    The accuracy is {"value", "low", "high"}, with Wilson's 95 % interval under the same match.
     The table is {class: images of it in each kind}.
     """
     table, class_of = match(found, labels, kinds.count, len(class_names))
     right = class_of[found] == labels
-    ((low, high),) = bootstrap(
-        lambda counts: [np.average(right, weights=counts)], labels, resamples, seed
-    ).tolist()
+    low, high = wilson(right.sum(), len(right))
     return {
         "accuracy": {"value": float(right.mean()), "low": low, "high": high},
         "overlap": kinds.overlap,

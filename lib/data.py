@@ -1,6 +1,6 @@
-"""From a folder of `.npy` images to one memory-mapped array, its split and its rows; without torch.
+"""From a folder of images to one memory-mapped array, its split and its rows; without torch.
 
-Folder layout:  <root>/<class>/*.npy, one square image a file; the folders name the classes.
+Folder layout:  <root>/<class>/, .npy, .npz or FITS files of one square image; the folders name the classes.
 Packed layout:  images.npy (N, H, H) float32, labels.npy (N,), hashes.npy (N,), dataset.json.
 
 A folder is packed once, into a cache whose name is a fingerprint of the folder's files (names,
@@ -18,8 +18,8 @@ import numpy as np
 from tqdm import tqdm
 
 from lib.errors import UserError
-from lib.files import atomic_directory, make_folder, read_json, write_json
-from lib.readers import forget_pages, is_hidden, read_npy
+from lib.files import atomic_directory, is_hidden, make_folder, read_json, write_json
+from lib.images import forget_pages, may_hold_images, read_image, read_npy
 
 FORMAT = 2
 CHECK_BLOCK = 4096  # images whose pixels are checked together
@@ -122,14 +122,14 @@ def require_space(folder, needed):
 
 
 def list_classes(root):
-    """{class name: sorted list of .npy paths} of the folder layout, and the list of other files.
+    """{class name: sorted paths of its images} of the folder layout, and the list of other files.
 
     Hidden files and `__MACOSX` do not count. Raises UserError, naming the folder and the remedy,
     for a class without images, images in sub-folders, and folders named like parts of a split.
     """
     folders = [f for f in sorted(Path(root).iterdir()) if f.is_dir() and not is_hidden(f.name)]
     if not folders:
-        raise UserError(f"{root} has no class folders: expected {root}/<class>/*.npy")
+        raise UserError(f"{root} has no class folders: expected {root}/<class>/*.npy (or .npz, FITS)")
     parts = [f.name for f in folders if f.name.lower() in (*PARTS, *OTHER_NAMES_OF_PARTS)]
     if len(parts) == len(folders):
         raise UserError(
@@ -142,31 +142,17 @@ def list_classes(root):
         for entry in entries:
             if entry.exists() and not entry.is_file() and not entry.is_dir():
                 raise UserError(f"{entry} is no regular file: remove it")
-            if entry.is_dir() and any(f.suffix.lower() == ".npy" for f in entry.rglob("*")):
+            if entry.is_dir() and any(map(may_hold_images, entry.rglob("*"))):
                 raise UserError(
                     f"class folder {folder} has images in its sub-folder {entry.name}: put the "
                     f"images of a class directly into its folder, or give another folder than {root}"
                 )
-        files = [entry for entry in entries if entry.suffix.lower() == ".npy"]
-        others += [entry for entry in entries if entry.suffix.lower() != ".npy"]
+        files = [entry for entry in entries if may_hold_images(entry)]
+        others += [entry for entry in entries if not may_hold_images(entry)]
         if not files:
-            raise UserError(f"class folder {folder} has no .npy files: fill it or remove it")
+            raise UserError(f"class folder {folder} has no .npy, .npz or FITS files: fill it or remove it")
         class_files[folder.name] = files
     return class_files, others
-
-
-def read_image(path):
-    """One raw image of the folder layout, (H, H) float32; UserError if the file holds none."""
-    image = read_npy(path)
-    if image.ndim == 3 and 1 in (image.shape[0], image.shape[2]):  # a channel axis
-        image = image.squeeze(0 if image.shape[0] == 1 else 2)
-    if image.ndim != 2 or image.shape[0] != image.shape[1] or image.size == 0:
-        raise UserError(f"{path}: expected one square image, got shape {image.shape}; remove it")
-    with np.errstate(over="ignore"):
-        image = np.ascontiguousarray(image, dtype=np.float32)
-    if not np.isfinite(image).all():
-        raise UserError(f"{path}: NaN or infinite pixels; repair or remove it")
-    return image
 
 
 def _pack(class_files, packed, origin, progress):

@@ -24,7 +24,7 @@ from lib.loader import batch_reader, in_batches, read_disturbed
 from mae import IntensityTransform
 
 MOST_COMPONENTS = 128
-MOST_KNOWN, DEGREE = 10, 4  # components that the polynomial takes, and its degree
+MOST_LEADING, DEGREE = 10, 4  # components that the polynomial takes, and its degree
 BAND_EDGES = (8, 24, 56)  # of the other components, whose energies say how strong substructure is
 MOST_LEVELS = 4  # of roughness: the image, and averages of 2², 4² and 8² pixels
 FEWEST_IMAGES = 100  # of validation: with fewer, none has a familiarity below 1 %; and of training
@@ -46,7 +46,7 @@ class Familiarity(nn.Module):
     transform : arguments of `IntensityTransform`, a dict.
     img_size : side of the images in pixels.
     unit : brightness that raw pixels are divided by.
-    components, known : principal components, and how many of them the polynomial takes.
+    components, leading : principal components, and how many of them the polynomial takes.
     calibration : number of images that it was calibrated on.
     any_orientation : whether mirror images and quarter turns are as familiar as the image. Half a
         turn always is: it changes no lens.
@@ -55,17 +55,17 @@ class Familiarity(nn.Module):
     """
 
     def __init__(
-        self, transform, img_size, unit, components, known, calibration, any_orientation=False
+        self, transform, img_size, unit, components, leading, calibration, any_orientation=False
     ):
         super().__init__()
         if not 0 < unit < math.inf:
             raise ValueError(f"unit must be positive, got {unit}")
         self.transform = IntensityTransform(**transform)
-        self.unit, self.known, self.any_orientation = float(unit), known, any_orientation
+        self.unit, self.leading, self.any_orientation = float(unit), leading, any_orientation
         self.levels = levels_of(img_size)
-        self.register_buffer("terms", monomials(known, DEGREE), persistent=False)
-        self.quadratic = len(monomials(known, 2))  # monomials are sorted by their degree
-        others = components - known
+        self.register_buffer("terms", monomials(leading, DEGREE), persistent=False)
+        self.quadratic = len(monomials(leading, 2))  # monomials are sorted by their degree
+        others = components - leading
         edges = [0, *(edge for edge in BAND_EDGES if edge < others), others]
         self.bands = list(itertools.pairwise(edges))
         self.register_buffer("energy_terms", monomials(len(self.bands) + 2, 2), persistent=False)
@@ -76,7 +76,7 @@ class Familiarity(nn.Module):
         for name, shape in {
             "mean": (img_size**2,),
             "components": (img_size**2, components),
-            "component_scale": (known,),
+            "component_scale": (leading,),
             "prediction": (len(self.terms), others + raw + faint),
             "energy_mean": (len(self.bands) + 2,),
             "energy_scale": (len(self.bands) + 2,),
@@ -139,14 +139,14 @@ class Familiarity(nn.Module):
     def inputs(self, measured, energies):
         """What the prediction leaves (B, ·), and the terms (B, ·) that its spread depends on."""
         polynomial = products(self.scaled(measured), self.terms)
-        left = measured[:, self.known :] - polynomial @ self.prediction
+        left = measured[:, self.leading :] - polynomial @ self.prediction
         energies = (self.all_energies(left, energies) - self.energy_mean) / self.energy_scale
         terms = products(energies.clamp(-4, 4), self.energy_terms)
         return left, torch.cat([terms, polynomial[:, 1 : self.quadratic]], dim=1)
 
     def scaled(self, measured):
-        """The known components (B, known), of standard deviation one."""
-        return (measured[:, : self.known] / self.component_scale).clamp(-6, 6)
+        """The leading components (B, leading), of standard deviation one."""
+        return (measured[:, : self.leading] / self.component_scale).clamp(-6, 6)
 
     def all_energies(self, left, energies):
         bands = [left[:, i:j].square().mean(dim=1) for i, j in self.bands]
@@ -231,10 +231,10 @@ def fit(dataset, rows, validation, transform, augmentations=(), quiet=False):
     for_scale = rows[: round(SCALE_SHARE * len(rows))]
     rows = rows[len(for_scale) :]
     first = np.sort(rows[: int(PCA_PIXELS / dataset.img_size**2)])
-    components, known = numbers_to_fit(len(rows), len(first), dataset.img_size**2)
+    components, leading = numbers_to_fit(len(rows), len(first), dataset.img_size**2)
     unit = in_batches(lambda batch: images_of(batch).flatten(1).amax(dim=1), first).median().item()
     config = {"transform": transform, "img_size": dataset.img_size, "components": components,
-              "unit": max(abs(unit), np.finfo(np.float32).tiny.item()), "known": known,
+              "unit": max(abs(unit), np.finfo(np.float32).tiny.item()), "leading": leading,
               "calibration": len(validation), "any_orientation": "flips" in augmentations}  # fmt: skip
     model = Familiarity(**config)
 
@@ -245,11 +245,11 @@ def fit(dataset, rows, validation, transform, augmentations=(), quiet=False):
 
     bar = None if quiet else "familiarity"
     measured, energies = measured_of(model, images_of, rows, bar)
-    model.component_scale.copy_(measured[:, :known].std(dim=0).clamp_min(TINY))
+    model.component_scale.copy_(measured[:, :leading].std(dim=0).clamp_min(TINY))
     polynomial = products(model.scaled(measured), model.terms)
-    prediction = regression(polynomial, measured[:, known:])
+    prediction = regression(polynomial, measured[:, leading:])
     model.prediction.copy_(prediction)
-    left = measured[:, known:] - polynomial @ prediction
+    left = measured[:, leading:] - polynomial @ prediction
     all_energies = model.all_energies(left, energies)
     model.energy_mean.copy_(all_energies.mean(dim=0))
     model.energy_scale.copy_(all_energies.std(dim=0).clamp_min(TINY))
@@ -276,15 +276,15 @@ def fit(dataset, rows, validation, transform, augmentations=(), quiet=False):
 
 
 def numbers_to_fit(images, pca_images, pixels):
-    """(components, known) that so many images can bear."""
+    """(components, leading) that so many images can bear."""
     most = max(1, images // IMAGES_A_NUMBER)
     components = max(2, min(MOST_COMPONENTS, most, pca_images - 1, pixels))
-    known = 1
+    leading = 1
     while (
-        known < min(MOST_KNOWN, components - 1) and math.comb(known + 1 + DEGREE, DEGREE) <= most
+        leading < min(MOST_LEADING, components - 1) and math.comb(leading + 1 + DEGREE, DEGREE) <= most
     ):
-        known += 1
-    return components, known
+        leading += 1
+    return components, leading
 
 
 def measured_of(model, images_of, rows, bar):

@@ -41,13 +41,15 @@ def atomic_write(path):
 
 
 @contextlib.contextmanager
-def atomic_directory(path):
+def atomic_directory(path, replaced=None):
     """Yield a temporary folder beside `path`; when the block succeeds, rename it to `path`.
 
-    Raises UserError if `path` exists and is not an empty folder.
+    `replaced` names a file that `path` holds if it is complete, and allows to replace that folder.
+    Raises UserError if `path` is anything else but an empty folder.
     """
     path = Path(path)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    replaces = replaced and (path / replaced).is_file() and not path.is_symlink()
+    if not replaces and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists already: remove it or choose another folder")
     make_folder(path.parent)
     temporary = _temporary_name(path)
@@ -56,6 +58,9 @@ def atomic_directory(path):
     try:
         with _named_errors(path):
             yield temporary
+            if replaces:
+                (path / replaced).unlink()  # first: half a folder must not look complete
+                shutil.rmtree(path)
             os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -167,6 +172,11 @@ def _flush_to_disk(path):
 
 
 # Reading
+
+
+def is_hidden(path):
+    """Whether a part of the path is a hidden name, or the folder __MACOSX that zip files bring."""
+    return any(part[:1] == "." or part == "__MACOSX" for part in Path(path).parts)
 
 
 def read_json(path):

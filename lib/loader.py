@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from lib import distributed
 from lib.augment import augment, disturbances
-from lib.readers import forget_pages
+from lib.images import forget_pages
 
 EVALUATION_BATCH = 256
 READ_BLOCK, BLOCKS_TOGETHER = 256, 64  # images, where not all of them fit into memory
@@ -17,13 +17,13 @@ MAPPED_BYTES = 2**21  # pages that a kernel may map per image read
 FORGET_AFTER = 2**30  # bytes that may stay mapped
 
 
-def batch_reader(images, device):
+def batch_reader(images, device, once=False):
     """Function from rows (numpy) to a batch of raw images (b, 1, H, W) on the device.
 
-    A GPU keeps the whole data set if that leaves half of its free memory. Otherwise batches are
-    copied while it computes, and the rows must be numpy's.
+    A GPU keeps the whole data set if that leaves half of its free memory, unless rows are read `once`.
+    Otherwise batches are copied while it computes, and the rows must be numpy's.
     """
-    if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+    if device.type == "cuda" and not once and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
         return StoredImages(images, device)
     mapped = 0
 

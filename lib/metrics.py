@@ -3,6 +3,7 @@
 import numpy as np
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
+from scipy.stats import binomtest
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
@@ -92,6 +93,25 @@ def bootstrap(statistic, labels, resamples, seed):
         rows = np.concatenate([rng.choice(members, len(members)) for members in by_class])
         values.append(statistic(np.bincount(rows, minlength=len(labels))))
     return np.quantile(values, [0.025, 0.975], axis=0).T
+
+
+def wilson(right, images):
+    """95 % interval (low, high) of the share of images that are right (Wilson 1927).
+
+    It has a width even if all are right, where a bootstrap draws right ones only.
+    """
+    interval = binomtest(int(right), int(images)).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def about_intervals(aucs):
+    """One line on AUCs {"value", "low", "high"} whose bootstrap interval has no width, or None."""
+    if all(auc["low"] < auc["high"] for auc in aucs):
+        return None
+    return (
+        "an AUC interval has no width: these images hold no mistake in order, so no resample does; it says "
+        "nothing of mistakes that are too rare for so few images"
+    )
 
 
 def fit_temperature(logits, labels):

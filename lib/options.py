@@ -48,6 +48,13 @@ def add_device_argument(group):
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
 
 
+def add_update_argument(group):
+    group.add_argument(
+        "--update", action="store_true",
+        help="do nothing if --out holds the result of the same options, data, weights and code",
+    )  # fmt: skip
+
+
 def add_test_arguments(parser):
     """What is tested on, where the results go, and how they are resampled."""
     group = parser.add_argument_group("evaluation")
@@ -59,6 +66,7 @@ def add_test_arguments(parser):
     group.add_argument("--resamples", type=int, default=1000, help="of the bootstrap")
     group.add_argument("--seed", type=int, default=0, help="random seed")
     add_device_argument(group)
+    add_update_argument(group)
 
 
 def parsed(parser, argv):

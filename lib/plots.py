@@ -1,6 +1,7 @@
 """Every picture of the project; nothing here computes a result."""
 
 import sys
+from pathlib import Path
 
 import matplotlib
 
@@ -22,9 +23,12 @@ plt.rcParams.update({"figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3, "f
 def attempt(show, *what):
     """Call `show(*what)` when the results are written: failing to show them is one line on stderr.
 
-    A failed picture must not end a run.
+    A failed picture must not end a run. If the first of `what` is the picture's file, the picture of an
+    earlier call is removed: nobody should take it for this one.
     """
     try:
+        if what and isinstance(what[0], Path) and what[0].is_file():
+            what[0].unlink()
         show(*what)
     except Exception as error:  # matplotlib, the fonts, the terminal or a full disk
         plt.close("all")
@@ -44,7 +48,8 @@ def label_of(name):
     return f" {text}" if text.startswith("_") else text
 
 
-def _save(figure, path):
+def save(figure, path):
+    """Write a figure atomically and close it."""
     with atomic_write(path) as temporary:
         figure.savefig(temporary, bbox_inches="tight")
     plt.close(figure)
@@ -66,7 +71,7 @@ def loss_curves(path, history, label):
     figure, axes = plt.subplots(figsize=(5, 3.5))
     _curves(axes, history, "loss", label)
     axes.set_yscale("log")
-    _save(figure, path)
+    save(figure, path)
 
 
 def classifier_curves(path, history):
@@ -76,7 +81,7 @@ def classifier_curves(path, history):
     _curves(axes[1], history, "accuracy", "accuracy")
     _curves(axes[2], history, "macro_auc", "macro one-vs-rest AUC")
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)
 
 
 def reconstructions(path, original, masked, reconstruction, class_names):
@@ -100,86 +105,7 @@ def reconstructions(path, original, masked, reconstruction, class_names):
             panel.set_facecolor("0.8")
         row[0].set_ylabel(label_of(class_names[c]))
     figure.colorbar(last, ax=axes, fraction=0.03, label=RESIDUAL)
-    _save(figure, path)
-
-
-def overview(
-    path, original, masked, reconstruction, residual, probabilities, class_names, marks=None
-):
-    """A row an image (n, H, W): what the MAE makes of it, and what the classifier says of it.
-
-    `probabilities` (n, classes); `marks` as in `residual_maps`.
-    """
-    titles = ("image", "75 % masked", "reconstruction", "substructure map", "class")
-    figure, axes = plt.subplots(
-        len(original), 5, figsize=(9, 1.75 * len(original)), squeeze=False, layout="constrained"
-    )
-    limit = np.quantile(np.abs(residual), 0.995)
-    for i, row in enumerate(axes):
-        low, high = original[i].min(), original[i].max()
-        for panel, images in zip(row, (original, masked, reconstruction), strict=False):
-            panel.imshow(images[i], vmin=low, vmax=high, cmap="magma", origin="lower")
-        row[3].imshow(residual[i], vmin=-limit, vmax=limit, cmap="RdBu_r", origin="lower")
-        if marks is not None:
-            _circles(row[3], marks[i])
-        for panel in row[:4]:
-            panel.set(xticks=[], yticks=[], facecolor="0.8")
-        row[0].set_ylabel(label_of(class_names[i]))
-        best = int(np.argmax(probabilities[i]))
-        colors = ["tab:blue" if k == best else "0.7" for k in range(len(class_names))]
-        row[4].barh(range(len(class_names)), probabilities[i], color=colors)
-        row[4].set_yticks(range(len(class_names)), [label_of(name) for name in class_names])
-        row[4].set(xlim=(0, 1), xticks=[0, 0.5, 1])
-        row[4].yaxis.tick_right()
-        row[4].invert_yaxis()
-    for panel, title in zip(axes[0], titles, strict=True):
-        panel.set_title(title)
-    _save(figure, path)
-
-
-def design(path):
-    """Boxes and arrows: pre-training above, below it classification by the encoder and by residual maps."""
-    figure, axes = plt.subplots(figsize=(9, 5))
-    axes.set(xlim=(-0.5, 100.5), ylim=(0, 56))
-    axes.set_axis_off()
-
-    def box(x, y, width, text, color):
-        axes.add_patch(
-            plt.Rectangle((x, y), width, 10, facecolor=color, edgecolor="0.3", linewidth=0.8)
-        )
-        axes.text(x + width / 2, y + 5, text, ha="center", va="center", fontsize=8)
-
-    def arrow(start, end):
-        style = {"arrowstyle": "-|>", "color": "0.3", "linewidth": 1}
-        axes.annotate("", xy=end, xytext=start, arrowprops=style)
-
-    given, learned, partly = "#f3e3c3", "#cfe0f5", "#dff0d8"
-    upper, middle, lower = 42, 22, 2
-    box(0, upper, 15, "smooth lenses\nlog, standardised", given)
-    box(19, upper, 14, "64 patches\n75 % hidden", given)
-    box(37, upper, 18, "encoder: 4 blocks\nwidth 128, 17 tokens", learned)
-    box(59, upper, 18, "decoder: 1 block\nwidth 96, 65 tokens", learned)
-    box(81, upper, 19, "hidden patches\nmean squared error", given)
-    box(0, middle, 15, "all classes\nlog, standardised", given)
-    box(19, middle, 14, "64 patches", given)
-    box(37, middle, 18, "encoder, 65 tokens\nfixed, its norms, or all", partly)
-    box(59, middle, 18, "mean, deviation and\nextremes of tokens", given)
-    box(81, middle, 19, "512 → 64 → classes\ncross-entropy", learned)
-    box(0, lower, 15, "all classes\nlog, standardised", given)
-    box(19, lower, 14, "four masks", given)
-    box(37, lower, 18, "the whole MAE, fixed:\nimage − prediction", given)
-    box(59, lower, 18, "4 stages: convolution,\nhalving; then mean", learned)
-    box(81, lower, 19, "96 → 64 → classes\ncross-entropy", learned)
-    for y in (upper + 5, middle + 5, lower + 5):
-        for start, end in ((15, 19), (33, 37), (55, 59), (77, 81)):
-            arrow((start, y), (end, y))
-    arrow((46, upper), (46, middle + 10))
-    axes.text(47, (upper + middle + 10) / 2, "weights", va="center", fontsize=8)
-    for y, title in ((upper, "pre-training, no labels"), (middle, "head, layernorm, full"),
-                     (lower, "residual")):  # fmt: skip
-        axes.text(0, y + 11.5, title, fontsize=9, fontweight="bold")
-    axes.text(100, 0, "blue learns; green by strategy", ha="right", fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def residual_maps(path, images, residuals, titles, marks=None):
@@ -203,19 +129,19 @@ def residual_maps(path, images, residuals, titles, marks=None):
             residual, vmin=-limit, vmax=limit, cmap="RdBu_r", origin="lower"
         )
         if marks is not None:
-            _circles(axes[2 * row + 1, column], marks[i])
+            circles(axes[2 * row + 1, column], marks[i])
     label = RESIDUAL
     if marks is not None:
         label += "; circles: true point masses and their Einstein radii"
     figure.colorbar(shown, ax=axes, fraction=0.02, label=label)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _circles(panel, marks):
+def circles(panel, marks):
     """Thin circles (P, 3): x, y, radius in pixels; at least half a pixel, to be seen."""
-    circles = [plt.Circle((x, y), max(radius, 0.5)) for x, y, radius in marks]
+    drawn = [plt.Circle((x, y), max(radius, 0.5)) for x, y, radius in marks]
     panel.add_collection(
-        PatchCollection(circles, facecolor="none", edgecolor="black", linewidth=0.4)
+        PatchCollection(drawn, facecolor="none", edgecolor="black", linewidth=0.4)
     )
 
 
@@ -251,7 +177,7 @@ def contact_sheet(path, images, maps, names, probabilities, class_names, predict
             axes[line, 2 * column + 1].set_title("substructure map", fontsize=7)
     if maps is not None:
         figure.colorbar(drawn, ax=axes, fraction=0.02, label=RESIDUAL)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _stretched(image):
@@ -270,7 +196,7 @@ def score_histogram(path, scores, labels, class_names):
         axes.hist(positive[labels == label], edges, histtype="step", label=name)
     axes.set(xscale="log", yscale="log", xlabel="score", ylabel="images")
     axes.legend()
-    _save(figure, path)
+    save(figure, path)
 
 
 def dots(path, runs):
@@ -292,7 +218,7 @@ def dots(path, runs):
     axes.set_yticks(range(len(runs)), [label_of(name) for name in runs])
     axes.invert_yaxis()
     axes.legend(bbox_to_anchor=(1, 1), loc="upper left")
-    _save(figure, path)
+    save(figure, path)
 
 
 def series(path, lines, x_label, y_label, logarithmic):
@@ -318,7 +244,7 @@ def series(path, lines, x_label, y_label, logarithmic):
     if x_label:
         axes[0, 0].legend()
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)
 
 
 def roc_curves(path, curves):
@@ -345,7 +271,7 @@ def roc_curves(path, curves):
         )
         panel.legend(title="AUC", loc="lower right")
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)
 
 
 def reliability(path, runs):
@@ -358,7 +284,7 @@ def reliability(path, runs):
         axes.scatter(confidence, correct, 4 + 60 * images / images.sum(), color=line.get_color())
     axes.set(xlabel="confidence", ylabel="accuracy (size: share of the images)")
     axes.legend()
-    _save(figure, path)
+    save(figure, path)
 
 
 def familiarity(path, values, least):
@@ -375,7 +301,7 @@ def familiarity(path, values, least):
         axes.step(np.sort(own), share, where="post", label=label_of(run_name))
     axes.set(xscale="log", yscale="log", xlabel="familiarity", ylabel="share of images below")
     axes.legend()
-    _save(figure, path)
+    save(figure, path)
 
 
 def mistakes(path, images, chosen, class_names):
@@ -394,7 +320,7 @@ def mistakes(path, images, chosen, class_names):
         taken, given = label_of(class_names[true]), label_of(class_names[predicted])
         title = f"{taken} taken for\n{given} ({probability:.3f})"
         panel.set_title(title, fontsize=7)
-    _save(figure, path)
+    save(figure, path)
 
 
 def confusion_matrices(path, matrices, class_names):
@@ -413,4 +339,4 @@ def confusion_matrices(path, matrices, class_names):
         panel.set_yticks(ticks, labels)
         panel.grid(False)
     figure.tight_layout()
-    _save(figure, path)
+    save(figure, path)

@@ -4,6 +4,7 @@ import base64
 import html
 from pathlib import Path
 
+from lib import tables
 from lib.errors import one_line
 from lib.files import read_json, write_text
 
@@ -38,7 +39,7 @@ def write(folder, weights, results, class_names, best, published):
     parts = [
         "<h1>Lens classification: evaluation</h1>",
         f"<p>{images} images that no training saw. Best macro AUC: <b>{escaped(best)}</b>. "
-        "Intervals are 95 % bootstrap intervals.</p>",
+        "95 % intervals: of a bootstrap for AUC, Wilson's for accuracy.</p>",
         "<h2>Comparison</h2>",
         comparison_table(results, best, class_names, published),
         picture(folder / "roc.png", "ROC curves, one class against the rest"),
@@ -95,29 +96,12 @@ def config_beside(path):
 
 
 def comparison_table(results, best, class_names, published):
-    def cell(figure, scale, digits):
-        low, high = scale * figure["low"], scale * figure["high"]
-        text = f"{scale * figure['value']:.{digits}f}"
-        return f"<td>{text} <small>{low:.{digits}f}–{high:.{digits}f}</small></td>"
-
-    head = [
-        "run",
-        *(f"AUC {n}" for n in class_names),
-        "macro AUC",
-        "accuracy %",
-        "calibration error",
-    ]
-    rows = ["<tr>" + "".join(f"<th>{escaped(name)}</th>" for name in head) + "</tr>"]
-    for name, result in results.items():
-        cells = [cell(result["auc"][class_name], 1, 4) for class_name in class_names]
-        cells.append(cell(result["macro"], 1, 4))
-        cells += [cell(result["accuracy"], 100, 2), f"<td>{result['calibration_error']:.4f}</td>"]
-        kind = ' class="best"' if name == best else ""
-        rows.append(f"<tr{kind}><td>{escaped(name)}</td>{''.join(cells)}</tr>")
-    for row in published:
-        text = "".join(f"<td>{escaped(value)}</td>" for value in (*row, ""))
-        rows.append(f'<tr class="published">{text}</tr>')
-    return f'<div class="wide"><table>{"".join(rows)}</table></div>'
+    """The table of `tables.comparison` with calibration errors, the rows of other work below."""
+    rows = tables.comparison(results, class_names)
+    errors = ["calibration error", *(f"{result['calibration_error']:.4f}" for result in results.values())]
+    rows = [[*row, error] for row, error in zip(rows, errors, strict=True)]
+    kinds = ["", *("best" if name == best else "" for name in results), *["published"] * len(published)]
+    return tables.as_html([*rows, *([*row, ""] for row in published)], kinds)
 
 
 def described(config):

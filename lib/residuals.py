@@ -9,9 +9,9 @@ from lib import data, distributed, weights
 from lib.clusters import octave_powers
 from lib.errors import UserError
 from lib.files import atomic_write
+from lib.images import read_npy
 from lib.loader import batch_reader, in_batches
 from lib.metrics import auc_of_counts, bootstrap
-from lib.readers import read_npy
 from mae import complementary_masks, residual_scores
 
 MAPS_TOGETHER = 2048  # that are kept in memory while they are computed
@@ -33,7 +33,7 @@ def residual_reader(path, dataset, device, mask_ratio, rounds, seed):
     data.check_size(path, mae, dataset)
     mae.eval().to(device)
     transform.to(device)
-    read = batch_reader(dataset.images, device)
+    read = batch_reader(dataset.images, device, once=True)
     ratio = mask_ratio_of(content) if mask_ratio is None else mask_ratio
     masks = complementary_masks(mae.num_patches, ratio, rounds, seed)
 

@@ -13,8 +13,7 @@ import torch
 
 from lib import data, distributed, weights
 from lib.errors import UserError
-from lib.files import make_folder, write_json, write_text
-from lib.readers import is_hidden
+from lib.files import is_hidden, make_folder, write_json, write_text
 
 # Options that do not change the weights: a run may be resumed under others.
 FREE_OPTIONS = {

@@ -60,14 +60,14 @@ class Strategy:
     from_scratch : what differs for random weights; None: it needs weights to start from.
     continuing : what differs when it continues from a classifier, whose head is already trained.
     augmentations : the kinds of `augment.KINDS` that it can use.
-    drops_patches, has_pool : whether these options mean something to it.
+    drops_patches, has_pool, decays_layers : whether these options mean something to it.
     """
 
     name, kind = None, Classifier
     defaults = None
     from_scratch, continuing = None, {}
     augmentations, no_augmentation = KINDS, ""
-    drops_patches, has_pool = True, True
+    drops_patches, has_pool, decays_layers = True, True, False
 
     # Options
 
@@ -85,7 +85,8 @@ class Strategy:
             raise UserError("--patch-dropout: all patches are needed; use --strategy layernorm or full")
         if args.pool and not self.has_pool:
             raise UserError("--pool: there are no patch tokens; leave it out or use another --strategy")
-        if args.layer_decay not in (None, 1) and (self.name != "full" or args.pretrained == "none"):
+        decays = self.decays_layers and args.pretrained != "none"
+        if args.layer_decay not in (None, 1) and not decays:
             raise UserError("--layer-decay needs --strategy full and pre-trained weights")
 
     def defaults_from(self, start):
@@ -230,7 +231,7 @@ class LayerNorm(Strategy):
 class Full(Strategy):
     """Train the whole network, from pre-trained or from random weights."""
 
-    name = "full"
+    name, decays_layers = "full", True
     defaults = Defaults(
         epochs=4, fewest_steps=1000, batch_size=128, lr=3e-3, augment=(), patch_dropout=0.5, layer_decay=0.75,
         few={"augment": ("flips",), "patch_dropout": 0.0, "layer_decay": 1.0},

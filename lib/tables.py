@@ -1,6 +1,25 @@
-"""Tables as text."""
+"""Tables of text: what is in them, as Markdown and as HTML."""
+
+import html
 
 from lib.errors import one_line
+
+
+def comparison(results, class_names):
+    """Rows of text, the header first: AUC of each class, macro AUC and accuracy of each run.
+
+    `results` is {run: {"auc": {class name: figure}, "macro": figure, "accuracy": figure}}, a figure
+    being {"value", "low", "high"}.
+    """
+    def cell(figure, scale=1, digits=4):
+        value, low, high = (f"{scale * figure[name]:.{digits}f}" for name in ("value", "low", "high"))
+        return f"{value} ({low}–{high})"
+
+    rows = [["run", *(f"AUC {name}" for name in class_names), "macro AUC", "accuracy %"]]
+    for name, result in results.items():
+        aucs = [cell(result["auc"][class_name]) for class_name in class_names]
+        rows.append([name, *aucs, cell(result["macro"]), cell(result["accuracy"], 100, 2)])
+    return rows
 
 
 def markdown(rows):
@@ -8,3 +27,13 @@ def markdown(rows):
     header, *body = [[one_line(cell).replace("|", "\\|") for cell in row] for row in rows]
     lines = [header, ["---"] * len(header), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def as_html(rows, kinds):
+    """An HTML table of rows of text, the header first; `kinds` are the CSS classes of its rows."""
+    lines = []
+    for row, kind in zip(rows, kinds, strict=True):
+        tag = "td" if lines else "th"
+        cells = "".join(f"<{tag}>{html.escape(one_line(cell))}</{tag}>" for cell in row)
+        lines.append(f'<tr class="{kind}">{cells}</tr>' if kind else f"<tr>{cells}</tr>")
+    return f'<div class="wide"><table>{"".join(lines)}</table></div>'

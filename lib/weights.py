@@ -27,7 +27,7 @@ from mae import MAE, Classifier, Encoder, IntensityTransform, ResidualClassifier
 LARGEST = {"embed_dim": 4096, "decoder_embed_dim": 4096, "depth": 64, "decoder_depth": 64}
 LARGEST |= {"img_size": 4096, "patch_size": 512, "mlp_ratio": 16}
 LARGEST |= {"num_heads": 64, "decoder_num_heads": 64, "num_classes": 10_000, "rounds": 100}
-LARGEST |= {"components": 1024, "known": 16, "calibration": 10_000_000}
+LARGEST |= {"components": 1024, "leading": 16, "calibration": 10_000_000}
 MOST_PATCHES_A_SIDE = 128
 
 
@@ -293,8 +293,8 @@ def familiarity_for(opened, dataset, augmentations):
         return None
     if ("flips" in before) != ("flips" in augmentations):
         return None
-    known = familiarity_in(opened.path, opened.content)
-    return known and (known, opened.content["familiarity"]["config"])
+    kept = familiarity_in(opened.path, opened.content)
+    return kept and (kept, opened.content["familiarity"]["config"])
 
 
 def _build(path, kind, arguments, state):

@@ -1,8 +1,6 @@
 """experiments/bench.py: rows are what they say, with peers and without."""
 
 import json
-import math
-import subprocess
 import time
 from types import SimpleNamespace
 
@@ -11,119 +9,79 @@ import torch
 from conftest import assert_user_error, run_script
 
 from experiments import bench
-from mae import MAE, Classifier, set_attention_form
 
 TINY = {
     "SIZE": {"img_size": 64, "patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 2},
     "DECODER": {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2},
-    "BATCHES": (4,), "HEAD_IMAGES": 64, "HEAD_EPOCHS": 2, "AUC_PATIENCE": 5,
-    "OUR_RECIPE": ("--epochs", "1", "--patch-size", "16", "--embed-dim", "32", "--depth", "1"),
+    "BATCHES": (4,), "HEAD_IMAGES": 64, "HEAD_EPOCHS": 2, "FILES": 30, "PER_CLASS": 30, "PAUSE": 0,
 }  # fmt: skip
 
 
-@pytest.fixture
-def tiny(monkeypatch):
+def test_every_row_is_there_without_peers(tmp_path, monkeypatch):
     for name, value in TINY.items():
         monkeypatch.setattr(bench, name, value)
-    # As on a machine without the peers.
-    monkeypatch.setattr(bench, "installed", lambda package: False)
-    monkeypatch.setattr(bench, "PARTS", (("images", "dataset.json"),))
-
-
-def test_every_row_is_there_without_peers(tiny, tmp_path):
-    bench.main(["--out", str(tmp_path), "--repeats", "1", "--files", "30", "--auc-per-class", "30",
-                "--per-class", "30", "--device", "cpu"])  # fmt: skip
+    monkeypatch.setattr(bench, "find_spec", lambda package: None)
+    rows = [name for name in bench.ROWS if name != "reproduction"]
+    bench.main(["--out", str(tmp_path), "--repeats", "1", "--device", "cpu", "--rows", *rows])
     kept = json.loads((tmp_path / "bench.json").read_text())
     whats = " ".join(row["what"] for row in kept["rows"])
-    for part in ("pre-training step", "fine-tuning step", "inference, batch 256", "int8", "no_sub",
-                 "axion", "head strategy", ".npy files", "time to macro AUC",
-                 "make reproduce: images"):  # fmt: skip
+    for part in ("pre-training step, batch 4", "fine-tuning step", "AdamW", "Muon", "inference, batch 256",
+                 "int8", "no_sub", "axion", "head strategy", ".npy files"):  # fmt: skip
         assert part in whats
     for row in kept["rows"]:
-        of_peer = "Hugging Face" in row["against"] or row["against"] == "lenstronomy"
-        assert (row["ratio"] is None) == (of_peer or not row["against"]), row
-    assert (tmp_path / "bench.md").read_text().count("\n| ") >= len(kept["rows"])
+        assert (row["ratio"] is None) == ("not installed" in row["against"])
+        assert "not installed" in row["against"] or not row["against"].startswith("Hugging")
+        assert ("share of peak" in row) == ("step" in row["what"])
+    assert (tmp_path / "bench.md").read_text().count("\n| ") == len(kept["rows"]) + 1
 
 
-def test_on_a_gpu_a_step_is_compared_with_the_fastest_peer(tiny, monkeypatch):
-    monkeypatch.setattr(bench, "GPU_BATCHES", (4,))
-    monkeypatch.setattr(bench, "installed", lambda package: True)
-    monkeypatch.setattr(bench, "hugging_face", lambda *_, compiled: None)
-    monkeypatch.setattr(bench, "ours", lambda *_: None)
-    took = {"Muon": 0.02, "AdamW": 0.01, None: 0.2, "default": 0.03, "reduce-overhead": 0.1}
-    monkeypatch.setattr(
-        bench, "seconds_in_turn", lambda functions, *_: {n: bench.GPU_STEPS * took[n] for n in functions}
-    )
-    machine = SimpleNamespace(device=torch.device("cpu"), repeats=1, peak=lambda dtype: 1e12)
-    rows = list(bench.steps_on_gpu(machine, "pretraining", "pre-training step"))
-    assert [row["note"] for row in rows] == ["bfloat16, Muon", "bfloat16, AdamW"]
-    assert all("torch.compile default" in row["against"] for row in rows)
-    assert [row["ratio"] for row in rows] == pytest.approx([1.5, 3.0])
-    assert rows[0]["images/s"] == pytest.approx(4 / 0.02)
-
-
-def test_the_parts_of_a_reproduction_are_targets_of_make_and_reach_its_end():
-    targets = [f"r/{file}" for _, file in bench.PARTS]
-    listed = ["make", "-n", "RUNS=r", "PER_CLASS=10"]
-    done = subprocess.run([*listed, *targets], cwd=bench.ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    whole = subprocess.run([*listed, "reproduce"], cwd=bench.ROOT, capture_output=True, text=True)
-    scripts = [line.split()[1] for line in whole.stdout.splitlines() if " --out r/" in line]
-    assert {"pretrain.py", "evaluate.py", "predict.py"} <= set(scripts)
-    for line in whole.stdout.splitlines():
-        if " --out r/" in line:
-            assert line in done.stdout
-
-
-def test_a_reproduction_that_fails_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "PARTS", (("images", "nothing"),))
-    process = run_script("experiments/bench.py", "--out", tmp_path, "--rows", "reproduction",
-                         check=False)  # fmt: skip
-    assert_user_error(process, "make nothing failed")
-
-
-def test_a_peer_that_is_given_up_gives_a_lower_bound(tiny, tmp_path, monkeypatch):
-    limits = []
-    monkeypatch.setattr(bench, "installed", lambda package: True)
-    monkeypatch.setattr(bench, "WANTED_AUC", 0.0)
-    monkeypatch.setattr(bench, "BATCHES", (4, 8))
-
-    def peer(dataset, test, batch, bench, limit):
-        limits.append(limit)
-        return seconds[batch]
-
-    monkeypatch.setattr(bench, "peer_seconds_to_auc", peer)
-    for seconds in ({4: math.inf, 8: math.inf}, {4: 1e-3, 8: math.inf}):
-        bench.main(["--out", str(tmp_path), "--rows", "time_to_auc", "--auc-per-class", "30",
-                    "--device", "cpu"])  # fmt: skip
-        (row,) = json.loads((tmp_path / "bench.json").read_text())["rows"]
-        if seconds[4] == math.inf:
-            assert row["ratio"] == pytest.approx(bench.AUC_PATIENCE)
-            assert "≥ 5.00×" in (tmp_path / "bench.md").read_text()
-        else:
-            assert row["ratio"] < bench.AUC_PATIENCE
-            assert "≥" not in (tmp_path / "bench.md").read_text()
-    assert limits[0] == limits[1]
-    assert limits[3] == 1e-3  # the other batch size need not be worse for long
+def test_the_fastest_form_of_a_peer_counts(monkeypatch):
+    took = {"ours": 0.2, "eager": 0.9, "fused": 0.6}
+    monkeypatch.setattr(bench, "seconds_in_turn", lambda functions, *_: {n: took[n] for n in functions})
+    args = SimpleNamespace(repeats=1, device=torch.device("cpu"))
+    row = bench.compare(args, "step", "peer", None, {"eager": None, "fused": None}, 4, 2)
+    assert row["against"] == "peer fused"
+    assert row["ratio"] == pytest.approx((0.6 / 2) / (0.2 / 4))
+    assert row["images/s"] == pytest.approx(20)
+    assert bench.compare(args, "step", "peer", None, {}, 4)["ratio"] is None
 
 
 def test_functions_run_in_turn_after_one_that_warms_up():
     ran = []
     functions = {"a": lambda: ran.append("a"), "b": lambda: (ran.append("b"), time.sleep(0.01))}
-    seconds = bench.seconds_in_turn(functions, 3)
+    seconds = bench.seconds_in_turn(functions, 3, torch.device("cpu"))
     assert ran == ["a", "b"] * 4
     assert seconds["a"] < 0.01 <= seconds["b"]
 
 
-@pytest.mark.parametrize("kept", [16, None])
-def test_operations_are_those_of_the_network(kept):
-    """Against torch's own counter, which does not count the fused attention of CPUs."""
-    from torch.utils.flop_counter import FlopCounterMode
+def test_operations_are_those_of_the_blocks_three_times():
+    """Forward and twice as much backward of a network whose attention and patches count little."""
+    tokens, width, depth = 65, 192, 6
+    assert bench.operations_of("finetuning") == pytest.approx(3 * 24 * tokens * width**2 * depth, rel=0.15)
+    assert bench.operations_of("pretraining") < bench.operations_of("finetuning") / 2
 
-    images = torch.rand(2, 1, 64, 64)
-    model = MAE(**bench.SIZE, **bench.DECODER) if kept else Classifier(**bench.SIZE)
-    set_attention_form(model, "plain")
-    with FlopCounterMode(display=False) as counter:
-        loss = model(images, 0.75)[0] if kept else model(images).sum()
-        loss.backward()
-    assert bench.step_operations(kept) == pytest.approx(counter.get_total_flops() / 2, rel=0.03)
+
+def test_a_reproduction_is_the_commands_of_make_in_their_order(tmp_path, monkeypatch):
+    """Each is timed by itself, whatever it spans, and one that fails is named."""
+    ran = []
+
+    def completed(command, whole=bench.completed):
+        if command[0] == "make":
+            return whole(command) if "-n" in command else ""
+        return ran.append(command[-1]) or ""
+
+    monkeypatch.setattr(bench, "completed", completed)
+    rows = list(bench.reproduction(None))
+    assert [row["what"].split()[2] for row in rows[:-1]] == [
+        "simulate.py", "pretrain.py", *4 * ["finetune.py"], "evaluate.py", "reconstruct.py",
+        *2 * ["export.py"], "simulate.py", "predict.py",
+    ]  # fmt: skip
+    assert rows[-1]["what"] == "make reproduce"
+    assert rows[-1]["seconds"] >= sum(row["seconds"] for row in rows[:-1])
+    assert any("predict.py" in command and "set --" in command for command in ran)  # a recipe as a whole
+    monkeypatch.undo()
+    monkeypatch.setattr(bench, "WHOLE", "nothing")
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    (tmp_path / "Makefile").write_text(".venv/ready:\n")
+    process = run_script("experiments/bench.py", "--out", tmp_path / "o", "--rows", "reproduction", check=False)
+    assert_user_error(process, "make", "nothing", "failed")

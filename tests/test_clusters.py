@@ -169,7 +169,7 @@ def test_accuracy_counts_the_images_of_the_matched_kinds():
     labels = np.repeat([0, 1], 100)
     found = np.where(np.arange(200) < 90, 1, 0)  # 10 images of class 0 are in the kind of class 1
     kinds = clusters.Kinds(None, np.eye(2), 0.015, 7000)
-    result = clusters.measure(kinds, found, labels, ["b", "a"], 200, 0)
+    result = clusters.measure(kinds, found, labels, ["b", "a"])
     accuracy = result.pop("accuracy")
     assert accuracy["value"] == pytest.approx(0.95)
     assert 0.9 < accuracy["low"] < 0.95 < accuracy["high"] < 1

@@ -13,7 +13,7 @@ from conftest import HUNG, ROOT
 from test_examples import CHROMIUM, EXAMPLE_COMMANDS, UNLIKE, page_of
 from test_examples import needs_node as needs_packages
 from test_predict_inputs import FEW, GUARD, image_of, write_classifier, write_models
-from test_readers_kinds import MIXED, ONE_IMAGE, STACKS, objects
+from test_images import BROKEN, HOSTILE, MIXED, ONE_IMAGE, STACKS, npy, objects
 
 import predict
 
@@ -39,8 +39,6 @@ GOOD = {
     "column-major": np.asfortranarray(IMAGE),
     "column-major stack": np.asfortranarray(np.random.default_rng(1).random((3, SIDE, SIDE))),
 }
-HEADER = b"{'descr': '|O', 'fortran_order': False, 'shape': (2,), }"
-PICKLED = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(HEADER)) + HEADER
 BAD = {
     **MIXED,
     "not finite": np.where(IMAGE > 0.9, np.nan, IMAGE),
@@ -54,25 +52,11 @@ BAD = {
     "records": np.zeros(3, [("a", "<f4")]),
 }
 BAD_BYTES = {
-    "empty": b"",
-    "no array": b"hello",
-    "magic alone": b"\x93NUMPY\x01\x00",
-    "a call": PICKLED + pickle.dumps([IMAGE, print]),
-    "a call inside": PICKLED + pickle.dumps(objects(IMAGE, print), protocol=4),
-    "protocol 0": PICKLED + b"cos\nsystem\n(S'true'\ntR.",
-    "memo bomb": PICKLED + b"\x80\x04Nr\xff\xff\xff\x7f.",
-    "nested lists": PICKLED + b"\x80\x04" + b"]" * 9000 + b"a" * 8999 + b".",
-    "no line": PICKLED + b"\x80\x04cnumpy",
-    "no mark": PICKLED + b"\x80\x04te.",
-    "huge text": PICKLED + b"\x80\x04X\xff\xff\xff\xff.",
-    "no stop": PICKLED + b"\x80\x04N",
-    "empty pickle": PICKLED,
-    "a type's attributes": PICKLED + b"\x80\x04c__proto__\nconstructor\n)R.",
-    "state of a function": PICKLED + b"\x80\x04cnumpy\ndtype\n}b.",
-    "array without type": (
-        PICKLED + b"\x80\x04cnumpy.core.multiarray\n_reconstruct\n)R(K\x01)NN]tb."
-    ),
-    "call of ndarray": PICKLED + b"\x80\x04cnumpy\nndarray\n(K\x01tR.",
+    **BROKEN,
+    **{name: npy(content) for name, content in HOSTILE.items()},
+    "no line": npy(b"\x80\x04cnumpy"),
+    "no mark": npy(b"\x80\x04te."),
+    "a type's attributes": npy(b"\x80\x04c__proto__\nconstructor\n)R."),
 }
 
 
@@ -140,7 +124,7 @@ def test_javascript_reads_what_any_numpy_pickles(protocol, tmp_path):
     if protocol == 4:  # a name's and the frame's length stand before them
         old = old.replace(b"\x8c\x16numpy.core", b"\x8c\x15numpy.core")
         old = old[:3] + struct.pack("<Q", len(old) - 11) + old[11:]
-    paths = write_files(tmp_path, [PICKLED + new, PICKLED + old])
+    paths = write_files(tmp_path, [npy(new), npy(old)])
     for path, got in zip(paths, read_in_javascript(paths), strict=True):
         assert np.array_equal(as_images(got), IMAGE.astype(np.float32)[None])
         assert np.array_equal(read_in_python(path), as_images(got))

@@ -205,7 +205,7 @@ def test_classifiers_take_the_familiarity_of_their_pretraining(packed, tmp_path,
     [
         lambda kept: kept["config"].update(components=10**9),
         lambda kept: kept["config"].update(components=-1),
-        lambda kept: kept["config"].update(known="x"),
+        lambda kept: kept["config"].update(leading="x"),
         lambda kept: kept["config"].update(unit=float("nan")),
         lambda kept: kept["config"].update(img_size=10**6),
         lambda kept: kept["model"].pop("mean"),

@@ -9,7 +9,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from lib import files, onnxfile, readers, weights
+from lib import files, images, onnxfile, weights
 from lib.errors import UserError
 
 FUZZED_FILES = int(os.environ.get("FUZZED_FILES", "2000"))
@@ -76,7 +76,7 @@ def test_damaged_npy(tmp_path):
     np.save(tmp_path / "plain.npy", image)
     np.save(tmp_path / "object.npy", np.array([image, 1e-23], dtype=object), allow_pickle=True)
     originals = [(tmp_path / name).read_bytes() for name in ("plain.npy", "object.npy")]
-    refused = fuzz(readers.read_npy, tmp_path / "damaged.npy", originals, FUZZED_FILES)
+    refused = fuzz(images.read_npy, tmp_path / "damaged.npy", originals, FUZZED_FILES)
     assert FUZZED_FILES / 4 < refused < FUZZED_FILES
 
 
@@ -100,4 +100,4 @@ def test_damaged_npz(tmp_path):
     image = np.random.default_rng(0).random((8, 8))
     np.savez_compressed(tmp_path / "good.npz", image=image, more=image)
     original = (tmp_path / "good.npz").read_bytes()
-    assert fuzz(readers.read_npz, tmp_path / "damaged.npz", [original], FUZZED_FILES) > 0
+    assert fuzz(images.read_arrays, tmp_path / "damaged.npz", [original], FUZZED_FILES) > 0

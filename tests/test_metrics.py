@@ -54,6 +54,15 @@ def test_a_bootstrap_draws_within_each_class():
     assert np.array_equal(mean, again)
 
 
+def test_all_right_is_an_interval_with_a_width():
+    """100 % of three images had the interval 100 % to 100 %."""
+    assert metrics.wilson(3, 3) == pytest.approx((1 / (1 + 1.959964**2 / 3), 1.0))
+    low, high = metrics.wilson(8, 10)  # Wilson 1927, by hand
+    assert (low, high) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
+    assert metrics.about_intervals([{"low": 0.9, "high": 1.0}]) is None
+    assert "no width" in metrics.about_intervals([{"low": 0.9, "high": 1.0}, {"low": 1.0, "high": 1.0}])
+
+
 def test_figures_of_counts_are_those_of_repeated_images():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 200)

@@ -153,7 +153,7 @@ def test_what_is_printable_stays_as_it_is():
 
 def test_every_residual_is_image_minus_prediction(monkeypatch):
     drawn = {}
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.update({path: figure}))
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.update({path: figure}))
     image = np.ones((1, 1, 4, 4))
     plots.reconstructions("r", image, image, image - 0.25, ["a"])
     plots.residual_maps("m", image[0], image[0] * 0.25, ["a"])

@@ -24,6 +24,7 @@ def test_prediction_reads_every_kind_and_lists_what_it_cannot(runs, folder, tmp_
     shutil.copy(next((folder / "axion").glob("*.npy")), cutouts / "axion.npy")
     np.save(cutouts / "stack.npy", np.stack([lens_image] * 3))
     np.save(cutouts / "channel.npy", np.stack([lens_image] * 2)[:, None])
+    pytest.importorskip("astropy.io.fits").PrimaryHDU(lens_image).writeto(cutouts / "hdu.fits")
     np.save(cutouts / "nan.npy", np.full((64, 64), np.nan))
     np.save(cutouts / "small.npy", lens_image[:32, :32])
     (cutouts / "broken.npy").write_bytes(b"no image")
@@ -36,7 +37,7 @@ def test_prediction_reads_every_kind_and_lists_what_it_cannot(runs, folder, tmp_
     assert list(rows[0]) == ["file", "axion", "cdm", "no_sub", "prediction"]
     names = [os.path.basename(row["file"]) for row in rows]
     assert sorted(names) == sorted(
-        ["axion.npy", "channel.npy[0]", "channel.npy[1]", "plain.npy", "stack.npy[0]",
+        ["axion.npy", "channel.npy[0]", "channel.npy[1]", "hdu.fits", "plain.npy", "stack.npy[0]",
          "stack.npy[1]", "stack.npy[2]"]
     )  # fmt: skip
     for row in rows:
@@ -74,43 +75,9 @@ def test_prediction_reads_npz_and_crops_when_asked(runs, tmp_path, lens_image):
     assert max(same) - min(same) < 1e-5
 
 
-def test_prediction_reads_fits(runs, tmp_path, lens_image):
-    fits = pytest.importorskip("astropy.io.fits")
-    table = fits.BinTableHDU.from_columns([fits.Column("x", "E", array=np.zeros(3))])
-    units = [fits.PrimaryHDU(), table, fits.ImageHDU(lens_image.astype(">f4"))]
-    for name in ("one.fits", "two.fits.gz"):
-        fits.HDUList(units).writeto(tmp_path / name)
-    fits.PrimaryHDU(np.zeros((2, 3, 4))).writeto(tmp_path / "cube.fits")
-    (tmp_path / "text.fits").write_text("no FITS")
-    np.save(tmp_path / "z.npy", lens_image)
-    process = run_script("predict.py", "--model", runs / "classifier.onnx", "--out",
-                         tmp_path / "p.csv", tmp_path, check=False)  # fmt: skip
-    assert process.returncode == 1, process.stderr
-    rows = read_csv(tmp_path / "p.csv")
-    assert [row["file"] for row in rows] == [
-        str(tmp_path / n) for n in ("one.fits", "two.fits.gz", "z.npy")
-    ]
-    assert len({row["axion"] for row in rows}) == 1
-    errors = (tmp_path / "p.csv.errors.csv").read_text()
-    assert "cube.fits: not a usable FITS image" in errors
-    assert "text.fits: not a usable FITS image" in errors
-
-
-def test_fits_without_astropy_says_what_to_install(runs, tmp_path):
-    (tmp_path / "one.fits").write_bytes(b"SIMPLE")
-    process = run_code(
-        f"import sys; sys.argv = ['predict.py', '--model', {str(runs / 'classifier.onnx')!r}, "
-        f"'--out', {str(tmp_path / 'p.csv')!r}, {str(tmp_path / 'one.fits')!r}]\n"
-        "import predict\nfrom lib import errors\nerrors.run(predict.main)",
-        without=("astropy",), check=False,
-    )  # fmt: skip
-    assert process.returncode == 1
-    assert "pip install astropy" in process.stderr
-
-
 def test_names_reach_the_sheet_as_they_are(monkeypatch, tmp_path):
     drawn = {}
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.update({path: figure}))
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.update({path: figure}))
     entry = ((0, 0.9, 0), "folder/a$b$.npy", np.zeros((1, 8, 8), np.float32), [0.9, 0.1], "c$m$")
     assert predict.try_to_draw(plots.contact_sheet, "s", [entry], ["c$m$", "other"], None) is None
     panel = drawn["s"].axes[0]

@@ -1,9 +1,6 @@
 """predict.py counts every image once, names what it does not read, and never loses a result."""
 
-import bz2
 import csv
-import gzip
-import io
 import json
 import os
 import shutil
@@ -110,71 +107,6 @@ def relative(names, folder):
 # What counts
 
 
-def test_hidden_files_and_folders_do_not_count(predict, tmp_path):
-    images = tmp_path / "images"
-    for name in ("a.npy", ".b.npy", ".packed/images.npy", "__MACOSX/a.npy", ".git/x.txt"):
-        (images / name).parent.mkdir(parents=True, exist_ok=True)
-        np.save(images / name, IMAGES[0])
-    (images / "._a.npy").write_bytes(b"\0\5\26\7")
-    process = predict(images)
-    assert relative(process.rows, images) == ["a.npy"]
-    assert "not read" not in process.stderr
-    process = predict(images / ".packed")  # asked for by name
-    assert relative(process.rows, images) == [".packed/images.npy"]
-
-
-def test_links_to_folders_are_followed_once(predict, tmp_path):
-    images, far = tmp_path / "images", tmp_path / "far" / "deep"
-    far.mkdir(parents=True)
-    (images / "real").mkdir(parents=True)
-    np.save(far / "far.npy", IMAGES[0])
-    np.save(images / "real" / "near.npy", IMAGES[1])
-    (images / "1_link").symlink_to(tmp_path / "far")
-    (images / "2_same").symlink_to(tmp_path / "far")
-    (images / "0_inside").symlink_to(images / "real")
-    (images / "real" / "loop").symlink_to(images)
-    (far / "back").symlink_to(images)
-    (images / "self").symlink_to(images / "self")
-    (images / "link.npy").symlink_to(far / "far.npy")
-    process = predict(images)
-    assert relative(process.rows, images) == ["1_link/deep/far.npy", "link.npy", "real/near.npy"]
-
-
-def test_the_same_path_twice_counts_once(predict, tmp_path):
-    np.save(tmp_path / "a.npy", IMAGES[0])
-    np.save(tmp_path / "b.npy", IMAGES[1])
-    (tmp_path / "link").symlink_to(tmp_path)
-    process = predict(
-        tmp_path / "a.npy", tmp_path / "a.npy", tmp_path / "link" / "a.npy",
-        tmp_path / "b.npy", tmp_path / "link" / ".." / tmp_path.name / "b.npy",
-    )  # fmt: skip
-    assert relative(process.rows, tmp_path) == ["a.npy", "b.npy"]
-    assert process.stdout.startswith("2 images")
-
-
-def test_suffixes_count_in_any_case(predict, tmp_path):
-    fits = pytest.importorskip("astropy.io.fits")
-    images = tmp_path / "images"
-    images.mkdir()
-    with (images / "a.NPY").open("wb") as file:
-        np.save(file, IMAGES[0])
-    with (images / "b.Npz").open("wb") as file:
-        np.savez(file, x=IMAGES[0])
-    plain = io.BytesIO()
-    fits.PrimaryHDU(IMAGES[0]).writeto(plain)
-    packed = io.BytesIO()
-    fits.HDUList([fits.PrimaryHDU(), fits.CompImageHDU(IMAGES[0])]).writeto(packed)
-    contents = {"": plain.getvalue(), ".gz": gzip.compress(plain.getvalue()),
-                ".bz2": bz2.compress(plain.getvalue()), ".fz": packed.getvalue()}  # fmt: skip
-    for suffix in (".fits", ".fit", ".fts", ".FITS", ".Fit"):
-        for ending, content in contents.items():
-            (images / f"c{suffix}{ending}").write_bytes(content)
-            (images / f"d{suffix}{ending.upper()}").write_bytes(content)
-    process = predict(images)
-    assert len(process.rows) == len(os.listdir(images))
-    assert process.stdout.startswith(f"{len(process.rows)} images")
-
-
 def test_what_is_not_read_is_counted_and_named(predict, tmp_path):
     images = tmp_path / "images"
     (images / "deep").mkdir(parents=True)
@@ -215,60 +147,6 @@ def test_what_cannot_be_opened_is_an_error(predict, tmp_path):
     assert "other file" not in process.stderr
 
 
-def test_a_packed_data_set_is_its_images(predict, tmp_path):
-    data = tmp_path / "packed"
-    data.mkdir()
-    np.save(data / "images.npy", IMAGES)
-    np.save(data / "labels.npy", np.zeros(3, dtype=np.int64))
-    np.save(data / "hashes.npy", np.zeros(3, dtype=np.uint64))
-    (data / "dataset.json").write_text("{}")
-    process = predict(data)
-    assert relative(process.rows, data) == [f"images.npy[{i}]" for i in range(3)]
-    assert "3 other files were not read" in process.stderr
-
-
-# What training takes
-
-
-def objects(rows):
-    array = np.empty((len(rows), 2), dtype=object)
-    for i, row in enumerate(rows):
-        array[i, 0], array[i, 1] = row
-    return array
-
-
-FORMS = {
-    "image": (IMAGES[0], 1),
-    "channel first": (IMAGES[:1], 1),
-    "channel last": (IMAGES[0][..., None], 1),
-    "stack": (IMAGES, 3),
-    "stack, channel first": (IMAGES[:, None], 3),
-    "stack, channel last": (IMAGES[..., None], 3),
-    "object rows": (objects([(image, 1.0) for image in IMAGES]), 3),
-    "big-endian": (IMAGES.astype(">f8"), 3),
-    "float16": (IMAGES.astype("<f2"), 3),
-    "column-major": (np.asfortranarray(IMAGES), 3),
-    "integers": ((IMAGES * 1000).astype(">u2"), 3),
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_that_training_takes_is_predicted(form, predict, tmp_path):
-    array, count = FORMS[form]
-    np.save(tmp_path / "x.npy", array, allow_pickle=True)
-    np.save(tmp_path / "plain.npy", IMAGES * 1000 if form == "integers" else IMAGES)
-    predict(tmp_path / "plain.npy")
-    expected = probabilities(tmp_path / "out" / "p.csv")[:count]
-    process = predict(tmp_path / "x.npy")
-    assert len(process.rows) == count
-    assert np.allclose(probabilities(tmp_path / "out" / "p.csv"), expected, atol=1e-3)
-
-
-def probabilities(path):
-    with path.open(newline="") as file:
-        return np.array([[float(r["bright"]), float(r["dark"])] for r in csv.DictReader(file)])
-
-
 def test_labels_beside_the_images_of_a_npz_are_named(predict, tmp_path):
     np.savez(tmp_path / "set.npz", images=IMAGES, labels=np.arange(3), names=np.array(["a", "b"]))
     process = predict(tmp_path / "set.npz")
@@ -276,12 +154,11 @@ def test_labels_beside_the_images_of_a_npz_are_named(predict, tmp_path):
     assert process.stderr.strip() == (
         f"2 other files were not read: {tmp_path}/set.npz:labels, {tmp_path}/set.npz:names"
     )
-    np.savez(tmp_path / "labels.npz", labels=np.arange(3))
     np.savez(tmp_path / "sizes.npz", image=IMAGES[0], small=IMAGES[0][:4, :4])
-    process = predict(tmp_path / "labels.npz", tmp_path / "sizes.npz", check=False)
+    process = predict(tmp_path / "sizes.npz", check=False)
     assert process.returncode == 1
     assert relative(process.rows, tmp_path) == ["sizes.npz:image"]
-    assert relative(process.errors, tmp_path) == ["labels.npz", "sizes.npz:small"]
+    assert relative(process.errors, tmp_path) == ["sizes.npz:small"]
 
 
 def test_pixels_that_make_no_probabilities_are_an_error(predict, tmp_path):

@@ -100,14 +100,22 @@ def test_files_that_hold_no_images_are_named(tmp_path):
             real_images.main(["fit", "--images", str(path)])
 
 
-def test_noisy_images_become_pictures_too(tmp_path):
+def test_noisy_images_become_pictures_too_and_the_same_ones_once(tmp_path, packed, capsys):
     simulate.main(["--per-class", "4", "--noise", "--out", str(tmp_path / "d")])
-    for more in ([], ["--any"]):
-        out = tmp_path / f"p{len(more)}"
-        real_images.main(["pictures", "--data", str(tmp_path / "d"), "--out", str(out), *more])
-        images = data.load(out).images
-        assert images.min() == 0
-        assert images.max() == 1
+    out = tmp_path / "p"
+    for more in ([], ["--any"], ["--any", "--seed", "1"]):
+        command = ["pictures", "--data", str(tmp_path / "d"), "--out", str(out), "--update", *more]
+        real_images.main(command)
+        dataset = data.load(out)
+        assert dataset.images.min() == 0
+        assert dataset.images.max() == 1
+        capsys.readouterr()
+        real_images.main(command)
+        assert "already up to date" in capsys.readouterr().out
+        assert data.load(out).fingerprint == dataset.fingerprint
+    with pytest.raises(UserError, match="holds other images"):
+        real_images.main([*command, "--out", str(packed)])
+    assert len(data.load(packed).labels) == 300
 
 
 def test_a_data_set_of_pictures_is_written_and_real_ones_are_asked_about(

@@ -1,6 +1,5 @@
 """Data that other projects read wrongly without a word."""
 
-import argparse
 import os
 import shutil
 
@@ -236,23 +235,3 @@ def test_copies_with_another_label_are_named(tmp_path, capsys):
     shutil.copy(root / "a" / "007.npy", root / "b" / "zzz.npy")
     data.load(root, progress=False)
     assert "2 images stand in more than one class, such as" in capsys.readouterr().err
-
-
-def test_a_study_trains_again_when_its_data_changed(tmp_path, monkeypatch):
-    from experiments import study
-
-    calls = []
-
-    class Script:
-        @staticmethod
-        def parse_args(argv):
-            return argparse.Namespace(argv=argv)
-
-        @staticmethod
-        def main(argv):
-            calls.append(argv)
-            (tmp_path / "run" / "w.pth").write_bytes(b"")
-
-    for fingerprint, times in (("one", 1), ("one", 1), ("two", 2)):
-        study.trained(Script, tmp_path / "run", [], "w.pth", fingerprint)
-        assert len(calls) == times

@@ -1,0 +1,527 @@
+"""Images from files: .npy, .npz and FITS, for training and prediction; numpy alone, astropy for FITS.
+
+The files may come from strangers: nothing in them is executed, and headers are checked before they cost
+memory.
+"""
+
+import ast
+import bz2
+import contextlib
+import functools
+import gzip
+import math
+import mmap
+import os
+import pickle
+import pickletools
+import warnings
+import zipfile
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+
+from lib.errors import UserError, reason_of
+from lib.files import is_hidden
+
+FITS_SUFFIXES = (
+    *(name + packed for name in (".fits", ".fit", ".fts") for packed in ("", ".gz", ".bz2")), ".fz"
+)  # fmt: skip
+SUFFIXES = (".npy", ".npz", *FITS_SUFFIXES)
+PACKED_FILES = {"dataset.json", "images.npy", "labels.npy", "hashes.npy"}  # of a packed data set
+MAP_ABOVE_BYTES = 8 * 2**20  # larger arrays are mapped into memory, not read
+MAX_DIMENSIONS = 8
+MAX_PICKLE_BYTES = 64 * 2**20  # an axion file is one image and a number
+MAX_PICKLE_OPCODES = 100_000  # a stack of images takes about 20 an image
+MAX_NPZ_BYTES = 2**30
+MAX_FITS_BYTES = 256 * 2**20
+SAFE_FITS_COMPRESSION = ("RICE_1", "RICE_ONE", "GZIP_1", "GZIP_2", "NOCOMPRESS")
+
+
+# Finding files
+
+
+def may_hold_images(path):
+    """Whether a file of this name is read; its content decides what it is."""
+    return Path(path).name.lower().endswith(SUFFIXES)
+
+
+def find_files(paths):
+    """The files to predict: those given, and the image files in folders at any depth.
+
+    Returns (files, others, errors): `others` are the files in folders that hold no images, `errors` the
+    folders that cannot be listed, [(folder, reason)]. A file that is reached twice under one name counts
+    once. Raises UserError for a missing path.
+    """
+    files, others, errors = {}, {}, []
+    real_folder = functools.cache(os.path.realpath)
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"no file or folder {path}")
+        for file, is_image in _walk(path, errors) if path.is_dir() else [(path, True)]:
+            key = real_folder(file.parent), file.name
+            (files if is_image else others).setdefault(key, file)
+    return list(files.values()), [others[key] for key in others if key not in files], errors
+
+
+def _walk(root, errors):
+    """The files below a folder, sorted: [(path, whether it may hold images)].
+
+    Links to folders are followed. Each folder is listed once, under its own name where it has one below
+    `root`. Hidden files and folders are left out.
+    """
+
+    def cannot_list(error):
+        errors.append((error.filename, f"cannot list folder {error.filename}: {error.strerror}"))
+
+    found, listed, links = [], set(), [root]
+    for link in links:  # which grows; all folders that are no links come first
+        for folder, subfolders, names in os.walk(link, onerror=cannot_list):
+            if os.path.realpath(folder) in listed:
+                subfolders.clear()
+                continue
+            listed.add(os.path.realpath(folder))
+            subfolders[:] = [name for name in subfolders if not is_hidden(name)]
+            links += filter(os.path.islink, (Path(folder, name) for name in subfolders))
+            no_images = PACKED_FILES - {"images.npy"} if PACKED_FILES.issubset(names) else ()
+            for path in (Path(folder, name) for name in names if not is_hidden(name)):
+                regular = path.is_file() or not path.exists()  # a dangling link becomes an error
+                found.append((path, regular and may_hold_images(path) and path.name not in no_images))
+    return sorted(found)
+
+
+# Reading images
+
+
+def read_image(path):
+    """The image of a file that holds one square image, (H, H) float32, to train on.
+
+    Raises UserError, naming the file and the remedy, for anything else.
+    """
+    arrays = [array for _, array in read_arrays(Path(path)) if array is not None]
+    if len(arrays) > 1:
+        raise UserError(f"{path}: expected one square image, got {len(arrays)} arrays; give one a file")
+    stack = _stack_of(arrays[0])
+    if stack.ndim != 3 or len(stack) != 1 or stack.shape[1] != stack.shape[2] or not stack.size:
+        raise UserError(f"{path}: expected one square image, got shape {arrays[0].shape}; remove it")
+    image = _finite_float32(stack[0])
+    if image is None:
+        raise UserError(f"{path}: NaN or infinite pixels; repair or remove it")
+    return image
+
+
+def read_images(files, img_size, errors, others, crop=False):
+    """Yield (name, image (H, H) float32) of every image in the files, to predict; H is `img_size`.
+
+    What cannot be read is appended to `errors`, [(name, reason)]; arrays of a .npz that are no images are
+    appended to `others`. `crop` takes the centre of larger images.
+    """
+    for path in files:
+        try:
+            arrays = read_arrays(path)
+        except UserError as error:
+            errors.append((str(path), str(error)))
+            continue
+        for name, array in arrays:
+            if array is None:
+                others.append(name)
+            else:
+                yield from _images_in(name, array, img_size, errors, crop)
+
+
+def _images_in(name, array, img_size, errors, crop):
+    stack = _stack_of(array)
+    height, width = stack.shape[1:] if stack.ndim == 3 else (0, 0)
+    if min(height, width) < img_size or not len(stack):
+        errors.append((name, f"{name}: expected an image of {img_size}×{img_size} pixels or a stack of "
+                             f"them, got shape {array.shape}"))  # fmt: skip
+        return
+    if not crop and (height, width) != (img_size, img_size):
+        errors.append((name, f"{name}: {height}×{width} pixels where the network takes "
+                             f"{img_size}×{img_size}; --crop takes the centre"))  # fmt: skip
+        return
+    top, left = (height - img_size) // 2, (width - img_size) // 2
+    for i, image in enumerate(stack[:, top : top + img_size, left : left + img_size]):
+        image_name = name if len(stack) == 1 else f"{name}[{i}]"
+        image = _finite_float32(image)
+        if image is None:
+            errors.append((image_name, f"{image_name}: NaN or infinite pixels"))
+        else:
+            yield image_name, image
+        if i % 256 == 255:
+            forget_pages(array)
+
+
+def read_arrays(path):
+    """The arrays of one file, [(name, array, or None where it is no image)]; UserError."""
+    name = path.name.lower()
+    if name.endswith(FITS_SUFFIXES):
+        return [(str(path), fits_images(path, first=True)[0])]
+    return _read_npz(path) if name.endswith(".npz") else [(str(path), read_npy(path))]
+
+
+def _stack_of(array):
+    """An array as images (n, H, W), if it is one or several.
+
+    It may have a channel axis: (1, H, W), (H, W, 1), (n, 1, H, W) or (n, H, W, 1).
+    """
+    if array.ndim == 4 and array.shape[1] == 1:
+        array = array[:, 0]
+    elif array.ndim in (3, 4) and array.shape[-1] == 1:
+        array = array[..., 0]
+    return array[None] if array.ndim == 2 else array
+
+
+def _finite_float32(image):
+    """The image as float32, or None if a pixel is NaN or infinite then."""
+    with np.errstate(over="ignore"):
+        image = np.ascontiguousarray(image, dtype=np.float32)
+    return image if np.isfinite(image).all() else None
+
+
+class _NoImageError(ValueError):
+    """The array is sound, but text, labels or another kind that is no image."""
+
+
+@contextlib.contextmanager
+def _named_errors(path, kind):
+    """Turn any error that a parser raises on arbitrary bytes into a UserError naming the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.strerror:  # the system's, not a parser's
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"{path}: not a usable {kind}: {reason_of(error)}") from None
+
+
+# FITS
+
+
+def fits_images(path, first=False):
+    """The two-dimensional images (H, W) of a FITS file, a list; needs astropy. UserError.
+
+    Axes of length one do not count. The file may be compressed by gzip, bzip2 or fpack, whatever its name
+    says. With `first` only the first image, which must not be a cube.
+    """
+    try:
+        from astropy.io import fits
+    except ImportError:
+        raise UserError(f"{path}: FITS files need astropy: pip install astropy") from None
+    with _named_errors(path, "FITS image"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        content = _decompressed(path)
+        with fits.open(BytesIO(content), memmap=False, disable_image_compression=True) as units:
+            _check_compressed_units(units)
+        with fits.open(BytesIO(content), memmap=False) as units:
+            shapes = [_without_unit_axes(unit.shape) if unit.is_image else () for unit in units]
+            chosen = [i for i, shape in enumerate(shapes) if len(shape) == 2]
+            if first:
+                chosen = [_first_image([unit.name for unit in units], shapes)]
+            return [np.array(units[i].data).reshape(shapes[i]) for i in chosen]
+
+
+def _first_image(names, shapes):
+    """Index of the first HDU with an image; ValueError, listing the HDUs, if it is a cube."""
+    hdus = [f"{i} {names[i]} {shape or 'no image'}" for i, shape in enumerate(shapes)]
+    listed = f"its HDUs: {', '.join(hdus)}"
+    for i, shape in enumerate(shapes):
+        if len(shape) > 2:
+            raise ValueError(f"HDU {i} has several planes, shape {shape}; give one image a file; {listed}")
+        if len(shape) == 2:
+            return i
+    raise ValueError(f"there is no two-dimensional image in it; {listed}")
+
+
+def _without_unit_axes(shape):
+    """`shape` without its leading axes of length one, then trailing ones, down to two axes."""
+    shape = tuple(map(int, shape))
+    while len(shape) > 2 and 1 in (shape[0], shape[-1]):
+        shape = shape[1:] if shape[0] == 1 else shape[:-1]
+    return shape
+
+
+def _decompressed(path):
+    with path.open("rb") as file:
+        start = file.read(3)
+        file.seek(0)
+        if start[:2] == b"\x1f\x8b":
+            file = gzip.open(file)
+        elif start == b"BZh":
+            file = bz2.open(file)
+        content = file.read(MAX_FITS_BYTES + 1)
+    if len(content) > MAX_FITS_BYTES:
+        raise ValueError("it is too large for a cutout")
+    return content
+
+
+def _check_compressed_units(units):
+    """ValueError if an image compressed by fpack cannot be decompressed safely.
+
+    `units` are opened as the tables that hold the compressed tiles. Astropy's other decoders (of HCOMPRESS
+    and PLIO) write outside their memory if a file is damaged.
+    """
+    for header in (unit.header for unit in units if unit.header.get("ZIMAGE")):
+        if header["ZCMPTYPE"] not in SAFE_FITS_COMPRESSION:
+            raise ValueError(f"compressed by {header['ZCMPTYPE']}; decompress it with funpack")
+        axes = range(1, int(header["ZNAXIS"]) + 1)
+        pixel = abs(int(header["ZBITPIX"])) // 8
+        size = pixel * math.prod(int(header[f"ZNAXIS{i}"]) for i in axes)
+        tile = pixel * math.prod(int(header.get(f"ZTILE{i}", 1)) for i in axes)
+        if max(size, tile) > MAX_FITS_BYTES or int(header["PCOUNT"]) > 2 * size + 2**16:
+            raise ValueError("it is too large for a cutout")
+
+
+# .npy and .npz
+
+
+def read_npy(path):
+    """The array of a `.npy` file of numbers, or of an object array of images.
+
+    Returns the array as it is stored, mapped into memory if it is large. Of an object array it returns the
+    image of [image, number, ...], or the stack (n, H, W) of [image, image, ...] and of rows [image, number,
+    ...]. Raises UserError, naming the file, for anything else.
+    """
+    path = Path(path)
+    with _named_errors(path, ".npy image"), path.open("rb") as file:
+        return _read_array(file, os.fstat(file.fileno()).st_size, path)
+
+
+def forget_pages(array):
+    """Return the memory of an array that `read_npy` mapped; the array can still be read.
+
+    Without this the pages of a file stay in the process after they were read.
+    """
+    mapped = getattr(array, "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _read_npz(path):
+    """The arrays of a `.npz` file, [(name, array, or None where it is no image)]; UserError."""
+    arrays = []
+    with _named_errors(path, ".npz file"), zipfile.ZipFile(path) as archive:
+        members = [info for info in archive.infolist() if not is_hidden(info.filename)]
+        if sum(info.file_size for info in members) > MAX_NPZ_BYTES:
+            raise ValueError("its arrays are too large together; store them as .npy")
+        for info in members:
+            array = None
+            if info.filename.endswith(".npy"):
+                # Read only as much as was announced, whatever the compressed stream holds.
+                with archive.open(info) as member, contextlib.suppress(_NoImageError):
+                    content = member.read(info.file_size)
+                    array = _read_array(BytesIO(content), len(content), None)
+            is_image = array is not None and array.ndim >= 2
+            arrays.append((f"{path}:{info.filename.removesuffix('.npy')}", array if is_image else None))
+        if all(array is None for _, array in arrays):
+            raise ValueError("there is no image in it")
+    return arrays
+
+
+def _read_array(file, size, path):
+    """The array in an open `.npy` file of `size` bytes; mapped into memory if there is a path."""
+    shape, order, dtype = _read_header(file)
+    if dtype.kind == "O":
+        if size > MAX_PICKLE_BYTES:
+            raise ValueError("an object array of this size is not one image")
+        return _images_of(_unpickle(file.read()))
+    offset = file.tell()
+    expected = math.prod(shape) * dtype.itemsize
+    if size - offset != expected:
+        raise ValueError(
+            f"{size - offset} bytes of data where shape {shape} needs {expected}; is it truncated?"
+        )
+    if path and expected > MAP_ABOVE_BYTES:
+        return np.memmap(path, dtype, mode="r", offset=offset, shape=shape, order=order)
+    return np.frombuffer(file.read(), dtype).reshape(shape, order=order)
+
+
+def _read_header(file):
+    """(shape, "C" or "F", dtype) of an open `.npy` file, which then stands at its data."""
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise _NoImageError(f"format version {version} holds no plain numbers")
+    length = int.from_bytes(file.read(2 if version == (1, 0) else 4), "little")
+    if length > 4096:
+        raise _NoImageError("the header is too long for an array of numbers")
+    text = file.read(length)
+    if len(text) != length or b"\\" in text:  # no array needs an escape, and Python warns of odd ones
+        raise ValueError("the header is truncated or damaged")
+    header = ast.literal_eval(text.decode("latin1").strip())
+    if set(header) != {"descr", "fortran_order", "shape"} or type(header["fortran_order"]) is not bool:
+        raise ValueError("the header is not that of an array")
+    _check_shape(header["shape"])
+    if not isinstance(header["descr"], str):
+        raise _NoImageError("structured arrays are not images")
+    return header["shape"], "F" if header["fortran_order"] else "C", _dtype_of(header["descr"])
+
+
+def _check_shape(shape):
+    is_tuple = type(shape) is tuple and len(shape) <= MAX_DIMENSIONS
+    if not is_tuple or not all(type(n) is int and n >= 0 for n in shape):
+        # It is not printed: the lists of a pickle may hold each other until their text fills any memory.
+        raise ValueError("the shape is not one of an array")
+
+
+def _dtype_of(text):
+    """The dtype of a code like "<f8": floats, integers and bool up to 8 bytes, or objects ("|O")."""
+    byte_order, code = (text[0], text[1:]) if text[:1] in ("<", ">", "|", "=") else ("=", text)
+    if code in ("O", "O8"):  # as a header and as a pickle has it
+        return np.dtype("O")
+    if code not in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"):
+        raise _NoImageError(f"data type {text[:20]!r} is not a plain number")
+    return np.dtype(byte_order + code)
+
+
+# Pickles of object arrays
+
+# What numpy's pickles of arrays and numbers consist of (protocols 2 to 4).
+_OPCODES = frozenset(
+    "PROTO FRAME STOP GLOBAL STACK_GLOBAL REDUCE BUILD MARK TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_TUPLE "
+    "EMPTY_LIST APPEND APPENDS NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE "
+    "SHORT_BINUNICODE BINBYTES SHORT_BINBYTES BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET".split()
+)
+_GLOBALS = {
+    "numpy": ("ndarray", "dtype"),
+    "numpy.core.multiarray": ("_reconstruct", "scalar"),
+    "numpy._core.multiarray": ("_reconstruct", "scalar"),
+}
+
+
+class _Made:
+    """Stands for what a function of numpy would make: its name, its arguments, and the state to set.
+
+    numpy itself is not safe: its `__setstate__` of arrays reads beyond the end of a list that is shorter
+    than the shape, and that of dtypes lets bytes of the file be used as pointers.
+    """
+
+    state = None
+
+    def __init__(self, function, arguments):
+        self.function, self.arguments = function, arguments
+
+    def __setstate__(self, state):
+        if self.state is not None:
+            raise ValueError("its pickle sets a state twice")
+        self.state = state
+
+    @functools.cached_property
+    def value(self):
+        """A number, an array of numbers, or of an object array the list of its elements or rows."""
+        if self.function == "scalar":
+            dtype, content = self.arguments
+            return float(_numbers(content, _dtype_made(dtype), (), "C"))
+        if self.function != "_reconstruct":
+            raise ValueError("its pickle has a function in the place of a value")
+        _, shape, dtype, fortran_order, content = self.state
+        _check_shape(shape)
+        dtype = _dtype_made(dtype)
+        if dtype.kind != "O":
+            return _numbers(content, dtype, shape, "F" if fortran_order is True else "C")
+        if type(content) is not list or len(content) != math.prod(shape):
+            raise ValueError("the object array does not hold what its shape says")
+        if len(shape) > 2:
+            raise _NoImageError(f"an object array of shape {shape} is not a list of images")
+        if len(shape) < 2:
+            return content
+        # numpy lists objects row by row even if the array is column-major.
+        return [content[i : i + shape[1]] for i in range(0, len(content), shape[1] or 1)]
+
+
+def _dtype_made(made):
+    if not isinstance(made, _Made) or made.function != "dtype":
+        raise ValueError("an array without a data type")
+    code, byte_order = made.arguments[0], "=" if made.state is None else made.state[1]
+    if type(code) is not str or byte_order not in ("<", ">", "|", "="):
+        raise ValueError("an unknown data type")
+    return _dtype_of(byte_order + code)
+
+
+def _numbers(content, dtype, shape, order):
+    fitting = type(content) is bytes and len(content) == math.prod(shape) * dtype.itemsize
+    if dtype.kind == "O" or not fitting:
+        raise ValueError("the array does not hold what its shape says")
+    return np.frombuffer(content, dtype).reshape(shape, order=order)
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module, name):
+        if name not in _GLOBALS.get(module, ()):
+            raise ValueError(f"its pickle asks for {module}.{name}, which is refused")
+        return lambda *arguments: _Made(name, arguments)
+
+
+def _unpickle(content):
+    """Read the pickle of a numpy object array as plain data and `_Made`; executes nothing.
+
+    The opcodes are checked first: only those that numpy writes, not too many, and no memo index
+    that would make the unpickler allocate gigabytes.
+    """
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        if count > MAX_PICKLE_OPCODES:
+            raise ValueError("its pickle has too many parts; store the images as plain numbers")
+        if opcode.name not in _OPCODES:
+            raise ValueError(f"its pickle uses {opcode.name}, which arrays and numbers do not need")
+        if opcode.name in ("BINPUT", "LONG_BINPUT") and argument > MAX_PICKLE_OPCODES:
+            raise ValueError("its pickle has an impossible memo index")
+    return _Unpickler(BytesIO(content)).load()
+
+
+def _images_of(unpickled):
+    """The images of an object array: one (H, W), or a stack (n, H, W)."""
+    if not isinstance(unpickled, _Made) or not isinstance(unpickled.value, list):
+        raise ValueError("its pickle is not an object array")
+    elements = _values(unpickled.value)
+    if len(elements) > 1 and all(map(_is_image, elements)):
+        rows = [[image] for image in elements]
+    elif elements and all(isinstance(element, list | tuple) for element in elements):
+        if sum(map(len, elements)) > MAX_PICKLE_OPCODES:  # one row may be there often
+            raise ValueError("the object array has too many rows")
+        rows = map(_values, elements)
+    else:
+        return _image_and_numbers(elements)[0]
+    images = [_image_and_numbers(row)[0] for row in rows]
+    if len({image.shape for image in images}) > 1:
+        raise ValueError("the images of the object array have different shapes")
+    if sum(image.nbytes for image in images) > MAX_PICKLE_BYTES:  # one image may be there often
+        raise ValueError("the object array has too many images; store them as plain numbers")
+    return np.stack(images)
+
+
+def _image_and_numbers(row):
+    """(image (H, W), [number, ...]) of a row [image, number, ...]."""
+    if not row or not _is_image(row[0]):
+        is_list = any(isinstance(element, np.ndarray | list | tuple) for element in row)
+        raise (ValueError if is_list else _NoImageError)("the object array does not begin with an image")
+    numbers = [e.item() if isinstance(e, np.ndarray) and e.shape in ((), (1,)) else e for e in row[1:]]
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise ValueError("the object array holds more than an image and numbers")
+    return row[0], numbers
+
+
+def _values(elements):
+    return [element.value if isinstance(element, _Made) else element for element in elements]
+
+
+def _is_image(element):
+    return isinstance(element, np.ndarray) and element.ndim >= 2
+
+
+def within(bounds, images, errors):
+    """Pass on the (name, image) pairs within bounds (low, high, faintest), see `data.pixel_range`.
+
+    The others are appended to `errors`, [(name, reason)].
+    """
+    low, high, faintest = bounds
+    for name, image in images:
+        smallest, largest = float(image.min()), float(image.max())
+        if low <= smallest and faintest <= largest <= high:
+            yield name, image
+        else:
+            reason = (
+                f"pixels from {smallest:.3g} to {largest:.3g}, far outside those of the training images "
+                f"(accepted: from {low:.3g} to {high:.3g}, the brightest above {faintest:.3g}): another "
+                "unit (predict.py --scale), sentinel values, hot pixels or a blank image?"
+            )
+            errors.append((name, f"{name}: {reason}"))

@@ -1,0 +1,55 @@
+"""What a result was made from, kept in the result: an identical one is not made again (--update).
+
+Options, data, weights and code are compared by content, never by time.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from lib.errors import UserError
+from lib.files import read_json, sha256_of, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = (ROOT / "mae.py", *sorted((ROOT / "lib").glob("*.py")))
+# Options that decide nothing, or name a file whose content counts.
+FREE_OPTIONS = {"out", "update", "device", "data", "cache_dir", "weights"}
+
+
+def made_from(args, code, **content):
+    """What decides a result, as JSON gives it back.
+
+    args : the script's options.
+    code : paths of the source files whose change may change the result.
+    content : identities of what the script reads, such as `identity_of(dataset)`.
+    """
+    options = {name: value for name, value in vars(args).items() if name not in FREE_OPTIONS}
+    digest = hashlib.sha256("".join(map(sha256_of, code)).encode()).hexdigest()
+    return json.loads(json.dumps({"options": options, "code": digest, **content}))
+
+
+def identity_of(dataset):
+    """What decides a result of a `data.Dataset`."""
+    return [dataset.fingerprint, dataset.class_names, dataset.origin]
+
+
+def is_current(path, made):
+    """Whether the result that a JSON file describes was made from `made`; if so, says it on a line."""
+    try:
+        current = read_json(path).get("made_from") == made
+    except UserError:
+        return False
+    if current:
+        print(f"already up to date: {path}")
+    return current
+
+
+def sign(path, made):
+    """Add to a JSON file what its result was made from: the last step, when all of it is written."""
+    write_json(path, {**(read_json(path) if path.exists() else {}), "made_from": made})
+
+
+def require_origin(path, *beginnings):
+    """UserError if a dataset.json has another origin than one that begins so: only such may be replaced."""
+    if path.exists() and not str(read_json(path).get("origin")).startswith(beginnings):
+        raise UserError(f"{path.parent} holds other images: remove it or choose another folder")

@@ -1,0 +1,668 @@
+"""Images from files: what is good is read exactly, for training and prediction; nothing in a file runs."""
+
+import bz2
+import gzip
+import io
+import itertools
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import bound_by_permissions, run_python
+
+from lib import data, images
+from lib.errors import UserError
+from lib.images import find_files, read_image, read_images, read_npy
+
+SIDE = 8
+IMAGES = np.random.default_rng(0).random((3, SIDE, SIDE)).astype(np.float32)
+IMAGE = IMAGES[0]
+
+
+def predicted(*paths, crop=False):
+    """({name: image} that prediction gets of these paths, errors, others)."""
+    errors, others = [], []
+    return dict(read_images(paths, SIDE, errors, others, crop)), errors, others
+
+
+def relative(names, folder):
+    return sorted(os.path.relpath(name, folder) for name in names)
+
+
+def objects(*elements):
+    """A one-dimensional object array of these elements."""
+    array = np.empty(len(elements), dtype=object)
+    for i, element in enumerate(elements):
+        array[i] = element
+    return array
+
+
+def table(rows, columns):
+    """An object array of two axes: (rows, columns)."""
+    array = np.empty((len(rows), columns), dtype=object)
+    for i, row in enumerate(rows):
+        for j, element in enumerate(row):
+            array[i, j] = element
+    return array
+
+
+def npy(content, descr="|O", shape=(2,), fortran_order=False):
+    """Bytes of a .npy file with this header and content."""
+    header = f"{{'descr': {descr!r}, 'fortran_order': {fortran_order}, 'shape': {shape}, }}\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + content
+
+
+def assert_refused(path, match=None, seconds=2):
+    """The file is refused in one line that names it, for training and for prediction, soon."""
+    start = time.process_time()
+    with pytest.raises(UserError, match=match) as error:
+        read_image(path)
+    _, errors, _ = predicted(path)
+    assert time.process_time() - start < seconds
+    for text in (str(error.value), *(reason for _, reason in errors)):
+        assert path.name in text
+        assert "\n" not in text
+    assert len(errors) == 1
+
+
+# Images and stacks
+
+ROWS = [[image, float(i)] for i, image in enumerate(IMAGES)]
+STACKS = {
+    "images": objects(*IMAGES),
+    "channel images": objects(*IMAGES[:, None]),
+    "copies of one image": objects(*[IMAGE] * 3),
+    "rows": table(ROWS, 2),
+    "rows, column-major": np.asfortranarray(table(ROWS, 2)),
+    "nested rows": objects(*(objects(*row) for row in ROWS)),
+    "rows as lists": objects(*ROWS),
+    "rows as tuples": objects(*map(tuple, ROWS)),
+    "rows of images alone": table([[image] for image in IMAGES], 1),
+    "big-endian": objects(*IMAGES.astype(">f4")),
+    "column-major images": objects(*(np.asfortranarray(image) for image in IMAGES)),
+}
+PLAIN_STACKS = {
+    "plain": IMAGES,
+    "channel first": IMAGES[:, None],
+    "channel last": IMAGES[..., None],
+    "column-major": np.asfortranarray(IMAGES),
+}
+ONE_IMAGE = {
+    "image alone": objects(IMAGE),
+    "image and number": objects(IMAGE, 1e-23),
+    "image and numbers": objects(IMAGE, 3, np.float32(2), np.array([1.0]), True),
+}
+PLAIN_IMAGES = {"plain": IMAGE, "channel first": IMAGES[:1], "channel last": IMAGE[..., None]}
+
+
+@pytest.mark.parametrize("stack", [*STACKS, *(f"plain {name}" for name in PLAIN_STACKS)])
+def test_every_image_of_a_stack_is_predicted_and_training_refuses_it(stack, tmp_path):
+    path = tmp_path / "stack.npy"
+    array = PLAIN_STACKS[stack[6:]] if stack.startswith("plain") else STACKS[stack]
+    np.save(path, array, allow_pickle=True)
+    read, errors, _ = predicted(path)
+    assert list(read) == [f"{path}[{i}]" for i in range(3)]
+    assert errors == []
+    expected = IMAGES[[0, 0, 0]] if "copies" in stack else IMAGES
+    assert np.array_equal(np.stack(list(read.values())), expected)
+    with pytest.raises(UserError, match=r"stack\.npy.*one square image"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("name", [*ONE_IMAGE, *(f"plain {name}" for name in PLAIN_IMAGES)])
+def test_a_file_of_one_image_is_read_alike_for_training_and_prediction(name, tmp_path):
+    path = tmp_path / "one.npy"
+    np.save(path, PLAIN_IMAGES[name[6:]] if "plain" in name else ONE_IMAGE[name], allow_pickle=True)
+    assert np.array_equal(read_image(path), IMAGE)
+    (read,) = predicted(path)[0].values()
+    assert np.array_equal(read, IMAGE)
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", "<f8", ">f4", ">f8", "u1", "<i4", ">u2", "?"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_numbers_of_every_kind_and_order_are_read_bit_for_bit(dtype, order, tmp_path):
+    array = np.asarray(np.arange(12).reshape(3, 4) % 5, dtype=dtype, order=order)
+    path = tmp_path / "x.npy"
+    np.save(path, array)
+    assert np.array_equal(read_npy(path), array)
+    for protocol in (3, 4):
+        path.write_bytes(npy(pickle.dumps(objects(array, np.float64(3e-23)), protocol=protocol)))
+        assert np.array_equal(read_npy(path), array)
+
+
+UNFIT = {
+    "not finite": np.where(IMAGE > 0.9, np.nan, IMAGE),
+    "infinite": np.where(IMAGE > 0.9, np.inf, IMAGE),
+    "beyond float32": IMAGE * np.float64(1e300),
+    "no images": IMAGES[:0],
+    "four axes": np.zeros((2, 3, SIDE, SIDE)),
+    "one axis": np.zeros(SIDE),
+    "a number": np.array(1.0),
+    "not square": IMAGE[:, :5],
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_is_not_one_image_of_finite_pixels_is_refused(name, tmp_path):
+    np.save(tmp_path / "unfit.npy", UNFIT[name])
+    assert_refused(tmp_path / "unfit.npy")
+
+
+def test_an_image_of_another_size_is_refused_or_its_centre_is_cropped(tmp_path):
+    large = np.pad(IMAGE, ((3, 3), (5, 5)))
+    np.save(tmp_path / "large.npy", large)
+    np.save(tmp_path / "small.npy", IMAGE[:4, :4])
+    read, errors, _ = predicted(tmp_path / "large.npy", tmp_path / "small.npy")
+    assert read == {}
+    assert "14×18 pixels where the network takes 8×8; --crop" in errors[0][1]
+    assert "expected an image of 8×8 pixels or a stack of them, got shape (4, 4)" in errors[1][1]
+    (read,) = predicted(tmp_path / "large.npy", crop=True)[0].values()
+    assert np.array_equal(read, IMAGE)
+
+
+def test_a_large_array_is_mapped_and_can_be_read_after_its_memory_was_returned(tmp_path, monkeypatch):
+    array = np.arange(4096.0).reshape(64, 64)
+    np.save(tmp_path / "large.npy", array)
+    monkeypatch.setattr(images, "MAP_ABOVE_BYTES", 1000)
+    mapped = read_npy(tmp_path / "large.npy")
+    assert isinstance(mapped, np.memmap)
+    images.forget_pages(mapped)
+    assert np.array_equal(mapped, array)
+    images.forget_pages(array)  # not mapped: nothing to return
+
+
+# Object arrays: pickles
+
+MIXED = {
+    "images of two shapes": objects(IMAGE, IMAGES[1][:4]),
+    "rows of two shapes": objects([IMAGE, 1.0], [IMAGES[1][:4], 2.0]),
+    "image, image, number": objects(IMAGE, IMAGES[1], 1.0),
+    "image and text": objects(IMAGE, "axion"),
+    "image and None": objects(IMAGE, None),
+    "image and numbers of another": objects(IMAGE, np.arange(3.0)),
+    "number and image": objects(1.0, IMAGE),
+    "rows of two images": table([[IMAGE, IMAGES[1]]] * 2, 2),
+    "row and image": objects([IMAGE, 1.0], IMAGES[1]),
+    "three axes": table(ROWS, 2).reshape(3, 2, 1),
+    "empty rows": objects([], []),
+    "numbers": objects(1.0, 2.0),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_an_object_array_of_other_content_is_refused(name, tmp_path):
+    np.save(tmp_path / "mixed.npy", MIXED[name], allow_pickle=True)
+    assert_refused(tmp_path / "mixed.npy", "not a usable .npy image")
+
+
+class Calls:
+    """Pickles as a call of `function` with `arguments`."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+MARKER = "executed"
+TOUCH = f"open({MARKER!r}, 'w')"
+HOSTILE_CALLS = {
+    "os.system": Calls(os.system, f"touch {MARKER}"),
+    "eval": Calls(eval, TOUCH),
+    "exec": Calls(exec, TOUCH),
+    "open": Calls(open, MARKER, "w"),
+    "getattr": Calls(getattr, "text", "upper"),
+    "subprocess": Calls(subprocess.run, ["touch", MARKER]),
+    "numpy.load": Calls(np.load, MARKER),
+    "numpy.fromfile": Calls(np.fromfile, MARKER),
+    "numpy.memmap": Calls(np.memmap, MARKER, "u1", "w+", 0, (4,)),
+    "numpy.zeros": Calls(np.zeros, 10**12),
+    "path": Path(MARKER),
+    "tensor": torch.zeros(2),
+}
+# Hand-made: opcodes of the array [image], whose parts are then replaced.
+NDARRAY = b"\x80\x04cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85C\x01btR"
+DTYPE = b"cnumpy\ndtype\n(X\x02\0\0\0%s\x89\x88tR"
+
+
+def number(n):
+    return b"J" + struct.pack("<i", n)
+
+
+def array_of(shape, dtype, content):
+    """Opcodes of an array; its parts are opcodes, too."""
+    return NDARRAY[2:] + b"(K\x01" + shape + dtype + b"\x89" + content + b"tb"
+
+
+NUMBERS = array_of(number(2) * 2 + b"\x86", DTYPE % b"f8", b"C\x20" + b"\0" * 32)
+DOUBLING = b"]q\x00" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(60))  # 2**60 lists
+LONG_ROW = NUMBERS + b"K\x01" * 20_000
+HAND_MADE = {
+    "protocol 0 call": b"cos\nsystem\n(S'touch " + MARKER.encode() + b"'\ntR.",
+    "instance opcode": b"(S'touch " + MARKER.encode() + b"'\nios\nsystem\n.",
+    "huge array": pickle.dumps(Calls(np.ndarray, (10**12,)), protocol=4),
+    "memo bomb": b"\x80\x04Nr\xff\xff\xff\x7f.",
+    "huge bytearray": b"\x80\x05\x96" + struct.pack("<Q", 2**40) + b".",
+    "huge text": b"\x80\x04\x8d" + struct.pack("<Q", 2**40) + b".",
+    "huge frame": b"\x80\x04\x95" + struct.pack("<Q", 2**60) + b".",
+    "persistent id": b"\x80\x04Pevil\n.",
+    "extension": b"\x80\x04\x82\x01.",
+    "nested lists": b"\x80\x04" + b"]" * 9000 + b"a" * 8999 + b".",
+    "nested calls": b"\x80\x04cnumpy\ndtype\nq\x00" + b"h\x00" * 20_000 + b"N" + b"\x85R" * 20_000 + b".",
+    "many opcodes": b"\x80\x04" + b"N" * 100_001 + b".",
+    "no stop": b"\x80\x04N",
+    "empty": b"",
+    "text": b"hello",
+    "number": pickle.dumps(3),
+    "list": pickle.dumps([1, 2]),
+    "state of a function": b"\x80\x04cnumpy\ndtype\n}b.",
+    "state of ndarray": b"\x80\x04cnumpy\nndarray\n(K\x01K\x02tb.",
+    "call of ndarray": b"\x80\x04cnumpy\nndarray\n(K\x01tR.",
+    "array without state": NDARRAY + b".",
+    "array without dtype": NDARRAY + b"(K\x01)NN]tb.",
+    "two states": b"\x80\x04" + NUMBERS + b"(K\x01K\x01\x85" + DTYPE % b"O8" + b"\x89](" + NUMBERS + b"etb.",
+    "array in itself": NDARRAY + b"q\x00(K\x01K\x01\x85" + DTYPE % b"O8" + b"\x89]h\x00atb.",
+    **{f"{name}, whole": b"\x80\x04" + content + b"." for name, content in {
+        "numbers at the top": NUMBERS,
+        "list shorter than the shape": array_of(number(10**6) + b"\x85", DTYPE % b"O8", b"]"),
+        "huge shape": array_of(number(2**31 - 1) * 3 + b"\x87", DTYPE % b"O8", b"]"),
+        "shape of nothing": array_of(number(10**9) + b"K\x00\x86", DTYPE % b"O8", b"]"),
+        "pointers": array_of(b"K\x02\x85", DTYPE % b"O8", b"C\x10" + b"A" * 16),
+        "shape that is doubled lists": (
+            NDARRAY[2:] + b"((" + DOUBLING + b"th<\x85" + DTYPE % b"f8" + b"\x89C\x00tb"),
+    }.items()},
+    **{f"{name}, inside": b"\x80\x04" + array_of(b"K\x01\x85", DTYPE % b"O8", b"](" + content + b"e") + b"."
+       for name, content in {
+        "negative shape": array_of(number(-2) * 2 + b"\x86", DTYPE % b"f8", b"C\x20" + b"\0" * 32),
+        "more bytes than the shape": array_of(b"K\x01K\x01\x86", DTYPE % b"f8", b"C\x10" + b"\0" * 16),
+        "structured": array_of(b"K\x02K\x02\x86", DTYPE % b"V8", b"C\x20" + b"\0" * 32),
+        "objects from bytes": array_of(b"K\x02K\x02\x86", DTYPE % b"O8", b"C\x20" + b"A" * 32),
+        "objects without flags": array_of(
+            b"K\x02\x85", DTYPE % b"O8" + b"(K\x03X\x01\0\0\0|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb",
+            b"C\x10" + b"A" * 16),
+        "odd state of a dtype": array_of(b"K\x02\x85", DTYPE % b"f8" + b"K\x05b", b"C\x10" + b"A" * 16),
+        "object scalar": NUMBERS + b"cnumpy.core.multiarray\nscalar\n(" + DTYPE % b"O8" + b"C\x08AAAAAAAAtR",
+        "long scalar": NUMBERS + b"cnumpy.core.multiarray\nscalar\n(" + DTYPE % b"f8" + b"C\x09AAAAAAAAAtR",
+    }.items()},
+    "one row many times": (
+        b"\x80\x04" + array_of(number(20_001) + b"\x85", DTYPE % b"O8",
+                               b"](](" + LONG_ROW + b"eq\x00" + b"h\x00" * 20_000 + b"e") + b"."
+    ),
+    "one tuple many times": (
+        b"\x80\x04" + array_of(number(20_001) + b"\x85", DTYPE % b"O8",
+                               b"]((" + LONG_ROW + b"tq\x00" + b"h\x00" * 20_000 + b"e") + b"."
+    ),
+}  # fmt: skip
+HOSTILE = {
+    **HAND_MADE,
+    **{f"call of {name}": pickle.dumps(call) for name, call in HOSTILE_CALLS.items()},
+    **{f"{name} inside": pickle.dumps(objects(IMAGE, c), protocol=4) for name, c in HOSTILE_CALLS.items()},
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_pickles_are_refused_by_name_and_not_executed(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "hostile.npy"
+    path.write_bytes(npy(HOSTILE[name]))
+    assert_refused(path)
+    assert not (tmp_path / MARKER).exists()
+
+
+def test_the_hostile_pickles_would_be_executed_and_the_hand_made_ones_read(tmp_path, monkeypatch):
+    """Without what makes them hostile."""
+    monkeypatch.chdir(tmp_path)
+    pickle.loads(HOSTILE["call of os.system"])
+    assert (tmp_path / MARKER).exists()
+    one = array_of(b"K\x02\x85", DTYPE % b"O8", b"](" + NUMBERS + b"K\x01e")
+    (tmp_path / "good.npy").write_bytes(npy(b"\x80\x04" + one + b"."))
+    assert np.array_equal(read_npy(tmp_path / "good.npy"), np.zeros((2, 2)))
+
+
+def test_a_small_pickle_cannot_ask_for_much_memory(tmp_path):
+    many = objects(*[np.zeros((1000, 1000))] * 5000)  # 8 MB in the file, 40 GB as a stack
+    np.save(tmp_path / "bomb.npy", many, allow_pickle=True)
+    assert_refused(tmp_path / "bomb.npy", "too many images")
+
+
+def test_a_stack_of_a_thousand_pickled_images_is_read(tmp_path):
+    many = np.random.default_rng(1).random((1000, 8, 8))
+    np.save(tmp_path / "many.npy", objects(*many), allow_pickle=True)
+    assert np.array_equal(read_npy(tmp_path / "many.npy"), many)
+
+
+# Headers of .npy, and .npz
+
+BROKEN = {
+    "empty": b"",
+    "text": b"no array at all",
+    "magic alone": b"\x93NUMPY\x01\x00",
+    "negative shape": npy(b"\0" * 8, "<f8", (-1,)),
+    "gigantic shape": npy(b"\0" * 8, "<f8", (10**9, 10**9)),
+    "too many dimensions": npy(b"\0" * 8, "<f8", (1,) * 40),
+    "shape of floats": npy(b"\0" * 8, "<f8", (1.0,)),
+    "truncated": npy(b"\0" * 7, "<f8", (1,)),
+    "too long": npy(b"\0" * 9, "<f8", (1,)),
+    "structured": npy(b"\0" * 8, [("a", "<f8")], (1,)),
+    "complex": npy(b"\0" * 16, "<c16", (1,)),
+    "text type": npy(b"\0" * 8, "<U2", (1,)),
+    "date": npy(b"\0" * 8, "<M8[s]", (1,)),
+    "header is code": b"\x93NUMPY\x01\x00\x12\x00__import__('os')\n\n",
+    "header is deep": b"\x93NUMPY\x01\x00" + struct.pack("<H", 4000) + b"(" * 4000,
+    "header is a list": b"\x93NUMPY\x01\x00\x26\x00['descr', 'fortran_order', 'shape']    \n",
+    "header has an escape": npy(b"\0" * 8, "<f8", (1,)).replace(b"<f8", b"\\d8"),
+    "long header": b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**31) + b"{",
+    "version 3": b"\x93NUMPY\x03\x00" + struct.pack("<I", 2) + b"{}",
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.filterwarnings("error")
+def test_broken_files_are_refused_by_name(name, tmp_path):
+    (tmp_path / "broken.npy").write_bytes(BROKEN[name])
+    assert_refused(tmp_path / "broken.npy", "not a usable .npy image")
+
+
+def test_truncation_at_any_place_is_refused(tmp_path, lens_image):
+    np.save(tmp_path / "good.npy", objects(lens_image, 1e-23), allow_pickle=True)
+    content = (tmp_path / "good.npy").read_bytes()
+    for length in range(0, len(content), 64):
+        (tmp_path / "cut.npy").write_bytes(content[:length])
+        with pytest.raises(UserError, match=r"cut\.npy"):
+            read_npy(tmp_path / "cut.npy")
+
+
+def test_arrays_of_a_npz_file_that_are_no_images_are_told_apart(tmp_path):
+    path = tmp_path / "set.npz"
+    others = {
+        "labels": np.arange(3), "names": np.array(["a", "b", "c"]), "scale": 0.1,
+        "classes": np.array(["a", None], dtype=object), "dates": np.zeros(3, "M8[s]"),
+        "records": np.zeros(2, [("x", "<f4"), ("y", "<i4")]),
+    }  # fmt: skip
+    np.savez_compressed(path, image=IMAGE, **others)
+    read, errors, unread = predicted(path)
+    assert list(read) == [f"{path}:image"]
+    assert unread == [f"{path}:{name}" for name in others]
+    assert errors == []
+    assert np.array_equal(read_image(path), IMAGE)
+    np.savez(path, images=IMAGES, more=IMAGE)
+    assert list(predicted(path)[0]) == [*(f"{path}:images[{i}]" for i in range(3)), f"{path}:more"]
+    with pytest.raises(UserError, match=r"set\.npz.*one square image, got 2 arrays"):
+        read_image(path)
+    np.savez(path, **others)
+    assert_refused(path, "there is no image in it")
+
+
+def test_a_damaged_hostile_or_huge_npz_file_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "x.npz"
+    for bad in (objects(os.system, "true"), objects(IMAGE, "text"), objects(IMAGE, print)):
+        np.savez(path, image=IMAGE, bad=bad)
+        assert_refused(path, "not a usable .npz file")
+    path.write_text("no zip")
+    assert_refused(path, "not a usable .npz file")
+    path.unlink()
+    with pytest.raises(UserError, match=r"cannot read .*x\.npz: No such file"):
+        read_image(path)
+    np.savez_compressed(path, zeros=np.zeros((400, 400)))
+    monkeypatch.setattr(images, "MAX_NPZ_BYTES", 10_000)
+    assert_refused(path, "too large")
+
+
+# FITS
+
+
+def test_without_astropy_a_fits_file_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "astropy.io", None)
+    assert_refused(tmp_path / "x.fits", "pip install astropy")
+
+
+@pytest.fixture
+def fits():
+    return pytest.importorskip("astropy.io.fits")
+
+
+def fits_bytes(*units):
+    from astropy.io import fits
+
+    file = io.BytesIO()
+    fits.HDUList(list(units)).writeto(file)
+    return file.getvalue()
+
+
+def read_fits(path, content):
+    """The image that training reads of a FITS file of this content, if prediction reads it, too."""
+    path.write_bytes(content)
+    (read,) = predicted(path)[0].values() or [None]
+    image = read_image(path)
+    assert np.array_equal(image, read)
+    return image
+
+
+def test_training_on_fits_files_is_training_on_the_same_npy_files(fits, tmp_path):
+    for name, pixels in {"a": IMAGES, "b": IMAGES + 1}.items():
+        for kind in ("npy", "fits", "npz"):
+            (tmp_path / kind / name).mkdir(parents=True)
+        for i, image in enumerate(pixels):
+            np.save(tmp_path / "npy" / name / f"{i}.npy", image)
+            np.savez(tmp_path / "npz" / name / f"{i}.npz", image=image, label=np.array(name))
+            suffix = (".fits", ".FIT", ".fts.gz")[i]
+            fits.PrimaryHDU(image).writeto(tmp_path / "fits" / name / f"{i}{suffix}")
+    sets = [data.load(tmp_path / kind, progress=False) for kind in ("npy", "fits", "npz")]
+    for other in sets[1:]:
+        assert np.array_equal(sets[0].images, other.images)
+        assert np.array_equal(sets[0].hashes, other.hashes)
+        assert sets[0].fingerprint == other.fingerprint
+
+
+def test_a_class_folder_with_a_cube_or_without_images_is_named_with_the_kinds(fits, tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "0.npy", IMAGE)
+    fits.PrimaryHDU(IMAGES).writeto(tmp_path / "b" / "cube.fits")
+    with pytest.raises(UserError, match=r"cube\.fits.*several planes"):
+        data.load(tmp_path, progress=False)
+    for path in (tmp_path / "b").iterdir():
+        path.rename(path.with_suffix(".txt"))
+    with pytest.raises(UserError, match=r"b has no \.npy, \.npz or FITS files"):
+        data.load(tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (1, 8, 8), (1, 1, 8, 8), (8, 8, 1)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_axes_of_length_one_do_not_count(shape, packed, fits, tmp_path):
+    image = IMAGE.reshape(shape)
+    units = [fits.PrimaryHDU(), fits.CompImageHDU(image)] if packed else [fits.PrimaryHDU(image)]
+    read = read_fits(tmp_path / "one.fits", fits_bytes(*units))
+    assert np.allclose(read, IMAGE, atol=0.05)  # fpack quantises floats
+
+
+def test_every_suffix_in_any_case_is_read_and_compression_is_known_by_the_content(fits, tmp_path):
+    plain = fits_bytes(fits.PrimaryHDU(IMAGE))
+    contents = [plain, gzip.compress(plain), bz2.compress(plain)]
+    names = [kind + packed for kind in (".fits", ".fit", ".fts") for packed in ("", ".gz", ".bz2", ".fz")]
+    for i, (name, content) in enumerate(itertools.product((*names, ".FITS", ".Fit.GZ"), contents)):
+        (tmp_path / f"{i}{name}").write_bytes(content)
+    np.save(tmp_path / "a.npy", IMAGE)
+    np.savez(tmp_path / "a.npz", IMAGE)
+    (tmp_path / "a.npy").rename(tmp_path / "a.NPY")
+    (tmp_path / "a.npz").rename(tmp_path / "a.Npz")
+    files, others, errors = find_files([tmp_path])
+    read, more_errors, _ = predicted(*files)
+    assert len(read) == len(files) == 14 * 3 + 2
+    assert others == errors == more_errors == []
+    assert all(np.array_equal(image, IMAGE) for image in read.values())
+
+
+def test_the_first_image_is_read_and_tables_before_it_do_not_count(fits, tmp_path):
+    column = fits.Column("x", "E", array=np.zeros(3))
+    units = [fits.PrimaryHDU(), fits.BinTableHDU.from_columns([column]), fits.ImageHDU(IMAGE[None])]
+    units += [fits.ImageHDU(2 * IMAGE), fits.ImageHDU(IMAGES)]
+    assert np.array_equal(read_fits(tmp_path / "many.fits", fits_bytes(*units)), IMAGE)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_cube_is_refused_whatever_image_comes_after_it(packed, fits, tmp_path):
+    """Modelling codes write the bands first and the fitted model after them."""
+    cube = [fits.PrimaryHDU(), fits.CompImageHDU(IMAGES)] if packed else [fits.PrimaryHDU(IMAGES)]
+    path, i = tmp_path / "lens.fits", int(packed)
+    path.write_bytes(fits_bytes(*cube, fits.ImageHDU(IMAGE, name="MODEL")))
+    assert_refused(path, rf"HDU {i} has several planes, shape \(3, 8, 8\).*{i + 1} MODEL \(8, 8\)")
+
+
+def test_a_fits_file_without_images_is_refused_with_its_hdus(fits, tmp_path):
+    path = tmp_path / "table.fits"
+    column = fits.Column("x", "E", array=np.zeros(3))
+    path.write_bytes(fits_bytes(fits.PrimaryHDU(), fits.BinTableHDU.from_columns([column], name="CAT")))
+    assert_refused(path, "no two-dimensional image.*0 PRIMARY no image, 1 CAT no image")
+    path.write_bytes(gzip.compress(b"no FITS"))
+    assert_refused(path, "not a usable FITS image")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_scaled_and_blank_pixels_are_numbers_and_nan(packed, fits, tmp_path):
+    stored = np.arange(64, dtype=np.int16).reshape(8, 8)
+    unit = fits.CompImageHDU(stored) if packed else fits.ImageHDU(stored)
+    unit.header.update(BLANK=5)
+    content = fits_bytes(fits.PrimaryHDU(), unit)
+    # BSCALE and BZERO are added as cards: astropy would scale the pixels when it writes them.
+    end = content.index(b"END" + b" " * 77, content.index(b"BLANK   ="))
+    scaling = {"BSCALE": 0.5, "BZERO": 10.0}
+    cards = "".join(f"{name:8}= {value:20}".ljust(80) for name, value in scaling.items()).encode()
+    (tmp_path / "x.fits").write_bytes(content[:end] + cards + b"END".ljust(80) + content[end + 240 :])
+    (image,) = images.fits_images(tmp_path / "x.fits")
+    expected = 10 + 0.5 * stored.astype(float)
+    expected[0, 5] = np.nan
+    assert np.allclose(image, expected, equal_nan=True)
+    assert_refused(tmp_path / "x.fits", "NaN")
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, bz2.compress])
+def test_decompressed_size_is_limited(compress, fits, tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MAX_FITS_BYTES", 10_000)
+    (tmp_path / "large.fits").write_bytes(compress(fits_bytes(fits.PrimaryHDU(np.zeros((64, 64))))))
+    assert_refused(tmp_path / "large.fits", "too large for a cutout")
+
+
+@pytest.mark.parametrize("card", ["ZNAXIS1", "ZNAXIS2", "ZTILE1", "ZTILE2", "PCOUNT"])
+def test_a_packed_image_announces_no_more_than_a_cutout(card, fits, tmp_path):
+    content = fits_bytes(fits.PrimaryHDU(), fits.CompImageHDU(IMAGE))
+    at = content.index(card.ljust(8).encode() + b"=")
+    value = f"{card:8}= {10**9:20}".encode()
+    (tmp_path / "bomb.fits.fz").write_bytes(content[:at] + value + content[at + 30 :])
+    assert_refused(tmp_path / "bomb.fits.fz", "too large for a cutout")
+
+
+@pytest.mark.parametrize("kind", ["ImageHDU", "CompImageHDU"])
+def test_a_truncated_file_is_refused(kind, fits, tmp_path):
+    content = fits_bytes(fits.PrimaryHDU(), getattr(fits, kind)(IMAGE))
+    (tmp_path / "cut.fits").write_bytes(content[: 2 * 2880 + 10])
+    assert_refused(tmp_path / "cut.fits", "not a usable FITS image")
+
+
+@pytest.mark.parametrize("method", ["RICE_1", "GZIP_1", "GZIP_2", "HCOMPRESS_1", "PLIO_1"])
+def test_compressions_are_read_but_for_those_whose_decoders_crash_on_damage(method, fits, tmp_path):
+    stored = np.arange(64, dtype=np.int16).reshape(8, 8)
+    content = fits_bytes(fits.PrimaryHDU(), fits.CompImageHDU(stored, compression_type=method))
+    path = tmp_path / "x.fits.fz"
+    if method[0] in "RG":
+        assert np.array_equal(read_fits(path, content), stored)
+    else:
+        path.write_bytes(content)
+        assert_refused(path, f"{method}.*funpack")
+
+
+@pytest.mark.parametrize("method", ["", "RICE_1", "GZIP_1"])
+def test_damaged_files_are_refused_or_read_and_crash_nothing(method, fits, tmp_path):
+    rng = np.random.default_rng(0)
+    unit = fits.CompImageHDU(IMAGE, compression_type=method) if method else fits.ImageHDU(IMAGE)
+    original = fits_bytes(fits.PrimaryHDU(), unit)
+    digits = [i for i in range(2880, len(original)) if original[i : i + 1].isdigit()]
+    refused = 0
+    for _ in range(300):
+        content = bytearray(original)
+        for i in rng.choice(digits, 3):
+            content[i] = ord("0") + rng.integers(10)
+        content[rng.integers(len(content))] = rng.integers(256)
+        (tmp_path / "damaged.fits").write_bytes(content)
+        try:
+            images.fits_images(tmp_path / "damaged.fits", first=True)
+        except UserError as error:
+            assert "\n" not in str(error)
+            refused += 1
+    assert refused > 30
+
+
+# Finding files
+
+
+def test_hidden_files_and_folders_do_not_count(tmp_path):
+    for name in ("a.npy", ".b.npy", ".packed/images.npy", "__MACOSX/a.npy", ".git/x.txt", "._a.npy"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_files([tmp_path]) == ([tmp_path / "a.npy"], [], [])
+    packed = tmp_path / ".packed"  # asked for by name
+    assert find_files([packed]) == ([packed / "images.npy"], [], [])
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    root, far = tmp_path / "images", tmp_path / "far" / "deep"
+    far.mkdir(parents=True)
+    (root / "real").mkdir(parents=True)
+    (far / "far.npy").touch()
+    (root / "real" / "near.npy").touch()
+    (root / "1_link").symlink_to(tmp_path / "far")
+    (root / "2_same").symlink_to(tmp_path / "far")
+    (root / "0_inside").symlink_to(root / "real")
+    (root / "real" / "loop").symlink_to(root)
+    (far / "back").symlink_to(root)
+    (root / "self").symlink_to(root / "self")
+    (root / "link.npy").symlink_to(far / "far.npy")
+    files, others, errors = find_files([root])
+    assert relative(files, root) == ["1_link/deep/far.npy", "link.npy", "real/near.npy"]
+    assert relative(others, root) == ["self"]
+    assert errors == []
+
+
+def test_the_same_path_twice_counts_once(tmp_path):
+    for name in ("a.npy", "b.npy"):
+        (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to(tmp_path)
+    a, b, link = tmp_path / "a.npy", tmp_path / "b.npy", tmp_path / "link"
+    files, _, _ = find_files([a, a, link / "a.npy", b, link / ".." / tmp_path.name / "b.npy", tmp_path])
+    assert files == [a, b]
+
+
+def test_a_packed_data_set_is_its_images(tmp_path):
+    names = ("dataset.json", "hashes.npy", "images.npy", "labels.npy")
+    for name in names:
+        (tmp_path / name).touch()
+    files, others, _ = find_files([tmp_path])
+    assert relative(files, tmp_path) == ["images.npy"]
+    assert len(others) == 3
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_and_a_missing_path_is_refused(tmp_path):
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked" / "x.npy").touch()
+    (tmp_path / "a.npy").touch()
+    (tmp_path / "locked").chmod(0)
+    code = (
+        "import pathlib, sys; from lib.images import find_files\n"
+        "files, others, errors = find_files([pathlib.Path(sys.argv[1])])\n"
+        "print([file.name for file in files], others, errors)"
+    )
+    process = run_python("-c", code, tmp_path, before=bound_by_permissions())
+    (tmp_path / "locked").chmod(0o700)
+    assert process.stdout.startswith("['a.npy'] []")
+    assert re.search(r"cannot list folder \S*locked: Permission denied", process.stdout)
+    with pytest.raises(UserError, match="no file or folder .*gone"):
+        find_files([tmp_path / "gone"])

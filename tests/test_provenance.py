@@ -1,0 +1,123 @@
+"""lib/provenance.py and --update: the same result is made once, and another one is replaced."""
+
+import os
+import shutil
+
+import pytest
+from conftest import assert_user_error, run_script
+
+import evaluate
+import export
+import reconstruct
+import simulate
+from lib import provenance
+
+SCRIPTS = ("simulate", "simulate a folder", "evaluate", "reconstruct", "export")
+
+
+@pytest.fixture
+def call(request, runs, folder, tmp_path):
+    """(function that calls a script with more options, its --out, options that change the result)."""
+    images = ("--data", folder, "--cache-dir", runs / "cache")
+    classifier, mae = runs / "full" / "vit-mae-classifier-wt.pth", runs / "pretrain" / "vit-mae-wt.pth"
+    out = tmp_path / "out.onnx"
+    script, arguments, other = {
+        "simulate": (simulate, ("--per-class", 4), ("--seed", 1)),
+        "simulate a folder": (simulate, ("--per-class", 2, "--layout", "folder"), ("--per-class", 1)),
+        "evaluate": (evaluate, (*images, "--resamples", 5, "--weights", classifier), ("--seed", 1)),
+        "reconstruct": (reconstruct, (*images, "--resamples", 5, "--weights", mae), ("--rounds", 1)),
+        "export": (export, (*images, "--weights", classifier), ("--seed", 1)),
+    }[request.param]  # fmt: skip
+    return (lambda *more: script.main([str(a) for a in (*arguments, "--out", out, *more)])), out, other
+
+
+def content(out):
+    files = [out] if out.is_file() else sorted(p for p in out.rglob("*") if p.is_file())
+    return {path: path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("call", SCRIPTS, indirect=True)
+def test_a_result_is_made_once_and_replaced_by_that_of_other_options_or_code(call, capsys, monkeypatch):
+    call, out, other = call
+
+    def update(*options):
+        """Whether anything was made."""
+        before = content(out)
+        call("--update", *options)
+        if f"already up to date: {out}" in capsys.readouterr().out:
+            assert content(out) == before
+            return False
+        assert content(out) != before
+        return True
+
+    assert update() and not update()
+    assert update(*other) and not update(*other)
+    assert update()
+    whole = provenance.sha256_of
+    monkeypatch.setattr(provenance, "sha256_of", lambda path: f"{whole(path)}, edited")
+    assert update() and not update()
+
+
+@pytest.mark.parametrize("call", ["evaluate", "reconstruct"], indirect=True)
+def test_what_was_interrupted_never_looks_finished(call, monkeypatch):
+    """Stopped before any of its files is there, a call with other options leaves no old result."""
+    call, out, other = call
+    call("--update")
+    whole = content(out)
+    replace = os.replace
+    for left in (0, 1, 2, 4, 100):
+        countdown = iter(range(left))
+
+        def stopping(*paths, countdown=countdown):
+            if next(countdown, None) is None:
+                raise KeyboardInterrupt
+            replace(*paths)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", stopping)
+            try:
+                call("--update", *other)
+                assert left == 100
+            except KeyboardInterrupt:
+                assert left < 100
+        call("--update")
+        assert content(out) == whole, left
+
+
+def test_images_that_were_not_simulated_are_never_replaced(packed, folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(packed)
+    arguments = ("--per-class", 3, "--update")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "dataset.json").write_text('{"origin": "a survey"}')
+    for out in (foreign, tmp_path / "link", folder):
+        before = content(out)
+        process = run_script("simulate.py", "--out", out, *arguments, check=False)
+        assert_user_error(process, out, "remove it or choose another")
+        assert content(out) == before
+    run_script("simulate.py", "--out", tmp_path / "empty", *arguments)
+
+
+def test_half_a_replaced_data_set_does_not_look_complete(tmp_path, monkeypatch):
+    out = tmp_path / "images"
+    simulate.main(["--per-class", "4", "--out", str(out)])
+    remove = shutil.rmtree
+
+    def stopping(path, **options):
+        if path == out:
+            raise KeyboardInterrupt
+        remove(path, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", stopping)
+        simulate.main(["--per-class", "5", "--out", str(out), "--update"])
+    assert not (out / "dataset.json").exists()
+
+
+def test_what_a_result_was_made_from_holds_no_path():
+    """Moved data and weights are the same, and a file to hand on says nothing of its machine."""
+    args = export.parse_args(["--weights", "/a/w.pth", "--data", "/d", "--out", "/o.onnx"])
+    assert provenance.made_from(args, [export.__file__]) == provenance.made_from(
+        export.parse_args(["--weights", "/b/w.pth", "--out", "/p.onnx", "--update"]), [export.__file__]
+    )
