@@ -25,7 +25,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 from torch import nn
 
-from lib import data, options, weights
+from lib import compatibility, data, known_answers, options, weights
 from lib.convert import to_hugging_face
 from lib.errors import UserError, path_argument, run
 from lib.files import atomic_directory, atomic_write, check_outputs, write_json
@@ -196,7 +196,8 @@ def reduce_precision(path, precision, images, metadata):
     float16: weights and activations, except from the input through the intensity transform, whose
     range is wider.
     int8: the linear layers of blocks and head multiply 8-bit weights and activations, whose ranges
-    come from `images` (n, 1, H, W); their outputs and everything else are float32.
+    come from `images` (n, 1, H, W); their outputs and everything else are float32. The bytes are
+    unsigned, see `use_unsigned_bytes`.
     What computes the familiarity stays in float32, which it needs.
     """
     kept = nodes_for_familiarity_alone(onnx.load(path).graph)
@@ -221,7 +222,21 @@ def reduce_precision(path, precision, images, metadata):
         finally:
             logging.disable(logging.NOTSET)
             quantised.unlink(missing_ok=True)
+        use_unsigned_bytes(proto.graph)
     save_proto(proto, path, metadata)
+
+
+def use_unsigned_bytes(graph):
+    """Shift every 8-bit number, zero points included, from -128...127 to 0...255.
+
+    The values stay the same. x86 processors without VNNI multiply unsigned by signed bytes in sums of
+    16 bits, which saturate; onnxruntime multiplies unsigned by unsigned ones exactly everywhere.
+    """
+    for tensor in graph.initializer:
+        if tensor.data_type == onnx.TensorProto.INT8:
+            shifted = onnx.numpy_helper.to_array(tensor).astype(np.int16) + 128
+            tensor.CopyFrom(onnx.numpy_helper.from_array(shifted.astype(np.uint8), tensor.name))
+    del graph.value_info[:]  # the signed types
 
 
 def nodes_for_familiarity_alone(graph):
@@ -273,19 +288,25 @@ def run_session(path, images, batch=256):
     return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
 
+def answers_of(model, images):
+    """{output: PyTorch's answers (n, ...)} to images (n, 1, H, W)."""
+    with torch.no_grad():
+        answers = model(torch.from_numpy(images))
+    answers = answers if isinstance(answers, tuple) else (answers,)
+    return {name: answer.numpy() for name, answer in zip(model.outputs, answers, strict=True)}
+
+
 def largest_difference(model, path, images):
     """Largest difference between onnxruntime and PyTorch on `images` (256, 1, H, W).
 
     Where outputs exceed one, it is relative to the largest of them; see also ROUGH. The images are
     fed in batches of 1, 7 and 256.
     """
-    with torch.no_grad():
-        expected = model(torch.from_numpy(images))
-    expected = [e.numpy() for e in (expected if isinstance(expected, tuple) else (expected,))]
+    answers = answers_of(model, images).values()
     worst = 0.0
     for batch in CHECKED_BATCHES:
         count = min(7 * batch, len(images))
-        outputs = zip(model.outputs, run_session(path, images[:count], batch), expected, strict=True)
+        outputs = zip(model.outputs, run_session(path, images[:count], batch), answers, strict=True)
         for name, got, right in outputs:
             largest = ROUGH.get(name, max(1.0, np.abs(right).max()))
             difference = np.abs(got - right[:count]).max() / largest
@@ -300,6 +321,29 @@ def require_same_familiarity(model, path, images, out):
     difference = np.abs(run_session(path, images)[1] - expected).max()
     if not difference <= ROUGH["familiarity"] * TOLERANCE:
         raise UserError(f"{out} not written: its familiarity differs by {difference:.2g} from PyTorch")
+
+
+def store_known_answers(model, path, images, metadata):
+    """Rewrite the file at `path` with some of the images (n, 1, H, W) and PyTorch's answers to them.
+
+    These are images on which the file agrees with PyTorch, of every predicted class in turn. UserError
+    if there are none.
+    """
+    images = known_answers.storable(images)
+    answers, outputs = answers_of(model, images), run_session(path, images)
+    worst = np.zeros(len(images))
+    for (name, right), got in zip(answers.items(), outputs, strict=True):
+        allowed = known_answers.TOLERANCES[metadata["precision"]][name] * max(1.0, np.abs(right).max())
+        worst = np.maximum(worst, np.abs(got - right).reshape(len(images), -1).max(axis=1) / allowed)
+    agree = np.flatnonzero(worst <= 0.5)  # leaves the rest to other machines
+    if not len(agree):
+        raise UserError(f"{metadata['precision']} changes the answers to every image: use a higher precision")
+    classes = answers["probabilities"][agree].argmax(axis=1) if "probabilities" in answers else 0 * agree
+    turn = [np.sum(classes[:i] == kind) for i, kind in enumerate(classes)]
+    chosen = agree[np.argsort(turn, kind="stable")]
+    text = known_answers.text_of(images[chosen], {name: a[chosen] for name, a in answers.items()})
+    save_proto(onnx.load(path), path, metadata | {known_answers.KEY: text})
+    open_session(path, "cpu")  # compares the answers
 
 
 def latency(path, images):
@@ -324,7 +368,7 @@ def load_images(args, content, img_size):
     dataset = data.load(where, args.cache_dir)
     if dataset.img_size != img_size:
         raise UserError(f"{where} has images of {dataset.img_size} pixels, not {img_size}")
-    data.check_split(content["run"])
+    compatibility.check_split(content["run"])
     return dataset, data.split(dataset)
 
 
@@ -393,7 +437,7 @@ def export(args):
     dataset, parts = load_images(args, content, model.img_size)
     images = some_images(dataset, parts["validation"], max(CHECKED_BATCHES), args.seed)
     if args.precision != "float32":
-        order = data.class_order(content["class_names"], dataset, opened.path)
+        order = compatibility.class_order(content["class_names"], dataset, opened.path)
     metadata = {
         "what": args.what,
         "licence": LICENCE,
@@ -424,6 +468,7 @@ def export(args):
         print(described("float32", temporary, images) + f", within {difference:.1e} of PyTorch")
         if args.precision != "float32":
             lower_precision(temporary, args, model, dataset, order, parts, images, metadata)
+        store_known_answers(model, temporary, images, metadata)
     print(f"{opened.path} -> {args.out}")
 
 

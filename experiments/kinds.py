@@ -15,9 +15,9 @@ from sklearn.metrics import roc_auc_score
 
 from lib import lenses
 from lib.errors import UserError
+from lib.guard import Guard
 from lib.images import FITS_SUFFIXES, find_files, fits_images, read_arrays
 from lib.loader import batch_reader, in_batches
-from lib.onnxfile import LEAST_FAMILIARITY, is_unfamiliar
 
 EUCLID = lenses.INSTRUMENTS["Model_II"]
 SIDE = EUCLID.pixels
@@ -251,10 +251,10 @@ def answers_to(kinds, model, familiarity, device):
     ones: the familiarity, the largest probability, or minus the energy.
     """
     model, familiarity = (part.eval().to(device) for part in (model, familiarity))
-    clean = None
+    clean, guard = None, Guard(len(familiarity.strangeness_seen))
     for kind, images, truth in kinds:
         predicted, scores = scores_of(images, model, familiarity, device)
-        answered = ~is_unfamiliar(scores["familiarity"], LEAST_FAMILIARITY)
+        answered = guard.answers(predicted, scores["familiarity"])
         row = {"held_back": kind in HELD_BACK, "answered %": 100 * float(answered.mean())}
         if truth is not None:
             right = predicted == truth

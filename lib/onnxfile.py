@@ -2,27 +2,26 @@
 
 import contextlib
 import json
-import math
 
 import numpy as np
 import onnxruntime
 
+from lib import known_answers
 from lib.errors import UserError, reason_of
-
-LEAST_FAMILIARITY = 0.01  # below it an image is unlike the training images
-UNFAMILIAR = "unfamiliar"  # the prediction for such an image
 
 
 def open_session(path, device="auto"):
     """onnxruntime session and image size of an exported file.
 
-    Raises UserError if it is missing, not an ONNX file, or takes another input than raw images.
+    Raises UserError if it is missing, not an ONNX file, takes another input than raw images, or gives
+    other answers here than PyTorch gave, see `known_answers`.
     """
     if not path.is_file():
         raise UserError(f"no model at {path}: export one with export.py")
     providers = ["CPUExecutionProvider"]
     if device != "cpu" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        providers.insert(0, "CUDAExecutionProvider")
+        # TF32 would keep 11 bits of each factor, and change the familiarity of most images.
+        providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
     elif device == "cuda":
         raise UserError("--device cuda: this onnxruntime has no CUDA; use cpu")
     options = onnxruntime.SessionOptions()
@@ -36,7 +35,31 @@ def open_session(path, device="auto"):
             raise ValueError("another input than raw images (batch, 1, H, H)")
         if not isinstance(height, int):
             raise ValueError("no fixed image size")
+    require_known_answers(session, path, height)
     return session, height
+
+
+def require_known_answers(session, path, img_size):
+    """UserError if the session's answers to the stored images are not those of PyTorch.
+
+    Files of older versions store none.
+    """
+    with _named_errors(path):
+        metadata = session.get_modelmeta().custom_metadata_map
+        if known_answers.KEY not in metadata:
+            return
+        images, answers = known_answers.read(metadata[known_answers.KEY], img_size)
+        allowed = known_answers.TOLERANCES[metadata["precision"]]
+        names = [output.name for output in session.get_outputs()]
+        outputs = dict(zip(names, run_model(session, images, path), strict=True))
+        found = known_answers.differences(answers, outputs)
+        wrong = [name for name in found if not found[name] <= allowed[name]]
+    if wrong:
+        name, again = wrong[0], "" if metadata["precision"] == "float32" else " in float32"
+        raise UserError(
+            f"{path}: its {name} of the images stored in it is {found[name]:.2g} from PyTorch's, more "
+            f"than {allowed[name]:g}: use --device cpu or another onnxruntime, or export it again{again}"
+        )
 
 
 def open_classifier(path, device="auto"):
@@ -63,54 +86,10 @@ def open_classifier(path, device="auto"):
     return session, class_names, img_size
 
 
-def has_familiarity(session):
-    return len(session.get_outputs()) > 1
-
-
-def can_refuse(session, least_familiarity):
-    """Whether any image can be less familiar than that: among n images the least is 1/(1 + n)."""
-    if not has_familiarity(session):
-        return False
-    try:
-        images = int(session.get_modelmeta().custom_metadata_map["familiarity_images"])
-    except (KeyError, ValueError):
-        return False
-    return images > 0 and 1 / (1 + images) < least_familiarity
-
-
-def unguarded(session, path, least_familiarity):
-    """One line on why a file refuses no image, see `can_refuse`, and what is left to guard it."""
-    reason = f"{path} was calibrated on too few images to refuse any below {least_familiarity:g}"
-    if least_familiarity == 0:
-        reason = "--least-familiarity 0"
-    if not has_familiarity(session):
-        reason = f"{path} gives no familiarity (fewer than 100 validation images, or an old file)"
-    guard = "only the range of pixels" if math.isfinite(pixel_range(session)[1]) else "nothing"
-    return f"{reason}: {guard} guards against images unlike the training images"
-
-
 def classify(session, images, path):
     """(probabilities (b, classes), familiarity (b,) or None) of images (b, 1, H, H); UserError."""
     probabilities, *familiarity = run_model(session, images, path)
     return probabilities, familiarity[0] if familiarity else None
-
-
-def is_unfamiliar(familiarity, least_familiarity):
-    """Whether images are too strange; compared in float32, so that equal numbers are equal."""
-    return np.logical_not(familiarity >= np.float32(least_familiarity))
-
-
-def pixel_range(session):
-    """(low, high, faintest) of the training images, see `data.pixel_range`.
-
-    Returns infinite bounds if the file states none.
-    """
-    try:
-        stated = json.loads(session.get_modelmeta().custom_metadata_map["pixel_range"])
-        low, high, faintest = map(float, stated)
-        return low, high, faintest
-    except (KeyError, TypeError, ValueError):
-        return -math.inf, math.inf, -math.inf
 
 
 def open_maps(path, img_size, device="auto"):
@@ -145,6 +124,8 @@ def _named_errors(path):
     """Turn any error that a broken or hostile model causes into a UserError naming the file."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # onnxruntime raises many kinds
         reason = reason_of(error)
         raise UserError(f"{path} is not a model of export.py: {reason}") from None

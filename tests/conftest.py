@@ -30,6 +30,7 @@ HUNG = 900
 TINY_NETWORK = ["--patch-size", "16", "--embed-dim", "32", "--depth", "2", "--num-heads", "2"]
 TINY_DECODER = ["--decoder-embed-dim", "16", "--decoder-num-heads", "2"]
 PICTURES = ("loss_curves", "reconstructions", "classifier_curves")  # of lib/plots.py, in training
+PRETRAINED, CLASSIFIER = "vit-mae-wt.pth", "vit-mae-classifier-wt.pth"  # weights files of the scripts
 
 
 def run_script(name, *arguments, check=True, folder=ROOT):
@@ -95,18 +96,48 @@ def assert_user_error(process, *named):
         assert str(text) in errors[0]
 
 
+def assert_refused(script, arguments, *named):
+    """The script ends with code 2 and one line that names what is wrong."""
+    assert_user_error(run_script(script, *arguments, check=False), *named)
+
+
+def write_classes(root, counts, size=16, brighter=False):
+    """Class folders of random images, {name: count}; with `brighter` each class is 1 above the one before."""
+    rng = np.random.default_rng(0)
+    for level, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            np.save(root / name / f"{i:03d}.npy", rng.random((size, size)) + level * brighter)
+    return root
+
+
+def _with_defaults(more, defaults):
+    """Arguments: those of `more`, and the pairs of flags and values in `defaults` that it does not give."""
+    more = [str(part) for part in more]
+    pairs = zip(defaults[::2], defaults[1::2], strict=True)
+    return [str(part) for pair in pairs if pair[0] not in more for part in pair] + more
+
+
 def pretraining(data, out, *more):
     """Arguments of pretrain.py: a tiny network, three epochs of about ten steps."""
-    arguments = ("--data", data, "--out", out, "--epochs", 3, "--batch-size", 8, "--precision",
-                 "float32", *TINY_NETWORK, *TINY_DECODER, *more)  # fmt: skip
-    return [str(a) for a in arguments]
+    defaults = ("--epochs", 3, "--batch-size", 8, "--precision", "float32", *TINY_NETWORK, *TINY_DECODER)
+    return _with_defaults(("--data", data, "--out", out, *more), defaults)
 
 
 def finetuning(data, out, pretrained, strategy, *more):
     """Arguments of finetune.py: two epochs of about fifteen steps."""
-    arguments = ("--data", data, "--out", out, "--pretrained", pretrained, "--strategy", strategy,
-                 "--epochs", 2, "--batch-size", 16, "--precision", "float32", *more)  # fmt: skip
-    return [str(a) for a in arguments]
+    given = ("--data", data, "--out", out, "--pretrained", pretrained, "--strategy", strategy)
+    return _with_defaults((*given, *more), ("--epochs", 2, "--batch-size", 16, "--precision", "float32"))
+
+
+def pretrain_on(data, out, *more, check=True):
+    """Run pretrain.py with the arguments of `pretraining`."""
+    return run_script("pretrain.py", *pretraining(data, out, *more), check=check)
+
+
+def finetune_on(data, out, pretrained, strategy, *more, check=True):
+    """Run finetune.py with the arguments of `finetuning`."""
+    return run_script("finetune.py", *finetuning(data, out, pretrained, strategy, *more), check=check)
 
 
 def history_of(out):
@@ -122,6 +153,11 @@ def tensors_in(path):
 def assert_same_tensors(one, other):
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def images_of(dataset, rows):
+    """Raw images (n, 1, H, W) of a data set, as a tensor."""
+    return torch.from_numpy(np.array(dataset.images[rows]))[:, None]
 
 
 @contextlib.contextmanager
@@ -172,9 +208,8 @@ def packed(tmp_path_factory):
     """Packed data set of 100 Model_II images a class."""
     out = tmp_path_factory.mktemp("data") / "packed"
     batches = lenses.simulate("Model_II", 100, seed=3, progress=False)
-    simulate.write_packed(
-        out, batches, 100, "Model_II", lenses.origin_of("Model_II", 100, 3, False)
-    )
+    origin = lenses.origin_of("Model_II", 100, 3, False)
+    simulate.write_packed(out, batches, 100, "Model_II", origin)
     return out
 
 
@@ -195,19 +230,25 @@ def runs(tmp_path_factory, folder):
     def start(script, *arguments):
         script.main([str(a) for a in (*cache, *arguments)])
 
-    start(pretrain, "--out", out / "pretrain", "--epochs", 2, "--batch-size", 16, *TINY_NETWORK,
-          *TINY_DECODER)  # fmt: skip
-    pretrained = out / "pretrain" / "vit-mae-wt.pth"
+    network = (*TINY_NETWORK, *TINY_DECODER)
+    start(pretrain, "--out", out / "pretrain", "--epochs", 2, "--batch-size", 16, *network)
+    pretrained = out / "pretrain" / PRETRAINED
     for strategy in finetune.STRATEGIES:
         start(finetune, "--pretrained", pretrained, "--strategy", strategy, "--out", out / strategy,
               "--epochs", 2)  # fmt: skip
     start(finetune, "--pretrained", "none", "--strategy", "full", "--out", out / "scratch",
-          "--epochs", 1, *TINY_NETWORK)  # fmt: skip
-    files = [out / s / "vit-mae-classifier-wt.pth" for s in ("head", "layernorm", "full")]
+          "--epochs", 1, "--pool", "mean", *TINY_NETWORK)  # fmt: skip
+    files = [out / s / CLASSIFIER for s in ("head", "layernorm", "full")]
     start(export, "--weights", *files, "--out", out / "classifier.onnx")
-    start(export, "--what", "reconstruction", "--weights", pretrained, "--out",
-          out / "reconstruction.onnx")  # fmt: skip
+    maps = out / "reconstruction.onnx"
+    start(export, "--what", "reconstruction", "--weights", pretrained, "--out", maps)
     return out
+
+
+@pytest.fixture(scope="session")
+def pretrained(runs):
+    """The weights file of the MAE of `runs`."""
+    return runs / "pretrain" / PRETRAINED
 
 
 @pytest.fixture

@@ -18,9 +18,8 @@ def noise(rng, kinds, size=16):
     Steeper noise is stronger.
     """
     frequency = np.hypot(*np.meshgrid(*2 * [np.fft.fftfreq(size, 1 / size)]))
-    spectrum = 10.0 ** np.arange(len(SLOPES))[:, None, None] / np.maximum(frequency, 1) ** np.reshape(
-        SLOPES, (-1, 1, 1)
-    )
+    slopes = np.reshape(SLOPES, (-1, 1, 1))
+    spectrum = 10.0 ** np.arange(len(SLOPES))[:, None, None] / np.maximum(frequency, 1) ** slopes
     white = np.fft.fft2(rng.standard_normal((len(kinds), size, size)))
     strength = rng.uniform(0.5, 2, (len(kinds), 1, 1))
     return strength * np.fft.ifft2(white * spectrum[kinds]).real
@@ -32,15 +31,6 @@ def known():
     rng = np.random.default_rng(0)
     kinds = rng.integers(len(SLOPES), size=1500)
     return clusters.octave_powers(noise(rng, kinds)), kinds
-
-
-def half_rings(n):
-    """Points (n, 2) of two half rings that reach into each other, and which is which."""
-    rng = np.random.default_rng(1)
-    kinds, angle = rng.integers(2, size=n), rng.uniform(0, np.pi, n)
-    points = 5 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
-    points[kinds == 1] = [5, 1.5] - points[kinds == 1]
-    return points + 0.3 * rng.standard_normal((n, 2)), kinds
 
 
 @pytest.mark.parametrize(("cycles", "octave"), [(1, 0), (2, 1), (3, 1), (4, 2), (9, 3), (16, 4), (32, 4)])
@@ -83,27 +73,25 @@ def test_kinds_of_noise_are_found_and_numbered_by_strength(known):
 
 
 def test_a_kind_of_any_shape_is_found():
-    points, kinds = half_rings(4000)
-    found = clusters.fit(points, 2, 0)
-    assert found.mixture.n_components == clusters.GAUSSIANS
-    right = (clusters.assign(found, points) == kinds).mean()
+    """Two half rings that reach into each other; each takes several of the Gaussians."""
+    rng = np.random.default_rng(1)
+    kinds, angle = rng.integers(2, size=4000), rng.uniform(0, np.pi, 4000)
+    points = 5 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    points[kinds == 1] = [5, 1.5] - points[kinds == 1]
+    points += 0.3 * rng.standard_normal((4000, 2))
+    right = (clusters.assign(clusters.fit(points, 2, 0), points) == kinds).mean()
     assert max(right, 1 - right) > 0.99
 
 
-def test_of_several_fits_the_one_with_the_least_overlap_is_kept(monkeypatch):
+def test_of_several_fits_the_one_with_the_least_overlap_is_kept_and_told(monkeypatch):
     points = np.random.default_rng(0).standard_normal((600, 2))  # no kinds: every fit differs
     several = clusters.fit(points, 2, 0)
+    assert several.overlap > clusters.MOST_OVERLAP
+    assert "overlap left" in clusters.doubt(several)
     monkeypatch.setattr(clusters, "FITS", 1)
     alone = [clusters.fit(points, 2, seed) for seed in range(4)]
     assert len({fit.overlap for fit in alone}) == 4
     assert several.overlap < alone[0].overlap  # the first of the several
-
-
-def test_kinds_that_overlap_say_so():
-    points = np.random.default_rng(0).standard_normal((1000, 2))
-    found = clusters.fit(points, 3, 0)
-    assert found.overlap > clusters.MOST_OVERLAP
-    assert "overlap left" in clusters.doubt(found)
 
 
 def test_the_same_seed_gives_the_same_kinds(known):
@@ -122,21 +110,6 @@ def test_overlap_is_the_share_of_the_smaller_group_that_the_other_claims():
     assert clusters.overlaps(shares) == pytest.approx(np.array(expected))
 
 
-def test_the_gaussians_that_overlap_most_become_one():
-    shares = np.repeat(np.eye(4), 5, axis=0)
-    shares[0], shares[10] = [0.6, 0, 0, 0.4], [0, 0.2, 0.8, 0]
-    assert sorted(clusters.merged(shares, 3).T.tolist()) == [[0, 0, 1, 0], [0, 1, 0, 0], [1, 0, 0, 1]]
-    assert sorted(clusters.merged(shares, 2).T.tolist()) == [[0, 1, 1, 0], [1, 0, 0, 1]]
-
-
-@pytest.mark.parametrize(
-    ("kinds", "images", "gaussians"),
-    [(3, 90_000, 20), (3, 4000, 20), (3, 3000, 15), (3, 100, 3), (20, 100, 20), (2, 2, 2)],
-)
-def test_few_images_get_few_gaussians(kinds, images, gaussians):
-    assert clusters.gaussians_for(kinds, images) == gaussians
-
-
 @pytest.mark.parametrize(
     ("kinds", "images", "named"),
     [(1, 9000, "from 2 to 20, got 1"), (21, 9000, "from 2 to 20, got 21"), (4, 3, "only 3 images"),
@@ -145,6 +118,14 @@ def test_few_images_get_few_gaussians(kinds, images, gaussians):
 def test_too_few_or_too_many_kinds_are_refused(kinds, images, named):
     with pytest.raises(UserError, match=f"^--clusters .*{named}"):
         clusters.fit(np.zeros((images, 5)), kinds, 0)
+
+
+@pytest.mark.parametrize(("kinds", "images"), [(2, 2), (20, 100)])
+def test_few_images_are_sorted_into_as_many_kinds_as_wished(kinds, images):
+    powers = np.random.default_rng(0).standard_normal((images, 5))
+    found = clusters.fit(powers, kinds, 0)
+    assert found.count == kinds
+    assert set(clusters.assign(found, powers)) == set(range(kinds))
 
 
 @pytest.mark.parametrize("different", [1, 2])
@@ -159,16 +140,13 @@ def test_maps_that_are_all_alike_are_sorted_without_a_word(different):
     assert len({tuple(found[i::different]) for i in range(different)}) == different
 
 
-def test_doubt_names_its_reason_or_keeps_quiet():
+def test_doubt_names_its_reasons_or_keeps_quiet():
     enough = clusters.Kinds(None, np.eye(3), 0.01, clusters.FEWEST_IMAGES)
     assert clusters.doubt(enough) is None
     assert "4,999 images" in clusters.doubt(enough._replace(images=4999))
-    assert "overlap left 0.021" in clusters.doubt(enough._replace(overlap=0.021))
     both = clusters.doubt(enough._replace(images=4999, overlap=0.021))
     assert both.startswith("the kinds may be wrong: ")
-    assert "4,999" in both
-    assert "0.021" in both
-    assert "\n" not in both
+    assert "4,999" in both and "overlap left 0.021" in both and "\n" not in both
 
 
 def test_kinds_are_matched_so_that_most_images_agree():
@@ -178,9 +156,7 @@ def test_kinds_are_matched_so_that_most_images_agree():
     table, class_of = clusters.match(found, labels, 3, 3)
     assert table.tolist() == [[4, 0, 6], [0, 1, 9], [0, 3, 2]]
     assert class_of.tolist() == [0, 2, 1]
-
-
-def test_classes_and_kinds_may_differ_in_number():
+    # Classes and kinds may differ in number.
     _, class_of = clusters.match(np.array([0, 0, 1, 2]), np.array([1, 1, 0, 0]), 3, 2)
     assert class_of[0] == 1
     assert sorted(class_of[1:].tolist()) == [-1, 0]

@@ -1,12 +1,16 @@
-"""Weights travel: from and to the names of Hugging Face and facebookresearch."""
+"""MAEs from elsewhere: their tensors by name, their heads told or asked for, what their files may hold."""
 
+import argparse
+import json
 import re
 
 import pytest
 import torch
-from conftest import assert_user_error, run_script
+from conftest import CLASSIFIER, assert_refused, finetune_on, finetuning, run_script
 
-from lib import convert, weights
+import finetune
+import pretrain
+from lib import convert, network, weights
 from lib.errors import UserError
 from mae import MAE
 
@@ -18,27 +22,30 @@ NEWER = (
     (r"intermediate\.dense", "mlp.fc1"),
     (r"(?<!attention\.)output\.dense", "mlp.fc2"),
 )
+CONFIG = {"img_size": 64, "patch_size": 8, "in_chans": 1, "embed_dim": 96, "depth": 2, "num_heads": 12,
+          "decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2, "mlp_ratio": 4.0,
+          "norm_pix_loss": False}  # fmt: skip
 
 
-@pytest.fixture
-def network():
+def state(**sizes):
     torch.manual_seed(0)
-    model = MAE(embed_dim=32, depth=3, num_heads=2, decoder_embed_dim=16, decoder_num_heads=2)
-    return model.eval()
+    return MAE(**{**CONFIG, **sizes}).state_dict()
 
 
-def config_of(runs):
-    content = weights.load_mae(runs / "pretrain" / "vit-mae-wt.pth")[2]
-    return {k: v for k, v in content["config"].items() if k != "transform"}
+def encoder_alone(whole):
+    return {n: t for n, t in whole.items() if "decoder" not in n and n != "mask_token"}
+
+
+def heads(path, num_heads=None):
+    return weights.read(path, num_heads, foreign=True).content["config"]["num_heads"]
 
 
 @pytest.mark.parametrize("generation", ["files", "newer", "decoder renamed"])
-def test_every_tensor_comes_back_from_hugging_face(generation, runs):
-    config = config_of(runs)
-    state = MAE(**config).state_dict()
-    theirs, described = convert.to_hugging_face(state, config)
+def test_every_tensor_comes_back_from_hugging_face(generation):
+    ours = state()
+    theirs, described = convert.to_hugging_face(ours, CONFIG)
     assert all(name.startswith(("vit.", "decoder.")) for name in theirs)
-    assert described["num_attention_heads"] == config["num_heads"]
+    assert described["num_attention_heads"] == 12
     if generation == "newer":
         for pattern, other in NEWER:
             theirs = {re.sub(pattern, other, name): tensor for name, tensor in theirs.items()}
@@ -48,45 +55,121 @@ def test_every_tensor_comes_back_from_hugging_face(generation, runs):
             name.replace("decoder_layers", "decoder_encoder.layer"): tensor
             for name, tensor in theirs.items()
         }
-    back, arguments = convert.from_foreign(theirs, config["num_heads"])
-    assert back.keys() == state.keys()
-    assert all(torch.equal(back[name], state[name]) for name in state)
+    back, arguments = convert.from_foreign(theirs, 12)
+    assert back.keys() == ours.keys()
+    assert all(torch.equal(back[name], ours[name]) for name in ours)
     same = ("img_size", "patch_size", "embed_dim", "depth", "num_heads")
-    assert {name: arguments[name] for name in same} == {name: config[name] for name in same}
+    assert {name: arguments[name] for name in same} == {name: CONFIG[name] for name in same}
 
 
-@pytest.mark.parametrize("wrapped", [True, False])
-def test_a_checkpoint_of_facebookresearch_can_be_fine_tuned(wrapped, network, packed, tmp_path):
-    state = network.state_dict()
-    torch.save({"model": state} if wrapped else state, tmp_path / "mae.pth")
-    common = ("--data", packed, "--strategy", "head", "--epochs", 1, "--pretrained",
-              tmp_path / "mae.pth", "--num-heads", 2)  # fmt: skip
-    run_script("finetune.py", *common, "--out", tmp_path / "run")
-    model, content = weights.load_classifier(tmp_path / "run" / "vit-mae-classifier-wt.pth")
-    assert torch.equal(model.blocks[2].attn.qkv.weight, network.blocks[2].attn.qkv.weight)
+@pytest.mark.parametrize("form", ["facebookresearch", "bare", "encoder alone", "Hugging Face's ViTMAEModel"])
+def test_a_foreign_checkpoint_gives_its_encoder(form, tmp_path):
+    ours = state()
+    if form == "encoder alone":
+        content = encoder_alone(ours)
+    elif form.startswith("Hugging"):
+        theirs, _ = convert.to_hugging_face(encoder_alone(ours), CONFIG)
+        content = {name.removeprefix("vit."): tensor for name, tensor in theirs.items()}
+    else:
+        content = {"model": ours} if form == "facebookresearch" else ours
+    torch.save(content, tmp_path / "mae.pth")
+    encoder, transform = weights.encoder_of(weights.read(tmp_path / "mae.pth", 12, foreign=True))
+    assert transform is None
+    got, expected = encoder.state_dict(), encoder_alone(ours)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert encoder.blocks[0].attn.num_heads == 12
+
+
+def test_a_checkpoint_of_facebookresearch_can_be_fine_tuned(packed, tmp_path):
+    ours = state()
+    torch.save({"model": ours}, tmp_path / "mae.pth")
+    finetune_on(packed, tmp_path / "run", tmp_path / "mae.pth", "head", "--epochs", 1, "--num-heads", 12)
+    model, content = weights.load_classifier(tmp_path / "run" / CLASSIFIER)
+    got = model.state_dict()
+    assert all(torch.equal(got[name], tensor) for name, tensor in encoder_alone(ours).items())
+    assert model.blocks[0].attn.num_heads == 12
     assert content["config"]["transform"]["softening"] > 0
 
 
-def test_ours_can_be_exported_to_hugging_face_and_taken_back(runs, packed, tmp_path):
-    path = runs / "pretrain" / "vit-mae-wt.pth"
-    run_script("export.py", "--what", "huggingface", "--weights", path, "--out", tmp_path / "hf")
+def test_ours_can_be_exported_to_hugging_face_and_taken_back(pretrained, packed, tmp_path):
+    run_script("export.py", "--what", "huggingface", "--weights", pretrained, "--out", tmp_path / "hf")
     opened = weights.read(tmp_path / "hf" / "pytorch_model.bin", num_heads=2, foreign=True)
     back, transform = weights.encoder_of(opened)
     assert transform is None
-    ours = weights.load_mae(path)[0].state_dict()
+    ours = weights.load_mae(pretrained)[0].state_dict()
     assert all(torch.equal(tensor, ours[name]) for name, tensor in back.state_dict().items())
-    process = run_script("finetune.py", "--data", packed, "--strategy", "residual", "--pretrained",
-                         opened.path, "--out", tmp_path / "residual", check=False)  # fmt: skip
-    assert_user_error(process, "pytorch_model.bin", "from elsewhere", "another strategy")
+    assert_refused("finetune.py", finetuning(packed, tmp_path / "run", opened.path, "residual"),
+                   "pytorch_model.bin", "from elsewhere", "another strategy")  # fmt: skip
 
 
-def test_what_is_no_mae_is_refused(tmp_path, packed):
-    torch.save({"layer.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match=r"other\.pth: not a masked autoencoder"):
-        weights.read(tmp_path / "other.pth", num_heads=2, foreign=True)
-    torch.save({"vit.embeddings.cls_token": "text"}, tmp_path / "text.pth")
-    process = run_script(
-        "finetune.py", "--data", packed, "--strategy", "head", "--pretrained",
-        tmp_path / "text.pth", "--out", tmp_path / "run", check=False,
-    )  # fmt: skip
-    assert_user_error(process, "text.pth")
+def test_hugging_face_tells_the_heads_in_its_config(tmp_path):
+    theirs, described = convert.to_hugging_face(state(), CONFIG)
+    torch.save(theirs, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    assert heads(tmp_path / "pytorch_model.bin") == 12
+    with pytest.raises(UserError, match="--num-heads 4 is given, but it has 12"):
+        heads(tmp_path / "pytorch_model.bin", 4)
+    for other in ({"hidden_size": 128}, {"num_attention_heads": "12"}):
+        (tmp_path / "config.json").write_text(json.dumps({**described, **other}))
+        with pytest.raises(UserError, match="give --num-heads"):
+            heads(tmp_path / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("model", "width", "expected"),
+    [("mae_vit_base_patch16", 768, 12), ("mae_vit_large_patch16", 1024, 16),
+     ("mae_vit_huge_patch14", 1280, 16), ("vit_base_patch16", 768, 12),
+     ("mae_vit_base_patch16", 96, None), ("another", 768, None), (None, 768, None)],
+)  # fmt: skip
+def test_facebookresearch_tells_the_heads_in_its_options(model, width, expected):
+    assert convert.heads_told(width, model, {}) == expected
+
+
+def test_a_checkpoint_may_hold_the_options_of_its_training(tmp_path):
+    options = argparse.Namespace(lr=1.5e-4, model="mae_vit_base_patch16", resume="")
+    torch.save({"model": state(embed_dim=768), "epoch": 1, "args": options}, tmp_path / "mae.pth")
+    assert heads(tmp_path / "mae.pth") == 12
+
+
+class Hostile:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+def test_options_hold_nothing_that_runs_and_our_own_files_hold_none(tmp_path, capsys):
+    ours = {"model": {}, "config": {}, "class_names": [], "run": argparse.Namespace()}
+    theirs = {"model": state(), "args": argparse.Namespace(model=Hostile())}
+    for content, more in ((theirs, {"num_heads": 12, "foreign": True}), (ours, {})):
+        torch.save(content, tmp_path / "mae.pth")
+        with pytest.raises(UserError, match="not a weights file that can be loaded safely"):
+            weights.read(tmp_path / "mae.pth", **more)
+        assert argparse.Namespace not in torch.serialization.get_safe_globals()
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_what_cannot_be_started_from_is_named(packed, pretrained, tmp_path):
+    damaged = torch.load(pretrained, weights_only=True)
+    damaged["model"] = encoder_alone(damaged["model"])
+    files = {
+        "other": ({"layer.weight": torch.zeros(3)}, "not a masked autoencoder"),
+        "text": ({"vit.embeddings.cls_token": "text"}, "not the weights of a masked autoencoder"),
+        "rgb": ({"model": state(in_chans=3)}, "3 channels"),
+        "ours-without-decoder": (damaged, "is missing"),
+        "headless": ({"model": state()}, "give --num-heads"),  # their number is not guessed
+    }
+    for name, (content, named) in files.items():
+        path = tmp_path / f"{name}.pth"
+        torch.save(content, path)
+        more = ("--num-heads", 12) if name == "rgb" else ()
+        assert_refused("finetune.py", finetuning(packed, tmp_path / "run", path, "head", *more),
+                       path.name, named)  # fmt: skip
+
+
+def test_random_weights_have_the_default_heads():
+    common = ["--data", "d", "--out", "o"]
+    arguments = [*common, "--strategy", "full", "--pretrained"]
+    for given, expected in (((), 4), (("--num-heads", "2"), 2)):
+        args = finetune.parse_args([*arguments, "none", *given])
+        assert network.described(args)["num_heads"] == expected
+        assert network.described(pretrain.parse_args([*common, *given]))["num_heads"] == expected

@@ -10,11 +10,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HUNG, ROOT, finetuning, history_of, pretraining, run_script
+from conftest import (
+    HUNG,
+    PRETRAINED,
+    ROOT,
+    assert_same_tensors,
+    finetuning,
+    history_of,
+    pretrain_on,
+    pretraining,
+    run_script,
+    tensors_in,
+)
 
 from lib import distributed, loader, strategies
 from lib.augment import KINDS
 from lib.errors import UserError
+
+STRATEGIES = ("head", "layernorm", "full", "residual")
 
 
 def torchrun(script, arguments, processes=2):
@@ -36,7 +49,7 @@ def assert_same_history(one, two):
 
 
 def test_two_processes_started_by_torchrun_leave_what_one_does(packed, tmp_path):
-    run_script("pretrain.py", *pretraining(packed, tmp_path / "one"))
+    pretrain_on(packed, tmp_path / "one")
     process = torchrun("pretrain.py", pretraining(packed, tmp_path / "two"))
     output, _ = process.communicate(timeout=HUNG)
     assert process.returncode == 0, output
@@ -46,14 +59,17 @@ def test_two_processes_started_by_torchrun_leave_what_one_does(packed, tmp_path)
     assert names[0] == names[1]
 
 
-# Several trainings in one group of processes: starting a group takes longer than they do. Each
-# process writes the batch of every step and the rows that it read for it, its error, and gradients.
+# Several trainings in one group of processes: starting a group takes longer than they do. Each process
+# writes the batch of every step and the rows that it read for it, its errors, and gradients. A training
+# named "resumed" is stopped by SIGTERM in the middle of an epoch first. The main process
+# enters late what it enters first, and leaves late.
 TRAININGS = """
-import contextlib, json, sys
+import contextlib, json, sys, time
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 import torch
 import finetune, pretrain
+from conftest import sigterm_at
 from lib import distributed, errors, loader, loop, strategies
 
 loader.EVALUATION_BATCH = strategies.EVALUATION_BATCH = 8  # validation takes several batches
@@ -70,6 +86,15 @@ def gradients():
     averaged = distributed.averaged(model, loss_of)  # it must live until the backward pass
     averaged(distributed.local_slice(4)).backward()
     return [p.grad.flatten().tolist() for p in model.parameters()]
+
+def train(name, script, arguments):
+    main = {"pretrain": pretrain, "finetune": finetune}[script].main
+    if name == "resumed":
+        with sigterm_at(7), contextlib.suppress(SystemExit):
+            main(arguments)
+        arguments = [*arguments, "--resume"]
+    steps.clear()
+    main(arguments)
 
 steps, reading = [], []
 whole_reader, whole_step = pretrain.batch_reader, loop.Training.take_step
@@ -89,33 +114,42 @@ def take_step(training, batch, *arguments):
 
 pretrain.batch_reader = strategies.batch_reader = batch_reader
 loop.Training.take_step = take_step
-trainings = json.loads(Path(sys.argv[2]).read_text())
+given = Path(sys.argv[2])
+entered, written = given.with_name("entered"), given.with_name("written")
 seen, error = {}, None
 with distributed.process_group("cpu"):
+    if distributed.is_main():
+        time.sleep(1)
+    with distributed.main_process_first():
+        assert distributed.is_main() or entered.exists(), "entered before the main process"
+        entered.touch()
+    assert distributed.gather_list([[0, 2], [1]][distributed.rank()]) == [0, 1, 2]
+    assert distributed.from_main(lambda: 7 + distributed.rank()) == 7
+    assert distributed.mean([1.0 + distributed.rank()]) == [1.5]
     distributed.process_group = lambda name: contextlib.nullcontext()
-    for name, (script, arguments) in trainings.items():
-        steps.clear()
+    for name, (script, arguments) in json.loads(given.read_text()).items():
         try:
-            {"pretrain": pretrain, "finetune": finetune}[script].main(arguments)
+            train(name, script, arguments)
         except errors.UserError as mistake:
             error = str(mistake)
         seen[name] = list(steps)
-    Path(sys.argv[2]).with_name(f"seen-{distributed.rank()}.json").write_text(
-        json.dumps([seen, error, gradients()])
-    )
+    result = json.dumps([seen, error, gradients()])
+    given.with_name(f"seen-{distributed.rank()}.json").write_text(result)
+    if distributed.is_main():
+        time.sleep(1)
+        written.touch()
+assert written.exists(), "left before the main process had written"
 """
 
 
 def trainings(packed, runs, out):
     """{name: (script, arguments)}: every strategy, and every kind of augmentation."""
     kinds = ("--augment", ",".join(KINDS))
-    start = runs / "pretrain" / "vit-mae-wt.pth"
-    return {
-        "pretrain": ("pretrain", pretraining(packed, out / "pretrain", *kinds)),
-        "head": ("finetune", finetuning(packed, out / "head", start, "head")),
-        "layernorm": ("finetune", finetuning(packed, out / "layernorm", start, "layernorm")),
-        "full": ("finetune", finetuning(packed, out / "full", start, "full", *kinds)),
-        "residual": ("finetune", finetuning(packed, out / "residual", start, "residual")),
+    more = {"pretrain": kinds, "full": kinds}
+    start = runs / "pretrain" / PRETRAINED
+    return {"pretrain": ("pretrain", pretraining(packed, out / "pretrain", *kinds))} | {
+        name: ("finetune", finetuning(packed, out / name, start, name, *more.get(name, ())))
+        for name in STRATEGIES
     }
 
 
@@ -124,8 +158,9 @@ def in_two_processes(packed, runs, tmp_path_factory):
     """Folder of the trainings by two processes, {name: steps} of each, errors, and gradients."""
     out = tmp_path_factory.mktemp("two")
     wanted = trainings(packed, runs, out)
-    odd = pretraining(packed, out / "odd", "--batch-size", 7)
-    (out / "trainings.json").write_text(json.dumps({**wanted, "odd": ("pretrain", odd)}))
+    wanted["resumed"] = trainings(packed, runs, out / "again")["pretrain"]
+    wanted["odd"] = "pretrain", pretraining(packed, out / "odd", "--batch-size", 7)
+    (out / "trainings.json").write_text(json.dumps(wanted))
     script = out / "trainings.py"
     script.write_text(TRAININGS)
     process = torchrun(script, [ROOT, out / "trainings.json"])
@@ -137,7 +172,7 @@ def in_two_processes(packed, runs, tmp_path_factory):
     return out, *zip(*results, strict=True)
 
 
-@pytest.mark.parametrize("name", ["pretrain", "head", "layernorm", "full", "residual"])
+@pytest.mark.parametrize("name", ["pretrain", *STRATEGIES])
 def test_two_processes_train_as_one_does(
     name, packed, runs, in_two_processes, tmp_path, no_pictures, monkeypatch
 ):
@@ -146,6 +181,15 @@ def test_two_processes_train_as_one_does(
     script, arguments = trainings(packed, runs, tmp_path)[name]
     run_script(f"{script}.py", *arguments)
     assert_same_history(tmp_path / name, in_two_processes[0] / name)
+
+
+def test_two_processes_that_were_stopped_resume_to_bit_identical_weights(in_two_processes):
+    out, seen, *_ = in_two_processes
+    for of_process in seen:
+        assert of_process["resumed"] == of_process["pretrain"][7:] != []
+    whole, resumed = out / "pretrain", out / "again" / "pretrain"
+    assert_same_tensors(tensors_in(whole / PRETRAINED), tensors_in(resumed / PRETRAINED))
+    assert history_of(whole) == history_of(resumed)
 
 
 @pytest.mark.parametrize("name", ["pretrain", "layernorm", "full"])
@@ -225,53 +269,3 @@ def test_a_killed_process_ends_the_run(packed, tmp_path):
     assert process.returncode != 0, output
     assert "error: another process of this run has ended" in output
     assert not (out / "vit-mae-wt.pth").exists()
-
-
-LATE_MAIN = """
-import sys, time
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from lib import distributed
-written = Path(__file__).with_name("written")
-with distributed.process_group("cpu"):
-    with distributed.main_process_first():
-        first = distributed.is_main() or Path(__file__).with_name("first").exists()
-        Path(__file__).with_name("first").touch()
-    assert first, "entered before the main process"
-    assert distributed.gather_list([[0, 2], [1]][distributed.rank()]) == [0, 1, 2]
-    assert distributed.from_main(lambda: 7 + distributed.rank()) == 7
-    assert distributed.mean([1.0 + distributed.rank()]) == [1.5]
-    if distributed.is_main():
-        time.sleep(2)
-        written.touch()
-assert written.exists(), "left before the main process had written"
-"""
-
-
-def test_no_process_enters_before_the_main_one_or_leaves_before_it_has_written(tmp_path):
-    script = tmp_path / "late_main.py"
-    script.write_text(LATE_MAIN)
-    process = torchrun(script, [ROOT])
-    output, _ = process.communicate(timeout=HUNG)
-    assert process.returncode == 0, output
-
-
-def test_parts_of_a_batch_are_equal_and_cover_it(monkeypatch):
-    monkeypatch.setattr(distributed, "world_size", lambda: 4)
-    parts = []
-    for rank in range(4):
-        monkeypatch.setattr(distributed, "rank", lambda r=rank: r)
-        parts += range(12)[distributed.local_slice(12)]
-        assert len(range(12)[distributed.local_slice(12)]) == 3
-    assert parts == list(range(12))
-    with pytest.raises(ValueError, match="10 cannot be split over 4"):
-        distributed.local_slice(10)
-
-
-def test_one_process_computes_everything():
-    assert distributed.local_slice(7) == slice(0, 7)
-    images = torch.ones(3, requires_grad=True)
-    assert distributed.gather(images) is images
-    assert distributed.mean([1.5]) == [1.5]
-    assert distributed.gather_list([1, 2]) == [1, 2]
-    assert distributed.from_main(lambda: 7) == 7

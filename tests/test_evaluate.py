@@ -179,7 +179,8 @@ def test_a_picture_that_fails_leaves_none_of_an_earlier_call(tmp_path, capsys):
 def test_three_right_images_are_not_certain():
     labels = np.arange(3)
     args = evaluate.parse_args(["--data", "d", "--weights", "w", "--out", "o", "--resamples", "9"])
-    result = evaluate.figures(np.eye(3), labels, ["a", "b", "c"], args)
+    prediction = evaluate.Prediction(labels, labels, np.eye(3), None, None)
+    result = evaluate.figures(prediction, ["a", "b", "c"], args)
     assert result["accuracy"]["value"] == 1
     assert result["accuracy"]["low"] < 0.5
     lines = evaluate.about_results({"run": result})

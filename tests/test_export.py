@@ -62,6 +62,21 @@ def test_int8_multiplies_in_eight_bits_and_hands_on_floats(runs, folder, tmp_pat
     assert not any(node.output[0] in quantised for node in gemms)
 
 
+def test_int8_multiplies_unsigned_bytes_which_no_cpu_saturates(runs, folder, tmp_path):
+    out = tmp_path / "int8.onnx"
+    shutil.copy(runs / "classifier.onnx", out)
+    images = np.array(data.load(folder, runs / "cache").images[:16, None])
+    export.reduce_precision(out, "int8", images, {})
+    graph = onnx.load(out).graph
+    values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    made_by = {name: node for node in graph.node for name in node.output}
+    for node in graph.node:
+        if node.op_type == "Gemm":
+            zero_points = [values[made_by[name].input[2]] for name in node.input[:2]]
+            assert [zero.dtype for zero in zero_points] == [np.uint8, np.uint8]
+    assert not any(value.dtype == np.int8 for value in values.values())
+
+
 @pytest.fixture
 def exported_already(runs, monkeypatch):
     """In place of exporting, copy what the runs have exported."""

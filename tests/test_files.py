@@ -13,12 +13,16 @@ from lib.errors import UserError
 from lib.files import atomic_directory, atomic_write
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path):
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(RuntimeError("a bug"), RuntimeError), (OSError(errno.ENOSPC, "No space left on device"), UserError)],
+)
+def test_a_failed_write_leaves_the_old_file(error, raised, tmp_path):
     path = tmp_path / "result.txt"
     path.write_text("old")
-    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
+    with pytest.raises(raised, match=r"a bug|result\.txt: No space left"), atomic_write(path) as temporary:
         temporary.write_text("half of the n")
-        raise RuntimeError
+        raise error
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["result.txt"]
 

@@ -7,15 +7,15 @@ import os
 import shutil
 import signal
 
-import numpy as np
 import pytest
-from conftest import TINY_DECODER, TINY_NETWORK, run_script
+from conftest import CLASSIFIER, PRETRAINED, TINY_DECODER, TINY_NETWORK, run_script, write_classes
 
 from lib import loop, options
 
 HOSTILE = ("", "-1", "0", "1", "nan", "inf", "1e-300", "9" * 20, "é\n$\"'", "\udcff", "FIFO",
            "a" * 300)  # fmt: skip
 SMALL = ("--patch-size", "8", *TINY_NETWORK[2:])
+SCRIPTS = ("simulate", "prepare", "pretrain", "finetune", "evaluate", "reconstruct", "export", "predict")
 
 
 class Stop(loop.Interruption):
@@ -38,41 +38,33 @@ class Stop(loop.Interruption):
         pass
 
 
+def commands(root, out):
+    """{script: arguments of a valid call}; those that write do so into `out`."""
+    data = ("--data", root / "data")
+    run = (*data, "--epochs", 1, "--batch-size", 8, "--quiet", "--out", out)
+    mae, classifier = root / "mae" / PRETRAINED, root / "full" / CLASSIFIER
+    return {
+        "simulate": ("--per-class", 1, "--out", out),
+        "prepare": data,
+        "pretrain": (*run, *SMALL, *TINY_DECODER),
+        "finetune": (*run, "--pretrained", mae, "--strategy", "full"),
+        "evaluate": (*data, "--weights", classifier, "--out", out, "--resamples", 2),
+        "reconstruct": (*data, "--weights", mae, "--out", out, "--resamples", 2),
+        "export": (*data, "--weights", classifier, "--out", out),
+        "predict": (root / "one.npy", "--model", root / "c.onnx", "--out", out),
+    }
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with data, a pre-training, a classifier and exported files of 16×16 images."""
     root = tmp_path_factory.mktemp("hostile")
-    rng = np.random.default_rng(0)
-    for level, name in enumerate(("axion", "no_sub")):
-        (root / "data" / name).mkdir(parents=True)
-        for i in range(16):
-            np.save(root / "data" / name / f"{i}.npy", rng.random((16, 16)) + level)
-    np.save(root / "one.npy", rng.random((16, 16)))
+    write_classes(root / "data", {"axion": 16, "no_sub": 16}, brighter=True)
+    shutil.copy(root / "data" / "axion" / "000.npy", root / "one.npy")
     os.mkfifo(root / "fifo")  # nothing ever comes out of it
-    run = ("--data", root / "data", "--epochs", 1, "--batch-size", 8, "--quiet")
-    mae, classifier = root / "mae" / "vit-mae-wt.pth", root / "full" / "vit-mae-classifier-wt.pth"
-    run_script("pretrain.py", *run, "--out", root / "mae", *SMALL, *TINY_DECODER)
-    run_script("finetune.py", *run, "--out", root / "full", "--pretrained", mae, "--strategy",
-               "full")  # fmt: skip
-    run_script("export.py", "--weights", classifier, "--out", root / "c.onnx")
+    for script, out in (("pretrain", "mae"), ("finetune", "full"), ("export", "c.onnx")):
+        run_script(f"{script}.py", *commands(root, root / out)[script])
     return root
-
-
-def commands(root):
-    """{script: arguments of a valid call}; those that write do so into `root`/out."""
-    data = ("--data", root / "data")
-    run = (*data, "--epochs", 1, "--batch-size", 8, "--quiet", "--out", root / "out")
-    mae, classifier = root / "mae" / "vit-mae-wt.pth", root / "full" / "vit-mae-classifier-wt.pth"
-    return {
-        "simulate": ("--per-class", 1, "--out", root / "out"),
-        "prepare": data,
-        "pretrain": (*run, *SMALL, *TINY_DECODER),
-        "finetune": (*run, "--pretrained", mae, "--strategy", "layernorm"),
-        "evaluate": (*data, "--weights", classifier, "--out", root / "out", "--resamples", 2),
-        "reconstruct": (*data, "--weights", mae, "--out", root / "out", "--resamples", 2),
-        "export": (*data, "--weights", classifier, "--out", root / "out"),
-        "predict": (root / "one.npy", "--model", root / "c.onnx", "--out", root / "out"),
-    }
 
 
 def options_of(script, monkeypatch):
@@ -103,8 +95,7 @@ def may_be_accepted(action, value):
     return math.isfinite(number) and all(is_valid(number) for is_valid in limits)
 
 
-@pytest.mark.parametrize("script", ["simulate", "prepare", "pretrain", "finetune", "evaluate",
-                                    "reconstruct", "export", "predict"])  # fmt: skip
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_no_value_of_any_option_ends_in_a_traceback(script, place, monkeypatch, tmp_path):
     monkeypatch.setattr(loop, "Interruption", Stop)
     module = importlib.import_module(script)
@@ -115,23 +106,24 @@ def test_no_value_of_any_option_ends_in_a_traceback(script, place, monkeypatch, 
     if script == "export":  # the exporter takes seconds a call
         content = (place / "c.onnx").read_bytes()
         monkeypatch.setattr(module, "write_onnx", lambda _, path, __: path.write_bytes(content))
-    command = commands(place)[script]
+    command = commands(place, place / "out")[script]
     actions = options_of(script, monkeypatch)
     assert actions
+    before = sorted(os.listdir(place))
     for action in actions:
         option = action.option_strings[0]
         for value in HOSTILE:
-            before = sorted(os.listdir(place))
             value = str(place / "fifo") if value == "FIFO" else value
-            process = run_script(f"{script}.py", *command, f"{option}={value}", check=False,
-                                 folder=tmp_path)  # fmt: skip
+            folder = tmp_path / "working"  # a new one: relative paths of one call are no input of the next
+            folder.mkdir()
+            process = run_script(f"{script}.py", *command, f"{option}={value}", check=False, folder=folder)
             what = f"{option}={value!r}: {process.returncode} {process.stdout} {process.stderr}"
             assert process.returncode in (0, 1, 2, 130), what
             if process.returncode == 2:
                 assert "error: " in process.stderr, what
+                assert may_be_accepted(action, value) or option in process.stderr.splitlines()[-1], what
             else:
                 assert may_be_accepted(action, value), what
-            for path in (place / "out", *(place / name for name in os.listdir(place)
-                                          if name not in before)):  # fmt: skip
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    assert sorted(os.listdir(place)) == sorted(set(before) - {"out"})
+            for path in (folder, *(place / name for name in os.listdir(place) if name not in before)):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert sorted(os.listdir(place)) == before

@@ -196,6 +196,7 @@ class Told(nn.Module):
         super().__init__()
         self.part = slice(start, start + count)
         self.register_buffer("temperature", torch.tensor(2.0))
+        self.register_buffer("strangeness_seen", torch.zeros(600))
 
     def forward(self, images):
         return images[:, 0, 0, self.part].squeeze(1 if self.part.stop > 3 else ())

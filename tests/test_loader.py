@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import finetuning, pretraining
+from conftest import finetune_on, pretrain_on
 
-import finetune
 import pretrain
 from lib import data, images, intensity, lenses, loader, strategies
 
@@ -50,15 +49,14 @@ def test_rows_in_blocks_are_all_there_and_read_together():
     assert abs(position[:together].mean() - len(rows) / 2) < len(rows) / 10
 
 
-@pytest.mark.parametrize("script", [pretrain, finetune])
+@pytest.mark.parametrize("script", ["pretrain", "finetune"])
 def test_images_that_do_not_fit_into_memory_are_trained_on_all_the_same(
-    script, packed, runs, tmp_path, monkeypatch, rows_read, no_pictures
+    script, packed, pretrained, tmp_path, monkeypatch, rows_read, no_pictures
 ):
     for module in (pretrain, strategies):
         monkeypatch.setattr(module, "larger_than_memory", lambda _: True)
-    monkeypatch.setattr(loader, "READ_BLOCK", 4)
-    monkeypatch.setattr(loader, "BLOCKS_TOGETHER", 2)
-    monkeypatch.setattr(loader, "FORGET_AFTER", 10)
+    for name, value in (("READ_BLOCK", 4), ("BLOCKS_TOGETHER", 2), ("FORGET_AFTER", 10)):
+        monkeypatch.setattr(loader, name, value)
     in_blocks, shuffled = [], loader.shuffled
 
     def spying(rows, rng, blocks):
@@ -66,15 +64,13 @@ def test_images_that_do_not_fit_into_memory_are_trained_on_all_the_same(
         return shuffled(rows, rng, blocks)
 
     monkeypatch.setattr("lib.loop.shuffled", spying)
-    arguments = pretraining(packed, tmp_path / "run")
-    if script is finetune:
-        pretrained = runs / "pretrain" / "vit-mae-wt.pth"
-        arguments = finetuning(packed, tmp_path / "run", pretrained, "full")
-    script.main(arguments)
+    if script == "pretrain":
+        pretrain_on(packed, tmp_path)
+    else:
+        finetune_on(packed, tmp_path, pretrained, "full")
     rows = data.split(data.load(packed))["train"]
     assert set(rows[rows >= 200]) <= rows_read  # no_sub, which pre-training takes
-    assert in_blocks
-    assert all(in_blocks)
+    assert set(in_blocks) == {True}
 
 
 def test_larger_than_memory_compares_with_this_machine():
@@ -85,27 +81,21 @@ def test_larger_than_memory_compares_with_this_machine():
 # Memory
 
 
-def batches_that_return_memory(images, monkeypatch):
-    """Of a pass over 2000 rows, 64 at a time: after how many batches memory was returned."""
-    batches, returned = 0, []
-    monkeypatch.setattr(loader, "forget_pages", lambda _: returned.append(batches))
-    read = loader.batch_reader(images, CPU)
-    for start in range(0, 2000, 64):
-        batches += 1
-        read(np.arange(start, min(start + 64, 2000)))
-    return returned
-
-
-def test_rows_from_everywhere_do_not_keep_a_whole_file_mapped(monkeypatch):
+def test_rows_from_everywhere_do_not_keep_a_whole_file_mapped_unless_it_is_small(monkeypatch):
     # Where a kernel maps 2 MB for each row, 64 rows a batch are a gigabyte after eight batches.
-    images = np.broadcast_to(np.float32(0), (10**8, 2, 2))
-    returned = batches_that_return_memory(images, monkeypatch)
+    def returned_after(images):
+        batches, returned = 0, []
+        monkeypatch.setattr(loader, "forget_pages", lambda _: returned.append(batches))
+        read = loader.batch_reader(images, CPU)
+        for start in range(0, 2000, 64):
+            batches += 1
+            read(np.arange(start, min(start + 64, 2000)))
+        return returned
+
+    returned = returned_after(np.broadcast_to(np.float32(0), (10**8, 2, 2)))
     assert returned[0] <= 8
     assert np.diff(returned).max() <= 8
-
-
-def test_a_file_that_is_small_as_a_whole_stays_mapped(monkeypatch):
-    assert batches_that_return_memory(np.zeros((2000, 2, 2), np.float32), monkeypatch) == []
+    assert returned_after(np.zeros((2000, 2, 2), np.float32)) == []
 
 
 def test_a_data_set_kept_on_the_device_gives_the_same_batches(packed):
@@ -123,12 +113,8 @@ def test_looking_at_images_from_everywhere_leaves_no_pages_behind(tmp_path):
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("RssFile")).split()[1]) * 1024
 
-    stored = np.lib.format.open_memmap(
-        tmp_path / "images.npy", "w+", dtype=np.float32, shape=(4000, 64, 64)
-    )
-    stored[:] = np.random.default_rng(0).random((4000, 1, 1))
-    stored.flush()
-    del stored
+    stored = np.random.default_rng(0).random((4000, 1, 1)).astype(np.float32)
+    np.save(tmp_path / "images.npy", np.broadcast_to(stored, (4000, 64, 64)))
     mapped = images.read_npy(tmp_path / "images.npy")
     before = resident()
     intensity.fit_transform(mapped, np.arange(4000), "log")
@@ -167,11 +153,9 @@ def test_transform_constants_withstand_hot_pixels_and_bad_images(kind, packed):
 
 def test_the_noise_of_simulated_images_is_measured():
     noisy, clean = (
-        np.concatenate([
-            batch for _, batch, _ in lenses.simulate("Model_II", 5, 0, noise, progress=False)
-        ])
+        np.concatenate([part for _, part, _ in lenses.simulate("Model_II", 5, 0, noise, progress=False)])
         for noise in (True, False)
-    )  # fmt: skip
+    )
     background, _ = lenses.noise_of(lenses.INSTRUMENTS["Model_II"], 0.0)
     assert intensity.noise_level(noisy) == pytest.approx(background, rel=0.2)  # photons add to it
     assert intensity.noise_level(clean) < 0.01 * background

@@ -17,14 +17,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
+    CLASSIFIER,
     HUNG,
     PICTURES,
+    PRETRAINED,
     ROOT,
     TINY_NETWORK,
+    assert_refused,
     assert_same_tensors,
-    assert_user_error,
     finetuning,
     history_of,
+    pretrain_on,
     pretraining,
     run_script,
     sigterm_at,
@@ -32,14 +35,13 @@ from conftest import (
 )
 from torch import nn
 
-import finetune
 import pretrain
 from lib import errors, loader, loop, optim, plots, recipe
 from lib.errors import UserError
 from lib.run import open_run
 
 KILLS = int(os.environ.get("KILLS", "3"))
-WEIGHTS = {"pretrain": "vit-mae-wt.pth", "finetune": "vit-mae-classifier-wt.pth"}
+WEIGHTS = {"pretrain": PRETRAINED, "finetune": CLASSIFIER}
 
 
 # The loop with a model of its own: a line through points.
@@ -71,12 +73,12 @@ def fit_line(out, validate=None, score=None, spoil=lambda rows, loss: loss, rows
             return {"loss": F.mse_loss(model(x)[:, 0], y).item()}
 
     learner = loop.Learner(
-        model, list(model.named_parameters()), batch_loss, validate or (lambda: whole_loss()), score
+        model, list(model.named_parameters()), batch_loss, validate or whole_loss, score
     )
-    chosen = recipe.Defaults(3, 0, 8, 0.1).recipe(args, rows)
+    chosen, cpu = recipe.Defaults(3, 0, 8, 0.1).recipe(args, rows), torch.device("cpu")
     with open_run(args, dataset, "w.pth", chosen) as run:
-        precision = loop.precision_of(chosen, run, torch.device("cpu"))
-        result = loop.fit(learner, chosen, np.arange(rows), run, torch.device("cpu"), precision)
+        precision = loop.precision_of(chosen, run, cpu)
+        result = loop.fit(learner, chosen, np.arange(rows), run, cpu, precision)
     return *result, calls
 
 
@@ -87,8 +89,7 @@ def test_the_loss_falls_and_the_history_says_so(tmp_path):
     assert torch.allclose(state["weight"], torch.tensor([[1.0, -2.0]]), atol=0.1)
     expected = [{k: v for k, v in line.items() if k != "seconds"} for line in history]
     assert history_of(tmp_path) == expected
-    assert history[-1]["epoch"] == 40
-    assert history[-1]["step"] == 200
+    assert (history[-1]["epoch"], history[-1]["step"]) == (40, 200)
 
 
 def test_every_row_is_seen_once_an_epoch_in_another_order(tmp_path):
@@ -199,27 +200,23 @@ def test_figures_that_are_not_finite_are_named_and_never_kept(what, tmp_path, mo
     assert torch.isfinite(checkpoint["model"]["weight"]).all()
 
 
-@pytest.mark.parametrize("batch_size", [8, 240])  # in the middle of an epoch, and at its end
-@pytest.mark.parametrize("script", ["pretrain", "finetune"])
-def test_a_loss_that_is_not_finite_stops_the_run(script, batch_size, packed, tmp_path):
-    arguments = ["--data", packed, "--out", tmp_path / "run", "--lr", "1e30", "--epochs", 1,
-                 "--batch-size", batch_size, "--precision", "float32", *TINY_NETWORK]  # fmt: skip
-    if script == "finetune":
-        arguments += ["--pretrained", "none", "--strategy", "full"]
-    process = run_script(f"{script}.py", *arguments, check=False)
-    assert_user_error(process, "not finite at step", "learning rate 1e+30: lower --lr",
-                      "checkpoint: none yet")  # fmt: skip
-    assert process.stderr.splitlines()[-1].startswith("error: ")
+@pytest.mark.parametrize(
+    ("script", "batch_size", "more"),
+    [("pretrain", 8, ()), ("finetune", 240, ("--pretrained", "none", "--strategy", "full"))],
+)  # in the middle of an epoch, and at its end
+def test_a_loss_that_is_not_finite_stops_the_run(script, batch_size, more, packed, tmp_path):
+    arguments = ("--data", packed, "--out", tmp_path / "run", "--lr", "1e30", "--epochs", 1,
+                 "--batch-size", batch_size, "--precision", "float32", *TINY_NETWORK, *more)  # fmt: skip
+    assert_refused(f"{script}.py", arguments, "not finite at step",
+                   "learning rate 1e+30: lower --lr", "checkpoint: none yet")  # fmt: skip
     assert not list((tmp_path / "run").glob("*.pth"))
 
 
 # Resuming
 
 
-RESUMED = ("pretrain", *finetune.STRATEGIES, "continuing")
-
-
-@pytest.mark.parametrize("what", RESUMED)
+# Full fine-tuning of an MAE is killed below.
+@pytest.mark.parametrize("what", ["pretrain", "head", "layernorm", "residual", "continuing"])
 def test_an_interrupted_run_resumes_to_bit_identical_weights(
     what, packed, runs, tmp_path, no_pictures
 ):
@@ -229,9 +226,9 @@ def test_an_interrupted_run_resumes_to_bit_identical_weights(
         if what == "pretrain":
             return pretraining(packed, out, "--augment", "halfturn,noise,shift,rotate", *more)
         if what == "continuing":
-            start = runs / "head" / "vit-mae-classifier-wt.pth"
+            start = runs / "head" / CLASSIFIER
             return finetuning(packed, out, start, "full", "--patch-dropout", 0.5, *more)
-        start = runs / "pretrain" / "vit-mae-wt.pth"
+        start = runs / "pretrain" / PRETRAINED
         return finetuning(packed, out, start, what, "--validations", 5, *more)
 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -243,40 +240,32 @@ def test_an_interrupted_run_resumes_to_bit_identical_weights(
         assert f"stopped at step {step} of" in stopped.stderr
     process = run_script(f"{script}.py", *arguments(cut, "--resume"))
     assert "resumes at step 17 of" in process.stdout
+    assert ": train loss" in process.stdout and "img/s" not in process.stdout + process.stderr
     assert_same_tensors(tensors_in(whole / WEIGHTS[script]), tensors_in(cut / WEIGHTS[script]))
     assert history_of(whole) == history_of(cut)
-
-
-def stopped_at_five(packed, out):
-    with sigterm_at(5):
-        run_script("pretrain.py", *pretraining(packed, out), check=False)
-    return out / "checkpoint.pth"
 
 
 def test_a_run_resumes_in_the_order_that_it_began_with(packed, tmp_path, no_pictures, monkeypatch):
     """Another machine may have more memory, where rows would not be shuffled in blocks."""
     monkeypatch.setattr(loader, "READ_BLOCK", 16)
-    for name in ("whole", "cut"):
-        monkeypatch.setattr(pretrain, "larger_than_memory", lambda images: True)
-        if name == "cut":
-            stopped_at_five(packed, tmp_path / name)
-            monkeypatch.setattr(pretrain, "larger_than_memory", lambda images: False)
-        run_script("pretrain.py", *pretraining(packed, tmp_path / name), "--resume")
-    assert_same_tensors(*(tensors_in(tmp_path / n / WEIGHTS["pretrain"]) for n in ("whole", "cut")))
-
-
-def test_a_run_that_goes_on_elsewhere_says_so(packed, tmp_path, no_pictures):
-    checkpoint = stopped_at_five(packed, tmp_path)
-    torch.save(torch.load(checkpoint, weights_only=True) | {"device": "cuda"}, checkpoint)
-    process = run_script("pretrain.py", *pretraining(packed, tmp_path), "--resume")
+    monkeypatch.setattr(pretrain, "larger_than_memory", lambda images: True)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    pretrain_on(packed, whole)
+    with sigterm_at(5):
+        pretrain_on(packed, cut, check=False)
+    monkeypatch.setattr(pretrain, "larger_than_memory", lambda images: False)
+    checkpoint = torch.load(cut / "checkpoint.pth", weights_only=True)
+    torch.save(checkpoint | {"device": "cuda"}, cut / "checkpoint.pth")
+    process = pretrain_on(packed, cut, "--resume")
     assert "continues on another device than cuda" in process.stdout
+    assert_same_tensors(tensors_in(whole / PRETRAINED), tensors_in(cut / PRETRAINED))
 
 
 # Processes that are killed, interrupted or out of disk. They are forked from one process that has
 # the scripts loaded, so that each starts at once.
 
 FORKED = multiprocessing.get_context("forkserver")
-LOADED = ["pretrain", "finetune", "export", "simulate", "pytest"]  # all that this file imports
+LOADED = ["pretrain", "finetune", "export", "simulate", "pytest"]  # all that conftest imports
 
 
 def run_forked(script, arguments, output, checkpoint_seconds, largest_file):
@@ -305,10 +294,8 @@ def start():
     started = []
 
     def starting(script, arguments, output, checkpoint_seconds=0, largest_file=None):
-        process = FORKED.Process(
-            target=run_forked,
-            args=(script, arguments, str(output), checkpoint_seconds, largest_file),
-        )
+        given = script, arguments, str(output), checkpoint_seconds, largest_file
+        process = FORKED.Process(target=run_forked, args=given)
         process.start()
         started.append(process)
         return process
@@ -338,14 +325,13 @@ def wait_for_change(path, process, before=None):
 
 @pytest.mark.parametrize("script", ["pretrain", "finetune"])
 def test_killed_training_resumes_to_bit_identical_weights(
-    script, packed, tmp_path, runs, start, no_pictures
+    script, packed, tmp_path, pretrained, start, no_pictures
 ):
     epochs = 2 * KILLS  # of 10 or 15 steps, each with a checkpoint: long enough for all kills
 
     def arguments(out, *more):
         if script == "pretrain":
             return pretraining(packed, out, "--epochs", epochs, *more)
-        pretrained = runs / "pretrain" / "vit-mae-wt.pth"
         return finetuning(packed, out, pretrained, "full", "--epochs", epochs, *more)
 
     run_script(f"{script}.py", *arguments(tmp_path / "whole"))
@@ -379,37 +365,27 @@ def test_interruption_leaves_a_checkpoint_and_the_usual_exit_code(
     assert code_of(process) == code, output.read_text()
     assert "--resume" in output.read_text()
     assert "Traceback" not in output.read_text()
-    assert not (out / "vit-mae-wt.pth").exists()
+    assert not (out / PRETRAINED).exists()
     assert torch.load(out / "checkpoint.pth", weights_only=True)["step"] > 0
 
 
 def test_a_full_disk_is_a_clear_error_and_leaves_no_part(packed, tmp_path, start, no_pictures):
     out, output = tmp_path / "run", tmp_path / "output"
-    run_script("pretrain.py", *pretraining(packed, out))
-    again = pretraining(packed, out, "--overwrite")
-    process = start("pretrain", again, output, largest_file=50_000)
+    pretrain_on(packed, out)
+    process = start("pretrain", pretraining(packed, out, "--overwrite"), output, largest_file=50_000)
     assert code_of(process) == 2, output.read_text()
     assert "Traceback" not in output.read_text()
     (error,) = [line for line in output.read_text().splitlines() if line.startswith("error: ")]
     assert "checkpoint" in error
     # The replaced run is gone as a whole: no weights stand beside the settings of others.
-    assert not list(out.glob("*.pth"))
-    assert not list(out.glob("*.tmp*"))
-    assert not list(out.glob(".*.tmp*"))
+    assert not [path.name for path in out.iterdir() if path.suffix == ".pth" or ".tmp" in path.name]
 
 
-def test_a_terminal_shows_a_live_line_and_a_file_plain_lines(
-    packed, runs, tmp_path, start, no_pictures
-):
-    def arguments(out):
-        pretrained = runs / "pretrain" / "vit-mae-wt.pth"
-        return finetuning(packed, out, pretrained, "full", "--epochs", 8)
-
+def test_a_terminal_shows_a_live_line(packed, pretrained, tmp_path, start):
+    arguments = finetuning(packed, tmp_path / "run", pretrained, "full", "--epochs", 8)
     terminal, seen_by_script = os.openpty()
     termios.tcsetwinsize(terminal, (40, 150))
-    process = start(
-        "finetune", arguments(tmp_path / "one"), os.ttyname(seen_by_script), checkpoint_seconds=30
-    )
+    process = start("finetune", arguments, os.ttyname(seen_by_script), checkpoint_seconds=30)
     shown = b""
     os.set_blocking(terminal, False)
     while process.is_alive():
@@ -425,6 +401,3 @@ def test_a_terminal_shows_a_live_line_and_a_file_plain_lines(
     assert code_of(process) == 0, shown.decode()
     for part in ("img/s", "epoch=", "loss=", "validation macro_auc=", "<"):
         assert part in shown.decode(), part
-    plain = run_script("finetune.py", *arguments(tmp_path / "two"))
-    assert "epoch 8/8: train loss" in plain.stdout
-    assert "img/s" not in plain.stdout + plain.stderr

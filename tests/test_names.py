@@ -8,12 +8,12 @@ import re
 
 import numpy as np
 import pytest
-from conftest import assert_user_error, run_script
+from conftest import CLASSIFIER, PRETRAINED, assert_refused, run_script, write_classes
 from matplotlib import pyplot as plt
 
 import evaluate
-from lib.errors import one_line, readable
 from lib import plots
+from lib.errors import one_line, readable
 from lib.residuals import measure
 
 NAMES = ("accuracy", "macro", "all", "images", "calibration_error", "a,b|c \"d\"", "$x^{$", "\\frac$1",
@@ -26,13 +26,7 @@ RUN = ("--epochs", 1, "--batch-size", 16, "--precision", "float32", "--quiet")
 def place(tmp_path_factory):
     """A data set with such classes, an MAE of the first, and two classifiers in folders `run`."""
     out = tmp_path_factory.mktemp("names")
-    data = ("--data", out / "data")
-    rng = np.random.default_rng(0)
-    for level, name in enumerate(NAMES):
-        folder = out / "data" / name
-        folder.mkdir(parents=True)
-        for i in range(80):
-            np.save(folder / f"{i}.npy", rng.random((16, 16)) + level)
+    data = ("--data", write_classes(out / "data", dict.fromkeys(NAMES, 80), brighter=True))
     run_script("pretrain.py", *data, *NETWORK, *RUN, "--classes", "macro", "--out", out / "mae",
                "--decoder-embed-dim", 16, "--decoder-num-heads", 2)  # fmt: skip
     for parent in ("a", "b"):
@@ -42,7 +36,7 @@ def place(tmp_path_factory):
 
 
 def weights_of(place, *parents):
-    return [place / parent / "run $|" / "vit-mae-classifier-wt.pth" for parent in parents]
+    return [place / parent / "run $|" / CLASSIFIER for parent in parents]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +60,7 @@ def test_a_class_does_not_replace_a_figure_of_its_name(evaluation, place):
         assert isinstance(result["calibration_error"], float)
 
 
-def test_every_row_of_the_table_has_a_cell_a_class(evaluation):
+def test_tables_report_and_pictures_show_names_as_they_are(evaluation):
     lines = (evaluation / "comparison.md").read_text().strip().splitlines()
     assert len(lines) == 4
     for line in lines:
@@ -74,16 +68,10 @@ def test_every_row_of_the_table_has_a_cell_a_class(evaluation):
         assert len(cells) == len(NAMES) + 5, line
     assert 'AUC a,b\\|c "d"' in lines[0]
     assert "AUC latin \\xe9" in lines[0]
-
-
-def test_the_report_shows_names_as_text(evaluation):
     page = (evaluation / "report.html").read_text()
     assert "AUC _under &lt;b&gt;" in page
     assert "<b>" not in page.replace("Best macro AUC: <b>", "")
     assert html.escape("run $|") in page
-
-
-def test_every_picture_is_drawn(evaluation):
     for name in ("roc.png", "confusion_matrix.png", "reliability.png", "mistakes.png"):
         assert (evaluation / name).stat().st_size > 5000
 
@@ -91,7 +79,7 @@ def test_every_picture_is_drawn(evaluation):
 def test_scores_and_residual_figures_keep_the_names(place):
     out = place / "residuals"
     process = run_script("reconstruct.py", "--data", place / "data", "--weights",
-                         place / "mae" / "vit-mae-wt.pth", "--out", out, "--resamples", 5)  # fmt: skip
+                         place / "mae" / PRETRAINED, "--out", out, "--resamples", 5)  # fmt: skip
     assert "not shown" not in process.stderr
     with (out / "scores.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -117,9 +105,8 @@ def test_a_run_given_twice_is_refused(place, tmp_path):
     link = tmp_path / "link.pth"
     link.symlink_to(file)
     for again in (file, link):
-        process = run_script("evaluate.py", "--data", place / "data", "--weights", file, again,
-                             "--out", tmp_path / "out", check=False)  # fmt: skip
-        assert_user_error(process, "--weights", "twice")
+        arguments = ("--data", place / "data", "--weights", file, again, "--out", tmp_path / "out")
+        assert_refused("evaluate.py", arguments, "--weights", "twice")
         assert not list(tmp_path.glob("out/*"))
 
 
@@ -132,38 +119,18 @@ def test_runs_have_different_names(tmp_path, monkeypatch):
     assert len(set(evaluate.names_of_runs(paths))) == 3
 
 
-@pytest.mark.parametrize("broken", ["roc_curves", "confusion_matrices", "reliability", "mistakes"])
-def test_a_picture_that_fails_costs_no_result(broken, place, tmp_path, monkeypatch):
+def test_pictures_that_fail_cost_no_result(place, tmp_path, monkeypatch):
     def fail(*_):
         raise ValueError("no\nfont")
 
-    monkeypatch.setattr(plots, broken, fail)
+    pictures = "roc_curves", "confusion_matrices", "reliability", "mistakes"
+    for broken in pictures:
+        monkeypatch.setattr(plots, broken, fail)
     process = run_script("evaluate.py", "--data", place / "data", "--resamples", 2, "--weights",
                          *weights_of(place, "a"), "--out", tmp_path)  # fmt: skip
-    assert process.stderr.splitlines()[-1] == "not shown (fail): no"
+    assert process.stderr.splitlines()[-4:] == 4 * ["not shown (fail): no"]
     written = {path.name for path in tmp_path.iterdir()}
-    assert written > {"metrics.json", "comparison.md", "report.html"}
-    assert len({n for n in written if n.endswith(".png")}) == 4
-
-
-def test_a_terminal_that_fails_costs_no_picture(place, tmp_path, monkeypatch):
-    class Ascii:
-        def write(self, text):
-            text.encode("ascii")
-
-    monkeypatch.setattr("builtins.print", lambda text, file=None: Ascii().write(text))
-    run_script("evaluate.py", "--data", place / "data", "--resamples", 2, "--weights",
-               *weights_of(place, "a"), "--out", tmp_path, check=False)  # fmt: skip
-    assert (tmp_path / "metrics.json").exists()
-    assert (tmp_path / "report.html").exists()
-
-
-def test_a_curve_that_fails_costs_no_training(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "classifier_curves", lambda *_: 1 / 0)
-    process = run_script("finetune.py", "--data", place / "data", *NETWORK, *RUN, "--pretrained",
-                         "none", "--strategy", "full", "--out", tmp_path)  # fmt: skip
-    assert "not shown" in process.stderr
-    assert (tmp_path / "vit-mae-classifier-wt.pth").exists()
+    assert written == {"metrics.json", "comparison.md", "report.html", "familiarity.png"}
 
 
 @pytest.mark.parametrize("name", ["$x^{$", "\\$", "_", "a$b$", "x" * 5000, "a\nb", "\udcff"])

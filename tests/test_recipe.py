@@ -2,8 +2,6 @@
 
 import argparse
 
-import pytest
-
 from lib import recipe
 from lib.recipe import Defaults
 
@@ -41,11 +39,6 @@ def test_what_is_given_stands():
 
 def test_epochs_are_validated_once_each_until_they_are_many():
     assert [recipe_of(64_000, epochs=n).validations for n in (1, 3, 100)] == [1, 3, 4]
-
-
-def test_a_recipe_is_never_changed():
-    with pytest.raises(AttributeError):
-        recipe_of(64).lr = 1.0
 
 
 def test_the_help_tells_the_default_of_each():

@@ -7,39 +7,38 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_DECODER, TINY_NETWORK, run_script
+from conftest import run_script
 from sklearn.metrics import roc_auc_score
 
-import pretrain
-import reconstruct
 import simulate
 from experiments import study
 from lib import clusters, data, lenses, plots, residuals, weights
 
 
-def test_residuals_are_scored_mapped_and_compared_without_labels(runs, folder, tmp_path):
-    process = run_script(
-        "reconstruct.py", "--data", folder, "--cache-dir", runs / "cache", "--weights",
-        runs / "pretrain" / "vit-mae-wt.pth", "--out", tmp_path / "out", "--resamples", 20,
-    )  # fmt: skip
-    with (tmp_path / "out" / "scores.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    dataset = data.load(folder, runs / "cache")
-    test_rows = data.split(dataset)["test"]
-    assert [int(row["row"]) for row in rows] == test_rows.tolist()
+def run_reconstruct(path, images, out, *more):
+    """Run reconstruct.py with the weights at `path`; returns (stdout, stderr, rows of scores.csv)."""
+    process = run_script("reconstruct.py", "--data", images, "--weights", path, "--out", out,
+                         "--resamples", 20, *more)  # fmt: skip
+    with (out / "scores.csv").open() as file:
+        return process.stdout, process.stderr, list(csv.DictReader(file))
+
+
+def test_residuals_are_scored_mapped_and_compared_without_labels(pretrained, packed, tmp_path):
+    said, _, rows = run_reconstruct(pretrained, packed, tmp_path)
+    assert [int(row["row"]) for row in rows] == data.split(data.load(packed))["test"].tolist()
     assert all(float(row["score"]) > 0 for row in rows)
-    result = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert list(rows[0]) == ["row", "class", "score"]
+    result = json.loads((tmp_path / "metrics.json").read_text())
     assert "clusters" not in result
     assert set(result["auc"]) == {"all", "classes"}
     assert set(result["auc"]["classes"]) == {"axion", "cdm"}
     has_substructure = np.array([row["class"] != "no_sub" for row in rows])
     scores = np.array([float(row["score"]) for row in rows])
-    expected = roc_auc_score(has_substructure, scores)
-    assert result["auc"]["all"]["value"] == pytest.approx(expected, abs=1e-3)
-    assert f"{result['auc']['all']['value']:.4f}" in process.stdout
+    value = result["auc"]["all"]["value"]
+    assert value == pytest.approx(roc_auc_score(has_substructure, scores), abs=1e-3)
+    assert f"{value:.4f}" in said
     for name in ("maps.png", "scores.png"):
-        assert (tmp_path / "out" / name).stat().st_size > 5000
+        assert (tmp_path / name).stat().st_size > 5000
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +55,8 @@ def fits(monkeypatch):
     """Every call of `clusters.fit` from now on: (rows read until then, powers, clusters, seed)."""
     calls, read, reader, fit = [], set(), residuals.batch_reader, clusters.fit
 
-    def spying(images, device):
-        function = reader(images, device)
+    def spying(images, device, **more):
+        function = reader(images, device, **more)
 
         def remember(rows):
             read.update(np.asarray(rows).tolist())
@@ -83,31 +82,25 @@ def powers_of(dataset, path, rows):
         )
 
 
-def test_images_are_sorted_into_kinds_that_validation_images_show(runs, folder, tmp_path, fits):
-    path, out = runs / "pretrain" / "vit-mae-wt.pth", tmp_path / "out"
-    process = run_script(
-        "reconstruct.py", "--data", folder, "--cache-dir", runs / "cache", "--weights", path,
-        "--out", out, "--resamples", 20, "--clusters", 3,
-    )  # fmt: skip
-    dataset = data.load(folder, runs / "cache")
+def test_images_are_sorted_into_kinds_that_validation_images_show(pretrained, packed, tmp_path, fits):
+    said, warned, rows = run_reconstruct(pretrained, packed, tmp_path, "--clusters", 3)
+    dataset = data.load(packed)
     parts = data.split(dataset)
     ((read, powers, count, _),) = fits
     assert read == parts["validation"].tolist()
     assert count == 3
-    assert powers == pytest.approx(powers_of(dataset, path, parts["validation"]), abs=1e-4)
+    assert powers == pytest.approx(powers_of(dataset, pretrained, parts["validation"]), abs=1e-4)
 
-    with (out / "scores.csv").open() as file:
-        rows = list(csv.DictReader(file))
     assert [int(row["row"]) for row in rows] == parts["test"].tolist()
     found = np.array([int(row["cluster"]) for row in rows])
     kinds = clusters.fit(powers, 3, 0)
-    expected = clusters.assign(kinds, powers_of(dataset, path, parts["test"]))
+    expected = clusters.assign(kinds, powers_of(dataset, pretrained, parts["test"]))
     assert (found == expected).mean() > 0.99  # but for rounding
     scores = np.array([float(row["score"]) for row in rows])
     smooth = np.array([row["class"] == "no_sub" for row in rows])
     assert scores[smooth].mean() < scores[~smooth].mean()
 
-    result = json.loads((out / "metrics.json").read_text())
+    result = json.loads((tmp_path / "metrics.json").read_text())
     assert set(result["auc"]) == {"all", "classes"}
     measured = result["clusters"]
     assert list(measured["table"]) == list(dataset.class_names)
@@ -121,40 +114,35 @@ def test_images_are_sorted_into_kinds_that_validation_images_show(runs, folder, 
     assert accuracy["low"] <= accuracy["value"] <= accuracy["high"]
     assert measured["fitted_on"] == len(parts["validation"])
     assert measured["overlap"] == pytest.approx(kinds.overlap, abs=1e-3)
-    said = [line for line in process.stdout.splitlines() if "clusters" in line]
-    assert len(said) == 1
-    assert f"3 clusters: accuracy {100 * right:.2f} (" in said[0]
-    warned = [line for line in process.stderr.splitlines() if "the kinds may be wrong: " in line]
-    assert len(warned) == 1
-    assert f"{len(parts['validation'])} images" in warned[0]
+    (line,) = [line for line in said.splitlines() if "clusters" in line]
+    assert f"3 clusters: accuracy {100 * right:.2f} (" in line
+    (line,) = [line for line in warned.splitlines() if "the kinds may be wrong: " in line]
+    assert f"{len(parts['validation'])} images" in line
 
 
-def test_without_a_split_the_images_themselves_show_the_kinds(runs, fresh, tmp_path, fits):
-    path, out = runs / "pretrain" / "vit-mae-wt.pth", tmp_path / "out"
-    run_script("reconstruct.py", "--data", fresh, "--weights", path, "--out", out, "--split", "all",
-               "--resamples", 5, "--clusters", 2, "--seed", 7)  # fmt: skip
+def test_without_a_split_the_images_themselves_show_the_kinds(pretrained, fresh, tmp_path, fits):
+    run_reconstruct(pretrained, fresh, tmp_path, "--split", "all", "--clusters", 2, "--seed", 7)
     ((read, powers, count, seed),) = fits
     assert read == list(range(60))
     assert len(powers) == 60
     assert (count, seed) == (2, 7)
-    counts = json.loads((out / "metrics.json").read_text())["clusters"]["table"].values()
+    counts = json.loads((tmp_path / "metrics.json").read_text())["clusters"]["table"].values()
     assert np.sum(list(counts)) == 60
     assert {len(row) for row in counts} == {2}
 
 
-def test_scores_are_the_same_with_kinds_and_without(runs, packed):
-    dataset = data.load(packed)
+def test_scores_are_the_same_with_kinds_and_without(pretrained, packed):
     _, maps_of, _ = residuals.residual_reader(
-        runs / "pretrain" / "vit-mae-wt.pth", dataset, torch.device("cpu"), None, 2, 0
+        pretrained, data.load(packed), torch.device("cpu"), None, 2, 0
     )
     rows = np.arange(0, 300, 60)
     scores, _ = residuals.scores_and_powers(maps_of, rows)
     assert np.array_equal(scores, residuals.scores_of(maps_of, rows))
 
 
-def test_the_study_finds_kinds_in_training_images_alone(runs, folder, fresh, fits, monkeypatch):
-    path, dataset = runs / "pretrain" / "vit-mae-wt.pth", data.load(folder, runs / "cache")
-    own, unseen = study.Images(folder, dataset), study.Images(fresh, data.load(fresh), "all", "fresh")
+def test_the_study_finds_kinds_in_training_images_alone(pretrained, packed, fresh, fits, monkeypatch):
+    path, dataset = pretrained, data.load(packed)
+    own, unseen = study.Images(packed, dataset), study.Images(fresh, data.load(fresh), "all", "fresh")
     lab = SimpleNamespace(own=own, device=torch.device("cpu"))
     monkeypatch.setattr(study, "CLUSTERED_IMAGES", 100)
     found = []
@@ -172,45 +160,34 @@ def test_the_study_finds_kinds_in_training_images_alone(runs, folder, fresh, fit
     assert np.array_equal(found[1][1], powers)
 
 
-@pytest.mark.parametrize(("trained_on", "some"), [("all", "all"), ("spiral", "none")])
+@pytest.mark.parametrize(
+    ("classes", "told", "some"), [("all", "axion, cdm, no_sub", "all"), ("spiral", "spiral", "none")]
+)
 def test_without_two_kinds_of_images_the_missing_auc_is_explained(
-    trained_on, some, runs, packed, tmp_path
+    classes, told, some, pretrained, packed, tmp_path
 ):
-    path = tmp_path / "mae" / "vit-mae-wt.pth"
-    if trained_on == "all":
-        pretrain.main([
-            "--data", str(packed), "--out", str(path.parent), "--classes", "all", "--epochs", "1",
-            *TINY_NETWORK, *TINY_DECODER,
-        ])  # fmt: skip
-        trained_on = "axion, cdm, no_sub"
-    else:  # an MAE of a class that the data does not have
-        _, _, content = weights.load_mae(runs / "pretrain" / "vit-mae-wt.pth")
-        run = {**content["run"], "classes": [trained_on]}
-        weights.save(path, content["model"], content["config"], content["class_names"], run,
-                     np.array([1], dtype=np.uint64))  # fmt: skip
-    out = tmp_path / "out"
-    process = run_script("reconstruct.py", "--data", packed, "--weights", path, "--out", out)
-    said = next(line for line in process.stdout.splitlines() if line.startswith("no AUC: "))
-    assert f"was trained on {trained_on}, and {some} of the images" in said
+    content = weights.read(pretrained).content
+    path, out = tmp_path / "w.pth", tmp_path / "out"
+    run, nothing = {**content["run"], "classes": [classes]}, np.array([1], dtype=np.uint64)
+    weights.save(path, content["model"], content["config"], content["class_names"], run, nothing)
+    said, *_ = run_reconstruct(path, packed, out)
+    line = next(line for line in said.splitlines() if line.startswith("no AUC: "))
+    assert f"was trained on {told}, and {some} of the images" in line
     assert set(json.loads((out / "metrics.json").read_text())) == {"made_from"}
     for name in ("scores.csv", "maps.png", "scores.png"):
         assert (out / name).exists()
-    process = run_script("reconstruct.py", "--data", packed, "--weights", path, "--out", out,
-                         "--clusters", 2, "--resamples", 5)  # fmt: skip
-    assert "no AUC: " in process.stdout
-    assert "2 clusters: accuracy " in process.stdout
+    said, *_ = run_reconstruct(path, packed, out, "--clusters", 2)
+    assert "no AUC: " in said
+    assert "2 clusters: accuracy " in said
     result = json.loads((out / "metrics.json").read_text())
     assert "auc" not in result
     assert 0 < result["clusters"]["accuracy"]["value"] <= 1
 
 
-def test_true_masses_are_marked_on_the_maps(runs, packed, tmp_path, monkeypatch):
+def test_true_masses_are_marked_on_the_maps(pretrained, packed, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plots, "residual_maps", lambda *arguments: drawn.append(arguments))
-    reconstruct.main([
-        "--data", str(packed), "--out", str(tmp_path / "out"), "--resamples", "20",
-        "--weights", str(runs / "pretrain" / "vit-mae-wt.pth"),
-    ])  # fmt: skip
+    run_reconstruct(pretrained, packed, tmp_path)
     _, images, residuals, titles, marks = drawn[0]
     assert images.shape == residuals.shape == (9, 64, 64)
     for title, circles in zip(titles, marks, strict=True):

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import assert_user_error, pretraining, run_script, sigterm_at
+from conftest import assert_refused, pretraining
 
 from lib import data, distributed, weights
 from lib.errors import UserError
@@ -18,8 +18,8 @@ from lib.run import Run, open_run
 DATASET = SimpleNamespace(
     fingerprint="f" * 64, origin="a test", class_names=("a", "b"), labels=[0, 1]
 )
-
-
+OTHER_DATA = SimpleNamespace(**{**vars(DATASET), "fingerprint": "0" * 64})
+RENAMED = SimpleNamespace(**{**vars(DATASET), "class_names": ("a", "c")})
 RECIPE = Recipe(
     epochs=2, batch_size=8, lr=0.1, beta2=0.999, weight_decay=0.0, augment=("noise",), patch_dropout=0.0,
     layer_decay=1.0, pool=None, validations=2, keep="best", seed=0, precision="float32",
@@ -33,16 +33,20 @@ def options(out, **changed):
     return argparse.Namespace(**given | changed)
 
 
+def opened(out, dataset=DATASET, recipe=RECIPE, settings=(), **changed):
+    """The `Run` into `out`; `changed` are its options."""
+    return Run(options(out, **changed), dataset, "w.pth", recipe, **dict(settings))
+
+
 def with_checkpoint(out, **settings):
     """Leave a checkpoint in `out`."""
     with open_run(options(out), DATASET, "w.pth", RECIPE, **settings) as run:
         run.save_checkpoint({"step": 3, "in_blocks": False})
 
 
-def resumed(out, dataset=DATASET, **changed):
+def resumed(out, **changed):
     """The checkpoint that a run into `out` resumes from."""
-    settings, recipe = changed.pop("settings", {}), changed.pop("recipe", RECIPE)
-    return Run(options(out, resume=True, **changed), dataset, "w.pth", recipe, **settings).checkpoint
+    return opened(out, resume=True, **changed).checkpoint
 
 
 def test_a_second_run_into_the_same_folder_is_refused(packed, tmp_path):
@@ -50,8 +54,7 @@ def test_a_second_run_into_the_same_folder_is_refused(packed, tmp_path):
     with open_run(options(out), DATASET, "w.pth", RECIPE) as run:
         run.write_config()
         before = (out / "config.json").read_text()
-        second = run_script("pretrain.py", *pretraining(packed, out), check=False)
-        assert_user_error(second, out, "choose another --out")
+        assert_refused("pretrain.py", pretraining(packed, out), out, "choose another --out")
         assert (out / "config.json").read_text() == before
     with open_run(options(out), DATASET, "w.pth", RECIPE):  # free again
         pass
@@ -61,26 +64,19 @@ def test_a_checkpoint_is_resumed_only_on_demand(tmp_path):
     assert resumed(tmp_path) is None
     with_checkpoint(tmp_path)
     assert resumed(tmp_path)["step"] == 3
-    assert Run(options(tmp_path, overwrite=True), DATASET, "w.pth", RECIPE).checkpoint is None
+    assert opened(tmp_path, overwrite=True).checkpoint is None
 
 
 def test_update_resumes_a_run_of_the_same_settings_and_replaces_any_other(tmp_path):
     with_checkpoint(tmp_path)
-    same = Run(options(tmp_path, update=True), DATASET, "w.pth", RECIPE)
+    same = opened(tmp_path, update=True)
     assert same.checkpoint["step"] == 3 and not same.replaces
-    for other in (Run(options(tmp_path, update=True), DATASET, "w.pth", RECIPE._replace(lr=0.2)),
-                  Run(options(tmp_path, update=True), DATASET, "w.pth", RECIPE, pretrained_sha256="b")):
+    for other in (opened(tmp_path, update=True, recipe=RECIPE._replace(lr=0.2)),
+                  opened(tmp_path, update=True, dataset=OTHER_DATA),
+                  opened(tmp_path, update=True, settings={"pretrained_sha256": "b"})):  # fmt: skip
         assert other.checkpoint is None and other.replaces and not other.is_finished
     (tmp_path / "checkpoint.pth").write_bytes(b"broken")
-    assert Run(options(tmp_path, update=True), DATASET, "w.pth", RECIPE).replaces
-
-
-def test_a_run_on_renamed_classes_is_not_resumed(tmp_path):
-    """The fingerprint of the data knows the order of the classes, not their names."""
-    with_checkpoint(tmp_path)
-    renamed = SimpleNamespace(**{**vars(DATASET), "class_names": ("a", "c")})
-    with pytest.raises(UserError, match="class_names"):
-        resumed(tmp_path, renamed)
+    assert opened(tmp_path, update=True).replaces
 
 
 class Executes:
@@ -115,22 +111,24 @@ def test_a_checkpoint_that_cannot_be_read_is_named_with_the_remedy(how, tmp_path
     assert "executed" not in capsys.readouterr().out
 
 
-def test_only_the_same_settings_are_resumed(tmp_path):
+def test_only_the_same_settings_are_resumed_and_others_change_nothing(tmp_path):
     with_checkpoint(tmp_path, pretrained_sha256="abc")
     same = {"settings": {"pretrained_sha256": "abc"}}
     assert resumed(tmp_path, **same)["step"] == 3
-    other_data = SimpleNamespace(**{**vars(DATASET), "fingerprint": "0" * 64})
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     for named, changed in (
         ("lr = 0.1", {"recipe": RECIPE._replace(lr=0.2)}),
         ("augment", {"recipe": RECIPE._replace(augment=())}),
         ("mask_ratio = 0.5", {"mask_ratio": 0.6}),
         ("new_option = None", {"new_option": 1}),
-        ("data_fingerprint", {"dataset": other_data}),
+        ("data_fingerprint", {"dataset": OTHER_DATA}),
+        ("class_names", {"dataset": RENAMED}),  # the fingerprint knows their order, not their names
         ("pretrained_sha256 = abc", {"settings": {"pretrained_sha256": "def"}}),
         ("pretrained_sha256 = abc", {"settings": {}}),  # a setting that is gone
     ):
         with pytest.raises(UserError, match=f"--resume.* has {named}"):
             resumed(tmp_path, **{**same, **changed})
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_options_that_do_not_change_the_weights_may_change(tmp_path):
@@ -138,19 +136,6 @@ def test_options_that_do_not_change_the_weights_may_change(tmp_path):
     others = {"quiet": False, "device": "auto", "data": Path("elsewhere"), "cache_dir": Path("c"),
               "pretrained": Path("moved.pth")}  # fmt: skip
     assert resumed(tmp_path, **others)["step"] == 3
-
-
-def test_resume_with_other_settings_names_the_setting_and_changes_nothing(packed, tmp_path):
-    out = tmp_path / "run"
-    with sigterm_at(3):
-        run_script("pretrain.py", *pretraining(packed, out), check=False)
-    before = {path: path.read_bytes() for path in out.iterdir()}
-    assert out / "checkpoint.pth" in before
-    refused = run_script(
-        "pretrain.py", *pretraining(packed, out, "--lr", "0.5", "--resume"), check=False
-    )
-    assert_user_error(refused, "lr = 0.002", "0.5", "--resume")
-    assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_the_configuration_says_how_to_repeat_the_run(tmp_path, monkeypatch):
@@ -188,9 +173,8 @@ def test_the_weights_take_the_place_of_the_checkpoint(tmp_path, monkeypatch):
         state = {"x": torch.ones(2)}
         run.save_weights(state, {"depth": 4}, seen, number_format="float32")
     assert not run.checkpoint_path.exists()
-    opened = weights.read(tmp_path / "w.pth")
-    assert set(opened.content["seen"].tolist()) == {3, 2**64 - 1}
-    content = opened.content
+    content = weights.read(tmp_path / "w.pth").content
+    assert set(content["seen"].tolist()) == {3, 2**64 - 1}
     recipe = json.loads(json.dumps(RECIPE._asdict()))
     assert content["run"] == {
         **recipe, "mask_ratio": 0.5, "data_fingerprint": "f" * 64, "split": data.SPLIT,

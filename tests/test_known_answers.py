@@ -1,0 +1,133 @@
+"""lib/known_answers.py: an exported file notices that its answers have changed."""
+
+import base64
+import json
+import zlib
+
+import numpy as np
+import onnx
+import pytest
+from conftest import assert_user_error, run_script
+
+from lib import known_answers, onnxfile
+from lib.errors import UserError
+
+
+def stored_in(path):
+    return {p.key: p.value for p in onnx.load(path).metadata_props}[known_answers.KEY]
+
+
+def with_metadata(path, out, **changed):
+    """A copy of an exported file with other metadata; None removes a key."""
+    proto = onnx.load(path)
+    metadata = {p.key: p.value for p in proto.metadata_props} | changed
+    del proto.metadata_props[:]
+    onnx.helper.set_model_props(proto, {k: v for k, v in metadata.items() if v is not None})
+    onnx.save(proto, out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("file", "output", "by"),
+    [("classifier", 0, 0.01), ("classifier", 0, np.nan), ("reconstruction", 0, 0.01),
+     ("reconstruction", 1, -0.01)],
+)  # fmt: skip
+def test_a_runtime_that_gives_other_answers_is_refused(file, output, by, runs, monkeypatch):
+    run_model = onnxfile.run_model
+
+    def disturbed(*arguments):
+        outputs = run_model(*arguments)
+        outputs[output] = outputs[output] + np.float32(by)
+        return outputs
+
+    path = runs / f"{file}.onnx"
+    onnxfile.open_session(path, "cpu")
+    monkeypatch.setattr(onnxfile, "run_model", disturbed)
+    with pytest.raises(UserError, match=rf"{file}\.onnx: its .* from PyTorch's.*--device cpu"):
+        onnxfile.open_session(path, "cpu")
+
+
+def test_a_damaged_file_ends_in_one_line(runs, lens_image, tmp_path):
+    proto = onnx.load(runs / "classifier.onnx")
+    largest = max(proto.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    damaged = np.frombuffer(largest.raw_data, np.float32).copy()
+    damaged[: len(damaged) // 2] *= -1
+    largest.raw_data = damaged.tobytes()
+    onnx.save(proto, tmp_path / "damaged.onnx")
+    np.save(tmp_path / "lens.npy", lens_image)
+    process = run_script("predict.py", "--model", tmp_path / "damaged.onnx", "--out",
+                         tmp_path / "p.csv", tmp_path / "lens.npy", check=False)  # fmt: skip
+    assert_user_error(process, tmp_path / "damaged.onnx", "export it again")
+    assert not (tmp_path / "p.csv").exists()
+
+
+def test_a_file_of_an_older_version_is_opened(runs, tmp_path):
+    path = with_metadata(runs / "classifier.onnx", tmp_path / "old.onnx", known_answers=None)
+    assert onnxfile.open_classifier(path, "cpu")[1] == ["axion", "cdm", "no_sub"]
+
+
+def bomb(text):
+    content = json.loads(text)
+    return json.dumps(content | {"images": base64.b64encode(zlib.compress(bytes(10**8))).decode()})
+
+
+@pytest.mark.parametrize("change", [
+    bomb, lambda _: "[" * 50_000, lambda _: "{}", lambda text: text + " " * 10**6,
+    lambda text: text.replace('"count": 3', '"count": 1000000000'),
+    lambda text: json.dumps(json.loads(text) | {"unit": float("inf")}),
+    lambda text: json.dumps(json.loads(text) | {"answers": {"probabilities": "AAAA"}}),
+    lambda text: json.dumps(json.loads(text) | {"answers": {"another": json.loads(text)["images"]}}),
+])  # fmt: skip
+def test_hostile_known_answers_are_named(change, runs, tmp_path):
+    path = runs / "classifier.onnx"
+    changed = with_metadata(path, tmp_path / "x.onnx", known_answers=change(stored_in(path)))
+    with pytest.raises(UserError, match=r"x\.onnx"):
+        onnxfile.open_classifier(changed, "cpu")
+
+
+def test_an_unknown_precision_is_named(runs, tmp_path):
+    path = with_metadata(runs / "classifier.onnx", tmp_path / "x.onnx", precision="int3")
+    with pytest.raises(UserError, match=r"x\.onnx"):
+        onnxfile.open_classifier(path, "cpu")
+
+
+@pytest.mark.parametrize("unit", [1e-37, 1.0, 1e37])
+@pytest.mark.parametrize("side", [16, 150, 401])
+def test_what_is_read_is_what_was_stored(side, unit):
+    rng = np.random.default_rng(0)
+    raw = (unit * rng.normal(size=(9, 1, side, side))).astype(np.float32)
+    images = known_answers.storable(raw)
+    answers = {"probabilities": rng.random((9, 3)).astype(np.float32),
+               "residual": rng.random((9, 1, side, side)).astype(np.float32)}  # fmt: skip
+    text = known_answers.text_of(images, answers)
+    assert len(text) < 1.3 * known_answers.MOST_CHARACTERS
+    got, kept = known_answers.read(text, side)
+    assert 1 <= len(got) <= known_answers.MOST_IMAGES
+    assert np.array_equal(got, images[: len(got)])
+    assert got.dtype == np.float32
+    if side <= known_answers.LARGEST_SIDE:
+        assert np.allclose(got, raw[: len(got)], rtol=1e-3, atol=1e-7 * np.abs(raw).max())
+    outputs = {name: answer[: len(got)] for name, answer in answers.items()}
+    assert known_answers.differences(kept, outputs) == {"probabilities": 0, "residual": 0}
+    outputs["residual"] = outputs["residual"] + 1
+    assert known_answers.differences(kept, outputs) == {"probabilities": 0, "residual": pytest.approx(1)}
+
+
+def test_the_stored_images_are_of_several_classes(runs):
+    images, answers = known_answers.read(stored_in(runs / "classifier.onnx"), 64)
+    assert len(images) == known_answers.MOST_IMAGES
+    assert len({row.argmax() for row in answers["probabilities"]}) > 1
+
+
+def test_a_gpu_multiplies_in_full_float32(runs, monkeypatch):
+    asked = []
+
+    def session(content, options, providers):
+        asked.extend(providers)
+        return opened(content, options, providers=["CPUExecutionProvider"])
+
+    opened = onnxfile.onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxfile.onnxruntime, "InferenceSession", session)
+    monkeypatch.setattr(onnxfile.onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    onnxfile.open_classifier(runs / "classifier.onnx", "auto")
+    assert asked == [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]
