@@ -81,11 +81,13 @@ def call(script, own, given="", changes=()):
 
 
 def grouped(words):
-    """{option: its values} of a command's words; UserError if the first word is no option."""
+    """{option: its values} of a command's words; UserError for an option given twice, or none at first."""
     options = {}
     for word in map(str, words):
         if word.startswith("--"):
             flag, *value = word.split("=", 1)
+            if flag in options:
+                raise UserError(f"{flag} is given twice: give it once")
             options[flag] = value
         elif options:
             options[flag].append(word)
