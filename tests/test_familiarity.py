@@ -271,9 +271,6 @@ def test_an_exported_familiarity_is_that_of_pytorch_in_every_precision(
     torch.save(guarded, tmp_path / "w.pth")
     exported = tmp_path / "float32.onnx"
     run_script("export.py", "--data", packed, "--weights", tmp_path / "w.pth", "--out", exported)
-    session, *_ = onnxfile.open_classifier(exported)
-    assert onnxfile.can_refuse(session, 0.01)
-    assert not onnxfile.can_refuse(session, 1 / 601)
     images = np.concatenate([fitted[2][:100], 10 * fitted[2][:5], np.zeros((1, 1, 64, 64))])
     images = np.float32(images)
     images[-1, 0, 3, 3] = np.nan
