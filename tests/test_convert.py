@@ -52,8 +52,7 @@ def test_every_tensor_comes_back_from_hugging_face(generation):
         assert "vit.layers.0.attention.q_proj.weight" in theirs
     if generation == "decoder renamed":
         theirs = {
-            name.replace("decoder_layers", "decoder_encoder.layer"): tensor
-            for name, tensor in theirs.items()
+            name.replace("decoder_layers", "decoder_encoder.layer"): tensor for name, tensor in theirs.items()
         }
     back, arguments = convert.from_foreign(theirs, 12)
     assert back.keys() == ours.keys()

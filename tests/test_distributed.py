@@ -11,17 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
-    HUNG,
-    PRETRAINED,
-    ROOT,
-    assert_same_tensors,
-    finetuning,
-    history_of,
-    pretrain_on,
-    pretraining,
-    run_script,
-    tensors_in,
-)
+    HUNG, PRETRAINED, ROOT, assert_same_tensors, finetuning, history_of, pretrain_on, pretraining,
+    run_script, tensors_in,
+)  # fmt: skip
 
 from lib import distributed, loader, strategies
 from lib.augment import KINDS

@@ -223,9 +223,7 @@ def test_a_broken_familiarity_is_refused_by_name(damage, guarded, packed, tmp_pa
     assert_refused("evaluate.py", arguments, "w.pth")
 
 
-def test_an_evaluation_counts_the_images_that_a_prediction_refuses(
-    guarded, packed, tmp_path, monkeypatch
-):
+def test_an_evaluation_counts_the_images_that_a_prediction_refuses(guarded, packed, tmp_path, monkeypatch):
     """A familiarity that classifiers share is computed once; one in another number format is read."""
     usual = guarded["familiarity"]
 
@@ -242,9 +240,7 @@ def test_an_evaluation_counts_the_images_that_a_prediction_refuses(
         content = {key: value for key, value in guarded.items() if key != "familiarity"}
         torch.save(content | more, tmp_path / f"{name}.pth")
     computed, compute = [], evaluate.familiarity_of
-    monkeypatch.setattr(
-        evaluate, "familiarity_of", lambda *given: computed.append(True) or compute(*given)
-    )
+    monkeypatch.setattr(evaluate, "familiarity_of", lambda *given: computed.append(True) or compute(*given))
 
     def evaluated(*names):
         files = [tmp_path / f"{name}.pth" for name in names]
@@ -265,9 +261,7 @@ def test_an_evaluation_counts_the_images_that_a_prediction_refuses(
     assert not (tmp_path / "out" / "familiarity.png").exists()
 
 
-def test_an_exported_familiarity_is_that_of_pytorch_in_every_precision(
-    fitted, guarded, packed, tmp_path
-):
+def test_an_exported_familiarity_is_that_of_pytorch_in_every_precision(fitted, guarded, packed, tmp_path):
     torch.save(guarded, tmp_path / "w.pth")
     exported = tmp_path / "float32.onnx"
     run_script("export.py", "--data", packed, "--weights", tmp_path / "w.pth", "--out", exported)

@@ -9,19 +9,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    CLASSIFIER,
-    PRETRAINED,
-    TINY_NETWORK,
-    assert_refused,
-    finetune_on,
-    finetuning,
-    history_of,
-    images_of,
-    pretraining,
-    run_script,
-    sigterm_at,
-    tensors_in,
-)
+    CLASSIFIER, PRETRAINED, TINY_NETWORK, assert_refused, finetune_on, finetuning, history_of, images_of,
+    pretraining, run_script, sigterm_at, tensors_in,
+)  # fmt: skip
 from torch import nn
 
 import evaluate
@@ -262,47 +252,41 @@ def test_the_steps_of_a_run_on_few_images_are_enough(packed, pretrained, tmp_pat
     assert (last["epoch"], last["step"]) == (30, 30)
 
 
-def test_a_recipe_follows_the_strategy_and_what_it_starts_from_but_not_over_what_is_given(runs):
+@pytest.mark.parametrize("name", finetune.STRATEGIES)
+def test_a_recipe_follows_the_strategy_and_what_it_starts_from(name, runs):
     starts = runs / "pretrain" / PRETRAINED, runs / "head" / CLASSIFIER
-    opened = [weights.read(path) for path in starts]
-    for name, strategy in finetune.STRATEGIES.items():
-        first, continuing = (recipe_of(name, 10**6, start) for start in opened)
-        assert (first.lr, first.epochs) == (strategy.defaults.lr, strategy.defaults.epochs)
-        assert continuing.lr < first.lr
-        kept = ("last", 2) if name == "residual" else ("best", min(50, first.epochs))
-        assert (first.keep, first.validations) == kept
-    full = finetune.STRATEGIES["full"].defaults
-    recipe = recipe_of("full", 10**6, None, "--lr", "0.5")
-    assert recipe.lr == 0.5
-    assert recipe[:2] == (full.epochs, full.batch_size)
-    assert (recipe.augment, recipe.patch_dropout, recipe.layer_decay) == ((), full.patch_dropout, 1)
+    first, continuing = (recipe_of(name, 10**6, weights.read(path)) for path in starts)
+    defaults = finetune.STRATEGIES[name].defaults
+    assert (first.lr, first.epochs) == (defaults.lr, defaults.epochs)
+    assert continuing.lr < first.lr
+    kept = ("last", 2) if name == "residual" else ("best", min(50, first.epochs))
+    assert (first.keep, first.validations) == kept
 
 
-def test_few_images_get_another_recipe(runs):
+def test_few_images_have_another_recipe_and_what_is_given_stands(runs):
+    """72,000 images with large batches got the recipe for few images."""
+    mae, classifier = (weights.read(runs / p) for p in (f"pretrain/{PRETRAINED}", f"full/{CLASSIFIER}"))
     usual = finetune.STRATEGIES["full"].defaults
-    few = usual.few
-    mae = weights.read(runs / "pretrain" / PRETRAINED)
-    assert recipe_of("full", 10**6, mae).patch_dropout == usual.patch_dropout
-    recipe = recipe_of("full", 216, mae)
-    assert {name: getattr(recipe, name) for name in few} == few
-    assert recipe.epochs == 1000
-    recipe = recipe_of("full", 216, mae, "--epochs", "1")
-    assert (recipe.epochs, recipe.augment) == (1, few["augment"])
+    few, names = usual.few, ("augment", "patch_dropout", "layer_decay")
+    default = {name: getattr(usual, name) for name in names}
     given = ("--augment", "none", "--patch-dropout", "0.25", "--layer-decay", "0.5")
-    recipe = recipe_of("full", 216, mae, *given)
-    assert (recipe.augment, recipe.patch_dropout, recipe.layer_decay) == ((), 0.25, 0.5)
-    recipe = recipe_of("full", 216, None)
-    assert (recipe.augment, recipe.patch_dropout) == (few["augment"], usual.patch_dropout)
-    recipe = recipe_of("full", 216, weights.read(runs / "full" / CLASSIFIER))  # continued
-    assert (recipe.augment, recipe.layer_decay) == ((), usual.layer_decay)
+    assert few.keys() == set(names) and few != default
+    for images, start, more, expected in (
+        (10**6, mae, (), default),
+        (72_000, mae, ("--batch-size", "512"), default),
+        (216, mae, (), {**few, "epochs": 1000}),
+        (216, mae, ("--epochs", "1"), {**few, "epochs": 1}),
+        (216, mae, given, {"augment": (), "patch_dropout": 0.25, "layer_decay": 0.5}),
+        (216, None, (), {"augment": few["augment"], "patch_dropout": usual.patch_dropout}),
+        (216, classifier, (), {"augment": (), "layer_decay": usual.layer_decay}),
+        (10**6, None, ("--lr", "0.5"), {**default, "layer_decay": 1, "lr": 0.5, "epochs": usual.epochs,
+                                        "batch_size": usual.batch_size}),
+    ):  # fmt: skip
+        recipe = recipe_of("full", images, start, *more)._asdict()
+        assert {name: recipe[name] for name in expected} == expected, (images, more)
 
 
-def test_the_batch_size_does_not_decide_whether_images_are_few(runs, packed, tmp_path):
-    """72,000 images with large batches got the recipe for few images, without a word."""
-    mae = weights.read(runs / "pretrain" / PRETRAINED)
-    usual, large = (recipe_of("full", 72_000, mae, *more) for more in ((), ("--batch-size", "512")))
-    for name in ("augment", "patch_dropout", "layer_decay"):
-        assert getattr(large, name) == getattr(usual, name)
+def test_a_run_prints_and_stores_its_recipe(packed, tmp_path):
     process = finetune_on(packed, tmp_path, "none", "full", "--epochs", 1, *TINY_NETWORK)
     assert "training images (few): epochs 1, batch size 16" in process.stdout
     assert "augment flips" in process.stdout

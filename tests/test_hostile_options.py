@@ -71,6 +71,7 @@ def options_of(script, monkeypatch):
     """The options of a script that take a value, as argparse's actions."""
     found = []
     with monkeypatch.context() as patch:
+
         def remember(parser, *_):
             found.extend(a for a in parser._actions if a.option_strings and a.nargs != 0)
             raise SystemExit

@@ -17,22 +17,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
-    CLASSIFIER,
-    HUNG,
-    PICTURES,
-    PRETRAINED,
-    ROOT,
-    TINY_NETWORK,
-    assert_refused,
-    assert_same_tensors,
-    finetuning,
-    history_of,
-    pretrain_on,
-    pretraining,
-    run_script,
-    sigterm_at,
-    tensors_in,
-)
+    CLASSIFIER, HUNG, PICTURES, PRETRAINED, ROOT, TINY_NETWORK, assert_refused, assert_same_tensors,
+    finetuning, history_of, pretrain_on, pretraining, run_script, sigterm_at, tensors_in,
+)  # fmt: skip
 from torch import nn
 
 import pretrain
@@ -72,9 +59,7 @@ def fit_line(out, validate=None, score=None, spoil=lambda rows, loss: loss, rows
         with torch.no_grad():
             return {"loss": F.mse_loss(model(x)[:, 0], y).item()}
 
-    learner = loop.Learner(
-        model, list(model.named_parameters()), batch_loss, validate or whole_loss, score
-    )
+    learner = loop.Learner(model, list(model.named_parameters()), batch_loss, validate or whole_loss, score)
     chosen, cpu = recipe.Defaults(3, 0, 8, 0.1).recipe(args, rows), torch.device("cpu")
     with open_run(args, dataset, "w.pth", chosen) as run:
         precision = loop.precision_of(chosen, run, cpu)
@@ -125,29 +110,23 @@ def test_training_figures_are_means_since_the_last_validation(tmp_path):
     assert [line["train_loss"] for line in history] == [2.0, 7.0, 12.0]
 
 
-def test_the_best_weights_are_returned_if_there_is_a_score_and_else_the_last(tmp_path):
-    seen, states = [], {}
-    take_over = loop.Training.validate
+def test_the_best_weights_are_returned_if_there_is_a_score_and_else_the_last(tmp_path, monkeypatch):
+    seen, validate = [], loop.Training.validate
 
     def spying(training, *arguments):
-        line = take_over(training, *arguments)
         seen.append({k: v.clone() for k, v in training.model.state_dict().items()})
-        return line
+        return validate(training, *arguments)
 
-    for score in ("auc", None):
-        scores = iter([0.1, 0.9, 0.3, 0.9, 0.2])
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop.Training, "validate", spying)
-            state, history, *_ = fit_line(
-                tmp_path / str(score), epochs=5, score=score,
-                validate=lambda s=scores: {"loss": 0.0, "auc": next(s)},
-            )  # fmt: skip
-        states[score] = state
-        assert [line["validation_auc"] for line in history] == [0.1, 0.9, 0.3, 0.9, 0.2]
-    assert_same_tensors(states["auc"], seen[3])  # the last of the best
-    assert_same_tensors(states[None], seen[-1])
-    assert not torch.equal(seen[3]["weight"], seen[1]["weight"])
-    assert not torch.equal(seen[3]["weight"], seen[4]["weight"])
+    monkeypatch.setattr(loop.Training, "validate", spying)
+    given = [0.1, 0.9, 0.3, 0.9, 0.2]
+    for score, best in (("auc", 3), (None, 4)):  # of equals the last
+        seen.clear()
+        scores = iter(given)
+        state, history, *_ = fit_line(tmp_path / str(score), epochs=5, score=score,
+                                      validate=lambda s=scores: {"loss": 0.0, "auc": next(s)})  # fmt: skip
+        assert [line["validation_auc"] for line in history] == given
+        assert_same_tensors(state, seen[best])
+        assert [torch.equal(state["weight"], other["weight"]) for other in seen].count(True) == 1
 
 
 def test_the_learning_rate_of_a_step_reaches_the_optimisers(tmp_path, monkeypatch):
@@ -217,9 +196,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(script, batch_size, more, packe
 
 # Full fine-tuning of an MAE is killed below.
 @pytest.mark.parametrize("what", ["pretrain", "head", "layernorm", "residual", "continuing"])
-def test_an_interrupted_run_resumes_to_bit_identical_weights(
-    what, packed, runs, tmp_path, no_pictures
-):
+def test_an_interrupted_run_resumes_to_bit_identical_weights(what, packed, runs, tmp_path, no_pictures):
     script = "pretrain" if what == "pretrain" else "finetune"
 
     def arguments(out, *more):
@@ -349,15 +326,11 @@ def test_killed_training_resumes_to_bit_identical_weights(
     assert "resumes at step" in output.read_text()
     assert_same_tensors(*(tensors_in(tmp_path / n / WEIGHTS[script]) for n in ("whole", "killed")))
     assert history_of(tmp_path / "whole") == history_of(out)
-    assert {path.name for path in out.iterdir()} == {
-        path.name for path in (tmp_path / "whole").iterdir()
-    }
+    assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
 
 
 @pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interruption_leaves_a_checkpoint_and_the_usual_exit_code(
-    kind, code, packed, tmp_path, start
-):
+def test_interruption_leaves_a_checkpoint_and_the_usual_exit_code(kind, code, packed, tmp_path, start):
     out, output = tmp_path / "run", tmp_path / "output"
     process = start("pretrain", pretraining(packed, out, "--epochs", 1000), output)
     wait_for_change(out / "checkpoint.pth", process)

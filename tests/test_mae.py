@@ -7,21 +7,10 @@ import pytest
 import torch
 
 from mae import (
-    MAE,
-    Classifier,
-    IntensityTransform,
-    ResidualClassifier,
-    complementary_masks,
-    patchify,
-    scatter_patches,
-    residual_scores,
-    set_attention_form,
-    sincos_positions,
-    gather_patches,
-    unpatchify,
-    brighter_half_right,
-    default_map_pool,
-)
+    MAE, Classifier, IntensityTransform, ResidualClassifier, complementary_masks, patchify,
+    scatter_patches, residual_scores, set_attention_form, sincos_positions, gather_patches, unpatchify,
+    brighter_half_right, default_map_pool,
+)  # fmt: skip
 
 REFERENCE = np.load(Path(__file__).parent / "reference" / "huggingface.npz")
 

@@ -4,15 +4,9 @@ import json
 
 import pytest
 from conftest import (
-    CLASSIFIER,
-    TINY_NETWORK,
-    assert_refused,
-    assert_user_error,
-    finetune_on,
-    finetuning,
-    pretrain_on,
+    CLASSIFIER, TINY_NETWORK, assert_refused, assert_user_error, finetune_on, finetuning, pretrain_on,
     pretraining,
-)
+)  # fmt: skip
 
 
 def pretrain(packed, out, *more, check=True):

@@ -7,14 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    PRETRAINED,
-    assert_refused,
-    history_of,
-    pretrain_on,
-    pretraining,
-    tensors_in,
-    write_classes,
-)
+    PRETRAINED, assert_refused, history_of, pretrain_on, pretraining, tensors_in, write_classes,
+)  # fmt: skip
 
 import mae
 import pretrain

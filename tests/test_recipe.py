@@ -13,9 +13,7 @@ def recipe_of(images, **given):
     nothing = dict.fromkeys(
         ("epochs", "batch_size", "lr", "weight_decay", "augment", "validations", "patch_dropout")
     )
-    return DEFAULTS.recipe(
-        argparse.Namespace(**{**nothing, "seed": 0, "precision": "auto", **given}), images
-    )
+    return DEFAULTS.recipe(argparse.Namespace(**{**nothing, "seed": 0, "precision": "auto", **given}), images)
 
 
 def test_few_images_are_passed_over_more_often():

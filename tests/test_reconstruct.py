@@ -77,9 +77,7 @@ def powers_of(dataset, path, rows):
     """Powers of the maps of some rows, one image at a time."""
     _, maps_of, _ = residuals.residual_reader(path, dataset, torch.device("cpu"), None, 2, 0)
     with torch.no_grad():
-        return np.concatenate(
-            [clusters.octave_powers(maps_of([row])[:, 0].numpy()) for row in rows]
-        )
+        return np.concatenate([clusters.octave_powers(maps_of([row])[:, 0].numpy()) for row in rows])
 
 
 def test_images_are_sorted_into_kinds_that_validation_images_show(pretrained, packed, tmp_path, fits):
@@ -132,9 +130,7 @@ def test_without_a_split_the_images_themselves_show_the_kinds(pretrained, fresh,
 
 
 def test_scores_are_the_same_with_kinds_and_without(pretrained, packed):
-    _, maps_of, _ = residuals.residual_reader(
-        pretrained, data.load(packed), torch.device("cpu"), None, 2, 0
-    )
+    _, maps_of, _ = residuals.residual_reader(pretrained, data.load(packed), torch.device("cpu"), None, 2, 0)
     rows = np.arange(0, 300, 60)
     scores, _ = residuals.scores_and_powers(maps_of, rows)
     assert np.array_equal(scores, residuals.scores_of(maps_of, rows))

@@ -15,9 +15,7 @@ from lib.errors import UserError
 from lib.recipe import Recipe
 from lib.run import Run, open_run
 
-DATASET = SimpleNamespace(
-    fingerprint="f" * 64, origin="a test", class_names=("a", "b"), labels=[0, 1]
-)
+DATASET = SimpleNamespace(fingerprint="f" * 64, origin="a test", class_names=("a", "b"), labels=[0, 1])
 OTHER_DATA = SimpleNamespace(**{**vars(DATASET), "fingerprint": "0" * 64})
 RENAMED = SimpleNamespace(**{**vars(DATASET), "class_names": ("a", "c")})
 RECIPE = Recipe(

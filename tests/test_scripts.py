@@ -11,17 +11,9 @@ import sys
 import numpy as np
 import pytest
 from conftest import (
-    CLASSIFIER,
-    PRETRAINED,
-    ROOT,
-    TINY_NETWORK,
-    assert_user_error,
-    bound_by_permissions,
-    run_code,
-    run_python,
-    run_script,
-    write_classes,
-)
+    CLASSIFIER, PRETRAINED, ROOT, TINY_NETWORK, assert_user_error, bound_by_permissions, run_code,
+    run_python, run_script, write_classes,
+)  # fmt: skip
 from test_predict import read_csv
 
 from lib import weights

@@ -71,16 +71,13 @@ def test_counts_have_the_generators_mean_variance_and_zeros():
             assert counts.var() == pytest.approx(variance, rel=0.03)
 
 
-def test_rows_of_zero_einstein_radius_change_nothing():
+def test_zero_einstein_radii_change_nothing_and_a_mass_on_a_pixel_gives_finite_pixels():
     source = torch.tensor([[0.1, -0.2]])
     masses = torch.tensor([[[0.05, 0.7, 0.3]]])
     zeros = torch.tensor([[[0.0, 0.7, -0.3], [0.0, 0.0, 0.0]]])
     alone = lenses.render(source, masses)
     assert torch.equal(lenses.render(source, torch.cat([masses, zeros], 1)), alone)
     assert not torch.equal(lenses.render(source, zeros), alone)
-
-
-def test_a_point_mass_on_a_pixel_centre_gives_finite_pixels():
     centre = lenses.pixel_axis(lenses.INSTRUMENTS["Model_II"])[40].item()
     masses = torch.tensor([[[0.1, centre, centre]]], dtype=torch.float64)
     for dtype in (torch.float32, torch.float64):
@@ -106,9 +103,7 @@ def test_published_images_are_twice_a_single_exposure():
 def test_noise_has_the_spread_of_sky_read_out_and_photons(model):
     images = torch.full((40, 64, 64), 5.0)
     noisy = lenses.observe(images, model, True, np.random.default_rng(0)).numpy() - 5.0
-    expected = np.hypot(
-        REFERENCE[f"{model}/background_rms"], REFERENCE[f"{model}/photon_rms_of_5"]
-    )
+    expected = np.hypot(REFERENCE[f"{model}/background_rms"], REFERENCE[f"{model}/photon_rms_of_5"])
     assert noisy.std() == pytest.approx(float(expected), rel=0.01)
     assert abs(noisy.mean()) < 4 * expected / np.sqrt(noisy.size)
 
@@ -160,13 +155,8 @@ def test_true_masses_are_those_of_the_images(packed):
         image = lenses.render(sources[[place]], own[None], instrument)[0].numpy()
         image *= instrument.copies
         assert np.abs(image - dataset.images[row]).max() < 1e-5 * image.max()
-
-
-@pytest.mark.parametrize(
-    "origin", ["folder lenses", "simulate.py Model_IX, 9 a class, seed 0, noise"]
-)
-def test_masses_of_images_from_elsewhere_are_unknown(origin):
-    assert lenses.point_masses_of(origin, [0]) is None
+    for origin in ("folder lenses", "simulate.py Model_IX, 9 a class, seed 0, noise"):
+        assert lenses.point_masses_of(origin, [0]) is None  # of images from elsewhere
 
 
 def test_folder_layout_is_the_published_one(folder):

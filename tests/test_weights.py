@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSIFIER, PRETRAINED, assert_refused
+from conftest import CLASSIFIER, PRETRAINED, assert_refused, assert_same_tensors
 
 from lib import files, weights
 from lib.errors import UserError
@@ -47,21 +47,14 @@ def spoiled(path, spoil):
     return path.with_name("spoiled.pth")
 
 
-def test_what_is_saved_is_read(mae_file, classifier_file):
-    path, network = mae_file
-    loaded, transform, content = weights.load_mae(path)
-    for name, tensor in network.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
+def test_what_is_saved_is_read_and_says_what_it_is(mae_file, classifier_file, runs):
+    mae, transform, content = weights.load_mae(mae_file[0])
+    assert_same_tensors(mae.state_dict(), mae_file[1].state_dict())
     assert (transform.kind, transform.softening) == ("asinh", 0.5)
     assert content["class_names"] == list(CLASS_NAMES)
     assert content["run"] == {"lr": 0.1, "augment": ["noise"]}
-    path, network = classifier_file
-    loaded, _ = weights.load_classifier(path)
-    for name, tensor in network.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], tensor), name
-
-
-def test_an_opened_file_says_what_it_is(mae_file, classifier_file, runs):
+    classifier, _ = weights.load_classifier(classifier_file[0])
+    assert_same_tensors(classifier.state_dict(), classifier_file[1].state_dict())
     for (path, _), is_classifier in ((mae_file, False), (classifier_file, True)):
         opened = weights.read(path)
         assert opened.is_classifier == is_classifier
