@@ -6,16 +6,17 @@ in one file.
 """
 
 import argparse
+from typing import NamedTuple
 
 import numpy as np
 from sklearn.metrics import confusion_matrix, roc_curve
 
-from lib import data, metrics, options, plots, report, tables, weights
+from lib import compatibility, data, metrics, options, plots, report, tables, weights
 from lib.device import resolve_device
 from lib.errors import UserError, path_argument, run
 from lib.files import make_folder, sha256_of, write_json, write_text
+from lib.guard import LEAST_FAMILIARITY, Guard
 from lib.loader import batch_reader, in_batches
-from lib.onnxfile import LEAST_FAMILIARITY, is_unfamiliar
 from lib.provenance import LIBRARY, identity_of, is_current, made_from, sign
 
 EXAMPLE = """example:
@@ -40,49 +41,34 @@ PUBLISHED = (
 )
 
 
+class Prediction(NamedTuple):
+    """What a classifier says of rows (n,) of a data set.
+
+    labels (n,) and probabilities (n, classes) are in the order of the data's classes. familiarity (n,)
+    and the `Guard` that judges it are None if the weights hold none.
+    """
+
+    rows: np.ndarray
+    labels: np.ndarray
+    probabilities: np.ndarray
+    familiarity: np.ndarray | None
+    guard: Guard | None
+
+
 def evaluate(args):
     dataset = data.load(args.data, args.cache_dir)
-    device = resolve_device(args.device)
     make_folder(args.out)
     if (args.out / "scores.csv").exists():
         raise UserError(f"{args.out} holds the results of reconstruct.py: choose another --out")
-    results, curves, matrices, reliability, mistakes, familiarities = {}, {}, {}, {}, {}, {}
-    by_identity = {}
-    class_names = list(dataset.class_names)
     paths = dict(zip(names_of_runs(args.weights), args.weights, strict=True))
     hashes = {name: sha256_of(path) for name, path in paths.items()}
     made = made_from(args, [*LIBRARY, __file__], data=identity_of(dataset), weights=hashes)
     if args.update and is_current(args.out / "metrics.json", made):
         return
-    for name, path in paths.items():
-        model, content = weights.load_classifier(path)
-        data.check_size(path, model, dataset)
-        order = data.class_order(content["class_names"], dataset, path)
-        rows = data.rows_to_evaluate(dataset, content, args.split == "all")
-        labels = dataset.labels[rows]
-        probabilities = predict_probabilities(model, dataset.images, rows, device)[:, order]
-        results[name] = figures(probabilities, labels, class_names, args)
-        results[name]["calibration_error"], reliability[name] = metrics.calibration(
-            probabilities, labels
-        )
-        known = weights.familiarity_in(path, content)
-        if known is not None:
-            # Classifiers from one pre-training share theirs.
-            identity = weights.identity({**content["familiarity"], "model": known.state_dict()})
-            if identity not in by_identity:
-                by_identity[identity] = familiarity_of(known, dataset.images, rows, device)
-            familiarities[name] = by_identity[identity]
-            results[name] |= refusals(familiarities[name], probabilities, labels)
-        mistakes[name] = most_confident_mistakes(probabilities, labels, rows)
-        matrices[name] = confusion_matrix(
-            labels, probabilities.argmax(axis=1), labels=range(len(class_names))
-        )
-        curves[name] = {
-            class_name: (*roc_curve(labels == k, probabilities[:, k])[:2],
-                         results[name]["auc"][class_name]["value"])
-            for k, class_name in enumerate(class_names)
-        }  # fmt: skip
-
+    predictions = predictions_of(paths, dataset, resolve_device(args.device), args.split == "all")
+    class_names = list(dataset.class_names)
+    results = {name: figures(p, class_names, args) for name, p in predictions.items()}
+    matrices = {name: confusion_of(p, class_names) for name, p in predictions.items()}
     published = published_rows(dataset)
     table = tables.markdown(tables.comparison(results, class_names) + published)
     write_json(
@@ -98,18 +84,63 @@ def evaluate(args):
         },
     )
     write_text(args.out / "comparison.md", table + "\n")
+    plots.attempt(print, "\n".join([table, *about_results(results)]))
     best = max(results, key=lambda name: results[name]["macro"]["value"])
-    for show, *what in (
-        (print, "\n".join([table, *about_results(results)])),
-        (plots.roc_curves, args.out / "roc.png", curves),
-        (plots.confusion_matrices, args.out / "confusion_matrix.png", matrices, class_names),
-        (plots.reliability, args.out / "reliability.png", reliability),
-        (draw_familiarity, args.out / "familiarity.png", familiarities),
-        (plots.mistakes, args.out / "mistakes.png", dataset.images, mistakes[best], class_names),
-        (report.write, args.out, paths, results, class_names, best, published),
-    ):
-        plots.attempt(show, *what)
+    draw(args.out, dataset, predictions, results, matrices, best)
+    plots.attempt(report.write, args.out, paths, results, class_names, best, published)
     sign(args.out / "metrics.json", made)
+
+
+def predictions_of(paths, dataset, device, whole):
+    """{run: `Prediction`} of weights files on the test part, or on the `whole` data set.
+
+    UserError as `compatibility.rows_to_evaluate` raises it, and for classes or sizes that do not fit.
+    """
+    predictions, familiarities = {}, {}
+    for name, path in paths.items():
+        model, content = weights.load_classifier(path)
+        compatibility.check_size(path, model, dataset)
+        order = compatibility.class_order(content["class_names"], dataset, path)
+        rows = compatibility.rows_to_evaluate(dataset, content, whole)
+        probabilities = predict_probabilities(model, dataset.images, rows, device)[:, order]
+        judge, identity, guard = weights.familiarity_in(path, content), None, None
+        if judge is not None:
+            # Classifiers from one pre-training share theirs.
+            identity = weights.identity({**content["familiarity"], "model": judge.state_dict()})
+            if identity not in familiarities:
+                familiarities[identity] = familiarity_of(judge, dataset.images, rows, device)
+            guard = Guard(len(judge.strangeness_seen))
+        predictions[name] = Prediction(
+            rows, dataset.labels[rows], probabilities, familiarities.get(identity), guard
+        )
+    return predictions
+
+
+def confusion_of(prediction, class_names):
+    """Counts (classes, classes) of images, true class in rows."""
+    predicted = prediction.probabilities.argmax(axis=1)
+    return confusion_matrix(prediction.labels, predicted, labels=range(len(class_names)))
+
+
+def draw(out, dataset, predictions, results, matrices, best):
+    """The pictures of an evaluation; one that fails is one line on stderr."""
+    class_names = list(dataset.class_names)
+    curves = {
+        run: {name: (*roc_curve(p.labels == k, p.probabilities[:, k])[:2],
+                     results[run]["auc"][name]["value"]) for k, name in enumerate(class_names)}
+        for run, p in predictions.items()
+    }  # fmt: skip
+    reliability = {run: metrics.calibration(p.probabilities, p.labels)[1] for run, p in predictions.items()}
+    familiarities = {run: p.familiarity for run, p in predictions.items() if p.familiarity is not None}
+    mistakes = most_confident_mistakes(predictions[best])
+    for show, name, *what in (
+        (plots.roc_curves, "roc.png", curves),
+        (plots.confusion_matrices, "confusion_matrix.png", matrices, class_names),
+        (plots.reliability, "reliability.png", reliability),
+        (draw_familiarity, "familiarity.png", familiarities),
+        (plots.mistakes, "mistakes.png", dataset.images, mistakes, class_names),
+    ):
+        plots.attempt(show, out / name, *what)
 
 
 def predict_probabilities(model, images, rows, device):
@@ -121,11 +152,11 @@ def predict_probabilities(model, images, rows, device):
     ).numpy()
 
 
-def familiarity_of(known, images, rows, device):
+def familiarity_of(judge, images, rows, device):
     """Familiarity (n,) of rows of the raw `images` (N, H, W)."""
     read = batch_reader(images, device, once=True)
-    known.to(device)
-    return in_batches(lambda batch: known(read(batch)), rows, bar="familiarity").numpy()
+    judge.to(device)
+    return in_batches(lambda batch: judge(read(batch)), rows, bar="familiarity").numpy()
 
 
 def draw_familiarity(path, familiarities):
@@ -134,10 +165,11 @@ def draw_familiarity(path, familiarities):
         plots.familiarity(path, familiarities, LEAST_FAMILIARITY)
 
 
-def refusals(familiarity, probabilities, labels):
+def refusals(prediction):
     """{"unfamiliar": share of the images, "familiar_accuracy": of the others, None without any}."""
-    answered = ~is_unfamiliar(familiarity, LEAST_FAMILIARITY)
-    right = probabilities.argmax(axis=1) == labels
+    predicted = prediction.probabilities.argmax(axis=1)
+    answered = prediction.guard.answers(predicted, prediction.familiarity)
+    right = predicted == prediction.labels
     return {
         "unfamiliar": float(1 - answered.mean()),
         "familiar_accuracy": float(right[answered].mean()) if answered.any() else None,
@@ -161,12 +193,14 @@ def about_refusals(name, result):
     return f"{text}; of the others {result['familiar_accuracy']:.2%} are classified correctly"
 
 
-def figures(probabilities, labels, class_names, args):
-    """{"auc": {class name: figure}, "macro": figure, "accuracy": figure, "images": n}.
+def figures(prediction, class_names, args):
+    """{"auc": {class name: figure}, "macro": figure, "accuracy": figure, "images": n,
+    "calibration_error"} and, with a familiarity, what `refusals` gives.
 
     A figure is {"value", "low", "high"}; the intervals are of a bootstrap, that of the accuracy is
     Wilson's.
     """
+    labels, probabilities = prediction.labels, prediction.probabilities
     values = metrics.measures(probabilities, labels)
     measure = metrics.measures_of_counts(probabilities, labels)
     intervals = metrics.bootstrap(measure, labels, args.resamples, args.seed)
@@ -178,7 +212,12 @@ def figures(probabilities, labels, class_names, args):
     right = (probabilities.argmax(axis=1) == labels).sum()
     low, high = metrics.wilson(right, len(labels))
     accuracy = {"value": values[-1].item(), "low": low, "high": high}
-    return {"auc": by_class, "macro": macro, "accuracy": accuracy, "images": len(labels)}
+    error, _ = metrics.calibration(probabilities, labels)
+    result = {"auc": by_class, "macro": macro, "accuracy": accuracy, "images": len(labels),
+              "calibration_error": error}  # fmt: skip
+    if prediction.familiarity is not None:
+        result |= refusals(prediction)
+    return result
 
 
 def names_of_runs(paths):
@@ -195,12 +234,14 @@ def names_of_runs(paths):
     return names if len(set(names)) == len(names) else [str(path) for path in full]
 
 
-def most_confident_mistakes(probabilities, labels, rows):
+def most_confident_mistakes(prediction):
     """[(row, true class, predicted class, its probability)], the most confident first."""
+    labels, probabilities = prediction.labels, prediction.probabilities
     predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
     wrong = np.flatnonzero(predicted != labels)
     wrong = wrong[np.argsort(-confidence[wrong])][:SHOWN_MISTAKES]
-    return [(int(rows[i]), int(labels[i]), int(predicted[i]), float(confidence[i])) for i in wrong]
+    return [(int(prediction.rows[i]), int(labels[i]), int(predicted[i]), float(confidence[i]))
+            for i in wrong]  # fmt: skip
 
 
 def published_rows(dataset):

@@ -25,7 +25,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 from torch import nn
 
-from lib import data, known_answers, options, weights
+from lib import compatibility, data, known_answers, options, weights
 from lib.convert import to_hugging_face
 from lib.errors import UserError, path_argument, run
 from lib.files import atomic_directory, atomic_write, check_outputs, write_json
@@ -368,7 +368,7 @@ def load_images(args, content, img_size):
     dataset = data.load(where, args.cache_dir)
     if dataset.img_size != img_size:
         raise UserError(f"{where} has images of {dataset.img_size} pixels, not {img_size}")
-    data.check_split(content["run"])
+    compatibility.check_split(content["run"])
     return dataset, data.split(dataset)
 
 
@@ -437,7 +437,7 @@ def export(args):
     dataset, parts = load_images(args, content, model.img_size)
     images = some_images(dataset, parts["validation"], max(CHECKED_BATCHES), args.seed)
     if args.precision != "float32":
-        order = data.class_order(content["class_names"], dataset, opened.path)
+        order = compatibility.class_order(content["class_names"], dataset, opened.path)
     metadata = {
         "what": args.what,
         "licence": LICENCE,

@@ -12,28 +12,20 @@ of file names that are not UTF-8 are written as escapes such as \\xff.
 import argparse
 import contextlib
 import heapq
+import itertools
 import os
 import sys
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 
 from lib import options
 from lib.errors import UserError, one_line, path_argument, reason_of, run
 from lib.files import check_outputs, identity, write_csv
-from lib.images import SUFFIXES, find_files, read_images, within
-from lib.onnxfile import (
-    LEAST_FAMILIARITY,
-    UNFAMILIAR,
-    can_refuse,
-    classify,
-    has_familiarity,
-    is_unfamiliar,
-    open_classifier,
-    open_maps,
-    pixel_range,
-    unguarded,
-)
+from lib.guard import LEAST_FAMILIARITY, UNFAMILIAR, Guard
+from lib.images import SUFFIXES, find_files, read_images
+from lib.onnxfile import classify, open_classifier, open_maps
 
 EXAMPLE = """examples:
   python predict.py --model runs/classifier.onnx --out predictions.csv cutouts/
@@ -65,53 +57,38 @@ def progress(batches):
     return batches
 
 
+class Answer(NamedTuple):
+    """What is said of one image (1, H, W); `familiarity` and `residual` are None without a source."""
+
+    name: str
+    image: np.ndarray
+    probabilities: np.ndarray
+    prediction: str
+    familiarity: float | None
+    residual: float | None
+
+
 def predict(args):
     session, class_names, img_size = open_classifier(args.model, args.device)
+    guard = Guard.of(session, args.least_familiarity)
     maps_of = open_maps(args.maps, img_size, args.device) if args.maps else None
     draw_sheet = sheet_drawer(args.sheet) if args.sheet else None
     files, others, errors = find_files(args.paths)
     if not files and not errors:
         raise UserError("no .npy, .npz or FITS files found under the given paths")
-    if args.out.name.lower().endswith((*SUFFIXES, ".pth", ".onnx")):
-        raise UserError(f"--out {args.out} has the suffix of another kind of file: name a .csv file")
-    outputs = {"--out": args.out, "the errors file": errors_path_of(args.out)}
-    if args.sheet:
-        outputs["--sheet"] = args.sheet
-    models = [args.model, *([args.maps] if args.maps else [])]
-    check_outputs(outputs, [*files, *models])
-    ours = {identity(path) for path in (*outputs.values(), *models)}
-    others = [str(path) for path in others if identity(path) not in ours]
-    guarded = can_refuse(session, args.least_familiarity)
-    counts, shown = dict.fromkeys([*class_names, *([UNFAMILIAR] if guarded else [])], 0), []
+    others = check_paths(args, files, others)
 
-    def rows():
-        more = ["familiarity"] if has_familiarity(session) else []
-        more += ["residual"] if maps_of else []
-        yield ["file", *class_names, "prediction", *more]
-        images_read = scaled(read_images(files, img_size, errors, others, args.crop), args.scale)
-        if not guarded:
-            images_read = within(pixel_range(session), images_read, errors)
-        for names, images in progress(batches_of(images_read, args.batch_size)):
-            probabilities, familiarity = classify(session, images, args.model)
-            scores = maps_of(images)[1] if maps_of else None
-            for i, (name, row) in enumerate(zip(names, probabilities, strict=True)):
-                if not np.isfinite(row).all():
-                    reason = "the network gives no finite probabilities for such pixels"
-                    errors.append((name, f"{name}: {reason}"))
-                    continue
-                known = not (guarded and is_unfamiliar(familiarity[i], args.least_familiarity))
-                prediction = class_names[int(row.argmax())] if known else UNFAMILIAR
-                counts[prediction] += 1
-                if args.sheet:
-                    rank = (known, float(row.max()), sum(counts.values()))
-                    entry = (rank, name, images[i].copy(), row, prediction)
-                    keep_largest(shown, entry, args.sheet_images)
-                line = [name, *(f"{p:.6f}" for p in row), prediction]
-                line += [f"{familiarity[i]:.6f}"] if familiarity is not None else []
-                yield line + ([f"{scores[i]:.6g}"] if maps_of else [])
+    images = scaled(read_images(files, img_size, errors, others, args.crop), args.scale)
+    batches = progress(batches_of(guard.readable(images, errors), args.batch_size))
+    answers = answers_to(batches, args.model, session, class_names, guard, maps_of, errors)
+    counts = dict.fromkeys([*class_names, *([UNFAMILIAR] if guard.can_refuse else [])], 0)
+    shown = []
+    answers = watched(answers, counts, shown, args.sheet_images if args.sheet else 0)
+    more = [] if guard.calibration is None else ["familiarity"]
+    more += ["residual"] if maps_of else []
 
     # All results are written before anything is printed.
-    write_csv(args.out, rows())
+    write_csv(args.out, itertools.chain([["file", *class_names, "prediction", *more]], lines_of(answers)))
     write_errors(args.out, errors)
     sheet_error = None
     if shown:
@@ -122,20 +99,78 @@ def predict(args):
     if args.sheet and not sheet_error:
         print(one_line(f"the {len(shown)} most confident in {args.sheet}"
                        if shown else f"nothing to draw in {args.sheet}"))  # fmt: skip
-    for line in warnings_of(args, session, counts, others, errors):
+    for line in warnings_of(args, guard, counts, others, errors):
         print(one_line(line), file=sys.stderr)
     if sheet_error:
         raise UserError(f"{sheet_error}; the predictions are in {args.out}")
     return 1 if errors else 0
 
 
-def warnings_of(args, session, counts, others, errors):
+def check_paths(args, files, others):
+    """Those of `others` that this call neither reads nor writes; UserError if an output is an input."""
+    if args.out.name.lower().endswith((*SUFFIXES, ".pth", ".onnx")):
+        raise UserError(f"--out {args.out} has the suffix of another kind of file: name a .csv file")
+    outputs = {"--out": args.out, "the errors file": errors_path_of(args.out)}
+    if args.sheet:
+        outputs["--sheet"] = args.sheet
+    models = [args.model, *([args.maps] if args.maps else [])]
+    check_outputs(outputs, [*files, *models])
+    ours = {identity(path) for path in (*outputs.values(), *models)}
+    return [str(path) for path in others if identity(path) not in ours]
+
+
+def answers_to(batches, path, session, class_names, guard, maps_of, errors):
+    """The `Answer` to each image of the batches, by the classifier at `path`.
+
+    Images without finite probabilities are appended to `errors` instead.
+    """
+    for names, images in batches:
+        probabilities, familiarity = classify(session, images, path)
+        predicted = probabilities.argmax(axis=1)
+        answered = guard.answers(predicted, familiarity)
+        residuals = maps_of(images)[1] if maps_of else None
+        for i, name in enumerate(names):
+            if not np.isfinite(probabilities[i]).all():
+                reason = "the network gives no finite probabilities for such pixels"
+                errors.append((name, f"{name}: {reason}"))
+                continue
+            yield Answer(
+                name, images[i], probabilities[i], class_names[predicted[i]] if answered[i] else UNFAMILIAR,
+                None if familiarity is None else familiarity[i],
+                None if residuals is None else residuals[i],
+            )  # fmt: skip
+
+
+def watched(answers, counts, shown, most):
+    """Pass on the answers; count the predictions in `counts`, and keep the most confident in `shown`.
+
+    `shown` becomes a heap of (rank, `Answer`), at most `most` of them; of equals the first is kept.
+    """
+    for number, answer in enumerate(answers):
+        counts[answer.prediction] += 1
+        rank = (answer.prediction != UNFAMILIAR, float(answer.probabilities.max()), -number)
+        if most and (len(shown) < most or rank > shown[0][0]):
+            kept = answer._replace(image=answer.image.copy())  # not the whole batch
+            heapq.heappush(shown, (rank, kept))
+            if len(shown) > most:
+                heapq.heappop(shown)
+        yield answer
+
+
+def lines_of(answers):
+    """The cells of a line of the CSV for each answer."""
+    for answer in answers:
+        line = [answer.name, *(f"{p:.6f}" for p in answer.probabilities), answer.prediction]
+        line += [] if answer.familiarity is None else [f"{answer.familiarity:.6f}"]
+        yield line + ([] if answer.residual is None else [f"{answer.residual:.6g}"])
+
+
+def warnings_of(args, guard, counts, others, errors):
     """What a user should know of the predictions, a line each."""
-    unfamiliar = counts.get(UNFAMILIAR, 0)
-    if UNFAMILIAR not in counts:
-        yield unguarded(session, args.model, args.least_familiarity)
-    elif unfamiliar:
-        yield about_unfamiliar(unfamiliar, sum(counts.values()), args.least_familiarity)
+    if not guard.can_refuse:
+        yield guard.weakness(args.model)
+    elif counts[UNFAMILIAR]:
+        yield about_unfamiliar(counts[UNFAMILIAR], sum(counts.values()), args.least_familiarity)
     if others:
         yield not_read(others)
     if errors:
@@ -184,14 +219,6 @@ def not_read(others):
     return f"{len(others)} other files were not read: {names}"
 
 
-def keep_largest(heap, entry, count):
-    """Add `entry`, a tuple that begins with its sort key, to a heap of the `count` largest."""
-    if len(heap) < count:
-        heapq.heappush(heap, entry)
-    else:
-        heapq.heappushpop(heap, entry)
-
-
 def sheet_drawer(path):
     """`plots.contact_sheet`; imported here because only --sheet needs matplotlib.
 
@@ -209,15 +236,15 @@ def sheet_drawer(path):
 
 
 def try_to_draw(draw_sheet, path, shown, class_names, maps_of):
-    """Draw the sheet; returns None, or why that failed."""
-    shown.sort(key=lambda entry: (-entry[0][0], -entry[0][1], entry[0][2]))
-    images = np.stack([entry[2] for entry in shown])
-    names = [os.path.basename(entry[1]) for entry in shown]
-    predictions = [entry[4] for entry in shown]
+    """Draw the sheet of `watched` answers; returns None, or why that failed."""
+    answers = [answer for _, answer in sorted(shown, key=lambda entry: entry[0], reverse=True)]
+    images = np.stack([answer.image for answer in answers])
+    names = [os.path.basename(answer.name) for answer in answers]
+    rows = [answer.probabilities for answer in answers]
+    predictions = [answer.prediction for answer in answers]
     try:
         maps = maps_of(images)[0][:, 0] if maps_of else None
         warnings.simplefilter("ignore")  # a name may have letters that the font lacks
-        rows = [entry[3] for entry in shown]
         draw_sheet(path, images[:, 0], maps, names, rows, class_names, predictions)
     except Exception as error:  # matplotlib raises many kinds
         reason = reason_of(error)

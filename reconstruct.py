@@ -14,7 +14,7 @@ import sys
 import numpy as np
 import torch
 
-from lib import clusters, data, lenses, options, plots
+from lib import clusters, compatibility, data, lenses, options, plots
 from lib.device import resolve_device
 from lib.errors import UserError, one_line, path_argument, run
 from lib.files import make_folder, sha256_of, write_csv, write_json
@@ -41,7 +41,7 @@ def reconstruct(args):
     content, residuals, transformed = residual_reader(
         args.weights, dataset, device, args.mask_ratio, args.rounds, args.seed
     )
-    rows = data.rows_to_evaluate(dataset, content, args.split == "all")
+    rows = compatibility.rows_to_evaluate(dataset, content, args.split == "all")
     fitted = rows if args.split == "all" or not args.clusters else data.split(dataset)["validation"]
     if args.clusters:
         clusters.gaussians_for(args.clusters, len(fitted))  # a mistake ends here, not after minutes

@@ -16,7 +16,7 @@ from lib.provenance import is_current, made_from, require_origin, sign
 
 EXAMPLE = "example: python simulate.py --model Model_II --per-class 1000 --out lenses"
 # The file of each layout that says what the images were made from.
-DESCRIPTIONS = {"packed": "dataset.json", "folder": "simulated.json"}
+DESCRIPTIONS = {"packed": "dataset.json", "folder": ".simulated.json"}
 
 
 def write_folder(out, batches, whole=False, made=None, replaced=None):

@@ -13,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluate import predict_probabilities
-from lib import data, lenses, options, plots, weights
+from lib import compatibility, data, lenses, options, plots, weights
 from lib.device import resolve_device
 from lib.errors import UserError, path_argument, run
 from lib.loader import batch_reader
@@ -30,11 +30,11 @@ def overview_of(args):
     dataset, device = data.load(args.data, args.cache_dir), resolve_device(args.device)
     mae, transform, _ = weights.load_mae(args.mae)
     classifier, content = weights.load_classifier(args.classifier)
-    data.check_size(args.mae, mae, dataset)
-    data.check_size(args.classifier, classifier, dataset)
+    compatibility.check_size(args.mae, mae, dataset)
+    compatibility.check_size(args.classifier, classifier, dataset)
     if content["class_names"] != list(dataset.class_names):
         raise UserError(f"{args.classifier} is of other classes than {args.data}")
-    test = data.rows_to_evaluate(dataset, content, whole=False)
+    test = compatibility.rows_to_evaluate(dataset, content, whole=False)
     rows = np.array([test[dataset.labels[test] == k][0] for k in range(len(dataset.class_names))])
 
     mae.eval().to(device)

@@ -1,4 +1,4 @@
-"""Kinds of images that a classifier may find strange, and what it says of them.
+"""Kinds of out-of-distribution images, and what a classifier says of them.
 
 Clean and disturbed images of one seed show the same lenses, freshly simulated with the instrument of
 Model_II; others show no lens, or come from elsewhere. A kind has random numbers of its own, so it does
@@ -15,9 +15,9 @@ from sklearn.metrics import roc_auc_score
 
 from lib import lenses
 from lib.errors import UserError
+from lib.guard import Guard
 from lib.images import FITS_SUFFIXES, find_files, fits_images, read_arrays
 from lib.loader import batch_reader, in_batches
-from lib.onnxfile import LEAST_FAMILIARITY, is_unfamiliar
 
 EUCLID = lenses.INSTRUMENTS["Model_II"]
 SIDE = EUCLID.pixels
@@ -247,14 +247,14 @@ def scaled(cutouts, peak):
 def answers_to(kinds, model, familiarity, device):
     """Yield (kind, figures) of a classifier and its familiarity; `kinds` yields what `every` does.
 
-    AUC tells clean images, which come first, from those of a kind by a score that is low for strange
-    ones: the familiarity, the largest probability, or minus the energy.
+    AUC tells clean images, which come first, from those of a kind by a score that is low for others:
+    the familiarity, the largest probability, or minus the energy.
     """
     model, familiarity = (part.eval().to(device) for part in (model, familiarity))
-    clean = None
+    clean, guard = None, Guard(len(familiarity.strangeness_seen))
     for kind, images, truth in kinds:
         predicted, scores = scores_of(images, model, familiarity, device)
-        answered = ~is_unfamiliar(scores["familiarity"], LEAST_FAMILIARITY)
+        answered = guard.answers(predicted, scores["familiarity"])
         row = {"held_back": kind in HELD_BACK, "answered %": 100 * float(answered.mean())}
         if truth is not None:
             right = predicted == truth
@@ -270,7 +270,7 @@ def answers_to(kinds, model, familiarity, device):
 
 
 def scores_of(images, model, familiarity, device):
-    """Predicted classes (n,) of raw images (n, H, W), and three scores (n,) that are low for strange ones."""
+    """Predicted classes (n,) of raw images (n, H, W), and three scores (n,) that are low for out-of-distribution ones."""
     read = batch_reader(images, device)
 
     def both(rows):

@@ -24,7 +24,7 @@ import pretrain
 import reconstruct
 import simulate
 from experiments import kinds, results
-from lib import clusters, data, lenses, options, residuals, weights
+from lib import clusters, compatibility, data, lenses, options, residuals, weights
 from lib.device import choose_precision, resolve_device
 from lib.errors import UserError, path_argument, run
 from lib.files import make_folder, read_json, write_json
@@ -81,11 +81,13 @@ def call(script, own, given="", changes=()):
 
 
 def grouped(words):
-    """{option: its values} of a command's words; UserError if the first word is no option."""
+    """{option: its values} of a command's words; UserError for an option given twice, or none at first."""
     options = {}
     for word in map(str, words):
         if word.startswith("--"):
             flag, *value = word.split("=", 1)
+            if flag in options:
+                raise UserError(f"{flag} is given twice: give it once")
             options[flag] = value
         elif options:
             options[flag].append(word)
@@ -198,7 +200,7 @@ def cluster_accuracy(study, path, images):
 
     content, own = weights.read(path).content, study.own.dataset
     seed, count = content["run"]["seed"], len(own.class_names)
-    rows = data.rows_to_evaluate(images.dataset, content, images.split == "all")
+    rows = compatibility.rows_to_evaluate(images.dataset, content, images.split == "all")
     train = np.random.default_rng(seed).permutation(data.split(own)["train"])
     found_kinds = clusters.fit(powers_of(own, np.sort(train[:CLUSTERED_IMAGES])), count, seed)
     found, labels = clusters.assign(found_kinds, powers_of(images.dataset, rows)), images.dataset.labels[rows]

@@ -506,22 +506,3 @@ def _values(elements):
 
 def _is_image(element):
     return isinstance(element, np.ndarray) and element.ndim >= 2
-
-
-def within(bounds, images, errors):
-    """Pass on the (name, image) pairs within bounds (low, high, faintest), see `data.pixel_range`.
-
-    The others are appended to `errors`, [(name, reason)].
-    """
-    low, high, faintest = bounds
-    for name, image in images:
-        smallest, largest = float(image.min()), float(image.max())
-        if low <= smallest and faintest <= largest <= high:
-            yield name, image
-        else:
-            reason = (
-                f"pixels from {smallest:.3g} to {largest:.3g}, far outside those of the training images "
-                f"(accepted: from {low:.3g} to {high:.3g}, the brightest above {faintest:.3g}): another "
-                "unit (predict.py --scale), sentinel values, hot pixels or a blank image?"
-            )
-            errors.append((name, f"{name}: {reason}"))

@@ -2,16 +2,12 @@
 
 import contextlib
 import json
-import math
 
 import numpy as np
 import onnxruntime
 
 from lib import known_answers
 from lib.errors import UserError, reason_of
-
-LEAST_FAMILIARITY = 0.01  # below it an image is unlike the training images
-UNFAMILIAR = "unfamiliar"  # the prediction for such an image
 
 
 def open_session(path, device="auto"):
@@ -90,54 +86,10 @@ def open_classifier(path, device="auto"):
     return session, class_names, img_size
 
 
-def has_familiarity(session):
-    return len(session.get_outputs()) > 1
-
-
-def can_refuse(session, least_familiarity):
-    """Whether any image can be less familiar than that: among n images the least is 1/(1 + n)."""
-    if not has_familiarity(session):
-        return False
-    try:
-        images = int(session.get_modelmeta().custom_metadata_map["familiarity_images"])
-    except (KeyError, ValueError):
-        return False
-    return images > 0 and 1 / (1 + images) < least_familiarity
-
-
-def unguarded(session, path, least_familiarity):
-    """One line on why a file refuses no image, see `can_refuse`, and what is left to guard it."""
-    reason = f"{path} was calibrated on too few images to refuse any below {least_familiarity:g}"
-    if least_familiarity == 0:
-        reason = "--least-familiarity 0"
-    if not has_familiarity(session):
-        reason = f"{path} gives no familiarity (fewer than 100 validation images, or an old file)"
-    guard = "only the range of pixels" if math.isfinite(pixel_range(session)[1]) else "nothing"
-    return f"{reason}: {guard} guards against images unlike the training images"
-
-
 def classify(session, images, path):
     """(probabilities (b, classes), familiarity (b,) or None) of images (b, 1, H, H); UserError."""
     probabilities, *familiarity = run_model(session, images, path)
     return probabilities, familiarity[0] if familiarity else None
-
-
-def is_unfamiliar(familiarity, least_familiarity):
-    """Whether images are too strange; compared in float32, so that equal numbers are equal."""
-    return np.logical_not(familiarity >= np.float32(least_familiarity))
-
-
-def pixel_range(session):
-    """(low, high, faintest) of the training images, see `data.pixel_range`.
-
-    Returns infinite bounds if the file states none.
-    """
-    try:
-        stated = json.loads(session.get_modelmeta().custom_metadata_map["pixel_range"])
-        low, high, faintest = map(float, stated)
-        return low, high, faintest
-    except (KeyError, TypeError, ValueError):
-        return -math.inf, math.inf, -math.inf
 
 
 def open_maps(path, img_size, device="auto"):

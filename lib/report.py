@@ -2,10 +2,9 @@
 
 import base64
 import html
-from pathlib import Path
 
-from lib import tables
-from lib.errors import one_line
+from lib import tables, weights
+from lib.errors import UserError, one_line
 from lib.files import read_json, write_text
 
 STYLE = """
@@ -23,18 +22,20 @@ pre { overflow-x: auto; background: var(--soft); padding: .7rem; border-radius: 
 """
 
 
-def write(folder, weights, results, class_names, best, published):
+def write(folder, paths, results, class_names, best, published):
     """Write report.html into the evaluation's `folder`, from what lies there already.
 
     Parameters
     ----------
-    weights : {run: path of its weights}; config.json and pictures lie beside them.
+    paths : {run: path of its weights}. config.json and pictures beside them are shown if they are
+        theirs, see `config_of`.
     results : {run: {"auc": {class name: figure}, "macro": figure, "accuracy": figure, "images",
         "calibration_error"}}, a figure being {"value", "low", "high"}.
     best : the run to highlight.
     published : rows of other work, see `evaluate.published_rows`.
     """
-    configs = {name: config_beside(path) for name, path in weights.items()}
+    (folder / "report.html").unlink(missing_ok=True)  # if this one fails, no earlier one is taken for it
+    opened = {name: weights.read(path) for name, path in paths.items()}
     images = next(iter(results.values()))["images"]
     parts = [
         "<h1>Lens classification: evaluation</h1>",
@@ -49,15 +50,16 @@ def write(folder, weights, results, class_names, best, published):
         "<h2>Most confident mistakes</h2>",
         picture(folder / "mistakes.png", f"Test images that {best} mistakes"),
     ]
-    for run in sorted(pretrainings(configs.values())):
-        parts.append(f"<h2>Pre-training: {escaped(run.name)}</h2>")
-        parts.append(described(config_beside(run / "weights")))
-        parts.append(picture(run / "loss.png", "Reconstruction error"))
-        parts.append(picture(run / "reconstructions.png", "Held-out images, masked and restored"))
-    for name, path in weights.items():
-        parts.append(f"<h2>Fine-tuning: {escaped(name)}</h2>")
-        parts.append(described(configs[name]))
-        parts.append(picture(path.parent / "curves.png", "Loss, accuracy and AUC"))
+    behind = {name: pretraining_behind(run) for name, run in opened.items()}
+    sources = {source.sha256: source for source, _ in behind.values() if source}
+    for source in sorted(sources.values(), key=lambda source: source.path):
+        parts.append(f"<h2>Pre-training: {escaped(source.path.parent.name)}</h2>")
+        parts += described(source, {"loss": "Reconstruction error",
+                                    "reconstructions": "Held-out images, masked and restored"})  # fmt: skip
+    for name, run in opened.items():
+        doubt = behind[name][1]
+        parts += [f"<h2>Fine-tuning: {escaped(name)}</h2>", doubt and f"<p>{escaped(doubt)}</p>"]
+        parts += described(run, {"curves": "Loss, accuracy and AUC"})
     body = "\n".join(part for part in parts if part)
     write_text(
         folder / "report.html",
@@ -73,26 +75,37 @@ def escaped(text):
     return html.escape(one_line(text))
 
 
-def pretrainings(configs):
-    """Folders of the pre-trainings behind runs; and behind the classifiers they continued."""
-    found, seen, left = set(), set(), list(configs)
-    while left:
-        start = left.pop().get("options", {}).get("pretrained", "none")
-        if start == "none" or start in seen:
-            continue
-        seen.add(start)
-        config = config_beside(Path(start))
-        if "pretrained" in config.get("options", {}):
-            left.append(config)
-        else:
-            found.add(Path(start).parent)
-    return found
+def pretraining_behind(run):
+    """The `Weights` of the pre-training behind those of a fine-tuning, None if unknown, and a sentence."""
+    while True:
+        start = config_of(run).get("options", {}).get("pretrained", "none")
+        if start == "none":
+            return None, ""
+        try:
+            source = weights.read(start, foreign=True)
+        except UserError:
+            return None, f"{start}, from which it started, cannot be read."
+        if source.sha256 != run.content["run"].get("pretrained_sha256"):
+            return None, f"{start}, from which it started, has been replaced since."
+        if not source.is_classifier:
+            return source, ""
+        run = source
 
 
-def config_beside(path):
-    """The config.json of the run that left the weights at `path`; {} if there is none."""
-    config = path.parent / "config.json"
-    return read_json(config) if config.exists() else {}
+def config_of(run):
+    """The config.json beside opened `Weights`; {} if there is none, or if it is of other weights.
+
+    It is theirs if data, network, and whatever both say of the training agree.
+    """
+    path = run.path.parent / "config.json"
+    config, said = read_json(path) if path.exists() else {}, run.content["run"]
+    network = {k: v for k, v in config.items() if k == "transform"} | config.get("model", {})
+    told = {**config.get("options", {}), **config.get("recipe", {})}
+    told["data_fingerprint"] = config.get("data", {}).get("fingerprint")
+    theirs = network == run.content["config"] and all(
+        said[name] == value for name, value in told.items() if name in said and value is not None
+    )  # None: decided later
+    return config if theirs else {}
 
 
 def comparison_table(results, best, class_names, published):
@@ -104,13 +117,17 @@ def comparison_table(results, best, class_names, published):
     return tables.as_html([*rows, *([*row, ""] for row in published)], kinds)
 
 
-def described(config):
-    """What a run was trained on, and its command."""
+def described(run, pictures):
+    """What opened `Weights` were trained on, the command, and the pictures {name: caption} beside them."""
+    config = config_of(run)
     if not config:
-        return "<p>No config.json lies beside these weights.</p>"
-    data = config.get("data", {})
+        yield "<p>No config.json of these weights lies beside them; pictures there are left out.</p>"
+        return
+    data = config["data"]
     text = f"{data.get('images', '?')} images ({data.get('origin', 'unknown')}), split 80/10/10"
-    return f"<p>{escaped(text)}.</p><pre>{escaped(str(config.get('command', '')))}</pre>"
+    yield f"<p>{escaped(text)}.</p><pre>{escaped(str(config.get('command', '')))}</pre>"
+    for name, caption in pictures.items():
+        yield picture(run.path.parent / f"{name}.png", caption)
 
 
 def picture(path, caption):

@@ -5,7 +5,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
-from lib import data, distributed, weights
+from lib import compatibility, data, distributed, weights
 from lib.clusters import octave_powers
 from lib.errors import UserError
 from lib.files import atomic_write
@@ -30,7 +30,7 @@ def residual_reader(path, dataset, device, mask_ratio, rounds, seed):
     and for images of another size.
     """
     mae, transform, content = weights.load_mae(path)
-    data.check_size(path, mae, dataset)
+    compatibility.check_size(path, mae, dataset)
     mae.eval().to(device)
     transform.to(device)
     read = batch_reader(dataset.images, device, once=True)

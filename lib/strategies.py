@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lib import data, distributed, network, weights
+from lib import compatibility, distributed, network, weights
 from lib.augment import KINDS, SYMMETRIES, augment
 from lib.errors import UserError
 from lib.intensity import fit_transform
@@ -120,15 +120,15 @@ class Strategy:
             config = {"img_size": dataset.img_size, **sizes, "num_classes": task.width,
                       "pool": recipe.pool, "transform": new_transform()}  # fmt: skip
             return network.build(self.kind, config), config
-        data.check_unit(dataset, rows, start.content["run"])
+        compatibility.check_unit(dataset, rows, start.content["run"])
         if start.is_classifier:
             return self.continued(start, recipe, dataset), start.content["config"]
         pretrained, transform = weights.encoder_of(start)
-        data.check_size(start.path, pretrained, dataset, OTHER_SIZE)
+        compatibility.check_size(start.path, pretrained, dataset, OTHER_SIZE)
         if transform is None:  # a checkpoint from elsewhere
             constants = new_transform()
         else:
-            data.check_split(start.content["run"])
+            compatibility.check_split(start.content["run"])
             constants = start.content["config"]["transform"]
         return self.around(start, pretrained, recipe, {"num_classes": task.width, "transform": constants})
 
@@ -136,8 +136,8 @@ class Strategy:
         """The classifier of opened `Weights`, to be trained further; UserError if it does not fit."""
         content = start.content
         model = weights.classifier_of(start)
-        data.check_split(content["run"])
-        data.check_size(start.path, model, dataset, OTHER_SIZE)
+        compatibility.check_split(content["run"])
+        compatibility.check_size(start.path, model, dataset, OTHER_SIZE)
         if not isinstance(model, self.kind):
             *others, last = (name for name, s in STRATEGIES.items() if isinstance(model, s.kind))
             names = f"{', '.join(others)} or {last}" if others else last

@@ -13,6 +13,7 @@ from conftest import TINY_NETWORK, run_script
 import evaluate
 import finetune
 from lib import data, plots, report, weights
+from lib.files import sha256_of
 
 LEVELS = {"bright": 2.0, "dark": 0.0, "grey": 1.0}
 SHIFTED = ["grey", "bright", "dark"]  # a turn of the names, which is not its own inverse
@@ -153,15 +154,53 @@ def test_the_report_is_one_file_that_loads_nothing(evaluation, runs):
     assert 'name="viewport"' in page
 
 
+def leave_run(folder, start=None, **changed):
+    """A folder with weights that started from those in the folder `start`, and their config.json."""
+    folder.mkdir()
+    source = start / "w.pth" if start else "none"
+    run = {"data_fingerprint": "one", "seed": 0, "pretrained_sha256": start and sha256_of(source)}
+    content = {"model": {}, "config": {"depth": 2}, "class_names": [], "run": run}
+    if start:
+        content["config"]["num_classes"] = 3
+    torch.save(content | {"seen": torch.zeros(0, dtype=torch.int64)}, folder / "w.pth")
+    config = {"command": f"python {folder.name}", "options": {"pretrained": str(source), "seed": 0},
+              "data": {"fingerprint": "one"}, "model": content["config"]} | changed  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "curves.png").write_bytes(b"a picture")
+    return weights.read(folder / "w.pth")
+
+
 def test_the_report_finds_the_pretraining_behind_a_continued_classifier(tmp_path):
-    for name, start in (("pretrain", None), ("head", "pretrain"), ("norms", "head")):
-        (tmp_path / name).mkdir()
-        options = {"pretrained": str(tmp_path / start / "w.pth")} if start else {"mask_ratio": 0.75}
-        (tmp_path / name / "config.json").write_text(json.dumps({"options": options}))
-    configs = [report.config_beside(tmp_path / name / "w.pth") for name in ("head", "norms")]
-    assert report.pretrainings(configs) == {tmp_path / "pretrain"}
-    (tmp_path / "pretrain" / "config.json").write_text(json.dumps(configs[1]))  # in a circle
-    assert report.pretrainings(configs) == set()
+    pretrain = leave_run(tmp_path / "pretrain")
+    leave_run(tmp_path / "head", tmp_path / "pretrain")
+    norms = leave_run(tmp_path / "norms", tmp_path / "head")
+    assert report.pretraining_behind(norms)[0].path == pretrain.path
+    assert report.pretraining_behind(pretrain) == (None, "")
+    torch.save("others", pretrain.path)
+    source, sentence = report.pretraining_behind(norms)
+    assert source is None
+    assert f"{pretrain.path}, from which it started, cannot be read" in sentence
+
+
+def test_the_report_shows_no_pretraining_that_was_replaced(tmp_path):
+    leave_run(tmp_path / "pretrain")
+    head = leave_run(tmp_path / "head", tmp_path / "pretrain")
+    content = torch.load(tmp_path / "pretrain" / "w.pth", weights_only=True)
+    torch.save(content | {"class_names": ["another training"]}, tmp_path / "pretrain" / "w.pth")
+    source, sentence = report.pretraining_behind(head)
+    assert source is None
+    assert "replaced" in sentence
+
+
+@pytest.mark.parametrize(
+    "changed", [{"data": {"fingerprint": "other"}}, {"model": {"depth": 3}}, {"options": {"seed": 1}},
+                {"transform": {"kind": "log"}}, {}],
+)  # fmt: skip
+def test_the_report_shows_only_what_belongs_to_the_weights(changed, tmp_path):
+    """Weights were copied beside the config.json and the curves of others."""
+    shown = "".join(report.described(leave_run(tmp_path / "run", **changed), {"curves": "Loss"}))
+    assert ("base64" in shown) is ("python run" in shown) is (not changed)
+    assert ("No config.json of these weights" in shown) is bool(changed)
 
 
 def test_a_picture_that_fails_leaves_none_of_an_earlier_call(tmp_path, capsys):
@@ -179,7 +218,8 @@ def test_a_picture_that_fails_leaves_none_of_an_earlier_call(tmp_path, capsys):
 def test_three_right_images_are_not_certain():
     labels = np.arange(3)
     args = evaluate.parse_args(["--data", "d", "--weights", "w", "--out", "o", "--resamples", "9"])
-    result = evaluate.figures(np.eye(3), labels, ["a", "b", "c"], args)
+    prediction = evaluate.Prediction(labels, labels, np.eye(3), None, None)
+    result = evaluate.figures(prediction, ["a", "b", "c"], args)
     assert result["accuracy"]["value"] == 1
     assert result["accuracy"]["low"] < 0.5
     lines = evaluate.about_results({"run": result})

@@ -32,16 +32,14 @@ def test_less_precision_gives_a_smaller_file_that_agrees(precision, runs, folder
     assert metadata["precision"] == precision
     assert json.loads(metadata["class_names"]) == ["axion", "cdm", "no_sub"]
     images = np.array(data.load(folder, runs / "cache").images[::10, None])
-    whole, reduced = (
-        export.run_session(path, images)[0] for path in (runs / "classifier.onnx", out)
-    )
+    reduced = export.run_session(out, images)[0]
     assert reduced.dtype == np.float32
     assert np.allclose(reduced.sum(1), 1, atol=1e-2)
     model, _ = weights.load_classifier(runs / "full" / "vit-mae-classifier-wt.pth")
     with torch.no_grad():
         expected = export.Probabilities(model).eval()(torch.from_numpy(images)).numpy()
-    assert 0 < np.abs(reduced - expected).mean() < 0.05
-    assert whole.shape == reduced.shape
+    spread = np.abs(expected - expected.mean(axis=0)).mean()  # how far a constant answer would be
+    assert 0 < np.abs(reduced - expected).mean() < min(0.05, 0.3 * spread)
 
 
 def test_int8_multiplies_in_eight_bits_and_hands_on_floats(runs, folder, tmp_path):

@@ -12,7 +12,7 @@ from torch import nn
 
 import evaluate
 import export
-from lib import data, familiarity, lenses, onnxfile, weights
+from lib import data, familiarity, guard, lenses, onnxfile, weights
 
 LOG = {"kind": "log", "offset": 0.0, "softening": 1e-3, "mean": 1.3, "std": 2.2}
 
@@ -265,9 +265,6 @@ def test_an_exported_familiarity_is_that_of_pytorch_in_every_precision(fitted, g
     torch.save(guarded, tmp_path / "w.pth")
     exported = tmp_path / "float32.onnx"
     run_script("export.py", "--data", packed, "--weights", tmp_path / "w.pth", "--out", exported)
-    session, *_ = onnxfile.open_classifier(exported)
-    assert onnxfile.can_refuse(session, 0.01)
-    assert not onnxfile.can_refuse(session, 1 / 601)
     images = np.concatenate([fitted[2][:100], 10 * fitted[2][:5], np.zeros((1, 1, 64, 64))])
     images = np.float32(images)
     images[-1, 0, 3, 3] = np.nan
@@ -280,3 +277,6 @@ def test_an_exported_familiarity_is_that_of_pytorch_in_every_precision(fitted, g
         _, values = export.run_session(path, images)
         assert np.abs(values - expected).max() < 0.03
         assert values[-6:] == pytest.approx(1 / 601, rel=1e-3)
+    session, *_ = onnxfile.open_classifier(exported)
+    assert guard.Guard.of(session, 0.01).can_refuse
+    assert not guard.Guard.of(session, 1 / 601).can_refuse

@@ -67,12 +67,6 @@ def test_noise_has_its_rms_over_the_peak(clean, percent):
     assert np.abs(noise.mean()) < percent / 1000
 
 
-def test_noise_of_euclid_is_that_of_the_simulator(clean):
-    noise = (make("Euclid noise") - clean) / 2  # of one exposure, of the two that are added
-    background, shot_variance = lenses.noise_of(kinds.EUCLID, clean / 2)
-    assert (noise / np.sqrt(background**2 + shot_variance)).std() == pytest.approx(1, rel=0.02)
-
-
 def test_moves(clean):
     assert np.array_equal(make("shifted 1 px")[:, :, 1:], clean[:, :, :-1])
     assert np.array_equal(make("shifted 5 px")[:, :, 5:], clean[:, :, :-5])
@@ -88,24 +82,6 @@ def test_the_psf_changes_how_sharp_images_are(clean):
     assert sharpness(wider) < sharpness(clean) < sharpness(narrower)
     for images in (wider, narrower):
         assert images.sum((1, 2)) == pytest.approx(clean.sum((1, 2)), rel=1e-3)
-
-
-def test_the_old_ring_is_wider_by_the_factor(clean):
-    y, x = (np.indices((64, 64)) - 31.5) * kinds.EUCLID.pixel_scale
-
-    def radius(images):  # mean over the light of all images
-        light = images.sum(axis=0)
-        return (np.hypot(x, y) * light).sum() / light.sum()
-
-    ratio = radius(clean) / radius(make("old ring radius"))
-    assert ratio == pytest.approx(lenses.deflection_factor(), abs=0.06)
-
-
-def test_a_larger_source_is_fainter_and_leaves_the_simulator_as_it_was(clean):
-    images = make("source radius ×1.5")
-    assert (peaks(images) < 0.6 * peaks(clean)).all()
-    assert images.sum() == pytest.approx(clean.sum(), rel=0.3)  # but for the magnification
-    assert np.array_equal(make("clean"), clean)
 
 
 def test_a_second_source_adds_its_light(clean):
@@ -200,21 +176,6 @@ def test_a_folder_without_cutouts_is_named(tmp_path):
         kinds.read_cutouts(tmp_path / "gone")
 
 
-def test_cutouts_whose_decoder_crashes_on_damage_are_refused(tmp_path):
-    fits = pytest.importorskip("astropy.io.fits")
-    unit = fits.CompImageHDU(np.ones((80, 80), dtype=np.int16), compression_type="HCOMPRESS_1")
-    fits.HDUList([fits.PrimaryHDU(), unit]).writeto(tmp_path / "x.fits.fz")
-    with pytest.raises(UserError, match="HCOMPRESS"):
-        kinds.read_cutouts(tmp_path)
-
-
-def test_every_image_of_a_fits_file_is_a_cutout(tmp_path):
-    fits = pytest.importorskip("astropy.io.fits")
-    images = [fits.ImageHDU(np.full((64, 64), float(i))) for i in range(3)]
-    fits.HDUList([fits.PrimaryHDU(), *images]).writeto(tmp_path / "x.fits")
-    assert kinds.read_cutouts(tmp_path)[:, 0, 0].tolist() == [0, 1, 2]
-
-
 def test_catalogues_and_cubes_among_cutouts_are_passed_over(tmp_path):
     fits = pytest.importorskip("astropy.io.fits")
     column = fits.Column("x", "D", array=np.zeros(3))
@@ -235,6 +196,7 @@ class Told(nn.Module):
         super().__init__()
         self.part = slice(start, start + count)
         self.register_buffer("temperature", torch.tensor(2.0))
+        self.register_buffer("strangeness_seen", torch.zeros(600))
 
     def forward(self, images):
         return images[:, 0, 0, self.part].squeeze(1 if self.part.stop > 3 else ())

@@ -78,7 +78,9 @@ def test_prediction_reads_npz_and_crops_when_asked(runs, tmp_path, lens_image):
 def test_names_reach_the_sheet_as_they_are(monkeypatch, tmp_path):
     drawn = {}
     monkeypatch.setattr(plots, "save", lambda figure, path: drawn.update({path: figure}))
-    entry = ((0, 0.9, 0), "folder/a$b$.npy", np.zeros((1, 8, 8), np.float32), [0.9, 0.1], "c$m$")
+    image = np.zeros((1, 8, 8), np.float32)
+    answer = predict.Answer("folder/a$b$.npy", image, [0.9, 0.1], "c$m$", None, None)
+    entry = ((True, 0.9, 0), answer)
     assert predict.try_to_draw(plots.contact_sheet, "s", [entry], ["c$m$", "other"], None) is None
     panel = drawn["s"].axes[0]
     assert panel.get_title() == "a\\$b\\$.npy\nc\\$m\\$"  # what matplotlib draws as a$b$.npy
@@ -101,6 +103,17 @@ def test_prediction_draws_a_sheet_with_maps(runs, folder, tmp_path):
         "--out", tmp_path / "q.csv", folder / "cdm", check=False,
     )  # fmt: skip
     assert_user_error(refused, "--what reconstruction")
+
+
+def test_of_equally_confident_images_the_first_are_on_the_sheet(runs, tmp_path, lens_image, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "contact_sheet", lambda path, images, maps, names, *_: drawn.append(names))
+    for i in range(6):
+        np.save(tmp_path / f"{i}.npy", lens_image)
+    run_script("predict.py", "--model", runs / "classifier.onnx", "--out", tmp_path / "p.csv",
+               "--batch-size", 1, "--sheet", tmp_path / "sheet.png", "--sheet-images", 3,
+               tmp_path)  # fmt: skip
+    assert drawn == [["0.npy", "1.npy", "2.npy"]]
 
 
 def test_prediction_of_a_large_stack_stays_small(runs, tmp_path):

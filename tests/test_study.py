@@ -127,19 +127,14 @@ def test_a_folder_without_cutouts_ends_a_study_before_it_starts(tiny_study, tmp_
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("own", ["--data x", "--seed=7", "--out x", "--update", "--precision float32"])
+@pytest.mark.parametrize("own", ["--data x", "--seed=7", "--update", "--labels 0.5"])
 def test_what_a_study_sets_itself_is_refused(own, tiny_study):
     """Other images, or the same seed for all, would change the figures without a word."""
     with pytest.raises(UserError, match=f"{own.split('=')[0].split()[0]}.*leave it out"):
-        tiny_study("--only", "scratch", f"--pretraining={own}")
+        tiny_study("--only", "scratch", "--seeds", 0, f"--finetuning={own}")
 
 
-def test_labels_are_shared_by_the_study_alone(tiny_study):
-    with pytest.raises(UserError, match="--labels 0.5.*leave it out"):
-        tiny_study("--only", "scratch", "--seeds", 0, "--finetuning", f"{NETWORK} --labels 0.5")
-
-
-@pytest.mark.parametrize("text", ["--lr '1", "lr 1"])
+@pytest.mark.parametrize("text", ["--lr '1", "lr 1", "--lr 1 --lr 2"])
 def test_options_that_are_none_are_named(text, tiny_study, tmp_path):
     with pytest.raises(UserError, match="lr"):
         tiny_study("--finetuning", text)

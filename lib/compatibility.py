@@ -1,0 +1,80 @@
+"""Whether weights and a data set fit each other; each check is a UserError that says why not."""
+
+import numpy as np
+
+from lib import data
+from lib.errors import UserError
+
+
+def rows_to_evaluate(dataset, content, whole):
+    """The rows on which weights may be scored: the test part, or with `whole` all rows.
+
+    `content` is that of the weights file. Raises UserError if the weights were trained under
+    another split, if any of the rows was among their training or validation images, or if the data
+    is in another unit.
+    """
+    if whole:
+        rows = np.arange(len(dataset.labels))
+    else:
+        check_split(content["run"])
+        rows = data.split(dataset)["test"]
+    overlap = int(np.isin(dataset.hashes[rows], content["seen"]).sum())
+    if overlap:
+        remedy = (
+            "use --split test or other images" if whole
+            else "a class or its split has changed since then: train again on this data"
+        )  # fmt: skip
+        raise UserError(
+            f"--split {'all' if whole else 'test'}: the weights were trained on {overlap} of these "
+            f"{len(rows)} images; {remedy}"
+        )
+    check_unit(dataset, rows, content["run"])
+    return rows
+
+
+def check_unit(dataset, rows, run):
+    """UserError if most of some rows have pixels far outside the training images of weights."""
+    low, high, faintest = run.get("pixel_range") or (-np.inf, np.inf, -np.inf)
+    names = run.get("classes", ["all"])  # that an MAE was trained on
+    if names != ["all"]:
+        rows = rows[np.isin(np.array(dataset.class_names)[dataset.labels[rows]], names)]
+    if not len(rows):
+        return
+    lowest, highest = data.extremes_of(dataset, rows).T
+    outside = (lowest < low) | (highest > high) | (highest < faintest)
+    if outside.mean() > 0.5:
+        raise UserError(
+            f"{outside.mean():.0%} of the images have pixels far outside those that the weights "
+            f"were trained on ({low:.3g} to {high:.3g}): are they in another unit?"
+        )
+
+
+def check_split(run):
+    """UserError unless the training that a weights file describes (`run`) used this split."""
+    if run.get("split") != data.SPLIT:
+        raise UserError("the weights were trained under another split of the data: train again")
+
+
+def check_size(path, network, dataset, remedy=""):
+    """UserError, naming the weights, if the data's images have another size than the network's."""
+    if network.img_size != dataset.img_size:
+        raise UserError(
+            f"{path} is for images of {network.img_size} pixels, the data has "
+            f"{dataset.img_size}{remedy}"
+        )
+
+
+def class_order(class_names, dataset, path):
+    """Place of each of the data's classes among a model's `class_names`, (classes,) int.
+
+    Raises UserError, naming the weights at `path`, if their classes are not those of the data.
+    """
+    for name in dataset.class_names:
+        if name not in class_names:
+            raise UserError(
+                f"{path} knows the classes {', '.join(class_names)}, not {name}: give data of its classes"
+            )
+    for name in class_names:
+        if name not in dataset.class_names:
+            raise UserError(f"the data has no class folder {name}, which {path} was trained on")
+    return np.array([class_names.index(name) for name in dataset.class_names])

@@ -1,0 +1,90 @@
+"""Which images an exported classifier answers, which it refuses, and why; numpy alone."""
+
+import json
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+LEAST_FAMILIARITY = 0.01  # below it an image is unlike the training images
+UNFAMILIAR = "unfamiliar"  # the prediction for such an image
+ANY_PIXELS = (-math.inf, math.inf, -math.inf)
+
+
+class Guard(NamedTuple):
+    """Refuses images that are unlike the training images.
+
+    calibration : number of validation images that calibrated the familiarity, 0 if it is unknown;
+        None of a classifier without familiarity.
+    least_familiarity : images of less are refused.
+    pixel_range : (low, high, faintest) of the training images, see `data.pixel_range`. It decides
+        where the familiarity cannot refuse.
+    """
+
+    calibration: int | None
+    least_familiarity: float = LEAST_FAMILIARITY
+    pixel_range: tuple = ANY_PIXELS
+
+    @classmethod
+    def of(cls, session, least_familiarity=LEAST_FAMILIARITY):
+        """The guard of an opened classifier, see `onnxfile.open_classifier`."""
+        metadata = session.get_modelmeta().custom_metadata_map
+        calibration = None
+        if len(session.get_outputs()) > 1:
+            try:
+                calibration = int(metadata["familiarity_images"])
+            except (KeyError, ValueError):  # of an older version
+                calibration = 0
+        try:
+            low, high, faintest = map(float, json.loads(metadata["pixel_range"]))
+        except (KeyError, TypeError, ValueError):
+            low, high, faintest = ANY_PIXELS
+        return cls(calibration, least_familiarity, (low, high, faintest))
+
+    @property
+    def can_refuse(self):
+        """Whether any image can be less familiar: among n images the least is 1/(1 + n)."""
+        images = self.calibration or 0
+        return images > 0 and 1 / (1 + images) < self.least_familiarity
+
+    def answers(self, predicted, familiarity):
+        """Which images are answered, (n,) bool, from their predicted classes and familiarity (n,).
+
+        Familiarities are compared in float32, so that equal numbers are equal.
+        """
+        if not self.can_refuse:
+            return np.ones(len(predicted), bool)
+        return familiarity >= np.float32(self.least_familiarity)
+
+    def readable(self, images, errors):
+        """Pass on the (name, image) pairs that may be classified.
+
+        Where the familiarity cannot refuse, those outside the range of pixels are appended to
+        `errors`, [(name, reason)].
+        """
+        low, high, faintest = self.pixel_range
+        for name, image in images:
+            smallest, largest = float(image.min()), float(image.max())
+            if self.can_refuse or (low <= smallest and faintest <= largest <= high):
+                yield name, image
+                continue
+            reason = (
+                f"pixels from {smallest:.3g} to {largest:.3g}, far outside those of the training images "
+                f"(accepted: from {low:.3g} to {high:.3g}, the brightest above {faintest:.3g}): another "
+                "unit (predict.py --scale), sentinel values, hot pixels or a blank image?"
+            )
+            errors.append((name, f"{name}: {reason}"))
+
+    def weakness(self, path):
+        """One line on why the classifier at `path` refuses no image by its familiarity, or None."""
+        if self.can_refuse:
+            return None
+        if self.calibration is None:
+            reason = f"{path} gives no familiarity (fewer than 100 validation images, or an old file)"
+        elif self.least_familiarity == 0:
+            reason = "--least-familiarity 0"
+        else:
+            least = f"{self.least_familiarity:g}"
+            reason = f"{path} was calibrated on too few images to refuse any below {least}"
+        left = "only the range of pixels" if math.isfinite(self.pixel_range[1]) else "nothing"
+        return f"{reason}: {left} guards against images unlike the training images"

@@ -1,0 +1,56 @@
+"""lib/guard.py: which images are refused, and what is said where none can be."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from lib.guard import ANY_PIXELS, LEAST_FAMILIARITY, Guard
+
+PREDICTED = np.array([0, 1, 2, 0])
+
+
+def session(outputs=2, **metadata):
+    """What `Guard.of` asks of an onnxruntime session."""
+    return SimpleNamespace(
+        get_outputs=lambda: [None] * outputs,
+        get_modelmeta=lambda: SimpleNamespace(custom_metadata_map=metadata),
+    )
+
+
+def test_an_image_exactly_at_the_limit_is_answered():
+    familiarity = np.array([0.00999, 0.01, 0.5, np.nan], np.float32)
+    answered = Guard(600).answers(PREDICTED, familiarity)
+    assert answered.tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("images", [None, 0, -1, -2, 98, 99])
+def test_a_guard_that_can_refuse_none_answers_all(images):
+    guard = Guard(images, LEAST_FAMILIARITY)
+    assert not guard.can_refuse
+    assert guard.answers(PREDICTED, np.zeros(4, np.float32)).all()
+    assert "nothing guards" in guard.weakness("m.onnx")
+
+
+def test_the_least_familiarity_of_all_is_refused():
+    guard = Guard(100)
+    assert guard.can_refuse
+    assert guard.weakness("m.onnx") is None
+    assert not guard.answers(PREDICTED, np.full(4, 1 / 101, np.float32)).any()
+
+
+def test_pixels_decide_where_familiarity_cannot():
+    images = [("dark", np.full((2, 2), -9.0)), ("blank", np.zeros((2, 2))), ("good", np.eye(2)),
+              ("bright", np.full((2, 2), 9.0))]  # fmt: skip
+    for guard, passed in ((Guard(None, pixel_range=(-1, 2, 0.5)), ["good"]),
+                          (Guard(600, pixel_range=(-1, 2, 0.5)), ["dark", "blank", "good", "bright"])):  # fmt: skip
+        errors = []
+        assert [name for name, _ in guard.readable(images, errors)] == passed
+        assert {name for name, _ in errors} | set(passed) == {name for name, _ in images}
+
+
+@pytest.mark.parametrize("stated", ["", "null", "[1, 2]", "[[1], 2, 3]", "{}", "[" * 9])
+def test_a_file_with_unreadable_metadata_has_no_bounds(stated):
+    guard = Guard.of(session(familiarity_images="many", pixel_range=stated))
+    assert (guard.calibration, guard.pixel_range) == (0, ANY_PIXELS)
+    assert Guard.of(session(outputs=1, familiarity_images="600")).calibration is None
