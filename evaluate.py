@@ -5,7 +5,6 @@ confusion_matrix.png, reliability.png, familiarity.png, mistakes.png, and report
 in one file.
 """
 
-import argparse
 from typing import NamedTuple
 
 import numpy as np
@@ -63,7 +62,8 @@ def evaluate(args):
     paths = dict(zip(names_of_runs(args.weights), args.weights, strict=True))
     hashes = {name: sha256_of(path) for name, path in paths.items()}
     made = made_from(args, [*LIBRARY, __file__], data=identity_of(dataset), weights=hashes)
-    if args.update and is_current(args.out / "metrics.json", made):
+    beside = [args.out / name for name in ("comparison.md", "report.html", "roc.png")]
+    if args.update and is_current(args.out / "metrics.json", made, *beside):
         return
     predictions = predictions_of(paths, dataset, resolve_device(args.device), args.split == "all")
     class_names = list(dataset.class_names)
@@ -86,9 +86,10 @@ def evaluate(args):
     write_text(args.out / "comparison.md", table + "\n")
     plots.attempt(print, "\n".join([table, *about_results(results)]))
     best = max(results, key=lambda name: results[name]["macro"]["value"])
-    draw(args.out, dataset, predictions, results, matrices, best)
-    plots.attempt(report.write, args.out, paths, results, class_names, best, published)
-    sign(args.out / "metrics.json", made)
+    drawn = draw(args.out, dataset, predictions, results, matrices, best)
+    drawn &= plots.attempt(report.write, args.out, paths, results, class_names, best, published)
+    if drawn:  # else --update tries again
+        sign(args.out / "metrics.json", made)
 
 
 def predictions_of(paths, dataset, device, whole):
@@ -123,7 +124,7 @@ def confusion_of(prediction, class_names):
 
 
 def draw(out, dataset, predictions, results, matrices, best):
-    """The pictures of an evaluation; one that fails is one line on stderr."""
+    """The pictures of an evaluation, and whether all are there; one that fails is one line on stderr."""
     class_names = list(dataset.class_names)
     curves = {
         run: {name: (*roc_curve(p.labels == k, p.probabilities[:, k])[:2],
@@ -133,14 +134,14 @@ def draw(out, dataset, predictions, results, matrices, best):
     reliability = {run: metrics.calibration(p.probabilities, p.labels)[1] for run, p in predictions.items()}
     familiarities = {run: p.familiarity for run, p in predictions.items() if p.familiarity is not None}
     mistakes = most_confident_mistakes(predictions[best])
-    for show, name, *what in (
+    pictures = (
         (plots.roc_curves, "roc.png", curves),
         (plots.confusion_matrices, "confusion_matrix.png", matrices, class_names),
         (plots.reliability, "reliability.png", reliability),
         (draw_familiarity, "familiarity.png", familiarities),
         (plots.mistakes, "mistakes.png", dataset.images, mistakes, class_names),
-    ):
-        plots.attempt(show, out / name, *what)
+    )
+    return all([plots.attempt(show, out / name, *what) for show, name, *what in pictures])
 
 
 def predict_probabilities(model, images, rows, device):
@@ -263,9 +264,7 @@ def published_rows(dataset):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=options.HelpFormatter
-    )
+    parser = options.new_parser(__doc__, EXAMPLE)
     options.add_data_arguments(parser)
     parser.add_argument(
         "--weights", type=path_argument, nargs="+", required=True, metavar="PTH", help="classifiers"

@@ -6,7 +6,6 @@ names and origin are in the metadata. The file is compared with PyTorch on image
 it is written. A file that differs, or that loses AUC or accuracy in lower precision, is not written.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -308,9 +307,7 @@ def store_known_answers(path, args, model, images, metadata):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=options.HelpFormatter
-    )
+    parser = options.new_parser(__doc__, EXAMPLE)
     parser.add_argument(
         "--weights", type=path_argument, nargs="+", required=True, metavar="PTH",
         help="classifier (of several, the one that is best on validation) or MAE",

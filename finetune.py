@@ -7,7 +7,6 @@ Leaves in --out: vit-mae-classifier-wt.pth (weights of the best validation macro
 the last ones), config.json, metrics.jsonl and curves.png (loss, accuracy and AUC).
 """
 
-import argparse
 
 import numpy as np
 import torch
@@ -147,9 +146,7 @@ def start_argument(text):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=options.HelpFormatter
-    )
+    parser = options.new_parser(__doc__, EXAMPLE)
     options.add_data_arguments(parser)
     parser.add_argument(
         "--pretrained", type=start_argument, required=True, metavar="PTH|none",

@@ -79,10 +79,9 @@ def mean_and_spread(patches):
 def complementary_masks(num_patches, mask_ratio, rounds, seed=0):
     """Masks that hide a share `mask_ratio` of the patches, and together hide every patch.
 
-    Each round slides a window over a random order of the patches: over the visible ones, or over the
-    hidden ones where these are fewer. At 75 % a round is four masks, and a patch is hidden in three of
-    them. Windows overlap where the number of patches makes it necessary, but to have one less, each
-    may be a tenth larger.
+    Each round shuffles the patches and cuts their order into windows. A window is the visible set, or
+    the hidden set if that is smaller: at 75 % a round is four masks, and a patch is hidden in three of
+    them. Windows may be a tenth larger than asked if that saves a mask; otherwise they overlap.
 
     Returns a list of (visible, hidden), int64 tensors (n,) and (N - n,).
     """

@@ -9,7 +9,6 @@ hidden files do not count, and files of other kinds are named at the end. The CS
 of file names that are not UTF-8 are written as escapes such as \\xff.
 """
 
-import argparse
 import contextlib
 import heapq
 import itertools
@@ -253,9 +252,7 @@ def try_to_draw(draw_sheet, path, shown, class_names, maps_of):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=options.HelpFormatter
-    )
+    parser = options.new_parser(__doc__, EXAMPLE)
     parser.add_argument("paths", type=path_argument, nargs="+", metavar="PATH", help="files or folders")
     parser.add_argument("--model", type=path_argument, required=True, metavar="FILE.onnx",
                         help="classifier that export.py wrote")  # fmt: skip

@@ -4,7 +4,6 @@ Training packs a folder by itself. This script shows beforehand whether the imag
 how many of each class fall into the training, validation and test parts.
 """
 
-import argparse
 
 from lib import options
 from lib.data import load, split
@@ -15,9 +14,7 @@ EXAMPLE = "example: python prepare.py --data lenses"
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=options.HelpFormatter
-    )
+    parser = options.new_parser(__doc__, EXAMPLE)
     options.add_data_arguments(parser)
     parser.add_argument(
         "--out", type=path_argument, metavar="JSON",

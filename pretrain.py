@@ -4,7 +4,6 @@ Leaves in --out: vit-mae-wt.pth (weights), config.json, metrics.jsonl, loss.png 
 reconstructions.png (held-out images of every class: original, masked, reconstruction, residual).
 """
 
-import argparse
 
 import numpy as np
 import torch
@@ -137,9 +136,7 @@ def held_out_reconstructions(model, transform, read, dataset, rows, args):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=options.HelpFormatter
-    )
+    parser = options.new_parser(__doc__, EXAMPLE)
     options.add_data_arguments(parser)
     recipe.add_arguments(parser, {"pretrain": DEFAULTS})
     network.add_arguments(parser)

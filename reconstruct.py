@@ -8,7 +8,6 @@ against the classes that the MAE was trained on, agreement of clusters and class
 maps.png (images above their residuals; the true point masses are marked in data that simulate.py made).
 """
 
-import argparse
 import sys
 
 import numpy as np
@@ -52,7 +51,9 @@ def reconstruct(args):
         raise UserError(f"{args.out} holds the results of evaluate.py: choose another --out")
     identities = {"data": identity_of(dataset), "weights": sha256_of(args.weights)}
     made = made_from(args, [*LIBRARY, __file__], **identities)
-    if args.update and is_current(args.out / "metrics.json", made):
+    if args.update and is_current(
+        args.out / "metrics.json", made, args.out / "scores.csv", args.out / "maps.png"
+    ):
         return
 
     if args.clusters:
@@ -86,14 +87,14 @@ def reconstruct(args):
         result |= {"masks": f"{args.rounds} rounds, {ratio} hidden, seed {args.seed}"}
         result |= {"weights": str(args.weights), "data_fingerprint": dataset.fingerprint}
         write_json(args.out / "metrics.json", result)
-    for show, *what in (
-        (print, "\n".join(lines)),
-        (warn, clusters.doubt(kinds) if kinds else None),
+    plots.attempt(print, "\n".join(lines))
+    plots.attempt(warn, clusters.doubt(kinds) if kinds else None)
+    pictures = (
         (plots.score_histogram, args.out / "scores.png", scores, labels, dataset.class_names),
         (draw_maps, args.out / "maps.png", dataset, rows, scores, transformed, residuals),
-    ):
-        plots.attempt(show, *what)
-    sign(args.out / "metrics.json", made)
+    )
+    if all([plots.attempt(show, *what) for show, *what in pictures]):  # else --update tries again
+        sign(args.out / "metrics.json", made)
 
 
 def sort_into_kinds(residuals, rows, fitted, count, seed):
@@ -148,9 +149,7 @@ def draw_maps(path, dataset, rows, scores, transformed, residuals):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=options.HelpFormatter
-    )
+    parser = options.new_parser(__doc__, EXAMPLE)
     options.add_data_arguments(parser)
     parser.add_argument(
         "--weights", type=path_argument, required=True, metavar="PTH", help="weights of pretrain.py"

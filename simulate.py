@@ -4,7 +4,6 @@ Model_I has its own camera with photon noise, Model_II models Euclid and Model_I
 Space Telescope. The physics is in lib/lenses.py.
 """
 
-import argparse
 
 import numpy as np
 
@@ -54,9 +53,7 @@ def write_packed(out, batches, per_class, model, origin, made=None, replaced=Non
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=options.HelpFormatter
-    )
+    parser = options.new_parser(__doc__, EXAMPLE)
     parser.add_argument("--model", choices=lenses.INSTRUMENTS, default="Model_II", help="data model")
     parser.add_argument("--per-class", type=int, default=10000, help="images of each class")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images")

@@ -3,7 +3,6 @@
 Leaves overview.png and design.png in --out.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -128,9 +127,7 @@ def draw_design(path):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=options.HelpFormatter
-    )
+    parser = options.new_parser(__doc__, EXAMPLE)
     options.add_data_arguments(parser)
     parser.add_argument("--mae", type=path_argument, required=True, help="weights of pretrain.py")
     parser.add_argument(

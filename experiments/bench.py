@@ -6,7 +6,6 @@ own, with the C library's default memory management, and in this one. Peers come
 requirements-bench.txt; without a peer its row has no ratio. Leaves bench.json and bench.md in --out.
 """
 
-import argparse
 import functools
 import itertools
 import json
@@ -357,9 +356,7 @@ def table(rows):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=options.HelpFormatter
-    )
+    parser = options.new_parser(__doc__, EXAMPLE)
     parser.add_argument("--out", type=path_argument, required=True, help="folder of the results")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="what to time")
     parser.add_argument("--repeats", type=int, default=5, help="of every pair")

@@ -202,9 +202,7 @@ def classify(args):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.new_parser(__doc__, EXAMPLE)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add(function, help):

@@ -4,14 +4,13 @@ study.py writes them. The seeds of a study are independent, so they may run apar
 on several machines; this script joins their results.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lib import plots, tables
+from lib import options, plots, tables
 from lib.errors import UserError, path_argument, run
 from lib.files import read_json, write_json, write_text
 
@@ -137,9 +136,7 @@ def join(folders, out):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options.new_parser(__doc__, EXAMPLE)
     parser.add_argument("folders", type=path_argument, nargs="+", help="folders results/ of study.py")
     parser.add_argument(
         "--out", type=path_argument, default=Path("runs/results"),

@@ -364,9 +364,7 @@ def commit():
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=options.HelpFormatter
-    )
+    parser = options.new_parser(__doc__, EXAMPLE)
     options.add_data_arguments(parser)
     add = parser.add_argument
     add("--out", type=path_argument, required=True, help="folder of the runs and of results/")

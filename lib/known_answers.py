@@ -51,7 +51,7 @@ def read(text, side):
     Raises ValueError, KeyError or TypeError for another text.
     """
     if len(text) > 2 * MOST_CHARACTERS:
-        raise ValueError("too long known answers")
+        raise ValueError("the known answers are too long")
     content = json.loads(text)
     count, unit, stored_side = content["count"], float(content["unit"]), -(-side // _step(side))
     if not 0 < count <= MOST_IMAGES or not math.isfinite(unit):

@@ -109,8 +109,8 @@ def about_intervals(aucs):
     if all(auc["low"] < auc["high"] for auc in aucs):
         return None
     return (
-        "an AUC interval has no width: these images hold no mistake in order, so no resample does; it says "
-        "nothing of mistakes that are too rare for so few images"
+        "an AUC interval has no width: these images are ranked without an error, so every resample is, too. "
+        "Errors too rare for so few images cannot be seen"
     )
 
 

@@ -32,6 +32,13 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if said else super()._get_help_string(action)
 
 
+def new_parser(description, example):
+    """A script's parser. An option must be written out, so that none is given twice under two names."""
+    return argparse.ArgumentParser(
+        description=description, epilog=example, formatter_class=HelpFormatter, allow_abbrev=False
+    )
+
+
 def add_data_arguments(parser):
     """The options with which every script names its data."""
     group = parser.add_argument_group("data")

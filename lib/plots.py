@@ -23,6 +23,8 @@ plt.rcParams.update({"figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3, "f
 def attempt(show, *what):
     """Call `show(*what)` when the results are written: failing to show them is one line on stderr.
 
+    Returns whether that worked.
+
     A failed picture must not end a run. If the first of `what` is the picture's file, the picture of an
     earlier call is removed: nobody should take it for this one.
     """
@@ -33,6 +35,8 @@ def attempt(show, *what):
     except Exception as error:  # matplotlib, the fonts, the terminal or a full disk
         plt.close("all")
         print(f"not shown ({show.__name__}): {one_line(reason_of(error))}", file=sys.stderr)
+        return False
+    return True
 
 
 def label_of(name):

@@ -1,6 +1,7 @@
 """What a result was made from, kept in the result: an identical one is not made again (--update).
 
-Options, data, weights and code are compared by content, never by time.
+Options, data, weights and code are compared by content, never by time. Trainings are not results in
+this sense: they compare all but the code, see `run.Run`.
 """
 
 import hashlib
@@ -33,10 +34,13 @@ def identity_of(dataset):
     return [dataset.fingerprint, dataset.class_names, dataset.origin]
 
 
-def is_current(path, made):
-    """Whether the result that a JSON file describes was made from `made`; if so, says it on a line."""
+def is_current(path, made, *others):
+    """Whether the result that a JSON file describes was made from `made`; if so, says it on a line.
+
+    The files `others` belong to the result, too.
+    """
     try:
-        current = read_json(path).get("made_from") == made
+        current = read_json(path).get("made_from") == made and all(other.exists() for other in others)
     except UserError:
         return False
     if current:

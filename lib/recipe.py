@@ -19,7 +19,7 @@ class Recipe(NamedTuple):
     weight_decay : of matrices.
     augment : random changes of training images, a subset of `augment.KINDS`.
     patch_dropout : fraction of patches that are dropped in the first half of the steps.
-    layer_decay : learning rate of a transformer block over that of the next one.
+    layer_decay : learning rate of a transformer block, as a fraction of that of the next one.
     pool : how the head sees the patch tokens, see `mae.Classifier`; None without a head on tokens.
     validations : number of validations in all.
     keep : "best", the weights of the best validation, or "last".
@@ -119,7 +119,7 @@ def add_arguments(parser, defaults):
     if any(own.patch_dropout for own in defaults.values()):
         add(group, "patch_dropout", "fraction of patches dropped at random in the first half of the "
             "steps, which makes them faster (layernorm, full)", type=float)  # fmt: skip
-        add(group, "layer_decay", "learning rate of a block over that of the next one (full, pre-trained)",
+        add(group, "layer_decay", "learning rate of a block, as a fraction of the next block's (full, pre-trained)",
             type=float)  # fmt: skip
     most = min(own.most_validations for own in defaults.values())
     group.add_argument(

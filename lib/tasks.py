@@ -1,4 +1,4 @@
-"""What a network is trained for: what is right, how far it is from that, and what is stored."""
+"""What a network is trained for: targets, loss, validation figures and calibration."""
 
 import math
 from typing import NamedTuple
