@@ -16,7 +16,7 @@ from lib import data, distributed, familiarity, network, options, plots, recipe,
 from lib.device import resolve_device
 from lib.errors import UserError, path_argument, run
 from lib.loader import in_batches
-from lib.loop import Learner, fit, precision_of
+from lib.loop import Learner, check_batch, fit, precision_of
 from lib.run import open_run
 from lib.strategies import DEFAULT_POOL, STRATEGIES, freeze_others, reestimate_batchnorm
 from lib.tasks import classification
@@ -72,12 +72,12 @@ def open_start(args):
 
 def train(args, strategy, start, chosen, dataset, rows, parts, run):
     """Train on the labelled `rows` of the training part by the `chosen` recipe; save the weights."""
+    check_batch(chosen, rows)
     device, validation = resolve_device(args.device), parts["validation"]
     task = classification(dataset)
     torch.manual_seed(chosen.seed)
     model, config = strategy.build(args, start, chosen, task, dataset, rows)
     model.to(device)
-    run.write_config(model=config)
     targets = task.targets.to(device)
     precision = precision_of(chosen, run, device)
     set_attention_form(model, precision.attention)
@@ -85,6 +85,7 @@ def train(args, strategy, start, chosen, dataset, rows, parts, run):
         computation = strategy.computation(
             model, chosen, dataset, np.concatenate([rows, validation]), run, device
         )
+    run.write_config(model=config)  # removes what it replaces, now that nothing is in the way
     freeze_others(model, computation.learning)
 
     def batch_loss(batch, progress):
@@ -103,23 +104,20 @@ def train(args, strategy, start, chosen, dataset, rows, parts, run):
         computation.trained, computation.learning, batch_loss, validate, task.score,
         computation.on_device, computation.in_blocks, computation.changes_at, computation.lr_scale,
     )  # fmt: skip
-    state, history = fit(learner, chosen, rows, run, device, precision)
+    state, history, kept = fit(learner, chosen, rows, run, device, precision)
     computation.trained.load_state_dict(state)
     outputs = validation_outputs()  # in float32, apart from what is stored
     fitted = familiarity_of(start, dataset, parts, config, chosen, args)
     if not distributed.is_main():
         return
-    for name, value in task.calibrated(outputs.numpy(), dataset.labels[validation]).items():
+    for name, value in task.calibrated(outputs.numpy(), task.targets[validation].numpy()).items():
         model.get_buffer(name).fill_(value)
     seen = dataset.hashes[np.concatenate([parts["train"], validation])]
     if start:
         seen = np.concatenate([seen, start.content["seen"]])
-    best = history[-1]
-    if chosen.keep == "best":
-        best = max(reversed(history), key=lambda line: line[f"validation_{task.score}"])
     run.save_weights(
         model.state_dict(), config, seen, fitted, number_format=precision.name,
-        pixel_range=data.pixel_range(data.extremes_of(dataset, rows)), best=best,
+        pixel_range=data.pixel_range(data.extremes_of(dataset, rows)), best=kept,
     )  # fmt: skip
     plots.attempt(plots.classifier_curves, args.out / "curves.png", history)
 

@@ -15,7 +15,7 @@ from lib.device import resolve_device
 from lib.errors import one_line, run
 from lib.intensity import fit_transform
 from lib.loader import StoredImages, batch_reader, in_batches, larger_than_memory, read_disturbed
-from lib.loop import Learner, fit, precision_of
+from lib.loop import Learner, check_batch, fit, precision_of
 from lib.run import open_run
 from mae import MAE, IntensityTransform, set_attention_form
 
@@ -41,6 +41,7 @@ def pretrain(args):
 
 def train(args, chosen, dataset, rows, validation, parts, run):
     """Train by the `chosen` recipe on images `rows`, validate on `validation`, save the weights."""
+    check_batch(chosen, rows)
     device = resolve_device(args.device)
     config = mae_config(args, dataset.img_size)
     kind = network.described(args)["transform"]
@@ -76,7 +77,7 @@ def train(args, chosen, dataset, rows, validation, parts, run):
     run.write_config(model=config, transform=constants)
     precision = precision_of(chosen, run, device)
     set_attention_form(model, precision.attention)
-    state, history = fit(learner, chosen, rows, run, device, precision)
+    state, history, last = fit(learner, chosen, rows, run, device, precision)
     # For the classifiers that start from these weights.
     fitted = familiarity.fit(
         dataset, parts["train"], parts["validation"], constants, chosen.augment, args.quiet
@@ -86,7 +87,7 @@ def train(args, chosen, dataset, rows, validation, parts, run):
     run.save_weights(
         state, {**config, "transform": constants},
         dataset.hashes[np.concatenate([rows, validation])], fitted,
-        number_format=precision.name, last=history[-1],
+        number_format=precision.name, last=last,
         pixel_range=data.pixel_range(data.extremes_of(dataset, rows)),
     )  # fmt: skip
     plots.attempt(

@@ -8,8 +8,8 @@ import argparse
 
 import numpy as np
 
-from lib import lenses, options
-from lib.data import PackedWriter, require_space
+from lib import data, lenses, options
+from lib.data import PACKED_FILES, PackedWriter, require_space
 from lib.errors import path_argument, run
 from lib.files import atomic_directory, make_folder
 from lib.provenance import is_current, made_from, require_origin, sign
@@ -17,6 +17,7 @@ from lib.provenance import is_current, made_from, require_origin, sign
 EXAMPLE = "example: python simulate.py --model Model_II --per-class 1000 --out lenses"
 # The file of each layout that says what the images were made from.
 DESCRIPTIONS = {"packed": "dataset.json", "folder": ".simulated.json"}
+OWN_FILES = r"(axion|cdm|no_sub)(/\1_sim_\d+\.npy)?|\.simulated\.json|\.packed(/.*)?"  # of the public layout
 
 
 def write_folder(out, batches, whole=False, made=None, replaced=None):
@@ -26,7 +27,7 @@ def write_folder(out, batches, whole=False, made=None, replaced=None):
     `replaced` see `atomic_directory`.
     """
     counts = dict.fromkeys(lenses.CLASS_NAMES, 0)
-    with atomic_directory(out, replaced) as folder:
+    with atomic_directory(out, replaced, OWN_FILES) as folder:
         for class_name in lenses.CLASS_NAMES:
             (folder / class_name).mkdir()
         for class_name, images, axion_mass in batches:
@@ -43,7 +44,7 @@ def write_folder(out, batches, whole=False, made=None, replaced=None):
 def write_packed(out, batches, per_class, model, origin, made=None, replaced=None):
     """Write the packed layout that training maps into memory; more as for `write_folder`."""
     pixels = lenses.INSTRUMENTS[model].pixels
-    with atomic_directory(out, replaced) as folder:
+    with atomic_directory(out, replaced, PACKED_FILES) as folder:
         shape = (len(lenses.CLASS_NAMES) * per_class, pixels, pixels)
         writer = PackedWriter(folder, shape, lenses.CLASS_NAMES, origin)
         for class_name, images, _ in batches:
@@ -69,16 +70,13 @@ def parse_args(argv=None):
         help="Model_II and Model_III: an observation with sky, read-out and photon noise in place "
         "of the noise-free files that are published (Model_I has its noise always)",
     )  # fmt: skip
-    parser.add_argument(
-        "--update", action="store_true",
-        help="do nothing if --out holds the same images of this simulator; replace others that it made",
-    )  # fmt: skip
+    options.add_update_argument(parser)
     return options.parsed(parser, argv)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    made, replaced = made_from(args, [lenses.__file__]), None
+    made, replaced = made_from(args, [lenses.__file__, data.__file__, __file__]), None
     if args.update:
         replaced = DESCRIPTIONS[args.layout]
         if is_current(args.out / replaced, made):

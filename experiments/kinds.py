@@ -1,4 +1,4 @@
-"""Kinds of images that a classifier may find strange, and what it says of them.
+"""Kinds of out-of-distribution images, and what a classifier says of them.
 
 Clean and disturbed images of one seed show the same lenses, freshly simulated with the instrument of
 Model_II; others show no lens, or come from elsewhere. A kind has random numbers of its own, so it does
@@ -247,8 +247,8 @@ def scaled(cutouts, peak):
 def answers_to(kinds, model, familiarity, device):
     """Yield (kind, figures) of a classifier and its familiarity; `kinds` yields what `every` does.
 
-    AUC tells clean images, which come first, from those of a kind by a score that is low for strange
-    ones: the familiarity, the largest probability, or minus the energy.
+    AUC tells clean images, which come first, from those of a kind by a score that is low for others:
+    the familiarity, the largest probability, or minus the energy.
     """
     model, familiarity = (part.eval().to(device) for part in (model, familiarity))
     clean, guard = None, Guard(len(familiarity.strangeness_seen))
@@ -270,7 +270,7 @@ def answers_to(kinds, model, familiarity, device):
 
 
 def scores_of(images, model, familiarity, device):
-    """Predicted classes (n,) of raw images (n, H, W), and three scores (n,) that are low for strange ones."""
+    """Predicted classes (n,) of raw images (n, H, W), and three scores (n,) that are low for out-of-distribution ones."""
     read = batch_reader(images, device)
 
     def both(rows):

@@ -150,12 +150,12 @@ def is_exact(images):
 def pictures(args):
     dataset, rng = data.load(args.data), np.random.default_rng(args.seed)
     kind = f"pictures of any kind, seed {args.seed}," if args.any else "8-bit pictures"
-    made = made_from(argparse.Namespace(), [__file__], kind=kind, data=identity_of(dataset))
+    made = made_from(argparse.Namespace(), [__file__, data.__file__], kind=kind, data=identity_of(dataset))
     if args.update:
         if is_current(args.out / "dataset.json", made):
             return
         require_origin(args.out / "dataset.json", "pictures of ", "8-bit pictures ")
-    with atomic_directory(args.out, "dataset.json" if args.update else None) as folder:
+    with atomic_directory(args.out, "dataset.json" if args.update else None, data.PACKED_FILES) as folder:
         origin = f"{kind} of {dataset.origin}"
         writer = data.PackedWriter(folder, dataset.images.shape, dataset.class_names, origin)
         for start in range(0, len(dataset.images), data.CHECK_BLOCK):

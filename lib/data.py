@@ -28,6 +28,7 @@ OUTLYING = 30  # see `pixel_range`
 RANGE_IMAGES = 2000  # that a range of pixels is computed from
 SHOWN_NAMES = 3  # of files that are not read
 PARTS = ("train", "validation", "test")
+PACKED_FILES = r"dataset\.json|(images|labels|hashes)\.npy"  # of the packed layout
 OTHER_NAMES_OF_PARTS = ("training", "val", "valid", "dev", "testing")
 SPLIT = "content-80-10-10"  # the rule of `split`; weights carry the rule they were trained under
 

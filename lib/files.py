@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 from pathlib import Path
 
@@ -41,15 +42,21 @@ def atomic_write(path):
 
 
 @contextlib.contextmanager
-def atomic_directory(path, replaced=None):
+def atomic_directory(path, replaced=None, own=""):
     """Yield a temporary folder beside `path`; when the block succeeds, rename it to `path`.
 
-    `replaced` names a file that `path` holds if it is complete, and allows to replace that folder.
-    Raises UserError if `path` is anything else but an empty folder.
+    `replaced` names a file that `path` holds if it is complete, and allows to replace that folder;
+    all paths inside must match the pattern `own`. Raises UserError if `path` is anything else but an
+    empty folder.
     """
     path = Path(path)
     replaces = replaced and (path / replaced).is_file() and not path.is_symlink()
-    if not replaces and path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if replaces:
+        inside = (str(entry.relative_to(path)) for entry in path.rglob("*"))
+        foreign = next((name for name in inside if not re.fullmatch(own, name)), None)
+        if foreign:
+            raise UserError(f"{path} holds {foreign}, which is not its own: choose another folder")
+    elif path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} exists already: remove it or choose another folder")
     make_folder(path.parent)
     temporary = _temporary_name(path)

@@ -35,11 +35,7 @@ class Guard(NamedTuple):
                 calibration = int(metadata["familiarity_images"])
             except (KeyError, ValueError):  # of an older version
                 calibration = 0
-        try:
-            low, high, faintest = map(float, json.loads(metadata["pixel_range"]))
-        except (KeyError, TypeError, ValueError):
-            low, high, faintest = ANY_PIXELS
-        return cls(calibration, least_familiarity, (low, high, faintest))
+        return cls(calibration, least_familiarity, _pixel_range_of(metadata.get("pixel_range", "null")))
 
     @property
     def can_refuse(self):
@@ -88,3 +84,12 @@ class Guard(NamedTuple):
             reason = f"{path} was calibrated on too few images to refuse any below {least}"
         left = "only the range of pixels" if math.isfinite(self.pixel_range[1]) else "nothing"
         return f"{reason}: {left} guards against images unlike the training images"
+
+
+def _pixel_range_of(text):
+    """The range that the metadata of a file states; ANY_PIXELS if it states none that can be used."""
+    try:
+        low, high, faintest = map(float, json.loads(text))
+    except (TypeError, ValueError, RecursionError, OverflowError):
+        return ANY_PIXELS
+    return (low, high, faintest) if low <= high and faintest <= high else ANY_PIXELS

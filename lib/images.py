@@ -16,6 +16,7 @@ import pickle
 import pickletools
 import warnings
 import zipfile
+import zlib
 from io import BytesIO
 from pathlib import Path
 
@@ -262,7 +263,8 @@ def _check_compressed_units(units):
     `units` are opened as the tables that hold the compressed tiles. Astropy's other decoders (of HCOMPRESS
     and PLIO) write outside their memory if a file is damaged.
     """
-    for header in (unit.header for unit in units if unit.header.get("ZIMAGE")):
+    for unit in (unit for unit in units if unit.header.get("ZIMAGE")):
+        header = unit.header
         if header["ZCMPTYPE"] not in SAFE_FITS_COMPRESSION:
             raise ValueError(f"compressed by {header['ZCMPTYPE']}; decompress it with funpack")
         axes = range(1, int(header["ZNAXIS"]) + 1)
@@ -271,6 +273,20 @@ def _check_compressed_units(units):
         tile = pixel * math.prod(int(header.get(f"ZTILE{i}", 1)) for i in axes)
         if max(size, tile) > MAX_FITS_BYTES or int(header["PCOUNT"]) > 2 * size + 2**16:
             raise ValueError("it is too large for a cutout")
+        _check_deflated_tiles(unit, 8 * size // pixel)
+
+
+def _check_deflated_tiles(table, most):
+    """ValueError if the tiles that gzip compressed hold more than `most` bytes: astropy sets no limit."""
+    names = ["GZIP_COMPRESSED_DATA"]
+    if table.header["ZCMPTYPE"].startswith("GZIP"):
+        names.append("COMPRESSED_DATA")
+    for name in (name for name in names if name in table.columns.names):
+        for tile in table.data[name]:
+            content = zlib.decompressobj(wbits=47).decompress(np.asarray(tile).tobytes(), most + 1)
+            most -= len(content)
+            if most < 0:
+                raise ValueError("its tiles hold more than the image that it announces")
 
 
 # .npy and .npz

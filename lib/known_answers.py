@@ -16,8 +16,7 @@ MOST_IMAGES = 3
 MOST_CHARACTERS = 60_000
 LARGEST_SIDE = 160  # pixels a side that are stored of a larger image; they are repeated to its size
 MOST_NUMBERS = 256  # that are stored of one answer
-# Largest difference on another machine, by precision and output; of outputs above one, it is relative
-# to the largest. export.py allows less on its own machine.
+# Largest `difference` on another machine, by precision and output. export.py allows less on its own.
 TOLERANCES = {
     "float32": {"probabilities": 1e-3, "familiarity": 0.05, "residual": 1e-3, "score": 1e-3},
     "float16": {"probabilities": 0.05, "familiarity": 0.05},
@@ -67,18 +66,19 @@ def read(text, side):
 
 
 def differences(answers, outputs):
-    """{output: largest difference} between the answers of `read` and {output: (n, ...)} of a runtime.
+    """{output: `difference`} between the answers of `read` and {output: (n, ...)} of a runtime."""
+    return {name: difference(_thinned(np.asarray(outputs[name])), answers[name]) for name in answers}
 
-    Of outputs above one, it is relative to the largest. What cannot be compared differs infinitely.
+
+def difference(got, right):
+    """Largest difference of two arrays; of numbers above one, relative to the largest that is right.
+
+    Infinite if they cannot be compared.
     """
-    found = {}
-    for name, expected in answers.items():
-        got = _thinned(np.asarray(outputs[name]))
-        largest = max(1.0, float(np.abs(expected).max()))
-        same_shape = got.shape == expected.shape
-        difference = float(np.abs(got - expected).max()) / largest if same_shape else np.inf
-        found[name] = np.inf if math.isnan(difference) else difference
-    return found
+    if got.shape != right.shape:
+        return math.inf
+    found = float(np.abs(got - right).max()) / max(1.0, float(np.abs(right).max()))
+    return math.inf if math.isnan(found) else found
 
 
 def _step(side):

@@ -64,13 +64,12 @@ class Learner(NamedTuple):
 def fit(learner, recipe, rows, run, device, precision):
     """Train `learner` on `rows` (n,) by a recipe; leaves checkpoints and `metrics.jsonl` in the run.
 
-    Returns (state dict, history: a list of dicts, the lines of metrics.jsonl). The state is that of
-    the best validation or the last one, as the recipe says.
+    Returns (state dict, history: a list of dicts, the lines of metrics.jsonl, line of the state). The
+    state is that of the best validation or the last one, as the recipe says.
     Raises UserError if a figure is not finite; SystemExit 130 or 143 after SIGINT or SIGTERM, with
     a checkpoint left behind.
     """
-    batch_size = min(recipe.batch_size, len(rows))
-    check_batch(batch_size, rows)
+    batch_size = check_batch(recipe, rows)
     steps_per_epoch = len(rows) // batch_size
     steps = recipe.epochs * steps_per_epoch
     score = learner.score if recipe.keep == "best" else None
@@ -107,8 +106,9 @@ def fit(learner, recipe, rows, run, device, precision):
                       file=sys.stderr)  # fmt: skip
                 raise SystemExit(128 + interruption.signal)
     run.write_metrics(training.history)
-    state = training.best["model"] if training.best else learner.model.state_dict()
-    return state, training.history
+    if training.best:
+        return training.best["model"], training.history, training.best["line"]
+    return learner.model.state_dict(), training.history, training.history[-1]
 
 
 def precision_of(recipe, run, device):
@@ -216,7 +216,7 @@ class Training:
         # Of equals the last: few validation images soon give several epochs the same AUC.
         if score and (self.best is None or measured[score] >= self.best["score"]):
             state = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
-            self.best = {"score": measured[score], "model": state}
+            self.best = {"score": measured[score], "model": state, "line": line}
         return line
 
     def require_finite(self, what, value):
@@ -228,8 +228,9 @@ class Training:
             )
 
 
-def check_batch(batch_size, rows):
-    """UserError unless there are enough rows, and a batch can be split over the processes."""
+def check_batch(recipe, rows):
+    """The images of a batch; UserError unless there are enough rows, and the processes can share it."""
+    batch_size = min(recipe.batch_size, len(rows))
     if len(rows) < 2:
         raise UserError("fewer than two training images: give a larger data set")
     if batch_size % distributed.world_size():
@@ -237,6 +238,7 @@ def check_batch(batch_size, rows):
             f"a batch of {batch_size} images cannot be split over {distributed.world_size()} "
             "processes: choose another --batch-size"
         )
+    return batch_size
 
 
 def batches_from(first_step, rows, batch_size, recipe, in_blocks):

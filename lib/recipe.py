@@ -148,12 +148,12 @@ def add_arguments(parser, defaults):
 
 
 def augmentation_kinds(text):
-    """("halfturn", "noise") of "halfturn,noise"; () of "none"."""
-    kinds = () if text == "none" else tuple(kind for kind in text.split(",") if kind)
-    for kind in kinds:
+    """("halfturn", "noise") of "noise,halfturn", in the order of KINDS; () of "none"."""
+    given = [] if text == "none" else text.split(",")
+    for kind in given:
         if kind not in KINDS:
             raise argparse.ArgumentTypeError(f"{kind!r} is not one of {', '.join(KINDS)}")
-    return kinds
+    return tuple(kind for kind in KINDS if kind in given)
 
 
 def _as_text(value):

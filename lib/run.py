@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lib import data, distributed, weights
-from lib.errors import UserError
+from lib.errors import UserError, one_line
 from lib.files import is_hidden, make_folder, write_json, write_text
 
 # Options that do not change the weights: a run may be resumed under others.
@@ -64,26 +64,41 @@ class Run:
         if checkpoint is not None:
             before = checkpoint.get("settings") if "in_blocks" in checkpoint else None
         elif self.weights_path.exists():
-            kept = weights.read(self.weights_path).content["run"]  # the settings and the outcome
-            before = {name: kept.get(name) for name in self.settings}
+            before = self._settings_of_weights()
         else:
             return
         if before == self.settings:
             self.checkpoint, self.is_finished = checkpoint, checkpoint is None
-        elif self.args.update:
+            return
+        difference = "its settings cannot be read"
+        if isinstance(before, dict):
+            names = sorted(before.keys() | self.settings.keys())
+            name = next(n for n in names if before.get(n) != self.settings.get(n))
+            difference = f"{name} = {before.get(name)}, now it is {self.settings.get(name)}"
+        if self.args.update:
             self.replaces = True
-        elif not isinstance(before, dict):
+            if distributed.is_main():
+                print(one_line(f"replaces the run in {self.out}: {difference}"))
+        elif isinstance(before, dict):
+            raise UserError(
+                f"--resume: the run in {self.out} has {difference}: use the same settings, or --overwrite "
+                "instead of --resume"
+            )
+        else:
             raise UserError(
                 f"{self.checkpoint_path} is broken or of another version: remove it, or give "
                 "--overwrite instead of --resume, to start again"
             )
-        else:
-            names = sorted(before.keys() | self.settings.keys())
-            name = next(n for n in names if before.get(n) != self.settings.get(n))
-            raise UserError(
-                f"--resume: the run in {self.out} has {name} = {before.get(name)}, now it is "
-                f"{self.settings.get(name)}: use the same settings, or --overwrite instead of --resume"
-            )
+
+    def _settings_of_weights(self):
+        """Those of the finished run; with --update None if its weights cannot be read."""
+        try:
+            kept = weights.read(self.weights_path).content["run"]  # the settings and the outcome
+        except UserError:
+            if not self.args.update:
+                raise
+            return None
+        return {name: kept.get(name) for name in self.settings}
 
     def _refuse_to_overwrite(self, checkpoint):
         """UserError if the folder holds what this run would replace without --overwrite."""
@@ -126,7 +141,7 @@ class Run:
                 path.unlink(missing_ok=True)
         # Maps of runs that were stopped or killed.
         for path in [*self.out.glob(MAPS), *self.out.glob(".maps-*.tmp.npy")]:
-            if self.replaces or path != self.maps_path:
+            if path != self.maps_path:
                 path.unlink()
         dataset = self.dataset
         options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}

@@ -110,6 +110,10 @@ def read(path, num_heads=None, foreign=False):
     for key, kind in kinds.items():
         if not isinstance(content.get(key), kind):
             raise UserError(f"{path}: not a weights file of this project: {key!r} is missing")
+    try:
+        json.dumps([content["config"], content["run"]])
+    except (TypeError, ValueError, RecursionError):
+        raise UserError(f"{path}: its configuration is no plain text and numbers") from None
     for key in ("mae", "transform"):
         if not isinstance(content["config"].get(key, {}), dict):
             raise UserError(f"{path}: {key} in its configuration is no configuration")

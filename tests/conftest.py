@@ -23,7 +23,7 @@ import export
 import finetune
 import pretrain
 import simulate
-from lib import errors, lenses, loader, loop, plots, strategies
+from lib import errors, lenses, loader, loop, plots, residuals, strategies
 
 # Seconds after which a process hangs for sure, however slow the machine and whatever runs beside.
 HUNG = 900
@@ -184,11 +184,11 @@ def no_pictures(monkeypatch):
 
 @pytest.fixture
 def rows_read(monkeypatch):
-    """The set of rows that any training reads from now on."""
+    """The set of rows that any training or computation of residuals reads from now on."""
     seen, whole = set(), loader.batch_reader
 
-    def spying(images, device):
-        read = whole(images, device)
+    def spying(images, device, **more):
+        read = whole(images, device, **more)
         if images.dtype == np.float16:  # residual maps, of rows that were read for them
             return read
 
@@ -198,7 +198,7 @@ def rows_read(monkeypatch):
 
         return remember
 
-    for module in (loader, pretrain, strategies):
+    for module in (loader, pretrain, residuals, strategies):
         monkeypatch.setattr(module, "batch_reader", spying)
     return seen
 

@@ -12,7 +12,7 @@ from conftest import ROOT, TINY_NETWORK, assert_user_error, run_script
 
 import export
 import mae
-from lib import data, onnxfile, weights
+from lib import data, onnxfile, onnxwrite, weights
 from lib.errors import UserError
 from lib.files import sha256_of
 
@@ -37,7 +37,7 @@ def test_less_precision_gives_a_smaller_file_that_agrees(precision, runs, folder
     assert np.allclose(reduced.sum(1), 1, atol=1e-2)
     model, _ = weights.load_classifier(runs / "full" / "vit-mae-classifier-wt.pth")
     with torch.no_grad():
-        expected = export.Probabilities(model).eval()(torch.from_numpy(images)).numpy()
+        expected = onnxwrite.Probabilities(model).eval()(torch.from_numpy(images)).numpy()
     spread = np.abs(expected - expected.mean(axis=0)).mean()  # how far a constant answer would be
     assert 0 < np.abs(reduced - expected).mean() < min(0.05, 0.3 * spread)
 
@@ -46,7 +46,7 @@ def test_int8_multiplies_in_eight_bits_and_hands_on_floats(runs, folder, tmp_pat
     out = tmp_path / "int8.onnx"
     shutil.copy(runs / "classifier.onnx", out)
     images = np.array(data.load(folder, runs / "cache").images[:16, None])
-    export.reduce_precision(out, "int8", images, {})
+    onnxwrite.reduce_precision(out, "int8", images, {})
     proto = onnx.load(out)
     made_by = {name: node for node in proto.graph.node for name in node.output}
     gemms = [node for node in proto.graph.node if node.op_type == "Gemm"]
@@ -64,7 +64,7 @@ def test_int8_multiplies_unsigned_bytes_which_no_cpu_saturates(runs, folder, tmp
     out = tmp_path / "int8.onnx"
     shutil.copy(runs / "classifier.onnx", out)
     images = np.array(data.load(folder, runs / "cache").images[:16, None])
-    export.reduce_precision(out, "int8", images, {})
+    onnxwrite.reduce_precision(out, "int8", images, {})
     graph = onnx.load(out).graph
     values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
     made_by = {name: node for node in graph.node for name in node.output}
@@ -91,7 +91,7 @@ def test_an_export_that_loses_auc_or_accuracy_is_not_left(
 ):
     same = {"macro AUC": 0.99, "accuracy": 0.99}
     values = iter((same, same | {figure: 0.98}))
-    monkeypatch.setattr(export, "largest_difference", lambda *_: 0.0)
+    monkeypatch.setattr(export, "differences", lambda *_: {"probabilities": 0.0})
     monkeypatch.setattr(export, "figures_of", lambda *_: next(values))
     with pytest.raises(UserError, match=f"{figure} falls by 0.0100"):
         export.main([
@@ -102,12 +102,26 @@ def test_an_export_that_loses_auc_or_accuracy_is_not_left(
     assert not list(tmp_path.iterdir())
 
 
+def test_an_export_uses_the_packed_copy_that_the_training_made(runs, folder, tmp_path):
+    shutil.rmtree(folder / ".packed", ignore_errors=True)  # of other tests
+    path = runs / "head" / "vit-mae-classifier-wt.pth"
+    arguments = ["--weights", str(path), "--out", str(tmp_path / "x.onnx")]
+    export.main(arguments)
+    assert not (folder / ".packed").exists()
+    (runs / "cache").rename(runs / "elsewhere")
+    try:
+        export.main(arguments)
+    finally:
+        (runs / "elsewhere").rename(runs / "cache")
+    assert (folder / ".packed").exists()
+
+
 def test_exported_maps_are_those_of_pytorch(runs, folder):
     dataset = data.load(folder, runs / "cache")
     images = np.array(dataset.images[:5, None])
     residual, score = export.run_session(runs / "reconstruction.onnx", images, batch=2)
     network, transform, _ = weights.load_mae(runs / "pretrain" / "vit-mae-wt.pth")
-    masks = mae.complementary_masks(network.num_patches, 0.75, export.ROUNDS)
+    masks = mae.complementary_masks(network.num_patches, 0.75, onnxwrite.ROUNDS)
     with torch.no_grad():
         expected = network.eval().residual(transform(torch.from_numpy(images)), masks)
     assert np.allclose(residual, expected.numpy(), atol=1e-4)
@@ -141,13 +155,13 @@ def test_exported_file_equals_pytorch_and_carries_its_identity(runs, folder):
 
 def test_exporting_leaves_the_network_as_it_was(tmp_path):
     network = mae.Classifier(patch_size=16, embed_dim=32, depth=2, num_heads=2).eval()
-    export.write_onnx(export.Probabilities(network).eval(), tmp_path / "x.onnx", {})
+    onnxwrite.write_onnx(onnxwrite.Probabilities(network).eval(), tmp_path / "x.onnx", {})
     assert {block.attn.form for block in network.blocks} == {"fused"}
-    assert not any(isinstance(module, export.FlatLinear) for module in network.modules())
+    assert not any(isinstance(module, onnxwrite.FlatLinear) for module in network.modules())
 
 
 def test_a_differing_export_is_not_left(exported_already, runs, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "largest_difference", lambda *_: 2e-4)
+    monkeypatch.setattr(export, "differences", lambda *_: {"probabilities": 2e-4})
     out = tmp_path / "bad.onnx"
     with pytest.raises(UserError, match=r"2\.0e-04"):
         export.main([

@@ -6,6 +6,7 @@ import torch
 from conftest import assert_user_error, run_script
 
 import export
+from lib import onnxwrite
 from mae import MAE, Classifier, IntensityTransform, complementary_masks, residual_scores
 
 SIZE = {"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2}
@@ -33,59 +34,59 @@ def classifier(unit, kind="log"):
 def residuals(unit):
     torch.manual_seed(0)
     transform = IntensityTransform(**constants(unit))
-    return export.Residuals(MAE(**SIZE, **DECODER), transform, 0.75).eval()
+    return onnxwrite.Residuals(MAE(**SIZE, **DECODER), transform, 0.75).eval()
 
 
 def exported(model, path, precision="float32", calibration=None):
-    export.write_onnx(model, path, {})
+    onnxwrite.write_onnx(model, path, {})
     if precision != "float32":
-        export.reduce_precision(path, precision, calibration, {})
+        onnxwrite.reduce_precision(path, precision, calibration, {})
     return path
 
 
 @pytest.mark.parametrize("unit", [1e-37, 1e-10, 1.0, 1e36])
 def test_the_unit_of_the_images_survives_the_export(unit, tmp_path):
-    model = export.Probabilities(classifier(unit)).eval()
+    model = onnxwrite.Probabilities(classifier(unit)).eval()
     path = exported(model, tmp_path / "model.onnx")
-    assert export.largest_difference(model, path, images(unit)) <= export.TOLERANCE
+    export.require_agreement(export.differences(model, path, images(unit)), path)
 
 
 def test_a_small_unit_survives_the_export_of_residual_maps(tmp_path):
     model = residuals(1e-30)
     path = exported(model, tmp_path / "maps.onnx")
-    assert export.largest_difference(model, path, images(1e-30)) <= export.TOLERANCE
+    export.require_agreement(export.differences(model, path, images(1e-30)), path)
 
 
 @pytest.mark.parametrize("kind", ["log", "asinh", "sqrt", "linear"])
 @pytest.mark.parametrize("unit", [1e-30, 1.0, 1e30])
 def test_the_scaled_transform_is_the_transform_bit_for_bit(unit, kind):
     transform, pixels = IntensityTransform(**constants(unit, kind)), torch.tensor(images(unit, 8))
-    assert torch.equal(export.ScaledTransform(transform)(pixels), transform(pixels))
+    assert torch.equal(onnxwrite.ScaledTransform(transform)(pixels), transform(pixels))
 
 
 def test_images_far_above_their_contrast_are_exported(tmp_path):
     """The offset is subtracted before anything is rounded."""
     transform = {"kind": "linear", "offset": 1e6, "softening": 1.0, "mean": 0.5, "std": 0.3}
     network = Classifier(**SIZE, transform=transform).eval()
-    model = export.Probabilities(network).eval()
+    model = onnxwrite.Probabilities(network).eval()
     pixels = (1e6 + images(1.0)).astype(np.float32)
     path = exported(model, tmp_path / "model.onnx")
-    assert export.largest_difference(model, path, pixels) <= export.TOLERANCE
+    export.require_agreement(export.differences(model, path, pixels), path)
 
 
 @pytest.mark.parametrize(
     ("unit", "kind"), [(1e-20, "log"), (1e6, "log"), (1e6, "asinh"), (1e6, "linear"), (1e20, "sqrt")]
 )
 def test_pixels_beyond_float16_are_classified_in_float16(unit, kind, tmp_path):
-    model, pixels = export.Probabilities(classifier(unit, kind)).eval(), images(unit)
+    model, pixels = onnxwrite.Probabilities(classifier(unit, kind)).eval(), images(unit)
     path = exported(model, tmp_path / "model.onnx", "float16")
-    difference = export.largest_difference(model, path, pixels)
+    difference = export.differences(model, path, pixels)["probabilities"]
     assert difference <= TOLERANCES["float16"]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_pixel_that_is_no_number_gives_no_probability(precision, tmp_path):
-    model, pixels = export.Probabilities(classifier(1.0)).eval(), images(1.0)
+    model, pixels = onnxwrite.Probabilities(classifier(1.0)).eval(), images(1.0)
     path = exported(model, tmp_path / "model.onnx", precision, pixels)
     right = export.run_session(path, pixels[:8])[0]
     bad = pixels[:8].copy()
@@ -110,10 +111,10 @@ def test_pytorch_itself_is_as_it_was():
     network, pixels = classifier(1.0), torch.tensor(images(1.0, 4))
     with torch.no_grad():
         expected = network(pixels).softmax(dim=1)
-        assert torch.equal(export.Probabilities(network)(pixels), expected)
+        assert torch.equal(onnxwrite.Probabilities(network)(pixels), expected)
         model = residuals(1.0)
         residual, score = model(pixels)
-        masks = complementary_masks(16, 0.75, export.ROUNDS)
+        masks = complementary_masks(16, 0.75, onnxwrite.ROUNDS)
         map_ = model.mae.residual(model.transform(pixels), masks)
     assert torch.equal(residual, map_)
     assert torch.equal(score, residual_scores(map_))

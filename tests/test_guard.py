@@ -49,7 +49,8 @@ def test_pixels_decide_where_familiarity_cannot():
         assert {name for name, _ in errors} | set(passed) == {name for name, _ in images}
 
 
-@pytest.mark.parametrize("stated", ["", "null", "[1, 2]", "[[1], 2, 3]", "{}", "[" * 9])
+@pytest.mark.parametrize("stated", ["", "null", "[1, 2]", "[[1], 2, 3]", "{}", "[" * 9,
+                                    "[" * 10**5, f"[0, {9 * 10**400}, 1]", "[NaN, NaN, NaN]"])  # fmt: skip
 def test_a_file_with_unreadable_metadata_has_no_bounds(stated):
     guard = Guard.of(session(familiarity_images="many", pixel_range=stated))
     assert (guard.calibration, guard.pixel_range) == (0, ANY_PIXELS)

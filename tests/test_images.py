@@ -568,6 +568,27 @@ def test_a_truncated_file_is_refused(kind, fits, tmp_path):
     assert_refused(tmp_path / "cut.fits", "not a usable FITS image")
 
 
+def test_tiles_that_hold_more_than_their_image_are_refused(fits, tmp_path):
+    """Astropy inflated 60 MB from 64 kB, in an image that announces 16 kB."""
+    image = fits.CompImageHDU(np.zeros((64, 64), np.float32), compression_type="GZIP_1", quantize_level=0)
+    fits.HDUList([fits.PrimaryHDU(), image]).writeto(tmp_path / "sound.fits")
+    with fits.open(tmp_path / "sound.fits", disable_image_compression=True) as units:
+        bomb = np.frombuffer(gzip.compress(bytes(10**6)), np.uint8)
+        tiles = np.empty(64, object)
+        tiles[:] = [bomb] * 64
+        column = fits.Column("COMPRESSED_DATA", format="PB()", array=tiles)
+        header = units[1].header.copy()
+        table = fits.BinTableHDU.from_columns([column])
+        header["PCOUNT"] = table.header["PCOUNT"]
+        for key in [k for k in header if k.startswith("Z")]:
+            table.header[key] = header[key]
+        fits.HDUList([fits.PrimaryHDU(), table]).writeto(tmp_path / "bomb.fits")
+    assert len(list(read_images([tmp_path / "sound.fits"], 64, [], []))) == 1
+    errors = []
+    assert not list(read_images([tmp_path / "bomb.fits"], 64, errors, []))
+    assert "more than the image" in errors[0][1]
+
+
 @pytest.mark.parametrize("method", ["RICE_1", "GZIP_1", "GZIP_2", "HCOMPRESS_1", "PLIO_1"])
 def test_compressions_are_read_but_for_those_whose_decoders_crash_on_damage(method, fits, tmp_path):
     stored = np.arange(64, dtype=np.int16).reshape(8, 8)

@@ -99,6 +99,19 @@ def test_images_that_were_not_simulated_are_never_replaced(packed, folder, tmp_p
     run_script("simulate.py", "--out", tmp_path / "empty", *arguments)
 
 
+@pytest.mark.parametrize("layout", ["packed", "folder"])
+def test_files_of_a_user_among_simulated_images_are_never_removed(layout, tmp_path):
+    out = tmp_path / "images"
+    run_script("simulate.py", "--out", out, "--per-class", 2, "--layout", layout)
+    (out / "mine").mkdir()
+    (out / "mine" / "years.npy").write_bytes(b"of work")
+    before = content(out)
+    process = run_script("simulate.py", "--out", out, "--per-class", 3, "--layout", layout, "--update",
+                         check=False)  # fmt: skip
+    assert_user_error(process, out, "mine")
+    assert content(out) == before
+
+
 def test_half_a_replaced_data_set_does_not_look_complete(tmp_path, monkeypatch):
     out = tmp_path / "images"
     simulate.main(["--per-class", "4", "--out", str(out)])

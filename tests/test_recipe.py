@@ -2,6 +2,8 @@
 
 import argparse
 
+import pytest
+
 from lib import recipe
 from lib.recipe import Defaults
 
@@ -46,3 +48,12 @@ def test_the_help_tells_the_default_of_each():
     for told in ("learning rate (default: a 0.1, b 0.25)", "images per step (default: 64)",
                  "a halfturn, b none", "(default: 2; more for few images)"):  # fmt: skip
         assert told in text
+
+
+def test_augmentations_mean_the_same_in_any_order():
+    """Another order was another setting: not resumed, and trained again."""
+    assert recipe.augmentation_kinds("noise,halfturn,noise") == ("halfturn", "noise")
+    assert recipe.augmentation_kinds("none") == ()
+    for wrong in ("", ",", "noise,", "nois"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            recipe.augmentation_kinds(wrong)

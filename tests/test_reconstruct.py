@@ -51,24 +51,14 @@ def fresh(tmp_path_factory):
 
 
 @pytest.fixture
-def fits(monkeypatch):
+def fits(monkeypatch, rows_read):
     """Every call of `clusters.fit` from now on: (rows read until then, powers, clusters, seed)."""
-    calls, read, reader, fit = [], set(), residuals.batch_reader, clusters.fit
-
-    def spying(images, device, **more):
-        function = reader(images, device, **more)
-
-        def remember(rows):
-            read.update(np.asarray(rows).tolist())
-            return function(rows)
-
-        return remember
+    calls, fit = [], clusters.fit
 
     def remember(powers, count, seed):
-        calls.append((sorted(read), powers, count, seed))
+        calls.append((sorted(rows_read), powers, count, seed))
         return fit(powers, count, seed)
 
-    monkeypatch.setattr(residuals, "batch_reader", spying)
     monkeypatch.setattr(clusters, "fit", remember)
     return calls
 
