@@ -213,7 +213,8 @@ def inference(args):
             images = torch.rand(-(-64 // batch), batch, 1, 64, 64)  # as many calls, which are timed together
 
             def answers(session, images=images.numpy()):
-                parts = [c[i : i + predict.BATCH_SIZE] for c in images for i in range(0, batch, predict.BATCH_SIZE)]
+                starts = range(0, batch, predict.BATCH_SIZE)
+                parts = [call[i : i + predict.BATCH_SIZE] for call in images for i in starts]
                 return lambda: [session.run(None, {"images": part}) for part in parts]
 
             eager = {"": lambda images=images: [model(call).softmax(dim=1) for call in images]}
@@ -235,8 +236,8 @@ def rendering(args):
             for source, point_masses in images:
                 peer(source, point_masses)
 
-        peers = {"": theirs} if peer else {}
-        yield compare(args, f"rendering an image, {class_name}", "lenstronomy", ours, peers, len(sources), count)
+        what, peers = f"rendering an image, {class_name}", {"": theirs} if peer else {}
+        yield compare(args, what, "lenstronomy", ours, peers, len(sources), count)
 
 
 def lenstronomy_renderer():
@@ -315,8 +316,8 @@ def packing(args):
             for first in range(0, len(paths), 64):
                 read(order[first : first + 64])
 
-        yield compare(args, f"reading {len(paths)} .npy files, second epoch", "np.load in a DataLoader", packed_epoch,
-                  {"": lambda: [None for _ in loader]}, len(paths))  # fmt: skip
+        what, peers = f"reading {len(paths)} .npy files, second epoch", {"": lambda: [None for _ in loader]}
+        yield compare(args, what, "np.load in a DataLoader", packed_epoch, peers, len(paths))
 
 
 def reproduction(args):

@@ -163,7 +163,8 @@ def pictures(args):
             if not (images.max(axis=(1, 2)) > 0).all():
                 raise UserError(f"{args.data}: an image has no positive pixel")
             shown = as_any_pictures(images, rng) if args.any else as_pictures(images)
-            for picture, label in zip(shown, dataset.labels[start : start + len(shown)].tolist(), strict=True):
+            labels = dataset.labels[start : start + len(shown)].tolist()
+            for picture, label in zip(shown, labels, strict=True):
                 writer.append(picture[None], label)
         writer.close()
         sign(folder / "dataset.json", made)
@@ -187,7 +188,8 @@ def classify(args):
     predicted, exact = np.array(class_names)[probabilities.argmax(1)], is_exact(images)
     shares = [[f"{p:.6f}" for p in row] for row in probabilities]
     extra = zip(*columns.values(), strict=True) if columns else ((),) * len(images)
-    lines = ([str(i), str(int(exact[i])), *map(str, known), *shares[i], predicted[i]] for i, known in enumerate(extra))
+    lines = ([str(i), str(int(exact[i])), *map(str, known), *shares[i], predicted[i]]
+             for i, known in enumerate(extra))  # fmt: skip
     write_csv(args.out, [["image", "exact", *columns, *class_names, "prediction"], *lines])
     print(f"{len(images)} images in {args.out}")
     if "labels" not in columns:
@@ -218,7 +220,7 @@ def parse_args(argv=None):
     option("--out", type=path_argument, required=True, help="folder to create")
     option("--any", action="store_true", help="pictures of any kind, not 8-bit alone")
     option("--seed", type=int, default=0, help="of the kinds and their noise")
-    option("--update", action="store_true", help="do nothing if --out holds the same pictures; replace others")
+    option("--update", action="store_true", help="do nothing if --out holds these pictures; replace others")
     option = add(classify, "ask a classifier about real images")
     option("--images", type=path_argument, required=True, metavar="NPZ")
     option("--weights", type=path_argument, required=True, metavar="PTH")

@@ -119,7 +119,8 @@ def finetuned(study, seed, strategy, start, *changes, name="base", images=None, 
     if strategy == "layernorm":
         start = finetuned(study, seed, "head", start, name=name, images=images)
     out = study.args.out / name / f"seed{seed}" / ("scratch" if start == "none" else strategy)
-    own = (*options_of(study, out, seed, images), "--pretrained", start, "--strategy", strategy, "--labels", labels)
+    own = options_of(study, out, seed, images)
+    own += ("--pretrained", start, "--strategy", strategy, "--labels", labels)
     call(finetune, own, study.args.finetuning, changes)
     return out / "vit-mae-classifier-wt.pth"
 
@@ -136,8 +137,8 @@ def left_by(script, study, path, images):
 def measured(study, path, images):
     """AUC of each class, macro AUC and accuracy (%) of a classifier."""
     (result,) = left_by(evaluate, study, path, images)["results"].values()
-    by_class = {f"AUC {name}": auc["value"] for name, auc in result["auc"].items()}
-    return {**by_class, "macro AUC": result["macro"]["value"], "accuracy %": 100 * result["accuracy"]["value"]}
+    row = {f"AUC {name}": auc["value"] for name, auc in result["auc"].items()}
+    return row | {"macro AUC": result["macro"]["value"], "accuracy %": 100 * result["accuracy"]["value"]}
 
 
 def residual_auc(study, path, images):
@@ -252,7 +253,7 @@ def with_few_labels(study, seed, folder, starts):
 
 
 def unfamiliar(study, seed):
-    """Images unlike the training images: which does a classifier refuse, and which of the others does it get right?
+    """Images unlike the training images: which does a classifier refuse, and which answers are right?
 
     AUC: telling clean images from those of a kind by familiarity, or by what is known without it,
     the largest probability and the energy (Liu et al. 2020, arXiv:2010.03759). "Held back": a
@@ -285,7 +286,8 @@ def instruments(study, seed):
         images = Images(folder, data.load(folder))
         start = pretrained(study, seed, *pretraining, name=model, images=images)
         path = finetuned(study, seed, "residual", start, *finetuning, name=model, images=images)
-        yield {"run": model, "seed": seed, **measured(study, path, images), **residual_auc(study, start, images)}
+        row = measured(study, path, images) | residual_auc(study, start, images)
+        yield {"run": model, "seed": seed, **row}
 
 
 def mistakes(study, seed):
@@ -294,7 +296,8 @@ def mistakes(study, seed):
     On images simulated for this. AUC is that of a bin's images against all of the other classes.
     """
     model, _ = known_classifier(finetuned(study, seed, "full", pretrained(study, seed)))
-    images = np.concatenate([i for _, i, _ in lenses.simulate("Model_II", MISTAKES_PER_CLASS, FRESH_SEED + 1)])
+    parts = lenses.simulate("Model_II", MISTAKES_PER_CLASS, FRESH_SEED + 1)
+    images = np.concatenate([images for _, images, _ in parts])
     probabilities = evaluate.predict_probabilities(model, images, np.arange(len(images)), study.device)
     truth = np.repeat(np.arange(len(lenses.CLASS_NAMES)), MISTAKES_PER_CLASS)
     for class_name, (quantity, values) in substructure_strengths().items():
@@ -391,11 +394,12 @@ def parse_args(argv=None):
 def study_of(args):
     """The `Study` that the options ask for."""
     own = Images(args.data, data.load(args.data, args.cache_dir))
-    unseen = args.unseen and Images(args.unseen, data.load(args.unseen, args.cache_dir), "all", "lenstronomy")
+    tests = [own]
+    if args.unseen:
+        tests.append(Images(args.unseen, data.load(args.unseen, args.cache_dir), "all", "lenstronomy"))
     cutouts = kinds.read_cutouts(args.cutouts) if args.cutouts else None
     device = resolve_device(args.device)
-    tests = (own, unseen) if unseen else (own,)
-    return Study(args, own, tests, cutouts, choose_precision("auto", device).name, device)
+    return Study(args, own, tuple(tests), cutouts, choose_precision("auto", device).name, device)
 
 
 def main(argv=None):

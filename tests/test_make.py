@@ -234,9 +234,12 @@ def test_variables_of_the_environment_do_not_count(make, tmp_path):
     """They belong to something else; only what make's command line says is an option."""
     foreign = images(tmp_path / "foreign", "a")
     names = ("DATA", "BASELINE", "PER_CLASS", "CLUSTERS", "PRETRAINING", "FINETUNING", "REAL", "UNSEEN",
-             "CUTOUTS", "SEEDS", "PYTHON", "VENV", "MODEL", "MAPS", "PRETRAINED", "PICTURES", "MADE")  # fmt: skip
+             "CUTOUTS", "SEEDS", "PYTHON", "VENV", "MODEL", "MAPS", "PRETRAINED", "PICTURES", "MADE",
+             "SAMPLES", "IMAGES", "JOBS")  # fmt: skip
     usual = make()[1]
     assert make(**dict.fromkeys(names, str(foreign)))[1] == usual
+    data = f"DATA={images(tmp_path / 'data', 'a', 'b')}"
+    assert make(data, **dict.fromkeys(names, str(foreign)))[1] == make(data)[1]
     for goal in ("reproduce", "study"):
         said = run_make("-n", goal, RUNS=str(foreign), **dict.fromkeys(names, str(foreign))).stdout
         assert str(foreign) not in said
