@@ -100,7 +100,8 @@ def test_predictions_of_normalised_pixels_become_pixels_again():
     _, reconstruction = model.reconstruct(images, 0.5, noise)
     own, got = (gather_patches(patchify(x, 4), ids_removed) for x in (images, reconstruction))
     assert torch.allclose(got, pred * own.std(2, keepdim=True) + own.mean(2, keepdim=True), atol=1e-4)
-    residual = model.residual(images, [(noise[0].argsort()[:8], ids_removed[0])])
+    visible, hidden = noise[0].argsort()[:8], ids_removed[0]
+    residual = model.residual(images, [(visible, hidden), (hidden, visible)])
     assert torch.allclose(gather_patches(patchify(residual, 4), ids_removed), own - got, atol=1e-4)
 
 
