@@ -75,6 +75,7 @@ def test_batchnorm_statistics_are_those_of_the_training_images():
     inputs = torch.randn(512, 5) * 3 + 1
     inputs[256:] += 20  # rows come sorted by class, and classes differ
     model[1].running_mean.fill_(100.0)
+    model[1].num_batches_tracked.fill_(10)
     random_state = torch.get_rng_state()
     strategies.reestimate_batchnorm(model, lambda rows: model(inputs[rows]), np.arange(512))
     outputs = model[0](inputs)

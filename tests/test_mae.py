@@ -95,11 +95,14 @@ def test_reconstruction_keeps_visible_pixels_and_hides_removed_ones():
 
 def test_predictions_of_normalised_pixels_become_pixels_again():
     model = tiny_mae(norm_pix_loss=True).eval()
-    images, noise = 3 + 5 * torch.randn(2, 1, 16, 16), torch.rand(2, 16)
+    images, noise = 3 + 5 * torch.randn(2, 1, 16, 16), torch.rand(1, 16).expand(2, 16)
     _, pred, ids_removed = model(images, 0.5, noise)
     _, reconstruction = model.reconstruct(images, 0.5, noise)
     own, got = (gather_patches(patchify(x, 4), ids_removed) for x in (images, reconstruction))
     assert torch.allclose(got, pred * own.std(2, keepdim=True) + own.mean(2, keepdim=True), atol=1e-4)
+    visible, hidden = noise[0].argsort()[:8], ids_removed[0]
+    residual = model.residual(images, [(visible, hidden), (hidden, visible)])
+    assert torch.allclose(gather_patches(patchify(residual, 4), ids_removed), own - got, atol=1e-4)
 
 
 def test_images_and_mask_ratios_that_make_no_sense_are_refused():
