@@ -12,7 +12,7 @@ from sklearn.metrics import confusion_matrix, roc_curve
 
 from lib import compatibility, data, metrics, options, plots, report, tables, weights
 from lib.device import resolve_device
-from lib.errors import UserError, path_argument, run
+from lib.errors import UserError, path_argument, run_main
 from lib.files import make_folder, sha256_of, write_json, write_text
 from lib.guard import LEAST_FAMILIARITY, Guard
 from lib.loader import batch_reader, in_batches
@@ -278,4 +278,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

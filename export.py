@@ -16,7 +16,7 @@ import torch
 
 from lib import compatibility, data, known_answers, options, weights
 from lib.convert import to_hugging_face
-from lib.errors import UserError, path_argument, run
+from lib.errors import UserError, path_argument, run_main
 from lib.files import atomic_directory, atomic_write, check_outputs, write_json
 from lib.known_answers import difference
 from lib.metrics import accuracy, auc_by_class
@@ -353,4 +353,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

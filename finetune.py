@@ -13,7 +13,7 @@ import torch
 
 from lib import data, distributed, familiarity, network, options, plots, recipe, weights
 from lib.device import resolve_device
-from lib.errors import UserError, path_argument, run
+from lib.errors import UserError, path_argument, run_main
 from lib.loader import in_batches
 from lib.loop import Learner, check_batch, fit, precision_of
 from lib.run import open_run
@@ -183,4 +183,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lib import options
-from lib.errors import UserError, one_line, path_argument, reason_of, run
+from lib.errors import UserError, one_line, path_argument, reason_of, run_main
 from lib.files import check_outputs, identity, write_csv
 from lib.guard import LEAST_FAMILIARITY, UNFAMILIAR, Guard
 from lib.images import SUFFIXES, find_files, read_images
@@ -298,4 +298,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

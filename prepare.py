@@ -7,7 +7,7 @@ how many of each class fall into the training, validation and test parts.
 
 from lib import options
 from lib.data import load, split
-from lib.errors import UserError, path_argument, run
+from lib.errors import UserError, path_argument, run_main
 from lib.files import read_json, write_json
 
 EXAMPLE = "example: python prepare.py --data lenses"
@@ -47,4 +47,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -11,7 +11,7 @@ import torch
 from lib import data, distributed, familiarity, network, options, plots, recipe
 from lib.augment import augment
 from lib.device import resolve_device
-from lib.errors import one_line, run
+from lib.errors import one_line, run_main
 from lib.intensity import fit_transform
 from lib.loader import StoredImages, batch_reader, in_batches, larger_than_memory, read_disturbed
 from lib.loop import Learner, check_batch, fit, precision_of
@@ -163,4 +163,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -15,7 +15,7 @@ import torch
 
 from lib import clusters, compatibility, data, lenses, options, plots
 from lib.device import resolve_device
-from lib.errors import UserError, one_line, path_argument, run
+from lib.errors import UserError, one_line, path_argument, run_main
 from lib.files import make_folder, sha256_of, write_csv, write_json
 from lib.metrics import about_intervals
 from lib.provenance import LIBRARY, identity_of, is_current, made_from, sign
@@ -178,4 +178,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

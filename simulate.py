@@ -9,7 +9,7 @@ import numpy as np
 
 from lib import data, lenses, options
 from lib.data import PACKED_FILES, PackedWriter, require_space
-from lib.errors import path_argument, run
+from lib.errors import path_argument, run_main
 from lib.files import atomic_directory, make_folder
 from lib.provenance import is_current, made_from, require_origin, sign
 
@@ -94,4 +94,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluate import predict_probabilities
 from lib import compatibility, data, lenses, options, plots, weights
 from lib.device import resolve_device
-from lib.errors import UserError, path_argument, run
+from lib.errors import UserError, path_argument, run_main
 from lib.loader import batch_reader
 from mae import complementary_masks
 
@@ -146,4 +146,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

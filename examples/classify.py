@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lib.errors import UserError, one_line, run
+from lib.errors import UserError, one_line, run_main
 from lib.guard import UNFAMILIAR, Guard
 from lib.images import read_images
 from lib.onnxfile import classify, open_classifier
@@ -41,4 +41,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

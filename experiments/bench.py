@@ -34,7 +34,7 @@ import simulate
 from lib import data, lenses, optim, options, tables
 from lib.cuda_graphs import GraphedStep
 from lib.device import choose_precision, resolve_device, seconds_of
-from lib.errors import UserError, path_argument, run
+from lib.errors import UserError, path_argument, run_main
 from lib.files import make_folder, write_json, write_text
 from lib.loader import batch_reader
 from mae import MAE, Classifier, set_attention_form
@@ -387,4 +387,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluate import predict_probabilities
 from lib import data, lenses, options, weights
 from lib.device import resolve_device
-from lib.errors import UserError, path_argument, run
+from lib.errors import UserError, path_argument, run_main
 from lib.files import atomic_directory, write_csv
 from lib.images import read_npy
 from lib.provenance import identity_of, is_current, made_from, require_origin, sign
@@ -235,4 +235,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -11,7 +11,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lib import options, plots, tables
-from lib.errors import UserError, path_argument, run
+from lib.errors import UserError, path_argument, run_main
 from lib.files import read_json, write_json, write_text
 
 EXAMPLE = """example:
@@ -151,4 +151,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -26,7 +26,7 @@ import simulate
 from experiments import kinds, results
 from lib import clusters, compatibility, data, lenses, options, residuals, weights
 from lib.device import choose_precision, resolve_device
-from lib.errors import UserError, path_argument, run
+from lib.errors import UserError, path_argument, run_main
 from lib.files import make_folder, read_json, write_json
 
 EXAMPLE = """examples:
@@ -417,4 +417,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

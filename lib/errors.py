@@ -12,7 +12,7 @@ class UserError(Exception):
     """A mistake that the user can fix: its text names the file or flag and the remedy."""
 
 
-def run(main):
+def run_main(main):
     """Run a script's `main` and exit: 0, or one line on stderr and 2 for a user's mistake.
 
     Any text can be printed: characters that the terminal lacks become backslash escapes, and a

@@ -34,7 +34,7 @@ PRETRAINED, CLASSIFIER = "vit-mae-wt.pth", "vit-mae-classifier-wt.pth"  # weight
 
 
 def run_script(name, *arguments, check=True, folder=ROOT):
-    """Run a script's `main` as `errors.run` does, in this process, which has torch loaded already.
+    """Run a script's `main` as `errors.run_main` does, in this process, which has torch loaded already.
 
     `name` is a path from the root, such as "experiments/study.py"; `folder` is the working
     directory. Returns what `run_python` does.
@@ -46,7 +46,7 @@ def run_script(name, *arguments, check=True, folder=ROOT):
         contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(folder),
         mock.patch.object(sys, "argv", [name, *argv]), pytest.raises(SystemExit) as ended,
     ):  # fmt: skip
-        errors.run(lambda: module.main(argv))
+        errors.run_main(lambda: module.main(argv))
     process = subprocess.CompletedProcess([name, *argv], ended.value.code or 0)
     process.stdout, process.stderr = out.getvalue(), err.getvalue()
     if check:

@@ -81,7 +81,7 @@ def test_a_mistake_is_one_line_and_an_exit_code(error, code, said, capsys):
         return 0
 
     with pytest.raises(SystemExit) as ended:
-        errors.run(main)
+        errors.run_main(main)
     assert ended.value.code == code
     assert capsys.readouterr().err == said
 
@@ -91,4 +91,4 @@ def test_a_bug_is_not_taken_for_a_mistake_of_the_user():
         raise ValueError
 
     with pytest.raises(ValueError):  # noqa: PT011
-        errors.run(main)
+        errors.run_main(main)

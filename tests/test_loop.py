@@ -256,7 +256,7 @@ def run_forked(script, arguments, output, checkpoint_seconds, largest_file):
     for name in PICTURES:
         setattr(plots, name, lambda *_: None)
     module = importlib.import_module(script)
-    errors.run(lambda: module.main(arguments))
+    errors.run_main(lambda: module.main(arguments))
 
 
 @pytest.fixture
