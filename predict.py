@@ -11,7 +11,6 @@ of file names that are not UTF-8 are written as escapes such as \\xff.
 
 import contextlib
 import heapq
-import itertools
 import os
 import sys
 import warnings
@@ -83,11 +82,11 @@ def predict(args):
     counts = dict.fromkeys([*class_names, *([UNFAMILIAR] if guard.can_refuse else [])], 0)
     shown = []
     answers = watched(answers, counts, shown, args.sheet_images if args.sheet else 0)
-    more = [] if guard.calibration is None else ["familiarity"]
-    more += ["residual"] if maps_of else []
+    header = ["file", *class_names, "prediction", *(["familiarity"] if guard.calibration is not None else []),
+              *(["residual"] if maps_of else [])]  # fmt: skip
 
     # All results are written before anything is printed.
-    write_csv(args.out, itertools.chain([["file", *class_names, "prediction", *more]], lines_of(answers)))
+    write_csv(args.out, rows_of(header, answers))
     write_errors(args.out, errors)
     sheet_error = None
     if shown:
@@ -156,12 +155,13 @@ def watched(answers, counts, shown, most):
         yield answer
 
 
-def lines_of(answers):
-    """The cells of a line of the CSV for each answer."""
+def rows_of(header, answers):
+    """The rows of the CSV."""
+    yield header
     for answer in answers:
-        line = [answer.name, *(f"{p:.6f}" for p in answer.probabilities), answer.prediction]
-        line += [] if answer.familiarity is None else [f"{answer.familiarity:.6f}"]
-        yield line + ([] if answer.residual is None else [f"{answer.residual:.6g}"])
+        row = [answer.name, *(f"{p:.6f}" for p in answer.probabilities), answer.prediction]
+        row += [] if answer.familiarity is None else [f"{answer.familiarity:.6f}"]
+        yield row + ([] if answer.residual is None else [f"{answer.residual:.6g}"])
 
 
 def warnings_of(args, guard, counts, others, errors):
