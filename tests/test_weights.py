@@ -147,11 +147,19 @@ def test_files_that_hold_no_weights_are_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("run", ["pretrain", "head", "residual"])
-def test_weights_without_a_transform_are_refused_by_every_script(run, runs, folder, tmp_path):
-    """With constants that are not those of the training, a network would be confidently wrong."""
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [(lambda content: content["config"].pop("transform"),
+      "{file}: its configuration has no usable transform"),
+     (lambda content: content["run"].update(split="an older one"), "another split")],
+)  # fmt: skip
+def test_weights_of_no_transform_or_another_split_are_refused_by_every_script(
+    damage, named, run, runs, folder, tmp_path
+):
+    """With other constants a network is confidently wrong; under another split it has seen test images."""
     file = PRETRAINED if run == "pretrain" else CLASSIFIER
     content = torch.load(runs / run / file, weights_only=True)
-    content["config"].pop("transform")
+    damage(content)
     torch.save(content, tmp_path / file)
     what = "reconstruction" if run == "pretrain" else "classifier"
     strategy = "residual" if run == "residual" else "head"
@@ -163,4 +171,4 @@ def test_weights_without_a_transform_are_refused_by_every_script(run, runs, fold
         ("evaluate.py" if run != "pretrain" else "reconstruct.py",
          ("--weights", tmp_path / file, "--out", tmp_path / "out")),
     ):  # fmt: skip
-        assert_refused(script, (*data, *command), file, "no usable transform")
+        assert_refused(script, (*data, *command), named.format(file=tmp_path / file))
