@@ -63,19 +63,7 @@ def reconstruct(args):
     (args.out / "metrics.json").unlink(missing_ok=True)  # an earlier call's
     write_scores(args.out / "scores.csv", rows, labels, scores, dataset.class_names, found)
     how = dataset.class_names, args.resamples, args.seed
-    result, lines = {}, []
-    if has_substructure.any() and not has_substructure.all():
-        result["auc"] = measured = measure(scores, has_substructure, labels, *how)
-        lines += [f"all substructure: AUC {as_text(measured['all'], 4)}"]
-        lines += [f"{one_line(name)}: AUC {as_text(auc, 4)}"
-                  for name, auc in measured["classes"].items()]  # fmt: skip
-        lines += filter(None, [about_intervals([measured["all"], *measured["classes"].values()])])
-    else:
-        some = "all" if not has_substructure.any() else "none"
-        lines += [
-            f"no AUC: the MAE was trained on {one_line(', '.join(trained_on))}, and {some} of the "
-            "images are of these classes: pre-train on some of the classes to compare"
-        ]
+    result, lines = separation(scores, labels, has_substructure, trained_on, how)
     if kinds:
         result["clusters"] = measured = clusters.measure(kinds, found, labels, dataset.class_names)
         percent = {name: 100 * value for name, value in measured["accuracy"].items()}
@@ -110,6 +98,25 @@ def sort_into_kinds(residuals, rows, fitted, count, seed):
         kinds = clusters.fit(powers, count, seed)
         scores, powers = scores_and_powers(residuals, rows)
     return scores, kinds, clusters.assign(kinds, powers)
+
+
+def separation(scores, labels, has_substructure, trained_on, how):
+    """How well scores tell substructure from what the MAE was trained on: ({"auc": figures}, lines).
+
+    `how` are class names, resamples and seed of `residuals.measure`. Without images of both kinds the
+    dict is empty.
+    """
+    if has_substructure.all() or not has_substructure.any():
+        some = "none" if has_substructure.any() else "all"
+        return {}, [
+            f"no AUC: the MAE was trained on {one_line(', '.join(trained_on))}, and {some} of the "
+            "images are of these classes: pre-train on some of the classes to compare"
+        ]
+    measured = measure(scores, has_substructure, labels, *how)
+    lines = [f"all substructure: AUC {as_text(measured['all'], 4)}"]
+    lines += [f"{one_line(name)}: AUC {as_text(auc, 4)}" for name, auc in measured["classes"].items()]
+    lines += filter(None, [about_intervals([measured["all"], *measured["classes"].values()])])
+    return {"auc": measured}, lines
 
 
 def as_text(figure, digits):
