@@ -40,15 +40,22 @@ def assert_same_history(one, two):
         assert single == {key: pytest.approx(double[key], rel=1e-5) for key in single}
 
 
+# Seldom torch aborts a process as the interpreter exits; what it computed is written by then.
+ABORTED = "terminate called without an active exception"
+
+
 def test_two_processes_started_by_torchrun_leave_what_one_does(packed, tmp_path):
     pretrain_on(packed, tmp_path / "one")
-    process = torchrun("pretrain.py", pretraining(packed, tmp_path / "two"))
-    output, _ = process.communicate(timeout=HUNG)
+    for attempt in range(5):
+        two = tmp_path / f"two-{attempt}"
+        process = torchrun("pretrain.py", pretraining(packed, two))
+        output, _ = process.communicate(timeout=HUNG)
+        if ABORTED not in output:
+            break
     assert process.returncode == 0, output
     assert output.count("weights in") == 1
-    assert_same_history(tmp_path / "one", tmp_path / "two")
-    names = [{path.name for path in (tmp_path / n).iterdir()} for n in ("one", "two")]
-    assert names[0] == names[1]
+    assert_same_history(tmp_path / "one", two)
+    assert {path.name for path in two.iterdir()} == {path.name for path in (tmp_path / "one").iterdir()}
 
 
 # Several trainings in one group of processes: starting a group takes longer than they do. Each process
@@ -157,9 +164,7 @@ def in_two_processes(packed, runs, tmp_path_factory):
     script.write_text(TRAININGS)
     process = torchrun(script, [ROOT, out / "trainings.json"])
     output, _ = process.communicate(timeout=HUNG)
-    # Seldom torch aborts a process as the interpreter exits; what it computed is written by then.
-    aborted = "terminate called without an active exception" in output
-    assert process.returncode == 0 or aborted, output
+    assert process.returncode == 0 or ABORTED in output, output
     results = [json.loads((out / f"seen-{rank}.json").read_text()) for rank in range(2)]
     return out, *zip(*results, strict=True)
 

@@ -99,7 +99,8 @@ def test_no_value_of_any_option_ends_in_a_traceback(script, place, monkeypatch, 
             folder.mkdir()
             signal.alarm(60)  # whoever opens a FIFO waits forever
             with sigterm_at(3):  # so that no number of epochs lasts
-                process = run_script(f"{script}.py", *command, f"{option}={value}", check=False, folder=folder)
+                process = run_script(f"{script}.py", *command, f"{option}={value}", check=False,
+                                     folder=folder)  # fmt: skip
             signal.alarm(0)
             what = f"{option}={value!r}: {process.returncode} {process.stdout} {process.stderr}"
             assert process.returncode in (0, 1, 2, 143), what
