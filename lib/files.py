@@ -205,7 +205,9 @@ def read_json(path):
 
 
 def sha256_of(path):
-    """SHA-256 of a file's content, in hexadecimal; UserError if it cannot be read."""
+    """SHA-256 of a file's content, in hexadecimal; UserError if it is no file or cannot be read."""
+    if Path(path).exists() and not Path(path).is_file():  # a FIFO would be waited for
+        raise UserError(f"{path} is no file")
     try:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

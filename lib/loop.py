@@ -224,7 +224,7 @@ class Training:
             path = self.run.checkpoint_path
             raise UserError(
                 f"the {what} is not finite at step {self.step} with learning rate {self.lr:.3g}: "
-                f"lower --lr; last good checkpoint: {path if path.exists() else 'none yet'}"
+                f"lower --lr or --weight-decay; last good checkpoint: {path if path.exists() else 'none yet'}"
             )
 
 

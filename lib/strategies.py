@@ -151,7 +151,6 @@ class Strategy:
             raise UserError(
                 f"{start.path} has --pool {model.pool}; start from an MAE for another --pool"
             )
-        model.temperature.fill_(1.0)
         return model
 
     def around(self, start, pretrained, recipe, more):
