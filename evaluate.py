@@ -87,8 +87,8 @@ def evaluate(args):
     plots.attempt(print, "\n".join([table, *about_results(results)]))
     best = max(results, key=lambda name: results[name]["macro"]["value"])
     drawn = draw(args.out, dataset, predictions, results, matrices, best)
-    drawn &= plots.attempt(report.write, args.out, paths, results, class_names, best, published)
-    if drawn:  # else --update tries again
+    reported = plots.attempt(report.write, args.out, paths, results, class_names, best, published)
+    if drawn and reported:  # else --update tries again
         sign(args.out / "metrics.json", made)
 
 
