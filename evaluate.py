@@ -37,6 +37,7 @@ PUBLISHED = (
     ("razancodes/DeepLense-Tests, MAE and latent MIM", {}, 0.9955, 0.9594),
     ("WaleedAlzamil80/deeplense25, MAE", {}, None, 0.97),
     ("arnesh2212/FM-Deeplense, MAE, best epoch", {}, 0.9958, 0.9966),
+    ("arnesh2212/Lens-FM-DeepLense, supervised ResNet18", {}, None, 0.9999),
 )
 
 
