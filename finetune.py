@@ -14,6 +14,7 @@ import torch
 from lib import data, distributed, familiarity, network, options, plots, recipe, weights
 from lib.device import resolve_device
 from lib.errors import UserError, path_argument, run_main
+from lib.guard import UNFAMILIAR
 from lib.loader import in_batches
 from lib.loop import Learner, check_batch, fit, precision_of
 from lib.run import open_run
@@ -27,7 +28,7 @@ EXAMPLE = """examples:
   python finetune.py --data lenses --strategy full --out runs/full \\
       --pretrained runs/pretrain/vit-mae-wt.pth
   python finetune.py --data lenses --strategy full --out runs/scratch --pretrained none"""
-TAKEN_NAMES = {"file", "prediction", "familiarity", "residual", "unfamiliar"}  # in predictions
+TAKEN_NAMES = {"file", "prediction", "familiarity", "residual", UNFAMILIAR}  # in predictions
 
 
 def finetune(args):

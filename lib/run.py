@@ -67,13 +67,14 @@ class Run:
             before = self._settings_of_weights()
         else:
             return
-        if before == self.settings:
-            self.checkpoint, self.is_finished = checkpoint, checkpoint is None
-            return
         difference = "its settings cannot be read"
         if isinstance(before, dict):
             names = sorted(before.keys() | self.settings.keys())
-            name = next(n for n in names if before.get(n) != self.settings.get(n))
+            different = [name for name in names if before.get(name) != self.settings.get(name)]
+            if not different:
+                self.checkpoint, self.is_finished = checkpoint, checkpoint is None
+                return
+            name = different[0]
             difference = f"{name} = {before.get(name)}, now it is {self.settings.get(name)}"
         if self.args.update:
             self.replaces = True

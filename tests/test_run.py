@@ -192,3 +192,11 @@ def test_the_main_process_alone_writes(tmp_path, monkeypatch):
     with open_run(options(tmp_path), DATASET, "w.pth", RECIPE) as run:
         run.write_metrics([{"epoch": 1}, {"epoch": 2}])
     assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1}\n{"epoch": 2}\n'
+
+
+@pytest.mark.parametrize("flag", ["resume", "update"])
+def test_an_option_that_is_new_and_not_given_changes_no_run(flag, tmp_path):
+    """A checkpoint from before the option existed differs in nothing: it ended in a traceback."""
+    with_checkpoint(tmp_path)
+    args = options(tmp_path, new_option=None, **{flag: True})
+    assert Run(args, DATASET, "w.pth", RECIPE).checkpoint["step"] == 3
