@@ -91,7 +91,7 @@ $(RUNS)/data/dataset.json: $(READY) $(RUNS)/.made-by-make
 	$(PY) simulate.py --model Model_II --per-class $(call quoted,$(PER_CLASS)) --out $(@D) --update
 
 packed: $(READY) $(RUNS)/.made-by-make
-	$(PY) prepare.py $(INPUT)
+	$(PY) data.py $(INPUT)
 
 $(PRETRAINED): $(IMAGES)
 	$(PY) pretrain.py $(INPUT) --out $(@D) --update $(PRETRAINING)

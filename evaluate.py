@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from sklearn.metrics import confusion_matrix, roc_curve
 
-from lib import compatibility, data, metrics, options, plots, report, tables, weights
+from lib import compatibility, datasets, metrics, options, plots, report, tables, weights
 from lib.device import resolve_device
 from lib.errors import UserError, path_argument, run_main
 from lib.files import make_folder, sha256_of, write_json, write_text
@@ -56,7 +56,7 @@ class Prediction(NamedTuple):
 
 
 def evaluate(args):
-    dataset = data.load(args.data, args.cache_dir)
+    dataset = datasets.load(args.data, args.cache_dir)
     make_folder(args.out)
     if (args.out / "scores.csv").exists():
         raise UserError(f"{args.out} holds the results of reconstruct.py: choose another --out")

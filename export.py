@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import torch
 
-from lib import compatibility, data, known_answers, options, weights
+from lib import compatibility, datasets, known_answers, options, weights
 from lib.convert import to_hugging_face
 from lib.errors import UserError, path_argument, run_main
 from lib.files import atomic_directory, atomic_write, check_outputs, write_json
@@ -132,11 +132,11 @@ def load_images(args, content, img_size):
             cache_dir = kept
     if not where or not Path(where).is_dir():
         raise UserError(f"the training data ({where}) is not here: name images with --data")
-    dataset = data.load(where, cache_dir)
+    dataset = datasets.load(where, cache_dir)
     if dataset.img_size != img_size:
         raise UserError(f"{where} has images of {dataset.img_size} pixels, not {img_size}")
     compatibility.check_split(trained)
-    return dataset, data.split(dataset)
+    return dataset, datasets.split(dataset)
 
 
 def some_images(dataset, rows, count, seed):

@@ -11,7 +11,7 @@ the last ones), config.json, metrics.jsonl and curves.png (loss, accuracy and AU
 import numpy as np
 import torch
 
-from lib import data, distributed, familiarity, network, options, plots, recipe, weights
+from lib import datasets, distributed, familiarity, network, options, plots, recipe, weights
 from lib.device import resolve_device
 from lib.errors import UserError, path_argument, run_main
 from lib.guard import UNFAMILIAR
@@ -33,12 +33,12 @@ TAKEN_NAMES = {"file", "prediction", "familiarity", "residual", UNFAMILIAR}  # i
 
 def finetune(args):
     with distributed.main_process_first():
-        dataset = data.load(args.data, args.cache_dir)
+        dataset = datasets.load(args.data, args.cache_dir)
     check_classes(args, dataset)
-    parts = data.split(dataset)
+    parts = datasets.split(dataset)
     rows = parts["train"]
     if args.labels < 1:
-        rows = data.fraction_of_each_class(dataset.labels, rows, args.labels, args.seed)
+        rows = datasets.fraction_of_each_class(dataset.labels, rows, args.labels, args.seed)
     start = open_start(args)
     strategy = STRATEGIES[args.strategy]
     chosen = strategy.recipe(args, start, len(rows))
@@ -117,7 +117,7 @@ def train(args, strategy, start, chosen, dataset, rows, parts, run):
         seen = np.concatenate([seen, start.content["seen"]])
     run.save_weights(
         model.state_dict(), config, seen, fitted, number_format=precision.name,
-        pixel_range=data.pixel_range(data.extremes_of(dataset, rows)), best=kept,
+        pixel_range=datasets.pixel_range(datasets.extremes_of(dataset, rows)), best=kept,
     )  # fmt: skip
     plots.attempt(plots.classifier_curves, args.out / "curves.png", history)
 

@@ -8,7 +8,7 @@ reconstructions.png (held-out images of every class: original, masked, reconstru
 import numpy as np
 import torch
 
-from lib import data, distributed, familiarity, network, options, plots, recipe
+from lib import datasets, distributed, familiarity, network, options, plots, recipe
 from lib.augment import augment
 from lib.device import resolve_device
 from lib.errors import one_line, run_main
@@ -24,8 +24,8 @@ DEFAULTS = recipe.Defaults(epochs=8, fewest_steps=1500, batch_size=64, lr=2e-3, 
 
 def pretrain(args):
     with distributed.main_process_first():
-        dataset = data.load(args.data, args.cache_dir)
-    parts = data.split(dataset)
+        dataset = datasets.load(args.data, args.cache_dir)
+    parts = datasets.split(dataset)
     rows, validation = (
         rows_to_learn_from(dataset, parts[part], args.classes) for part in ("train", "validation")
     )
@@ -87,7 +87,7 @@ def train(args, chosen, dataset, rows, validation, parts, run):
         state, {**config, "transform": constants},
         dataset.hashes[np.concatenate([rows, validation])], fitted,
         number_format=precision.name, last=last,
-        pixel_range=data.pixel_range(data.extremes_of(dataset, rows)),
+        pixel_range=datasets.pixel_range(datasets.extremes_of(dataset, rows)),
     )  # fmt: skip
     plots.attempt(
         plots.loss_curves, args.out / "loss.png", history, "reconstruction error (masked patches)"
@@ -107,7 +107,7 @@ def mae_config(args, img_size):
 
 def rows_to_learn_from(dataset, rows, classes):
     """Those of `rows` whose class is among `classes`, or all of them for ["all"]."""
-    return rows if classes == ["all"] else data.rows_of_classes(dataset, rows, classes)
+    return rows if classes == ["all"] else datasets.rows_of_classes(dataset, rows, classes)
 
 
 def validation_noise(count, num_patches, seed):

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import torch
 
-from lib import clusters, compatibility, data, lenses, options, plots
+from lib import clusters, compatibility, datasets, lenses, options, plots
 from lib.device import resolve_device
 from lib.errors import UserError, one_line, path_argument, run_main
 from lib.files import make_folder, sha256_of, write_csv, write_json
@@ -35,13 +35,13 @@ EXAMPLE = """examples:
 
 @torch.no_grad()
 def reconstruct(args):
-    dataset = data.load(args.data, args.cache_dir)
+    dataset = datasets.load(args.data, args.cache_dir)
     device = resolve_device(args.device)
     content, residuals, transformed = residual_reader(
         args.weights, dataset, device, args.mask_ratio, args.rounds, args.seed
     )
     rows = compatibility.rows_to_evaluate(dataset, content, args.split == "all")
-    fitted = rows if args.split == "all" or not args.clusters else data.split(dataset)["validation"]
+    fitted = rows if args.split == "all" or not args.clusters else datasets.split(dataset)["validation"]
     if args.clusters:
         clusters.gaussians_for(args.clusters, len(fitted))  # a mistake ends here, not after minutes
     labels = dataset.labels[rows]

@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluate import predict_probabilities
-from lib import compatibility, data, lenses, options, plots, weights
+from lib import compatibility, datasets, lenses, options, plots, weights
 from lib.device import resolve_device
 from lib.errors import UserError, path_argument, run_main
 from lib.loader import batch_reader
@@ -26,7 +26,7 @@ EXAMPLE = """example:
 @torch.no_grad()
 def overview_of(args):
     """What `draw_overview` shows of the first test image of every class, as its arguments."""
-    dataset, device = data.load(args.data, args.cache_dir), resolve_device(args.device)
+    dataset, device = datasets.load(args.data, args.cache_dir), resolve_device(args.device)
     mae, transform, _ = weights.load_mae(args.mae)
     classifier, content = weights.load_classifier(args.classifier)
     compatibility.check_size(args.mae, mae, dataset)

@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 import export
 import predict
 import simulate
-from lib import data, lenses, optim, options, tables
+from lib import datasets, lenses, optim, options, tables
 from lib.cuda_graphs import GraphedStep
 from lib.device import choose_precision, resolve_device, seconds_of
 from lib.errors import UserError, path_argument, run_main
@@ -307,8 +307,8 @@ def packing(args):
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "lenses"
         simulate.write_folder(folder, lenses.simulate("Model_II", -(-FILES // 3), 0, progress=False))
-        paths = [path for files in data.list_classes(folder)[0].values() for path in files]
-        read = batch_reader(data.load(folder, progress=False).images, torch.device("cpu"))
+        paths = [path for files in datasets.list_classes(folder)[0].values() for path in files]
+        read = batch_reader(datasets.load(folder, progress=False).images, torch.device("cpu"))
         loader = DataLoader(paths, batch_size=64, shuffle=True, collate_fn=load)
 
         def packed_epoch():

@@ -21,7 +21,7 @@ from scipy.optimize import least_squares
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluate import predict_probabilities
-from lib import data, lenses, options, weights
+from lib import datasets, lenses, options, weights
 from lib.device import resolve_device
 from lib.errors import UserError, path_argument, run_main
 from lib.files import atomic_directory, write_csv
@@ -148,18 +148,18 @@ def is_exact(images):
 
 
 def pictures(args):
-    dataset, rng = data.load(args.data), np.random.default_rng(args.seed)
+    dataset, rng = datasets.load(args.data), np.random.default_rng(args.seed)
     kind = f"pictures of any kind, seed {args.seed}," if args.any else "8-bit pictures"
-    made = made_from(argparse.Namespace(), [__file__, data.__file__], kind=kind, data=identity_of(dataset))
+    made = made_from(argparse.Namespace(), [__file__, datasets.__file__], kind=kind, data=identity_of(dataset))
     if args.update:
         if is_current(args.out / "dataset.json", made):
             return
         require_origin(args.out / "dataset.json", "pictures of ", "8-bit pictures ")
-    with atomic_directory(args.out, "dataset.json" if args.update else None, data.PACKED_FILES) as folder:
+    with atomic_directory(args.out, "dataset.json" if args.update else None, datasets.PACKED_FILES) as folder:
         origin = f"{kind} of {dataset.origin}"
-        writer = data.PackedWriter(folder, dataset.images.shape, dataset.class_names, origin)
-        for start in range(0, len(dataset.images), data.CHECK_BLOCK):
-            images = np.asarray(dataset.images[start : start + data.CHECK_BLOCK], np.float64)
+        writer = datasets.PackedWriter(folder, dataset.images.shape, dataset.class_names, origin)
+        for start in range(0, len(dataset.images), datasets.CHECK_BLOCK):
+            images = np.asarray(dataset.images[start : start + datasets.CHECK_BLOCK], np.float64)
             if not (images.max(axis=(1, 2)) > 0).all():
                 raise UserError(f"{args.data}: an image has no positive pixel")
             shown = as_any_pictures(images, rng) if args.any else as_pictures(images)

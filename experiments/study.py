@@ -24,7 +24,7 @@ import pretrain
 import reconstruct
 import simulate
 from experiments import kinds, results
-from lib import clusters, compatibility, data, lenses, options, residuals, weights
+from lib import clusters, compatibility, datasets, lenses, options, residuals, weights
 from lib.device import choose_precision, resolve_device
 from lib.errors import UserError, path_argument, run_main
 from lib.files import make_folder, read_json, write_json
@@ -53,7 +53,7 @@ class Images(NamedTuple):
     """A data set to train or to test on, and which images of it are tested on."""
 
     folder: Path
-    dataset: data.Dataset
+    dataset: datasets.Dataset
     split: str = "test"  # or "all" of an unseen data set
     name: str = "test"
 
@@ -202,7 +202,7 @@ def cluster_accuracy(study, path, images):
     content, own = weights.read(path).content, study.own.dataset
     seed, count = content["run"]["seed"], len(own.class_names)
     rows = compatibility.rows_to_evaluate(images.dataset, content, images.split == "all")
-    train = np.random.default_rng(seed).permutation(data.split(own)["train"])
+    train = np.random.default_rng(seed).permutation(datasets.split(own)["train"])
     found_kinds = clusters.fit(powers_of(own, np.sort(train[:CLUSTERED_IMAGES])), count, seed)
     found, labels = clusters.assign(found_kinds, powers_of(images.dataset, rows)), images.dataset.labels[rows]
     _, class_of = clusters.match(found, labels, count, count)
@@ -228,7 +228,7 @@ def labels_all_classes(study, seed):
 def on_all_classes(study):
     """Options of a pre-training on all classes that takes as many steps as the default one."""
     args = pretrain.parse_args(["--data", "x", "--out", "x", *shlex.split(study.args.pretraining)])
-    rows = data.split(study.own.dataset)["train"]
+    rows = datasets.split(study.own.dataset)["train"]
     images = len(pretrain.rows_to_learn_from(study.own.dataset, rows, args.classes))
     epochs = pretrain.DEFAULTS.recipe(args, images).epochs * images / len(rows)
     return "--classes", "all", "--epochs", max(1, round(epochs))
@@ -239,7 +239,7 @@ def with_few_labels(study, seed, folder, starts):
 
     All runs validate on the whole validation part, three times, whatever labels they train on.
     """
-    images = len(data.split(study.own.dataset)["train"])
+    images = len(datasets.split(study.own.dataset)["train"])
     for share, (kind, start) in itertools.product(LABEL_SHARES, starts.items()):
         strategy = "full" if start == "none" else kind
         if share < 1:
@@ -283,7 +283,7 @@ def instruments(study, seed):
     for model, (pretraining, finetuning) in OTHER_MODELS.items():
         folder = study.args.out / f"data-{model}"
         call(simulate, ("--model", model, "--per-class", OTHER_PER_CLASS, "--out", folder, "--update"))
-        images = Images(folder, data.load(folder))
+        images = Images(folder, datasets.load(folder))
         start = pretrained(study, seed, *pretraining, name=model, images=images)
         path = finetuned(study, seed, "residual", start, *finetuning, name=model, images=images)
         row = measured(study, path, images) | residual_auc(study, start, images)
@@ -393,10 +393,10 @@ def parse_args(argv=None):
 
 def study_of(args):
     """The `Study` that the options ask for."""
-    own = Images(args.data, data.load(args.data, args.cache_dir))
+    own = Images(args.data, datasets.load(args.data, args.cache_dir))
     tests = [own]
     if args.unseen:
-        tests.append(Images(args.unseen, data.load(args.unseen, args.cache_dir), "all", "lenstronomy"))
+        tests.append(Images(args.unseen, datasets.load(args.unseen, args.cache_dir), "all", "lenstronomy"))
     cutouts = kinds.read_cutouts(args.cutouts) if args.cutouts else None
     device = resolve_device(args.device)
     return Study(args, own, tuple(tests), cutouts, choose_precision("auto", device).name, device)

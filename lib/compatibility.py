@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lib import data
+from lib import datasets
 from lib.errors import UserError
 
 
@@ -17,7 +17,7 @@ def rows_to_evaluate(dataset, content, whole):
         rows = np.arange(len(dataset.labels))
     else:
         check_split(content["run"])
-        rows = data.split(dataset)["test"]
+        rows = datasets.split(dataset)["test"]
     overlap = int(np.isin(dataset.hashes[rows], content["seen"]).sum())
     if overlap:
         remedy = (
@@ -40,7 +40,7 @@ def check_unit(dataset, rows, run):
         rows = rows[np.isin(np.array(dataset.class_names)[dataset.labels[rows]], names)]
     if not len(rows):
         return
-    lowest, highest = data.extremes_of(dataset, rows).T
+    lowest, highest = datasets.extremes_of(dataset, rows).T
     outside = (lowest < low) | (highest > high) | (highest < faintest)
     if outside.mean() > 0.5:
         raise UserError(
@@ -51,7 +51,7 @@ def check_unit(dataset, rows, run):
 
 def check_split(run):
     """UserError unless the training that a weights file describes (`run`) used this split."""
-    if run.get("split") != data.SPLIT:
+    if run.get("split") != datasets.SPLIT:
         raise UserError("the weights were trained under another split of the data: train again")
 
 

@@ -5,7 +5,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
-from lib import compatibility, data, distributed, weights
+from lib import compatibility, datasets, distributed, weights
 from lib.clusters import octave_powers
 from lib.errors import UserError
 from lib.files import atomic_write
@@ -71,7 +71,7 @@ def stored_maps(maps_of, rows, path, side, quiet=False):
     """
     if not distributed.from_main(lambda: _is_complete(path, (len(rows), side, side))):
         if distributed.is_main():
-            data.require_space(path.parent, 2 * len(rows) * side**2)
+            datasets.require_space(path.parent, 2 * len(rows) * side**2)
             with atomic_write(path) as temporary, temporary.open("wb") as file:
                 _write_maps(file, maps_of, rows, side, quiet)
         else:

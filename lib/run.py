@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lib import data, distributed, weights
+from lib import datasets, distributed, weights
 from lib.errors import UserError, one_line
 from lib.files import is_hidden, make_folder, write_json, write_text
 
@@ -45,7 +45,7 @@ class Run:
         self.weights_path, self.checkpoint_path = self.out / file, self.out / "checkpoint.pth"
         options = {k: v for k, v in vars(args).items() if k not in FREE_OPTIONS}
         described = {"data_fingerprint": dataset.fingerprint, "class_names": dataset.class_names,
-                     "split": data.SPLIT}  # fmt: skip
+                     "split": datasets.SPLIT}  # fmt: skip
         # Through JSON, as in a weights file, so that both compare equal.
         self.settings = json.loads(json.dumps({**options, **recipe._asdict(), **more, **described}))
         identity = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()

@@ -18,7 +18,7 @@ from conftest import (
 import evaluate
 import export
 import finetune
-from lib import cuda_graphs, data, familiarity, intensity, lenses, loader, weights
+from lib import cuda_graphs, datasets, familiarity, intensity, lenses, loader, weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -42,7 +42,7 @@ def trained(packed, tmp_path_factory):
 def test_a_classifier_answers_on_both_devices_and_in_onnxruntime_alike(
     strategy, trained, packed, tmp_path
 ):
-    dataset, rows = data.load(packed), np.arange(300)
+    dataset, rows = datasets.load(packed), np.arange(300)
     answers = []
     for device in (CPU, GPU):
         model, _ = weights.load_classifier(trained / strategy / CLASSIFIER)
@@ -86,7 +86,7 @@ def test_a_gpu_refuses_the_images_that_a_cpu_refuses():
     images = np.random.default_rng(0).permutation(np.concatenate([part for _, part, _ in parts]))
     rows = np.arange(3000)
     zeros = np.zeros(3000, np.uint64)
-    dataset = data.Dataset(images, zeros.astype(int), zeros, ("lens",), "", "")
+    dataset = datasets.Dataset(images, zeros.astype(int), zeros, ("lens",), "", "")
     transform = intensity.fit_transform(images, rows, "log")
     known, _ = familiarity.fit(dataset, rows[:1800], rows[1800:2400], transform, quiet=True)
     values = [evaluate.familiarity_of(known, images, rows[2400:], device) for device in (CPU, GPU)]
@@ -121,7 +121,7 @@ def test_a_checkpoint_of_a_gpu_is_resumed_on_a_cpu(packed, tmp_path, no_pictures
 
 
 def test_images_on_the_device_and_images_that_do_not_fit_are_read_alike(packed, monkeypatch):
-    images, rows = data.load(packed).images, np.array([7, 299, 0])
+    images, rows = datasets.load(packed).images, np.array([7, 299, 0])
     kept = loader.batch_reader(images, GPU)(rows)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
     copied = loader.batch_reader(images, GPU)(rows)

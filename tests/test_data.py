@@ -16,7 +16,7 @@ from conftest import (
     run_script,
 )
 
-from lib import compatibility, data
+from lib import compatibility, datasets
 from lib.errors import UserError
 from lib.files import read_json
 
@@ -32,7 +32,7 @@ def write_classes(root, counts, size=8, seed=0):
 
 def test_class_names_come_from_the_folders(tmp_path):
     root = write_classes(tmp_path / "d", {"spiral": 4, "ring": 3, "merger": 5, "disc": 6})
-    dataset = data.load(root)
+    dataset = datasets.load(root)
     assert dataset.class_names == ("disc", "merger", "ring", "spiral")
     assert np.bincount(dataset.labels).tolist() == [6, 5, 3, 4]
     first = np.load(root / "disc" / "0.npy").astype(np.float32)
@@ -41,12 +41,12 @@ def test_class_names_come_from_the_folders(tmp_path):
 
 def test_a_folder_is_packed_once_and_again_when_it_changes(tmp_path, monkeypatch):
     root = write_classes(tmp_path / "d", {"a": 3, "b": 3})
-    before = data.load(root)
+    before = datasets.load(root)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_pack", None)  # packing again would fail
-        assert data.load(root).fingerprint == before.fingerprint
+        patch.setattr(datasets, "_pack", None)  # packing again would fail
+        assert datasets.load(root).fingerprint == before.fingerprint
     np.save(root / "a" / "1.npy", np.zeros((8, 8)))
-    after = data.load(root)
+    after = datasets.load(root)
     assert after.fingerprint != before.fingerprint
     assert not after.images[1].any()
     assert len(list((root / ".packed").iterdir())) == 2  # nothing is deleted
@@ -54,16 +54,16 @@ def test_a_folder_is_packed_once_and_again_when_it_changes(tmp_path, monkeypatch
 
 def test_a_half_written_cache_is_not_read(tmp_path):
     root = write_classes(tmp_path / "d", {"a": 3, "b": 3})
-    packed = root / ".packed" / data._folder_fingerprint(data.list_classes(root)[0])[:32]
+    packed = root / ".packed" / datasets._folder_fingerprint(datasets.list_classes(root)[0])[:32]
     leftover = packed.with_name(f".{packed.name}.elsewhere-1.tmp")
     leftover.mkdir(parents=True)
     (leftover / "images.npy").write_bytes(b"half")
-    assert len(data.load(root).labels) == 6
+    assert len(datasets.load(root).labels) == 6
 
 
 def test_two_processes_packing_at_once_give_one_good_cache(tmp_path):
     root = write_classes(tmp_path / "d", {"a": 300, "b": 300})
-    code = "import sys; from lib import data; data.load(sys.argv[1])"
+    code = "import sys; from lib import datasets; datasets.load(sys.argv[1])"
     command = [sys.executable, "-c", code, root]
     both = [
         subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)
@@ -72,25 +72,25 @@ def test_two_processes_packing_at_once_give_one_good_cache(tmp_path):
         _, error = process.communicate(timeout=HUNG)
         assert process.returncode == 0, error
     assert [f.name for f in (root / ".packed").iterdir() if f.suffix == ".tmp"] == []
-    assert len(data.load(root).labels) == 600
+    assert len(datasets.load(root).labels) == 600
 
 
 def test_a_cache_that_appears_meanwhile_is_used(tmp_path, monkeypatch):
     root = write_classes(tmp_path / "d", {"a": 3, "b": 3})
-    whole = data.read_image
+    whole = datasets.read_image
 
     def another_process_is_faster(path):
-        monkeypatch.setattr(data, "read_image", whole)
-        data.load(root)
+        monkeypatch.setattr(datasets, "read_image", whole)
+        datasets.load(root)
         return whole(path)
 
-    monkeypatch.setattr(data, "read_image", another_process_is_faster)
-    assert len(data.load(root).labels) == 6
+    monkeypatch.setattr(datasets, "read_image", another_process_is_faster)
+    assert len(datasets.load(root).labels) == 6
 
 
 def test_the_cache_can_be_elsewhere(tmp_path):
     root = write_classes(tmp_path / "d", {"a": 3, "b": 3})
-    data.load(root, tmp_path / "cache")
+    datasets.load(root, tmp_path / "cache")
     assert sorted(os.listdir(root)) == ["a", "b"]
 
 
@@ -100,13 +100,13 @@ def test_a_cache_inside_the_data_is_refused(inside, tmp_path):
     root = write_classes(tmp_path / "d", {"a": 3, "b": 3})
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match="--cache-dir .* part of the data: choose another"):
-        data.load(root, root / inside)
+        datasets.load(root, root / inside)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_split_is_complete_and_has_its_shares_of_every_class(tmp_path):
-    dataset = data.load(write_classes(tmp_path / "d", {"a": 1000, "b": 1000}, size=4))
-    parts = data.split(dataset)
+    dataset = datasets.load(write_classes(tmp_path / "d", {"a": 1000, "b": 1000}, size=4))
+    parts = datasets.split(dataset)
     assert sorted(np.concatenate(list(parts.values()))) == list(range(2000))
     for part, count in (("train", 800), ("validation", 100), ("test", 100)):
         deviation = np.sqrt(count * (1 - count / 1000))
@@ -114,26 +114,26 @@ def test_split_is_complete_and_has_its_shares_of_every_class(tmp_path):
 
 
 def contents(dataset, part):
-    return {dataset.images[row].tobytes() for row in data.split(dataset)[part]}
+    return {dataset.images[row].tobytes() for row in datasets.split(dataset)[part]}
 
 
 def test_an_image_stays_in_its_part_whatever_else_is_there(tmp_path):
     root = write_classes(tmp_path / "d", {"a": 60, "b": 60})
-    before = data.load(root)
+    before = datasets.load(root)
     for i, path in enumerate(sorted(root.glob("a/*.npy"))):
         path.rename(path.with_name(f"{(7 * i) % 60:03d}-renamed.npy"))  # another order
     extra = write_classes(tmp_path / "more", {"a": 40, "c": 60}, seed=1)
     shutil.copytree(extra, root, dirs_exist_ok=True)
-    after = data.load(root)
-    for part in data.PARTS:
+    after = datasets.load(root)
+    for part in datasets.PARTS:
         assert contents(before, part) == contents(after, part) & contents(before, part)
-        others = set().union(*(contents(after, p) for p in data.PARTS if p != part))
+        others = set().union(*(contents(after, p) for p in datasets.PARTS if p != part))
         assert not contents(before, part) & others
 
 
 def test_both_layouts_are_split_alike(packed, folder, tmp_path):
-    one, two = data.load(packed), data.load(folder, tmp_path / "cache")
-    for part in data.PARTS:
+    one, two = datasets.load(packed), datasets.load(folder, tmp_path / "cache")
+    for part in datasets.PARTS:
         assert contents(one, part) == contents(two, part)
 
 
@@ -142,8 +142,8 @@ def test_copies_of_an_image_stay_in_one_part(tmp_path):
     for i in range(30):  # every image thrice, one copy in the wrong class
         shutil.copy(root / "a" / f"{i}.npy", root / "a" / f"{i}-copy.npy")
         shutil.copy(root / "a" / f"{i}.npy", root / "b" / f"{i}-copy.npy")
-    dataset = data.load(root)
-    train, validation, test = (contents(dataset, part) for part in data.PARTS)
+    dataset = datasets.load(root)
+    train, validation, test = (contents(dataset, part) for part in datasets.PARTS)
     assert not train & test
     assert not train & validation
     assert not validation & test
@@ -190,14 +190,14 @@ def test_bad_folders_are_named_and_leave_no_cache(how, tmp_path):
     root = write_classes(tmp_path / "d", {"a": 4, "b": 4})
     named = spoil(root, how)
     with pytest.raises(UserError) as error:
-        data.split(data.load(root, tmp_path / "cache"))
+        datasets.split(datasets.load(root, tmp_path / "cache"))
     assert str(named) in str(error.value)
     if how != "too few":
         assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").iterdir())
 
 
 def test_a_missing_data_set_is_a_user_error(tmp_path):
-    process = run_script("prepare.py", "--data", tmp_path / "nowhere", check=False)
+    process = run_script("data.py", "--data", tmp_path / "nowhere", check=False)
     assert_user_error(process, tmp_path / "nowhere")
 
 
@@ -207,23 +207,23 @@ def test_a_damaged_packed_data_set_is_named(name, packed, tmp_path):
     shutil.copytree(packed, copy)
     np.save(copy / f"{name}.npy", np.full((300, 64, 64) if name == "images" else 300, -np.inf))
     with pytest.raises(UserError, match=f"{name}.npy"):
-        data.load(copy)
+        datasets.load(copy)
 
 
 def test_the_description_is_not_rewritten_for_the_same_data(packed, tmp_path):
     out = tmp_path / "dataset.json"
-    run_script("prepare.py", "--data", packed, "--out", out)
+    run_script("data.py", "--data", packed, "--out", out)
     before = out.stat().st_mtime_ns
-    run_script("prepare.py", "--data", packed, "--out", out)
+    run_script("data.py", "--data", packed, "--out", out)
     assert out.stat().st_mtime_ns == before
 
 
 def test_the_description_counts_the_images_of_each_part(packed, tmp_path):
-    process = run_script("prepare.py", "--data", packed, "--out", tmp_path / "dataset.json")
-    dataset = data.load(packed)
+    process = run_script("data.py", "--data", packed, "--out", tmp_path / "dataset.json")
+    dataset = datasets.load(packed)
     described = read_json(tmp_path / "dataset.json")
     assert described["fingerprint"] == dataset.fingerprint
-    for part, rows in data.split(dataset).items():
+    for part, rows in datasets.split(dataset).items():
         for label, name in enumerate(dataset.class_names):
             count = (dataset.labels[rows] == label).sum()
             assert described["images"][name][part] == count
@@ -232,14 +232,14 @@ def test_the_description_counts_the_images_of_each_part(packed, tmp_path):
 
 def test_the_fraction_of_labels_is_the_same_of_every_class():
     labels = np.repeat([0, 1, 2], [100, 50, 10])
-    rows = data.fraction_of_each_class(labels, np.arange(160), 0.1, seed=0)
+    rows = datasets.fraction_of_each_class(labels, np.arange(160), 0.1, seed=0)
     assert np.bincount(labels[rows]).tolist() == [10, 5, 2]
-    other = data.fraction_of_each_class(labels, np.arange(160), 0.1, seed=1)
+    other = datasets.fraction_of_each_class(labels, np.arange(160), 0.1, seed=1)
     assert not np.array_equal(rows, other)
 
 
 def test_classes_in_another_order_are_found_by_name(packed):
-    dataset = data.load(packed)  # axion, cdm, no_sub
+    dataset = datasets.load(packed)  # axion, cdm, no_sub
     order = compatibility.class_order(["no_sub", "axion", "cdm"], dataset, "w.pth")
     assert order.tolist() == [1, 2, 0]
     for names in (["axion", "cdm"], ["axion", "cdm", "no_sub", "wdm"]):
@@ -256,10 +256,10 @@ def test_a_read_only_data_folder_works_with_the_cache_elsewhere(folder, tmp_path
     for path in (root, *root.iterdir()):
         path.chmod(0o500)
     try:
-        refused = run_python("prepare.py", "--data", root, check=False, before=bound)
+        refused = run_python("data.py", "--data", root, check=False, before=bound)
         assert_user_error(refused, root, "--cache-dir")
         cache = ("--cache-dir", tmp_path / "cache")
-        run_python("prepare.py", "--data", root, *cache, before=bound)
+        run_python("data.py", "--data", root, *cache, before=bound)
     finally:
         for path in (root, *root.iterdir()):
             path.chmod(0o700)

@@ -12,7 +12,7 @@ from conftest import TINY_NETWORK, run_script
 
 import evaluate
 import finetune
-from lib import data, plots, report, weights
+from lib import datasets, plots, report, weights
 from lib.files import sha256_of
 
 LEVELS = {"bright": 2.0, "dark": 0.0, "grey": 1.0}
@@ -50,7 +50,7 @@ def test_published_figures_stand_beside_images_of_their_own_data_model_alone():
     def rows(origin, side=64, class_names=("axion", "cdm", "no_sub")):
         images = np.zeros((1, side, side), np.float32)
         return evaluate.published_rows(
-            data.Dataset(images, np.zeros(1, int), None, class_names, "", origin)
+            datasets.Dataset(images, np.zeros(1, int), None, class_names, "", origin)
         )
 
     assert rows("folder dataset") == rows("simulate.py Model_II, 9 a class, seed 0, noise-free") != []
@@ -64,8 +64,8 @@ def test_published_figures_stand_beside_images_of_their_own_data_model_alone():
 def test_evaluation_is_of_the_test_part_alone(evaluation, runs, folder):
     out, printed = evaluation
     content = json.loads((out / "metrics.json").read_text())
-    dataset = data.load(folder, runs / "cache")
-    rows = data.split(dataset)["test"]
+    dataset = datasets.load(folder, runs / "cache")
+    rows = datasets.split(dataset)["test"]
     model, _ = weights.load_classifier(runs / "full" / "vit-mae-classifier-wt.pth")
     with torch.no_grad():
         logits = model.eval()(torch.from_numpy(dataset.images[rows])[:, None])
@@ -106,8 +106,8 @@ def test_classes_in_another_order_give_the_same_figures(levels):
     whole = json.loads((out / "metrics.json").read_text())
     assert whole["class_names"] == sorted(LEVELS)
     assert "| run | AUC bright | AUC dark | AUC grey | macro AUC | accuracy % |" in process.stdout
-    dataset = data.load(levels / "data")
-    counts = np.bincount(dataset.labels[data.split(dataset)["test"]])
+    dataset = datasets.load(levels / "data")
+    counts = np.bincount(dataset.labels[datasets.split(dataset)["test"]])
     for name in ("sorted", "shifted"):
         result = whole["results"][name]
         assert list(result["auc"]) == sorted(LEVELS)

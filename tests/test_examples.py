@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import HUNG, ROOT, run_script
 
-from lib import data, familiarity, weights
+from lib import datasets, familiarity, weights
 
 EXAMPLES = ROOT / "examples"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -80,7 +80,7 @@ def site(runs, folder, tmp_path_factory):
     if (EXAMPLES / "node_modules").is_dir():
         (root / "node_modules").symlink_to(EXAMPLES / "node_modules")
     cache = ("--data", folder, "--cache-dir", runs / "cache")
-    dataset = data.load(folder, runs / "cache")
+    dataset = datasets.load(folder, runs / "cache")
     path = root / "weights.pth"
     calibrated_on_all(runs / "full" / "vit-mae-classifier-wt.pth", dataset, path)
     run_script("export.py", *cache, "--weights", path, "--out", web / "classifier.onnx")

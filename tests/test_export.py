@@ -12,7 +12,7 @@ from conftest import ROOT, TINY_NETWORK, assert_user_error, run_script
 
 import export
 import mae
-from lib import data, onnxfile, onnxwrite, weights
+from lib import datasets, onnxfile, onnxwrite, weights
 from lib.errors import UserError
 from lib.files import sha256_of
 
@@ -31,7 +31,7 @@ def test_less_precision_gives_a_smaller_file_that_agrees(precision, runs, folder
     metadata = {p.key: p.value for p in onnx.load(out).metadata_props}
     assert metadata["precision"] == precision
     assert json.loads(metadata["class_names"]) == ["axion", "cdm", "no_sub"]
-    images = np.array(data.load(folder, runs / "cache").images[::10, None])
+    images = np.array(datasets.load(folder, runs / "cache").images[::10, None])
     reduced = export.run_session(out, images)[0]
     assert reduced.dtype == np.float32
     assert np.allclose(reduced.sum(1), 1, atol=1e-2)
@@ -45,7 +45,7 @@ def test_less_precision_gives_a_smaller_file_that_agrees(precision, runs, folder
 def test_int8_multiplies_in_eight_bits_and_hands_on_floats(runs, folder, tmp_path):
     out = tmp_path / "int8.onnx"
     shutil.copy(runs / "classifier.onnx", out)
-    images = np.array(data.load(folder, runs / "cache").images[:16, None])
+    images = np.array(datasets.load(folder, runs / "cache").images[:16, None])
     onnxwrite.reduce_precision(out, "int8", images, {})
     proto = onnx.load(out)
     made_by = {name: node for node in proto.graph.node for name in node.output}
@@ -63,7 +63,7 @@ def test_int8_multiplies_in_eight_bits_and_hands_on_floats(runs, folder, tmp_pat
 def test_int8_multiplies_unsigned_bytes_which_no_cpu_saturates(runs, folder, tmp_path):
     out = tmp_path / "int8.onnx"
     shutil.copy(runs / "classifier.onnx", out)
-    images = np.array(data.load(folder, runs / "cache").images[:16, None])
+    images = np.array(datasets.load(folder, runs / "cache").images[:16, None])
     onnxwrite.reduce_precision(out, "int8", images, {})
     graph = onnx.load(out).graph
     values = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
@@ -117,7 +117,7 @@ def test_an_export_uses_the_packed_copy_that_the_training_made(runs, folder, tmp
 
 
 def test_exported_maps_are_those_of_pytorch(runs, folder):
-    dataset = data.load(folder, runs / "cache")
+    dataset = datasets.load(folder, runs / "cache")
     images = np.array(dataset.images[:5, None])
     residual, score = export.run_session(runs / "reconstruction.onnx", images, batch=2)
     network, transform, _ = weights.load_mae(runs / "pretrain" / "vit-mae-wt.pth")
@@ -143,7 +143,7 @@ def test_exported_file_equals_pytorch_and_carries_its_identity(runs, folder):
     aucs = [weights.load_classifier(f)[1]["run"]["best"]["validation_macro_auc"] for f in files]
     assert aucs[strategies.index(strategy)] == max(aucs)
     model, _ = weights.load_classifier(runs / strategy / "vit-mae-classifier-wt.pth")
-    images = np.array(data.load(folder, runs / "cache").images[:21, None])
+    images = np.array(datasets.load(folder, runs / "cache").images[:21, None])
     session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
     for count in (1, 7, 21):
         (got,) = session.run(None, {"images": images[:count]})

@@ -12,7 +12,7 @@ from torch import nn
 
 import evaluate
 import export
-from lib import data, familiarity, guard, lenses, onnxfile, weights
+from lib import datasets, familiarity, guard, lenses, onnxfile, weights
 
 LOG = {"kind": "log", "offset": 0.0, "softening": 1e-3, "mean": 1.3, "std": 2.2}
 
@@ -21,7 +21,7 @@ def dataset_of(images):
     images = np.asarray(images, dtype=np.float32)
     n = len(images)
     hashes = np.arange(n).astype(np.uint64)
-    return data.Dataset(images, np.zeros(n, np.int64), hashes, ("a",), "", "made here")
+    return datasets.Dataset(images, np.zeros(n, np.int64), hashes, ("a",), "", "made here")
 
 
 def fitted_images():
@@ -161,8 +161,8 @@ def test_a_classifier_knows_all_its_training_images_whatever_labels_it_had(
 ):
     monkeypatch.setattr(familiarity, "FEWEST_IMAGES", 10)
     finetune_on(packed, tmp_path / "few", pretrained, "head", "--labels", 0.2)
-    dataset = data.load(packed)
-    parts = data.split(dataset)
+    dataset = datasets.load(packed)
+    parts = datasets.split(dataset)
     opened = weights.read(tmp_path / "few" / CLASSIFIER)
     known = np.concatenate([parts["train"], parts["validation"]])
     assert set(dataset.hashes[known]) <= set(opened.content["seen"])

@@ -19,7 +19,7 @@ import finetune
 import mae
 import pretrain
 import simulate
-from lib import data, intensity, lenses, loader, metrics, optim, plots, strategies, weights
+from lib import datasets, intensity, lenses, loader, metrics, optim, plots, strategies, weights
 from lib.augment import augment
 from mae import Classifier
 
@@ -100,9 +100,9 @@ def test_test_images_and_images_without_their_labels_are_never_read(
 
     monkeypatch.setattr(torch, "load", spying)
     finetune_on(packed, tmp_path / "run", pretrained, strategy, "--labels", 0.2)
-    dataset = data.load(packed)
-    parts = data.split(dataset)
-    rows = data.fraction_of_each_class(dataset.labels, parts["train"], 0.2, seed=0)
+    dataset = datasets.load(packed)
+    parts = datasets.split(dataset)
+    rows = datasets.fraction_of_each_class(dataset.labels, parts["train"], 0.2, seed=0)
     assert len(rows) == pytest.approx(0.2 * len(parts["train"]), abs=2)
     assert rows_read == set(np.concatenate([rows, parts["validation"]]).tolist())
     assert opened == [pretrained]  # once: between two reads another file may take its place
@@ -113,7 +113,7 @@ def test_test_images_and_images_without_their_labels_are_never_read(
 
 @pytest.mark.parametrize("pool", mae.POOLINGS)
 def test_stored_features_are_those_of_the_whole_network(pool, packed):
-    dataset = data.load(packed)
+    dataset = datasets.load(packed)
     rows = np.array([7, 299, 150, 3])
     torch.manual_seed(0)
     transform = intensity.fit_transform(dataset.images, np.arange(300), "log")
@@ -171,8 +171,8 @@ def test_the_first_half_of_the_steps_sees_fewer_tokens_and_validation_sees_all(
 
 
 def test_the_weights_with_the_best_validation_are_kept(runs, folder):
-    dataset = data.load(folder, runs / "cache")
-    rows = data.split(dataset)["validation"]
+    dataset = datasets.load(folder, runs / "cache")
+    rows = datasets.split(dataset)["validation"]
     for strategy in ("head", "layernorm", "full"):  # residual keeps the last ones
         lines = (runs / strategy / "metrics.jsonl").read_text().splitlines()
         best = max(map(json.loads, reversed(lines)), key=lambda line: line["validation_macro_auc"])
@@ -187,8 +187,8 @@ def test_the_weights_with_the_best_validation_are_kept(runs, folder):
 @pytest.mark.parametrize("strategy", ["head", "layernorm", "full"])
 def test_the_temperature_is_fitted_on_validation_and_part_of_the_weights(strategy, runs, folder):
     model, _ = weights.load_classifier(runs / strategy / CLASSIFIER)
-    dataset = data.load(folder, runs / "cache")
-    rows = data.split(dataset)["validation"]
+    dataset = datasets.load(folder, runs / "cache")
+    rows = datasets.split(dataset)["validation"]
     with torch.no_grad():
         logits = model.eval()(images_of(dataset, rows)).numpy()
     assert 1 < model.temperature < 9
@@ -198,8 +198,8 @@ def test_the_temperature_is_fitted_on_validation_and_part_of_the_weights(strateg
 def test_the_temperature_is_fitted_on_images_disturbed_as_in_validation(packed, pretrained, tmp_path):
     finetune_on(packed, tmp_path, pretrained, "full", "--augment", "halfturn,noise", "--epochs", 8)
     model, _ = weights.load_classifier(tmp_path / CLASSIFIER)
-    dataset = data.load(packed)
-    rows = data.split(dataset)["validation"]
+    dataset = datasets.load(packed)
+    rows = datasets.split(dataset)["validation"]
     fitted = {}
     for kinds in (("noise",), ()):
         with loader.fixed_random_numbers(int(rows[0])), torch.no_grad():
@@ -358,9 +358,9 @@ def test_a_class_whose_name_predictions_use_is_refused(name, folder, tmp_path):
 
 
 def test_images_in_another_unit_than_the_weights_are_refused(packed, runs, tmp_path):
-    dataset, counts = data.load(packed), tmp_path / "counts"
+    dataset, counts = datasets.load(packed), tmp_path / "counts"
     counts.mkdir()
-    writer = data.PackedWriter(counts, (300, 64, 64), dataset.class_names, "counts")
+    writer = datasets.PackedWriter(counts, (300, 64, 64), dataset.class_names, "counts")
     for image, label in zip(dataset.images, dataset.labels.tolist(), strict=True):
         writer.append(1000 * image[None], label)
     writer.close()
@@ -380,7 +380,7 @@ def test_images_in_another_unit_than_the_weights_are_refused(packed, runs, tmp_p
 def test_the_unit_of_the_data_changes_nothing(tmp_path, monkeypatch, no_pictures):
     rows = np.random.default_rng(0).permutation(120)
     parts = {"train": rows[:96], "validation": rows[96:108], "test": rows[108:]}
-    monkeypatch.setattr(data, "split", lambda dataset: parts)  # other content is split otherwise
+    monkeypatch.setattr(datasets, "split", lambda dataset: parts)  # other content is split otherwise
     results = []
     for unit in (1e-3, 255.0):
         out = tmp_path / f"unit-{unit}"
@@ -392,7 +392,7 @@ def test_the_unit_of_the_data_changes_nothing(tmp_path, monkeypatch, no_pictures
         pretrain.main(pretraining(out, out / "mae"))
         finetune.main(finetuning(out, out / "full", out / "mae" / PRETRAINED, "full"))
         model, _ = weights.load_classifier(out / "full" / CLASSIFIER)
-        dataset = data.load(out)
+        dataset = datasets.load(out)
         results.append(evaluate.predict_probabilities(model, dataset.images, parts["test"], CPU))
     assert np.abs(results[0] - results[1]).max() < 2e-3
 
@@ -406,8 +406,8 @@ def test_a_head_on_a_pretrained_encoder_tells_the_classes_apart(tmp_path):
     finetune.main(["--data", str(images), "--out", str(head), "--strategy", "head", "--epochs",
                    "30", "--pretrained", str(encoder / PRETRAINED)])  # fmt: skip
     model, _ = weights.load_classifier(head / CLASSIFIER)
-    dataset = data.load(images)
-    rows = data.split(dataset)["test"]
+    dataset = datasets.load(images)
+    rows = datasets.split(dataset)["test"]
     probabilities = evaluate.predict_probabilities(model, dataset.images, rows, CPU)
     assert metrics.accuracy(probabilities, dataset.labels[rows]) > 0.92
     assert np.mean(metrics.auc_by_class(probabilities, dataset.labels[rows])) > 0.985
@@ -425,7 +425,7 @@ def assert_maps_of(rows, stored, packed, classifier):
     """The first of the `stored` maps are those of the images `rows`."""
     model, _ = weights.load_classifier(classifier)
     with torch.no_grad():
-        maps = model.maps(images_of(data.load(packed), rows))
+        maps = model.maps(images_of(datasets.load(packed), rows))
     assert np.allclose(stored[: len(rows)], maps[:, 0].numpy(), rtol=1e-3, atol=1e-4)  # float16
 
 
@@ -446,7 +446,7 @@ def test_residual_maps_are_computed_once_and_are_gone_when_the_run_is_finished(
         assert process.returncode == 143
         return maps_in(out)
 
-    parts = data.split(data.load(packed))
+    parts = datasets.split(datasets.load(packed))
     rows = len(parts["train"]) + len(parts["validation"])
     maps = stopped_at(3)
     assert sum(computed) == rows
@@ -483,6 +483,6 @@ def test_residual_maps_of_other_settings_are_not_taken(packed, runs, tmp_path, n
         train(2)
     other = maps_in(tmp_path)
     assert other != left
-    dataset = data.load(packed)
-    rows = data.fraction_of_each_class(dataset.labels, data.split(dataset)["train"], 0.3, seed=2)
+    dataset = datasets.load(packed)
+    rows = datasets.fraction_of_each_class(dataset.labels, datasets.split(dataset)["train"], 0.3, seed=2)
     assert_maps_of(rows, np.load(other), packed, runs / "residual" / CLASSIFIER)  # of the same MAE

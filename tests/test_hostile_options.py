@@ -15,7 +15,7 @@ from lib import options
 HOSTILE = ("", "-1", "0", "1", "nan", "inf", "1e-300", "9" * 20, "é\n$\"'", "\udcff", "FIFO",
            "a" * 300)  # fmt: skip
 SMALL = ("--patch-size", "8", *TINY_NETWORK[2:])
-SCRIPTS = ("simulate", "prepare", "pretrain", "finetune", "evaluate", "reconstruct", "export", "predict")
+SCRIPTS = ("simulate", "data", "pretrain", "finetune", "evaluate", "reconstruct", "export", "predict")
 
 
 def commands(root, out):
@@ -25,7 +25,7 @@ def commands(root, out):
     mae, classifier = root / "mae" / PRETRAINED, root / "full" / CLASSIFIER
     return {
         "simulate": ("--per-class", 1, "--out", out),
-        "prepare": data,
+        "data": data,
         "pretrain": (*run, *SMALL, *TINY_DECODER),
         "finetune": (*run, "--pretrained", mae, "--strategy", "full"),
         "evaluate": (*data, "--weights", classifier, "--out", out, "--resamples", 2),

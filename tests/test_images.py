@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import bound_by_permissions, run_python
 
-from lib import data, images
+from lib import datasets, images
 from lib.errors import UserError
 from lib.images import find_files, read_image, read_images, read_npy
 
@@ -456,7 +456,7 @@ def test_training_on_fits_files_is_training_on_the_same_npy_files(fits, tmp_path
             np.savez(tmp_path / "npz" / name / f"{i}.npz", image=image, label=np.array(name))
             suffix = (".fits", ".FIT", ".fts.gz")[i]
             fits.PrimaryHDU(image).writeto(tmp_path / "fits" / name / f"{i}{suffix}")
-    sets = [data.load(tmp_path / kind, progress=False) for kind in ("npy", "fits", "npz")]
+    sets = [datasets.load(tmp_path / kind, progress=False) for kind in ("npy", "fits", "npz")]
     for other in sets[1:]:
         assert np.array_equal(sets[0].images, other.images)
         assert np.array_equal(sets[0].hashes, other.hashes)
@@ -469,11 +469,11 @@ def test_a_class_folder_with_a_cube_or_without_images_is_named_with_the_kinds(fi
         np.save(tmp_path / name / "0.npy", IMAGE)
     fits.PrimaryHDU(IMAGES).writeto(tmp_path / "b" / "cube.fits")
     with pytest.raises(UserError, match=r"cube\.fits.*several planes"):
-        data.load(tmp_path, progress=False)
+        datasets.load(tmp_path, progress=False)
     for path in (tmp_path / "b").iterdir():
         path.rename(path.with_suffix(".txt"))
     with pytest.raises(UserError, match=r"b has no \.npy, \.npz or FITS files"):
-        data.load(tmp_path, progress=False)
+        datasets.load(tmp_path, progress=False)
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (1, 8, 8), (1, 1, 8, 8), (8, 8, 1)])

@@ -9,7 +9,7 @@ import torch
 from conftest import finetune_on, pretrain_on
 
 import pretrain
-from lib import data, images, intensity, lenses, loader, strategies
+from lib import datasets, images, intensity, lenses, loader, strategies
 
 CPU = torch.device("cpu")
 
@@ -68,7 +68,7 @@ def test_images_that_do_not_fit_into_memory_are_trained_on_all_the_same(
         pretrain_on(packed, tmp_path)
     else:
         finetune_on(packed, tmp_path, pretrained, "full")
-    rows = data.split(data.load(packed))["train"]
+    rows = datasets.split(datasets.load(packed))["train"]
     assert set(rows[rows >= 200]) <= rows_read  # no_sub, which pre-training takes
     assert set(in_blocks) == {True}
 
@@ -99,7 +99,7 @@ def test_rows_from_everywhere_do_not_keep_a_whole_file_mapped_unless_it_is_small
 
 
 def test_a_data_set_kept_on_the_device_gives_the_same_batches(packed):
-    images = data.load(packed).images
+    images = datasets.load(packed).images
     rows = np.array([250, 3, 299, 3])
     batch = loader.StoredImages(images, CPU)(rows)
     assert torch.equal(batch, loader.batch_reader(images, CPU)(rows))
@@ -125,8 +125,8 @@ def test_looking_at_images_from_everywhere_leaves_no_pages_behind(tmp_path):
 
 
 def test_transform_constants_come_from_the_training_rows_alone(packed):
-    dataset = data.load(packed)
-    rows = data.split(dataset)["train"]
+    dataset = datasets.load(packed)
+    rows = datasets.split(dataset)["train"]
     images = np.array(dataset.images)
     before = intensity.fit_transform(images, rows, "log")
     others = np.setdiff1d(np.arange(len(images)), rows)
@@ -138,8 +138,8 @@ def test_transform_constants_come_from_the_training_rows_alone(packed):
 
 @pytest.mark.parametrize("kind", ["log", "linear"])
 def test_transform_constants_withstand_hot_pixels_and_bad_images(kind, packed):
-    dataset = data.load(packed)
-    rows = data.split(dataset)["train"]
+    dataset = datasets.load(packed)
+    rows = datasets.split(dataset)["train"]
     images = np.array(dataset.images)
     before = intensity.fit_transform(images, rows, kind)
     assert before.pop("kind") == kind

@@ -76,7 +76,7 @@ def option(words, name):
 
 def called(calls):
     return [f"{script} {os.path.basename(option(words, '--out'))}" for script, words, _ in calls
-            if script != "prepare.py"]  # fmt: skip
+            if script != "data.py"]  # fmt: skip
 
 
 def images(folder, *classes, count=7):
@@ -118,7 +118,7 @@ def test_make_reproduce_runs_on_a_folder_and_does_nothing_twice(environment, fol
             "export.py", "predict.py",
         }),
         (("reproduce", "DATA=x"), {
-            "prepare.py", "pretrain.py", "finetune.py", "evaluate.py", "reconstruct.py", "export.py", "predict.py",
+            "data.py", "pretrain.py", "finetune.py", "evaluate.py", "reconstruct.py", "export.py", "predict.py",
         }),
         (("study", "UNSEEN=x", "CUTOUTS=a b"), {
             "simulate.py", "experiments/study.py", "experiments/results.py",
@@ -198,7 +198,7 @@ def test_paths_may_hold_anything(name, relative, make, tmp_path):
     data = images(tmp_path / name, "no_sub", name, "with halo", "$(x)`y`")
     given = os.path.relpath(data, ROOT) if relative else str(data)
     _, calls = make(f"DATA={given}")
-    assert [script for script, *_ in calls][0] == "prepare.py"
+    assert [script for script, *_ in calls][0] == "data.py"
     assert all(option(words, "--data") == given for _, words, _ in calls if "--data" in words)
     predicted = calls[-1][1][calls[-1][1].index("--") + 1 :]
     assert sorted(predicted) == sorted(

@@ -12,7 +12,7 @@ from conftest import (
 
 import mae
 import pretrain
-from lib import data, network, plots
+from lib import datasets, network, plots
 
 
 def test_pretraining_learns_and_sees_one_class_of_training_and_validation(
@@ -27,8 +27,8 @@ def test_pretraining_learns_and_sees_one_class_of_training_and_validation(
 
     monkeypatch.setattr(pretrain, "held_out_reconstructions", draw)
     pretrain.main(pretraining(packed, tmp_path / "run", "--epochs", 20))
-    dataset = data.load(packed)
-    parts = data.split(dataset)
+    dataset = datasets.load(packed)
+    parts = datasets.split(dataset)
     allowed = np.concatenate([parts["train"], parts["validation"]])
     allowed = allowed[dataset.labels[allowed] == dataset.class_names.index("no_sub")]
     assert trained_on == set(allowed.tolist())
@@ -41,8 +41,8 @@ def test_pretraining_learns_and_sees_one_class_of_training_and_validation(
     ("classes", "learned"), [(["all"], {0, 1, 2}), (["cdm"], {1}), (["cdm", "axion"], {0, 1})]
 )
 def test_the_classes_to_learn_from_are_chosen_by_name(classes, learned, packed):
-    dataset = data.load(packed)  # axion, cdm, no_sub
-    rows = data.split(dataset)["train"]
+    dataset = datasets.load(packed)  # axion, cdm, no_sub
+    rows = datasets.split(dataset)["train"]
     chosen = pretrain.rows_to_learn_from(dataset, rows, classes)
     assert set(chosen) == {row for row in rows if dataset.labels[row] in learned}
 
@@ -79,8 +79,8 @@ def test_an_augmentation_that_does_not_exist_is_named(packed, tmp_path):
 
 def test_a_class_of_one_validation_image_does_not_cost_the_weights(tmp_path):
     root = write_classes(tmp_path / "d", {"no_sub": 60, "rare": 60})
-    dataset = data.load(root, progress=False)
-    rows = data.split(dataset)["validation"]
+    dataset = datasets.load(root, progress=False)
+    rows = datasets.split(dataset)["validation"]
     files = sorted((root / "rare").iterdir())
     for row in rows[dataset.labels[rows] == 1][1:]:
         files[row - 60].unlink()

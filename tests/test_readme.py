@@ -17,7 +17,7 @@ from conftest import HUNG, ROOT, TINY_DECODER, TINY_NETWORK
 import finetune
 import pretrain
 import simulate
-from lib import data, lenses, weights
+from lib import datasets, lenses, weights
 
 README = ROOT / "README.md"
 TEXTS = {path: path.read_text() for path in (README, *sorted((ROOT / "docs").glob("*.md")))}
@@ -243,7 +243,7 @@ def test_commands_in_a_row_give_the_weights_of_the_functions(tmp_path, monkeypat
         "--out", "classifier", *SMALL["finetune.py"],
     ]))  # fmt: skip
 
-    typed, called = (data.load(tmp_path / p) for p in ("typed/lenses", "called/images"))
+    typed, called = (datasets.load(tmp_path / p) for p in ("typed/lenses", "called/images"))
     assert np.array_equal(typed.images, called.images)
     assert typed.fingerprint == called.fingerprint
     for one, other in (("own/pretrain/vit-mae-wt.pth", "mae/vit-mae-wt.pth"),

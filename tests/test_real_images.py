@@ -11,7 +11,7 @@ import pytest
 
 import simulate
 from experiments import real_images
-from lib import data, lenses
+from lib import datasets, lenses
 from lib.errors import UserError
 
 FOLDER = os.environ.get("REAL_IMAGES")
@@ -106,16 +106,16 @@ def test_noisy_images_become_pictures_too_and_the_same_ones_once(tmp_path, packe
     for more in ([], ["--any"], ["--any", "--seed", "1"]):
         command = ["pictures", "--data", str(tmp_path / "d"), "--out", str(out), "--update", *more]
         real_images.main(command)
-        dataset = data.load(out)
+        dataset = datasets.load(out)
         assert dataset.images.min() == 0
         assert dataset.images.max() == 1
         capsys.readouterr()
         real_images.main(command)
         assert "already up to date" in capsys.readouterr().out
-        assert data.load(out).fingerprint == dataset.fingerprint
+        assert datasets.load(out).fingerprint == dataset.fingerprint
     with pytest.raises(UserError, match="holds other images"):
         real_images.main([*command, "--out", str(packed)])
-    assert len(data.load(packed).labels) == 300
+    assert len(datasets.load(packed).labels) == 300
 
 
 def test_a_data_set_of_pictures_is_written_and_real_ones_are_asked_about(
@@ -123,8 +123,8 @@ def test_a_data_set_of_pictures_is_written_and_real_ones_are_asked_about(
 ):
     out = tmp_path / "pictures"
     real_images.main(["pictures", "--data", str(packed), "--out", str(out), "--any"])
-    pictures = data.load(out)
-    assert pictures.class_names == data.load(packed).class_names
+    pictures = datasets.load(out)
+    assert pictures.class_names == datasets.load(packed).class_names
     assert pictures.images.max() == 1
     assert pictures.images.min() == 0
     exact = real_images.is_exact(np.array(pictures.images, np.float64))

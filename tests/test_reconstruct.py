@@ -12,7 +12,7 @@ from sklearn.metrics import roc_auc_score
 
 import simulate
 from experiments import study
-from lib import clusters, data, lenses, plots, residuals, weights
+from lib import clusters, datasets, lenses, plots, residuals, weights
 
 
 def run_reconstruct(path, images, out, *more):
@@ -25,7 +25,7 @@ def run_reconstruct(path, images, out, *more):
 
 def test_residuals_are_scored_mapped_and_compared_without_labels(pretrained, packed, tmp_path):
     said, _, rows = run_reconstruct(pretrained, packed, tmp_path)
-    assert [int(row["row"]) for row in rows] == data.split(data.load(packed))["test"].tolist()
+    assert [int(row["row"]) for row in rows] == datasets.split(datasets.load(packed))["test"].tolist()
     assert all(float(row["score"]) > 0 for row in rows)
     assert list(rows[0]) == ["row", "class", "score"]
     result = json.loads((tmp_path / "metrics.json").read_text())
@@ -72,8 +72,8 @@ def powers_of(dataset, path, rows):
 
 def test_images_are_sorted_into_kinds_that_validation_images_show(pretrained, packed, tmp_path, fits):
     said, warned, rows = run_reconstruct(pretrained, packed, tmp_path, "--clusters", 3)
-    dataset = data.load(packed)
-    parts = data.split(dataset)
+    dataset = datasets.load(packed)
+    parts = datasets.split(dataset)
     ((read, powers, count, _),) = fits
     assert read == parts["validation"].tolist()
     assert count == 3
@@ -120,15 +120,15 @@ def test_without_a_split_the_images_themselves_show_the_kinds(pretrained, fresh,
 
 
 def test_scores_are_the_same_with_kinds_and_without(pretrained, packed):
-    _, maps_of, _ = residuals.residual_reader(pretrained, data.load(packed), torch.device("cpu"), None, 2, 0)
+    _, maps_of, _ = residuals.residual_reader(pretrained, datasets.load(packed), torch.device("cpu"), None, 2, 0)
     rows = np.arange(0, 300, 60)
     scores, _ = residuals.scores_and_powers(maps_of, rows)
     assert np.array_equal(scores, residuals.scores_of(maps_of, rows))
 
 
 def test_the_study_finds_kinds_in_training_images_alone(pretrained, packed, fresh, fits, monkeypatch):
-    path, dataset = pretrained, data.load(packed)
-    own, unseen = study.Images(packed, dataset), study.Images(fresh, data.load(fresh), "all", "fresh")
+    path, dataset = pretrained, datasets.load(packed)
+    own, unseen = study.Images(packed, dataset), study.Images(fresh, datasets.load(fresh), "all", "fresh")
     lab = SimpleNamespace(own=own, device=torch.device("cpu"))
     monkeypatch.setattr(study, "CLUSTERED_IMAGES", 100)
     found = []
@@ -139,7 +139,7 @@ def test_the_study_finds_kinds_in_training_images_alone(pretrained, packed, fres
         found.append(fits.pop())
     read, powers, count, seed = found[0]
     assert len(read) == 100
-    assert set(read) <= set(data.split(dataset)["train"].tolist())
+    assert set(read) <= set(datasets.split(dataset)["train"].tolist())
     assert (count, seed) == (3, 0)
     assert powers == pytest.approx(powers_of(dataset, path, read), abs=1e-4)
     # Another simulator's images are sorted into the kinds of the study's training images.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import assert_refused, pretraining
 
-from lib import data, distributed, weights
+from lib import datasets, distributed, weights
 from lib.errors import UserError
 from lib.recipe import Recipe
 from lib.run import Run, open_run
@@ -175,7 +175,7 @@ def test_the_weights_take_the_place_of_the_checkpoint(tmp_path, monkeypatch):
     assert set(content["seen"].tolist()) == {3, 2**64 - 1}
     recipe = json.loads(json.dumps(RECIPE._asdict()))
     assert content["run"] == {
-        **recipe, "mask_ratio": 0.5, "data_fingerprint": "f" * 64, "split": data.SPLIT,
+        **recipe, "mask_ratio": 0.5, "data_fingerprint": "f" * 64, "split": datasets.SPLIT,
         "class_names": ["a", "b"], "pretrained_sha256": "abc", "number_format": "float32",
         "data": "lenses", "cache_dir": None,
     }  # fmt: skip

@@ -18,7 +18,7 @@ from test_predict import read_csv
 
 from lib import weights
 
-SCRIPTS = ("simulate", "prepare", "pretrain", "finetune", "evaluate", "reconstruct", "export",
+SCRIPTS = ("simulate", "data", "pretrain", "finetune", "evaluate", "reconstruct", "export",
            "predict")  # fmt: skip
 EXPERIMENTS = ("study", "results", "bench", "real_images")
 MODULES = [path.stem for path in sorted((ROOT / "lib").glob("*.py"))]
@@ -38,7 +38,7 @@ def test_help_shows_an_example_and_defaults(script):
 
 @pytest.mark.parametrize(
     ("script", "option", "given"),
-    [("prepare", "--device", ("--data", "x")), ("simulate", "--device", ("--out", "x")),
+    [("data", "--device", ("--data", "x")), ("simulate", "--device", ("--out", "x")),
      ("export", "--device", ("--weights", "x", "--out", "x")),
      ("predict", "--seed", ("--model", "x", "--out", "x", "x"))],
 )  # fmt: skip
@@ -76,7 +76,7 @@ def mistakes(runs, folder, tmp_path):
         f"{option} {value}": (script, (*given, option, value), value if option == "--classes" else option)
         for (script, given), option, value in impossible
     } | {
-        "nothing to pack": ("prepare.py", ("--data", tmp_path / "gone"), "gone"),
+        "nothing to pack": ("data.py", ("--data", tmp_path / "gone"), "gone"),
         "simulated already": ("simulate.py", ("--out", small, "--per-class", 1), small),
         "no no_sub": ("pretrain.py", ("--data", two, *out), "no_sub"),
         "heads": (pretrain[0], (*pretrain[1], "--num-heads", 5), "5 heads"),

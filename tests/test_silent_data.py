@@ -9,12 +9,12 @@ import torch
 from conftest import CLASSIFIER, assert_refused, run_script, write_classes
 
 import simulate
-from lib import data, lenses
+from lib import datasets, lenses
 from lib.errors import UserError
 
 
 def load(root, *more):
-    return data.load(root, *more, progress=False)
+    return datasets.load(root, *more, progress=False)
 
 
 def test_packing_deletes_nothing_in_the_cache(tmp_path):
@@ -61,7 +61,7 @@ def test_images_far_outside_the_rest_are_named(tmp_path, capsys):
 def test_no_image_of_the_benchmark_is_far_outside_the_rest(model, noise):
     parts = lenses.simulate(model, 100, 0, noise, progress=False)
     images = np.concatenate([images for _, images, _ in parts]).reshape(300, -1)
-    assert not len(data.far_outside(np.stack([images.min(1), images.max(1)], axis=1)))
+    assert not len(datasets.far_outside(np.stack([images.min(1), images.max(1)], axis=1)))
 
 
 def test_what_systems_leave_behind_is_no_image_and_what_else_is_not_read_is_named(tmp_path, capsys):
@@ -97,15 +97,15 @@ def test_a_symlinked_class_folder_is_read(tmp_path):
 
 
 def test_a_superset_of_the_training_images_is_refused_with_the_overlap(packed, runs, pretrained, tmp_path):
-    dataset = data.load(packed)
+    dataset = datasets.load(packed)
     more = tmp_path / "more"
     more.mkdir()
-    writer = data.PackedWriter(more, (301, 64, 64), dataset.class_names, "one more")
+    writer = datasets.PackedWriter(more, (301, 64, 64), dataset.class_names, "one more")
     writer.append(np.ones((1, 64, 64)), 0)
     for image, label in zip(dataset.images, dataset.labels.tolist(), strict=True):
         writer.append(image[None], label)
     writer.close()
-    classifier, parts = runs / "head" / CLASSIFIER, data.split(dataset)
+    classifier, parts = runs / "head" / CLASSIFIER, datasets.split(dataset)
     rows = np.concatenate([parts["train"], parts["validation"]])
     smooth = (dataset.labels[rows] == dataset.class_names.index("no_sub")).sum()
     for script, path, seen in (
@@ -118,8 +118,8 @@ def test_a_superset_of_the_training_images_is_refused_with_the_overlap(packed, r
 
 def test_an_image_that_moved_from_training_to_test_is_found_out(packed, runs, tmp_path):
     content = torch.load(runs / "full" / CLASSIFIER, weights_only=True)
-    dataset = data.load(packed)
-    moved = dataset.hashes[data.split(dataset)["test"][5:6]].view(np.int64)
+    dataset = datasets.load(packed)
+    moved = dataset.hashes[datasets.split(dataset)["test"][5:6]].view(np.int64)
     content["seen"] = torch.from_numpy(np.append(content["seen"].numpy(), moved))
     torch.save(content, tmp_path / "w.pth")
     arguments = ("--data", packed, "--out", tmp_path / "e", "--weights", tmp_path / "w.pth")
@@ -127,7 +127,7 @@ def test_an_image_that_moved_from_training_to_test_is_found_out(packed, runs, tm
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+    monkeypatch.setattr(datasets.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
     with pytest.raises(UserError, match="GB left"):
         load(write_classes(tmp_path / "d", {"a": 20, "b": 20}), tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
@@ -136,12 +136,12 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
 def test_a_class_of_a_few_images_has_one_in_every_part(tmp_path):
     for count in (3, 5, 12):
         dataset = load(write_classes(tmp_path / str(count), {"a": count, "b": 40}))
-        parts = data.split(dataset)
+        parts = datasets.split(dataset)
         assert np.array_equal(np.sort(np.concatenate(list(parts.values()))), np.arange(count + 40))
         for rows in parts.values():
             assert set(dataset.labels[rows]) == {0, 1}
     with pytest.raises(UserError, match="class a has fewer than 3"):
-        data.split(load(write_classes(tmp_path / "two", {"a": 2, "b": 40})))
+        datasets.split(load(write_classes(tmp_path / "two", {"a": 2, "b": 40})))
 
 
 def test_copies_stay_on_one_side_in_a_small_class_and_are_named_with_another_label(tmp_path, capsys):
@@ -149,7 +149,7 @@ def test_copies_stay_on_one_side_in_a_small_class_and_are_named_with_another_lab
     for i in range(4):
         shutil.copy(root / "a" / f"00{i}.npy", root / "a" / f"copy{i}.npy")
     dataset = load(root)
-    one, two, three = (set(dataset.hashes[rows]) for rows in data.split(dataset).values())
+    one, two, three = (set(dataset.hashes[rows]) for rows in datasets.split(dataset).values())
     assert not one & two and not one & three and not two & three
     assert "more than one class" not in capsys.readouterr().err
     shutil.copy(root / "a" / "001.npy", root / "b" / "zzz.npy")

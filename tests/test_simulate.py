@@ -8,7 +8,7 @@ import torch
 from conftest import assert_refused
 
 import simulate
-from lib import data, lenses
+from lib import datasets, lenses
 
 REFERENCE = np.load(Path(__file__).parent / "reference" / "lenstronomy.npz")
 TOLERANCE = 1e-6  # of an image's maximum
@@ -136,7 +136,7 @@ def test_the_same_seed_gives_the_same_images_and_another_seed_others():
 
 
 def test_both_layouts_hold_the_same_images(packed, folder):
-    from_packed, from_folder = data.load(packed), data.load(folder, progress=False)
+    from_packed, from_folder = datasets.load(packed), datasets.load(folder, progress=False)
     assert from_packed.class_names == from_folder.class_names == ("axion", "cdm", "no_sub")
     for label in range(3):
         one = {image.tobytes() for image in from_packed.images[from_packed.labels == label]}
@@ -145,7 +145,7 @@ def test_both_layouts_hold_the_same_images(packed, folder):
 
 
 def test_true_masses_are_those_of_the_images(packed):
-    dataset = data.load(packed)
+    dataset = datasets.load(packed)
     rows = [3, 107, 199, 250]
     masses, instrument = lenses.point_masses_of(dataset.origin, rows)
     assert [len(m) for m in masses] == [100, 25, 25, 0]
@@ -175,10 +175,10 @@ def test_folder_layout_of_model_i_holds_whole_numbers(tmp_path):
     assert image.shape == (150, 150)
     axion = np.load(tmp_path / "d" / "axion" / "axion_sim_1.npy", allow_pickle=True)
     assert axion[0].dtype == np.int64
-    packed = data.load(tmp_path / "d", tmp_path / "cache", progress=False)
+    packed = datasets.load(tmp_path / "d", tmp_path / "cache", progress=False)
     assert np.array_equal(packed.images[list(packed.labels).index(1)], image)
 
 
 def test_a_folder_in_use_is_not_overwritten(packed):
     assert_refused("simulate.py", ("--out", packed, "--per-class", 3), packed)
-    assert len(data.load(packed).labels) == 300
+    assert len(datasets.load(packed).labels) == 300

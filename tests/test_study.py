@@ -14,7 +14,7 @@ import finetune
 import pretrain
 import simulate
 from experiments import kinds, results, study
-from lib import data, familiarity, lenses, plots, weights
+from lib import datasets, familiarity, lenses, plots, weights
 from lib.errors import UserError
 
 TINY = {
@@ -144,7 +144,7 @@ def test_options_that_are_none_are_named(text, tiny_study, tmp_path):
 @pytest.mark.parametrize(("classes", "epochs"), [("no_sub", 4), ("no_sub cdm", 8), ("all", 12)])
 def test_pretraining_on_all_classes_takes_as_many_steps_as_on_some(classes, epochs, packed):
     lab = SimpleNamespace(
-        own=study.Images(packed, data.load(packed)),
+        own=study.Images(packed, datasets.load(packed)),
         args=SimpleNamespace(pretraining=f"--epochs 12 --classes {classes}"),
     )
     assert study.on_all_classes(lab) == ("--classes", "all", "--epochs", epochs)

@@ -4,13 +4,12 @@ Training packs a folder by itself. This script shows beforehand whether the imag
 how many of each class fall into the training, validation and test parts.
 """
 
-
 from lib import options
-from lib.data import load, split
+from lib.datasets import load, split
 from lib.errors import UserError, path_argument, run_main
 from lib.files import read_json, write_json
 
-EXAMPLE = "example: python prepare.py --data lenses"
+EXAMPLE = "example: python data.py --data lenses"
 
 
 def parse_args(argv=None):
