@@ -9,6 +9,7 @@ hidden files do not count, and files of other kinds are named at the end. The CS
 of file names that are not UTF-8 are written as escapes such as \\xff.
 """
 
+import argparse
 import contextlib
 import heapq
 import os
@@ -22,7 +23,7 @@ from lib import options
 from lib.errors import UserError, one_line, path_argument, reason_of, run_main
 from lib.files import check_outputs, identity, write_csv
 from lib.guard import LEAST_FAMILIARITY, UNFAMILIAR, Guard
-from lib.images import SUFFIXES, find_files, read_images
+from lib.images import SUFFIXES, How, Said, find_files, read_images
 from lib.onnxfile import classify, open_classifier, open_maps
 
 EXAMPLE = """examples:
@@ -76,7 +77,9 @@ def predict(args):
         raise UserError("no .npy, .npz or FITS files found under the given paths")
     others = check_paths(args, files, others)
 
-    images = scaled(read_images(files, img_size, errors, others, args.crop), args.scale)
+    said = Said(errors, others, [])
+    how = How(args.hdu, args.planes, args.crop, args.centre)
+    images = scaled(read_images(files, img_size, said, how), args.scale)
     batches = progress(batches_of(guard.readable(images, errors), args.batch_size))
     answers = answers_to(batches, args.model, session, class_names, guard, maps_of, errors)
     counts = dict.fromkeys([*class_names, *([UNFAMILIAR] if guard.can_refuse else [])], 0)
@@ -97,7 +100,7 @@ def predict(args):
     if args.sheet and not sheet_error:
         print(one_line(f"the {len(shown)} most confident in {args.sheet}"
                        if shown else f"nothing to draw in {args.sheet}"))  # fmt: skip
-    for line in warnings_of(args, guard, counts, others, errors):
+    for line in (*said.about_notes(), *warnings_of(args, guard, counts, others, errors)):
         print(one_line(line), file=sys.stderr)
     if sheet_error:
         raise UserError(f"{sheet_error}; the predictions are in {args.out}")
@@ -251,6 +254,28 @@ def try_to_draw(draw_sheet, path, shown, class_names, maps_of):
     return None
 
 
+def centre_argument(text):
+    """"brightest", or "x,y" as (x, y)."""
+    if text == "brightest":
+        return text
+    try:
+        x, y = map(int, text.split(","))
+    except ValueError:
+        x, y = -1, -1
+    if min(x, y) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither brightest nor a column and row such as 50,49")
+    return x, y
+
+
+def planes_argument(text):
+    """"lenses", "bands" or the number of a band."""
+    if text in ("lenses", "bands"):
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither lenses, bands nor the number of a band")
+    return int(text)
+
+
 def parse_args(argv=None):
     parser = options.new_parser(__doc__, EXAMPLE)
     parser.add_argument("paths", type=path_argument, nargs="+", metavar="PATH", help="files or folders")
@@ -258,10 +283,24 @@ def parse_args(argv=None):
                         help="classifier that export.py wrote")  # fmt: skip
     parser.add_argument("--out", type=path_argument, required=True, metavar="CSV",
                         help="table to write")  # fmt: skip
-    parser.add_argument(
+    group = parser.add_argument_group("reading")
+    group.add_argument(
         "--crop", action="store_true", help="use the centre of images larger than the network's"
     )
-    parser.add_argument(
+    group.add_argument(
+        "--centre", type=centre_argument, metavar="X,Y",
+        help="crop around this column and row of pixels, counted from 0, or around the brightest pixel: brightest",
+    )  # fmt: skip
+    group.add_argument(
+        "--hdu", metavar="NAME", help="name or number of the HDU to read in FITS files; by default the only one "
+        "that shows the sky: no weights, errors, masks or PSF",
+    )  # fmt: skip
+    group.add_argument(
+        "--planes", type=planes_argument, metavar="WHAT",
+        help="what several planes of a file are: lenses; bands of one lens, whose mean is used; or the number of "
+        "the band to use. By default the planes of a .npy file are lenses, and a FITS cube is refused",
+    )  # fmt: skip
+    group.add_argument(
         "--scale", type=float, default=1.0, metavar="FACTOR",
         help="multiply all pixels by it: for images in another unit than the training images "
         "(0.00392 for 1/255)",

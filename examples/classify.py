@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lib.errors import UserError, one_line, run_main
 from lib.guard import UNFAMILIAR, Guard
-from lib.images import read_images
+from lib.images import Said, read_images
 from lib.onnxfile import classify, open_classifier
 
 
@@ -19,14 +19,14 @@ def main():
         raise UserError("give a model and files: python classify.py MODEL.onnx FILE ...")
     model, *files = map(Path, sys.argv[1:])
     session, class_names, img_size = open_classifier(model)
-    guard, errors, others = Guard.of(session), [], []
+    guard, said = Guard.of(session), Said([], [], [])
     if not guard.can_refuse:
         print(one_line(guard.weakness(model)), file=sys.stderr)
-    images = guard.readable(read_images(files, img_size, errors, others), errors)
+    images = guard.readable(read_images(files, img_size, said), said.errors)
     for name, image in images:  # (64, 64), raw pixels
         probabilities, familiarity = classify(session, image[None, None], model)
         if not all(0 <= p <= 1 for p in probabilities[0]):
-            errors.append((name, f"{name}: no finite probabilities"))
+            said.errors.append((name, f"{name}: no finite probabilities"))
             continue
         predicted = probabilities.argmax(axis=1)
         (answered,) = guard.answers(predicted, familiarity)
@@ -35,9 +35,11 @@ def main():
         if familiarity is not None:
             values.append(f"familiarity={familiarity[0]:.6f}")
         print(one_line(f"{name} {prediction} {' '.join(values)}"))
-    for _, error in errors:
+    for line in said.about_notes():
+        print(one_line(line), file=sys.stderr)
+    for _, error in said.errors:
         print(one_line(f"error: {error}"), file=sys.stderr)
-    return 1 if errors else 0
+    return 1 if said.errors else 0
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from scipy.special import logsumexp, softmax
 from sklearn.metrics import roc_auc_score
 
-from lib import lenses
+from lib import fits, lenses
 from lib.errors import UserError
 from lib.guard import Guard
-from lib.images import FITS_SUFFIXES, find_files, fits_images, read_arrays
+from lib.images import find_files, read_arrays
 from lib.loader import batch_reader, in_batches
 
 EUCLID = lenses.INSTRUMENTS["Model_II"]
@@ -222,9 +222,9 @@ def read_cutouts(folder):
 
 def planes_of(file):
     """The two-dimensional images in a file."""
-    if file.name.lower().endswith(FITS_SUFFIXES):
-        return fits_images(file)
-    arrays = [array for _, array in read_arrays(file) if array is not None and array.ndim >= 2]
+    if file.name.lower().endswith(fits.SUFFIXES):
+        return fits.all_images(file)
+    arrays = [array for _, array, _ in read_arrays(file) if array is not None and array.ndim >= 2]
     return [plane for array in arrays for plane in array.reshape(-1, *array.shape[-2:])]
 
 

@@ -76,6 +76,19 @@ def _discard_unwritten_output():
             os.close(null)
 
 
+@contextlib.contextmanager
+def named_errors(path, kind):
+    """Turn any error that a parser raises on arbitrary bytes into a UserError naming the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.strerror:  # the system's, not a parser's
+            raise UserError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"{path}: not a usable {kind}: {reason_of(error)}") from None
+
+
 # Text
 
 

@@ -5,38 +5,38 @@ memory.
 """
 
 import ast
-import bz2
 import contextlib
 import functools
-import gzip
 import math
 import mmap
 import os
 import pickle
 import pickletools
-import warnings
 import zipfile
-import zlib
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from lib.errors import UserError, reason_of
+from lib import fits
+from lib.errors import UserError, named_errors
 from lib.files import is_hidden
 
-FITS_SUFFIXES = (
-    *(name + packed for name in (".fits", ".fit", ".fts") for packed in ("", ".gz", ".bz2")), ".fz"
-)  # fmt: skip
-SUFFIXES = (".npy", ".npz", *FITS_SUFFIXES)
+SUFFIXES = (".npy", ".npz", *fits.SUFFIXES)
 PACKED_FILES = {"dataset.json", "images.npy", "labels.npy", "hashes.npy"}  # of a packed data set
 MAP_ABOVE_BYTES = 8 * 2**20  # larger arrays are mapped into memory, not read
 MAX_DIMENSIONS = 8
 MAX_PICKLE_BYTES = 64 * 2**20  # an axion file is one image and a number
 MAX_PICKLE_OPCODES = 100_000  # a stack of images takes about 20 an image
 MAX_NPZ_BYTES = 2**30
-MAX_FITS_BYTES = 256 * 2**20
-SAFE_FITS_COMPRESSION = ("RICE_1", "RICE_ONE", "GZIP_1", "GZIP_2", "NOCOMPRESS")
+FEW_PLANES = 5  # a stack of so many may also be the bands of one lens
+KINDS_OF_FILES = {
+    b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"GIF8": "a GIF picture",
+    b"II*\0": "a TIFF picture", b"MM\0*": "a TIFF picture", b"\x89HDF": "an HDF5 file", b"%PDF": "a PDF",
+    b"PAR1": "a Parquet table", b"<?xm": "an XML file", b"<!DO": "a web page", b"\x80\x04\x95": "a pickle",
+    b"version https://git-lfs": "a pointer of Git LFS (git lfs pull fetches the file)",
+}  # fmt: skip
 
 
 # Finding files
@@ -94,12 +94,55 @@ def _walk(root, errors):
 # Reading images
 
 
+class How(NamedTuple):
+    """How images are taken from files, as the user says.
+
+    hdu : name or number of a FITS file's HDU; without it the only one that shows the sky.
+    planes : what the planes (n, H, W) of a file are: "lenses", "bands" of one lens, which are averaged, or
+        the number of the band to take. Without it a stack of a .npy file is lenses, a FITS cube is refused.
+    crop : whether the centre of larger images is taken.
+    centre : (x, y), column and row of the pixel to crop around, or "brightest".
+    """
+
+    hdu: str | None = None
+    planes: str | int | None = None
+    crop: bool = False
+    centre: tuple | str | None = None
+
+
+class Said(NamedTuple):
+    """What reading has to say: lists that grow while images are read.
+
+    errors : [(name, reason)] of what cannot be read.
+    others : names of arrays and files that hold no images.
+    notes : [(kind of NOTES, name)] of what was read, but may not be what the user means.
+    """
+
+    errors: list
+    others: list
+    notes: list
+
+    def about_notes(self):
+        """A line on each kind of note."""
+        for kind, text in NOTES.items():
+            names = [name for found, name in self.notes if found == kind]
+            if names:
+                yield f"{len(names)} file{'s' * (len(names) > 1)}, such as {names[0]}, {text}"
+
+
+NOTES = {
+    "planes": "with planes that are read as lenses: for bands of one lens give --planes bands or a band's number",
+    "rounded": "compressed by fpack with rounding (quantised floats), which a network that learned from "
+    "exact pixels takes for noise: use the original file, or compress it with quantize_level=0 and GZIP_2",
+}  # fmt: skip
+
+
 def read_image(path):
     """The image of a file that holds one square image, (H, H) float32, to train on.
 
     Raises UserError, naming the file and the remedy, for anything else.
     """
-    arrays = [array for _, array in read_arrays(Path(path)) if array is not None]
+    arrays = [array for _, array, _ in read_arrays(Path(path)) if array is not None]
     if len(arrays) > 1:
         raise UserError(f"{path}: expected one square image, got {len(arrays)} arrays; give one a file")
     stack = _stack_of(arrays[0])
@@ -111,66 +154,119 @@ def read_image(path):
     return image
 
 
-def read_images(files, img_size, errors, others, crop=False):
+def read_images(files, img_size, said, how=How()):
     """Yield (name, image (H, H) float32) of every image in the files, to predict; H is `img_size`.
 
-    What cannot be read is appended to `errors`, [(name, reason)]; arrays of a .npz that are no images are
-    appended to `others`. `crop` takes the centre of larger images.
+    What cannot be read, or may be misread, is appended to the lists of `said`.
     """
     for path in files:
         try:
-            arrays = read_arrays(path)
+            arrays = read_arrays(path, how)
         except UserError as error:
-            errors.append((str(path), str(error)))
+            said.errors.append((str(path), str(error)))
             continue
-        for name, array in arrays:
+        for name, array, rounded in arrays:
             if array is None:
-                others.append(name)
-            else:
-                yield from _images_in(name, array, img_size, errors, crop)
+                said.others.append(name)
+                continue
+            if rounded:
+                said.notes.append(("rounded", name))
+            yield from _images_in(name, array, img_size, said, how)
 
 
-def _images_in(name, array, img_size, errors, crop):
-    stack = _stack_of(array)
+def _images_in(name, array, img_size, said, how):
+    try:
+        stack = _stack_of(array, how.planes)
+    except ValueError as error:
+        said.errors.append((name, f"{name}: {error}"))
+        return
     height, width = stack.shape[1:] if stack.ndim == 3 else (0, 0)
     if min(height, width) < img_size or not len(stack):
-        errors.append((name, f"{name}: expected an image of {img_size}×{img_size} pixels or a stack of "
-                             f"them, got shape {array.shape}"))  # fmt: skip
+        wanted = f"expected an image of {img_size}×{img_size} pixels or a stack of them"
+        said.errors.append((name, f"{name}: {wanted}, got shape {array.shape}{_about_bands(array)}"))
         return
-    if not crop and (height, width) != (img_size, img_size):
-        errors.append((name, f"{name}: {height}×{width} pixels where the network takes "
-                             f"{img_size}×{img_size}; --crop takes the centre"))  # fmt: skip
+    if not how.crop and not how.centre and (height, width) != (img_size, img_size):
+        said.errors.append((name, f"{name}: {height}×{width} pixels where the network takes "
+                                  f"{img_size}×{img_size}; --crop takes the centre"))  # fmt: skip
         return
-    top, left = (height - img_size) // 2, (width - img_size) // 2
-    for i, image in enumerate(stack[:, top : top + img_size, left : left + img_size]):
+    if how.planes is None and 1 < len(stack) <= FEW_PLANES and name.lower().endswith(".npy"):
+        said.notes.append(("planes", name))
+    for i, whole in enumerate(stack):
         image_name = name if len(stack) == 1 else f"{name}[{i}]"
-        image = _finite_float32(image)
-        if image is None:
-            errors.append((image_name, f"{image_name}: NaN or infinite pixels"))
-        else:
-            yield image_name, image
+        try:
+            yield image_name, _cropped(whole, img_size, how.centre)
+        except ValueError as error:
+            said.errors.append((image_name, f"{image_name}: {error}"))
         if i % 256 == 255:
             forget_pages(array)
 
 
-def read_arrays(path):
-    """The arrays of one file, [(name, array, or None where it is no image)]; UserError."""
+def _cropped(image, size, centre):
+    """The part (size, size) of an image around its centre, or around another pixel, as float32."""
+    top, left = ((side - size) // 2 for side in image.shape)
+    if centre == "brightest":
+        row, column = np.unravel_index(np.nanargmax(image), image.shape)
+    elif centre:
+        column, row = centre
+    if centre:
+        top, left = row - size // 2, column - size // 2
+        if not (0 <= top <= image.shape[0] - size and 0 <= left <= image.shape[1] - size):
+            raise ValueError(f"{size}×{size} pixels around column {column}, row {row} are not all in the image")
+    image = _finite_float32(image[top : top + size, left : left + size])
+    if image is None:
+        raise ValueError("NaN or infinite pixels")
+    return image
+
+
+def read_arrays(path, how=How()):
+    """The arrays of one file, [(name, array or None where it is no image, rounding step)]; UserError."""
     name = path.name.lower()
-    if name.endswith(FITS_SUFFIXES):
-        return [(str(path), fits_images(path, first=True)[0])]
-    return _read_npz(path) if name.endswith(".npz") else [(str(path), read_npy(path))]
+    require_known_kind(path)
+    if name.endswith(fits.SUFFIXES):
+        image = fits.read_fits(path, how.hdu)
+        if image.pixels.ndim > 2 and how.planes is None:
+            raise UserError(
+                f"{path}: several planes, shape {image.pixels.shape}: predict.py --planes says what they "
+                "are, lenses or bands; training needs one image a file"
+            )
+        return [(f"{path}[{image.hdu}]" if image.hdu else str(path), image.pixels, image.rounded)]
+    arrays = _read_npz(path) if name.endswith(".npz") else [(str(path), read_npy(path))]
+    return [(name, array, 0.0) for name, array in arrays]
 
 
-def _stack_of(array):
+def require_known_kind(path):
+    """UserError that says what a file is, if its first bytes are those of another kind."""
+    with named_errors(path, "image"), path.open("rb") as file:
+        start = file.read(32)
+    for beginning, kind in KINDS_OF_FILES.items():
+        if start.startswith(beginning):
+            raise UserError(f"{path} is {kind}: give .npy, .npz or FITS files")
+
+
+def _stack_of(array, planes=None):
     """An array as images (n, H, W), if it is one or several.
 
-    It may have a channel axis: (1, H, W), (H, W, 1), (n, 1, H, W) or (n, H, W, 1).
+    It may have a channel axis: (1, H, W), (H, W, 1), (n, 1, H, W) or (n, H, W, 1), and of several
+    channels if `planes` says that they are bands, see `How`.
     """
+    if planes not in (None, "lenses") and array.ndim in (3, 4):
+        axis = -1 if array.shape[-1] < min(array.shape[-3:-1]) else -3
+        if planes == "bands":
+            array = array.mean(axis=axis)
+        elif planes >= array.shape[axis]:
+            raise ValueError(f"shape {array.shape} has no band {planes}")
+        else:
+            array = np.take(array, planes, axis=axis)
     if array.ndim == 4 and array.shape[1] == 1:
         array = array[:, 0]
     elif array.ndim in (3, 4) and array.shape[-1] == 1:
         array = array[..., 0]
     return array[None] if array.ndim == 2 else array
+
+
+def _about_bands(array):
+    bands = array.ndim in (3, 4) and 1 < min(array.shape[-1], array.shape[-3]) <= 2 * FEW_PLANES
+    return "; if it has bands, give --planes bands or the number of one" if bands else ""
 
 
 def _finite_float32(image):
@@ -184,111 +280,6 @@ class _NoImageError(ValueError):
     """The array is sound, but text, labels or another kind that is no image."""
 
 
-@contextlib.contextmanager
-def _named_errors(path, kind):
-    """Turn any error that a parser raises on arbitrary bytes into a UserError naming the file."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and error.strerror:  # the system's, not a parser's
-            raise UserError(f"cannot read {path}: {error.strerror}") from None
-        raise UserError(f"{path}: not a usable {kind}: {reason_of(error)}") from None
-
-
-# FITS
-
-
-def fits_images(path, first=False):
-    """The two-dimensional images (H, W) of a FITS file, a list; needs astropy. UserError.
-
-    Axes of length one do not count. The file may be compressed by gzip, bzip2 or fpack, whatever its name
-    says. With `first` only the first image, which must not be a cube.
-    """
-    try:
-        from astropy.io import fits
-    except ImportError:
-        raise UserError(f"{path}: FITS files need astropy: pip install astropy") from None
-    with _named_errors(path, "FITS image"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        content = _decompressed(path)
-        with fits.open(BytesIO(content), memmap=False, disable_image_compression=True) as units:
-            _check_compressed_units(units)
-        with fits.open(BytesIO(content), memmap=False) as units:
-            shapes = [_without_unit_axes(unit.shape) if unit.is_image else () for unit in units]
-            chosen = [i for i, shape in enumerate(shapes) if len(shape) == 2]
-            if first:
-                chosen = [_first_image([unit.name for unit in units], shapes)]
-            return [np.array(units[i].data).reshape(shapes[i]) for i in chosen]
-
-
-def _first_image(names, shapes):
-    """Index of the first HDU with an image; ValueError, listing the HDUs, if it is a cube."""
-    hdus = [f"{i} {names[i]} {shape or 'no image'}" for i, shape in enumerate(shapes)]
-    listed = f"its HDUs: {', '.join(hdus)}"
-    for i, shape in enumerate(shapes):
-        if len(shape) > 2:
-            raise ValueError(f"HDU {i} has several planes, shape {shape}; give one image a file; {listed}")
-        if len(shape) == 2:
-            return i
-    raise ValueError(f"there is no two-dimensional image in it; {listed}")
-
-
-def _without_unit_axes(shape):
-    """`shape` without its leading axes of length one, then trailing ones, down to two axes."""
-    shape = tuple(map(int, shape))
-    while len(shape) > 2 and 1 in (shape[0], shape[-1]):
-        shape = shape[1:] if shape[0] == 1 else shape[:-1]
-    return shape
-
-
-def _decompressed(path):
-    with path.open("rb") as file:
-        start = file.read(3)
-        file.seek(0)
-        if start[:2] == b"\x1f\x8b":
-            file = gzip.open(file)
-        elif start == b"BZh":
-            file = bz2.open(file)
-        content = file.read(MAX_FITS_BYTES + 1)
-    if len(content) > MAX_FITS_BYTES:
-        raise ValueError("it is too large for a cutout")
-    return content
-
-
-def _check_compressed_units(units):
-    """ValueError if an image compressed by fpack cannot be decompressed safely.
-
-    `units` are opened as the tables that hold the compressed tiles. Astropy's other decoders (of HCOMPRESS
-    and PLIO) write outside their memory if a file is damaged.
-    """
-    for unit in (unit for unit in units if unit.header.get("ZIMAGE")):
-        header = unit.header
-        if header["ZCMPTYPE"] not in SAFE_FITS_COMPRESSION:
-            raise ValueError(f"compressed by {header['ZCMPTYPE']}; decompress it with funpack")
-        axes = range(1, int(header["ZNAXIS"]) + 1)
-        pixel = abs(int(header["ZBITPIX"])) // 8
-        size = pixel * math.prod(int(header[f"ZNAXIS{i}"]) for i in axes)
-        tile = pixel * math.prod(int(header.get(f"ZTILE{i}", 1)) for i in axes)
-        if max(size, tile) > MAX_FITS_BYTES or int(header["PCOUNT"]) > 2 * size + 2**16:
-            raise ValueError("it is too large for a cutout")
-        _check_deflated_tiles(unit, 8 * size // pixel)
-
-
-def _check_deflated_tiles(table, most):
-    """ValueError if the tiles that gzip compressed hold more than `most` bytes: astropy sets no limit."""
-    names = ["GZIP_COMPRESSED_DATA"]
-    if table.header["ZCMPTYPE"].startswith("GZIP"):
-        names.append("COMPRESSED_DATA")
-    for name in (name for name in names if name in table.columns.names):
-        for tile in table.data[name]:
-            content = zlib.decompressobj(wbits=47).decompress(np.asarray(tile).tobytes(), most + 1)
-            most -= len(content)
-            if most < 0:
-                raise ValueError("its tiles hold more than the image that it announces")
-
-
 # .npy and .npz
 
 
@@ -300,7 +291,7 @@ def read_npy(path):
     ...]. Raises UserError, naming the file, for anything else.
     """
     path = Path(path)
-    with _named_errors(path, ".npy image"), path.open("rb") as file:
+    with named_errors(path, ".npy image"), path.open("rb") as file:
         return _read_array(file, os.fstat(file.fileno()).st_size, path)
 
 
@@ -317,7 +308,7 @@ def forget_pages(array):
 def _read_npz(path):
     """The arrays of a `.npz` file, [(name, array, or None where it is no image)]; UserError."""
     arrays = []
-    with _named_errors(path, ".npz file"), zipfile.ZipFile(path) as archive:
+    with named_errors(path, ".npz file"), zipfile.ZipFile(path) as archive:
         members = [info for info in archive.infolist() if not is_hidden(info.filename)]
         if sum(info.file_size for info in members) > MAX_NPZ_BYTES:
             raise ValueError("its arrays are too large together; store them as .npy")

@@ -19,18 +19,19 @@ import torch
 from conftest import bound_by_permissions, run_python
 
 from lib import datasets, images
+from lib import fits as fits_reader
 from lib.errors import UserError
-from lib.images import find_files, read_image, read_images, read_npy
+from lib.images import How, Said, find_files, read_image, read_images, read_npy
 
 SIDE = 8
 IMAGES = np.random.default_rng(0).random((3, SIDE, SIDE)).astype(np.float32)
 IMAGE = IMAGES[0]
 
 
-def predicted(*paths, crop=False):
+def predicted(*paths, **how):
     """({name: image} that prediction gets of these paths, errors, others)."""
-    errors, others = [], []
-    return dict(read_images(paths, SIDE, errors, others, crop)), errors, others
+    said = Said([], [], [])
+    return dict(read_images(paths, SIDE, said, How(**how))), said.errors, said.others
 
 
 def relative(names, folder):
@@ -421,6 +422,7 @@ def test_a_damaged_hostile_or_huge_npz_file_is_refused(tmp_path, monkeypatch):
 
 
 def test_without_astropy_a_fits_file_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "x.fits").write_bytes(b"SIMPLE")
     monkeypatch.setitem(sys.modules, "astropy.io", None)
     assert_refused(tmp_path / "x.fits", "pip install astropy")
 
@@ -502,27 +504,104 @@ def test_every_suffix_in_any_case_is_read_and_compression_is_known_by_the_conten
     assert all(np.array_equal(image, IMAGE) for image in read.values())
 
 
-def test_the_first_image_is_read_and_tables_before_it_do_not_count(fits, tmp_path):
+def sky_and(fits, *others):
+    """Bytes of a file with a table, `others`, {name: pixels}, and then the image that is meant."""
     column = fits.Column("x", "E", array=np.zeros(3))
-    units = [fits.PrimaryHDU(), fits.BinTableHDU.from_columns([column]), fits.ImageHDU(IMAGE[None])]
-    units += [fits.ImageHDU(2 * IMAGE), fits.ImageHDU(IMAGES)]
-    assert np.array_equal(read_fits(tmp_path / "many.fits", fits_bytes(*units)), IMAGE)
+    units = [fits.PrimaryHDU(), fits.BinTableHDU.from_columns([column])]
+    units += [fits.ImageHDU(pixels, name=name) for name, pixels in others]
+    return fits_bytes(*units, fits.ImageHDU(IMAGE[None], name="VIS_BGSUB"))
+
+
+@pytest.mark.parametrize("name", ["WHT", "VIS_RMS", "err", "DES_G_PSF", "mask2", "FIT_MODEL", "IVAR"])
+def test_maps_of_weights_errors_masks_and_psfs_are_not_taken_for_the_sky(name, fits, tmp_path):
+    """A weight map that stood before the science image was classified in its place."""
+    path = tmp_path / "x.fits"
+    assert np.array_equal(read_fits(path, sky_and(fits, (name, 2 * IMAGE))), IMAGE)
+    assert list(predicted(path)[0]) == [f"{path}[VIS_BGSUB]"]
+
+
+@pytest.mark.parametrize("pixels", [
+    np.ones((8, 8), np.float32), np.eye(8, dtype=np.int32), np.full((8, 8), 1 / 64, np.float32) + np.eye(8) / 1e3,
+])  # fmt: skip
+def test_images_without_a_name_are_known_by_their_content(pixels, fits, tmp_path):
+    """Constants, flags and a PSF whose sum is one."""
+    assert np.array_equal(read_fits(tmp_path / "x.fits", sky_and(fits, ("", pixels))), IMAGE)
+
+
+def test_of_several_images_none_is_taken_until_the_user_names_it(fits, tmp_path):
+    """Of a file with eight bands the first was classified, which may show nothing but noise."""
+    path = tmp_path / "x.fits"
+    path.write_bytes(sky_and(fits, ("DES_G_BGSUB", 2 * IMAGE), ("DES_G_RMS", 3 * IMAGE)))
+    assert_refused(path, r"several images.*--hdu.*2 DES_G_BGSUB \(8, 8\).*4 VIS_BGSUB")
+    for hdu in ("VIS_BGSUB", "vis_bgsub", "4"):
+        ((name, image),) = predicted(path, hdu=hdu)[0].items()
+        assert np.array_equal(image, IMAGE) and name == f"{path}[VIS_BGSUB]"
+    for hdu in ("VIS", "1", "9", "", "-1"):
+        assert "no image with --hdu" in predicted(path, hdu=hdu)[1][0][1]
+    path.write_bytes(fits_bytes(fits.PrimaryHDU(IMAGE), fits.ImageHDU(IMAGE, name="SCI"), fits.ImageHDU(-IMAGE)))
+    assert list(predicted(path)[0]) == [f"{path}[SCI]"]
+    path.write_bytes(fits_bytes(fits.PrimaryHDU(), fits.ImageHDU(IMAGE, name="WHT")))
+    assert_refused(path, "only maps of weights")
+
+
+def test_the_planes_of_a_cube_are_what_the_user_says(fits, tmp_path):
+    path = tmp_path / "cube.fits"
+    path.write_bytes(fits_bytes(fits.PrimaryHDU(IMAGES)))
+    np.save(tmp_path / "planes.npy", IMAGES)
+    np.save(tmp_path / "last.npy", np.moveaxis(IMAGES, 0, -1))
+    assert "--planes" in predicted(path)[1][0][1]
+    assert "--planes" in predicted(tmp_path / "last.npy")[1][0][1]
+    said = Said([], [], [])
+    assert len(list(read_images([tmp_path / "planes.npy"], SIDE, said))) == 3
+    assert "bands of one lens" in next(said.about_notes())
+    assert len(predicted(path, planes="lenses")[0]) == 3
+    for file in (path, tmp_path / "planes.npy", tmp_path / "last.npy"):
+        assert np.array_equal(predicted(file, planes=1)[0][str(file)], IMAGES[1])
+        assert np.allclose(predicted(file, planes="bands")[0][str(file)], IMAGES.mean(axis=0))
+        assert "no band 3" in predicted(file, planes=3)[1][0][1]
+
+
+def test_pixels_that_fpack_has_rounded_are_named(fits, tmp_path):
+    said = Said([], [], [])
+    for name, options in {"rounded": {}, "exact": {"compression_type": "GZIP_2", "quantize_level": 0}}.items():
+        unit = fits.CompImageHDU(np.random.default_rng(0).normal(size=(64, 64)), **options)
+        (tmp_path / f"{name}.fits").write_bytes(fits_bytes(fits.PrimaryHDU(), unit))
+        assert len(list(read_images([tmp_path / f"{name}.fits"], 64, said))) == 1
+    (line,) = said.about_notes()
+    assert "rounded.fits, compressed by fpack" in line and "exact.fits" not in line
+
+
+def test_the_part_around_a_pixel_is_taken(fits, tmp_path):
+    large = np.random.default_rng(1).random((20, 30)).astype(np.float32)
+    large[12, 9] = 5
+    np.save(tmp_path / "x.npy", large)
+    for centre in ((9, 12), "brightest"):
+        (image,) = predicted(tmp_path / "x.npy", centre=centre)[0].values()
+        assert np.array_equal(image, large[8:16, 5:13])
+    for centre in ((3, 12), (9, 17), (27, 12), (300, 12)):
+        assert "not all in the image" in predicted(tmp_path / "x.npy", centre=centre)[1][0][1]
+
+
+def test_a_file_of_another_kind_is_named_as_what_it_is(tmp_path):
+    for content, kind in ((b"\x89PNG\r\n", "a PNG picture"), (b"\x89HDF\r\n", "an HDF5 file")):
+        (tmp_path / "x.npy").write_bytes(content + bytes(100))
+        assert_refused(tmp_path / "x.npy", f"is {kind}")
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_cube_is_refused_whatever_image_comes_after_it(packed, fits, tmp_path):
     """Modelling codes write the bands first and the fitted model after them."""
     cube = [fits.PrimaryHDU(), fits.CompImageHDU(IMAGES)] if packed else [fits.PrimaryHDU(IMAGES)]
-    path, i = tmp_path / "lens.fits", int(packed)
+    path = tmp_path / "lens.fits"
     path.write_bytes(fits_bytes(*cube, fits.ImageHDU(IMAGE, name="MODEL")))
-    assert_refused(path, rf"HDU {i} has several planes, shape \(3, 8, 8\).*{i + 1} MODEL \(8, 8\)")
+    assert_refused(path, r"several planes, shape \(3, 8, 8\)")
 
 
 def test_a_fits_file_without_images_is_refused_with_its_hdus(fits, tmp_path):
     path = tmp_path / "table.fits"
     column = fits.Column("x", "E", array=np.zeros(3))
     path.write_bytes(fits_bytes(fits.PrimaryHDU(), fits.BinTableHDU.from_columns([column], name="CAT")))
-    assert_refused(path, "no two-dimensional image.*0 PRIMARY no image, 1 CAT no image")
+    assert_refused(path, "no image in it.*0 PRIMARY no image, 1 CAT no image")
     path.write_bytes(gzip.compress(b"no FITS"))
     assert_refused(path, "not a usable FITS image")
 
@@ -538,7 +617,7 @@ def test_scaled_and_blank_pixels_are_numbers_and_nan(packed, fits, tmp_path):
     scaling = {"BSCALE": 0.5, "BZERO": 10.0}
     cards = "".join(f"{name:8}= {value:20}".ljust(80) for name, value in scaling.items()).encode()
     (tmp_path / "x.fits").write_bytes(content[:end] + cards + b"END".ljust(80) + content[end + 240 :])
-    (image,) = images.fits_images(tmp_path / "x.fits")
+    (image,) = fits_reader.all_images(tmp_path / "x.fits")
     expected = 10 + 0.5 * stored.astype(float)
     expected[0, 5] = np.nan
     assert np.allclose(image, expected, equal_nan=True)
@@ -547,7 +626,7 @@ def test_scaled_and_blank_pixels_are_numbers_and_nan(packed, fits, tmp_path):
 
 @pytest.mark.parametrize("compress", [bytes, gzip.compress, bz2.compress])
 def test_decompressed_size_is_limited(compress, fits, tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "MAX_FITS_BYTES", 10_000)
+    monkeypatch.setattr(fits_reader, "MAX_BYTES", 10_000)
     (tmp_path / "large.fits").write_bytes(compress(fits_bytes(fits.PrimaryHDU(np.zeros((64, 64))))))
     assert_refused(tmp_path / "large.fits", "too large for a cutout")
 
@@ -583,9 +662,10 @@ def test_tiles_that_hold_more_than_their_image_are_refused(fits, tmp_path):
         for key in [k for k in header if k.startswith("Z")]:
             table.header[key] = header[key]
         fits.HDUList([fits.PrimaryHDU(), table]).writeto(tmp_path / "bomb.fits")
-    assert len(list(read_images([tmp_path / "sound.fits"], 64, [], []))) == 1
-    errors = []
-    assert not list(read_images([tmp_path / "bomb.fits"], 64, errors, []))
+    said = Said([], [], [])
+    assert len(list(read_images([tmp_path / "sound.fits"], 64, said))) == 1
+    errors = said.errors
+    assert not errors and not list(read_images([tmp_path / "bomb.fits"], 64, said))
     assert "more than the image" in errors[0][1]
 
 
@@ -615,7 +695,7 @@ def test_damaged_files_are_refused_or_read_and_crash_nothing(method, fits, tmp_p
         content[rng.integers(len(content))] = rng.integers(256)
         (tmp_path / "damaged.fits").write_bytes(content)
         try:
-            images.fits_images(tmp_path / "damaged.fits", first=True)
+            fits_reader.read_fits(tmp_path / "damaged.fits")
         except UserError as error:
             assert "\n" not in str(error)
             refused += 1

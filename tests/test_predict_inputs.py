@@ -427,7 +427,7 @@ def test_least_familiarity_moves_the_limit_and_0_removes_it(predict, tmp_path):
     np.save(tmp_path / "x.npy", np.stack([image_of(0.5), image_of(0.02), image_of(0.0)]))
     assert "1 unfamiliar" in predict(tmp_path).stdout
     assert "2 unfamiliar" in predict(tmp_path, "--least-familiarity", 0.05).stdout
-    process = predict(tmp_path, "--least-familiarity", 0)
+    process = predict(tmp_path, "--least-familiarity", 0, "--planes", "lenses")
     assert process.stdout.endswith(": 3 bright, 0 dark\n")
     assert process.stderr == f"--least-familiarity 0: nothing {GUARD}\n"
     assert predictions(tmp_path / "out" / "p.csv")["x.npy[2]"]["familiarity"] == "0.000000"

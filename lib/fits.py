@@ -1,0 +1,184 @@
+"""The image in a FITS file, which may come from a stranger; needs astropy, without torch."""
+
+import bz2
+import contextlib
+import gzip
+import math
+import re
+import warnings
+import zlib
+from io import BytesIO
+from typing import NamedTuple
+
+import numpy as np
+
+from lib.errors import UserError, named_errors
+
+SUFFIXES = (
+    *(name + packed for name in (".fits", ".fit", ".fts") for packed in ("", ".gz", ".bz2")), ".fz"
+)  # fmt: skip
+MAX_BYTES = 256 * 2**20
+SAFE_COMPRESSION = ("RICE_1", "RICE_ONE", "GZIP_1", "GZIP_2", "NOCOMPRESS")
+MOST_FLAGS = 16  # different values of an integer image that is a mask
+# Words in the name of an HDU that holds something else than the sky.
+NO_SKY = frozenset(
+    "WHT WEIGHT WEIGHTS IVAR INVVAR ERR ERROR ERRORS RMS SIGMA STD STDDEV VAR VARIANCE NOISE UNCERT SNR CHI "
+    "MASK FLAG FLAGS DQ BPM SEG SEGM SEGMENTATION CTX CON CONTEXT COVERAGE EXP EXPTIME EXPOSURE AREA "
+    "PSF KERNEL BKG BACKGROUND SKY MODEL RESID RESIDUAL RESIDUALS".split()
+)
+
+
+class FitsImage(NamedTuple):
+    """An image (H, W) or a cube (n, H, W) of a FITS file.
+
+    hdu : name or number of its HDU; "" where the file has one image only.
+    rounded : the step to which compression has rounded the pixels; 0 if it has not.
+    """
+
+    pixels: np.ndarray
+    hdu: str
+    rounded: float
+
+
+def read_fits(path, hdu=None):
+    """The `FitsImage` of a file: that of `hdu`, a name or number, or the only one that shows the sky.
+
+    Maps of weights, errors, masks and PSFs do not count; they are known by name and content. Axes of length
+    one do not count either. The file may be compressed by gzip, bzip2 or fpack, whatever its name says.
+    Raises UserError, listing the HDUs, if no image or several are left.
+    """
+    with _opened(path) as (units, steps):
+        shapes = _shapes_of(units)
+        images = [i for i, shape in enumerate(shapes) if len(shape) >= 2]
+        chosen = _named(units, hdu, images) if hdu is not None else _showing_the_sky(units, images)
+        if len(chosen) != 1:
+            listed = ", ".join(f"{i} {unit.name} {shapes[i] or 'no image'}" for i, unit in enumerate(units))
+            raise UserError(f"{path}: {_why_none_is_chosen(chosen, images, hdu)}; its HDUs: {listed}")
+        (i,) = chosen
+        where = "" if len(images) == 1 else units[i].name or str(i)
+        return FitsImage(np.array(units[i].data).reshape(shapes[i]), where, steps[i])
+
+
+def all_images(path):
+    """All two-dimensional images (H, W) of a FITS file, a list. UserError."""
+    with _opened(path) as (units, _):
+        return [np.array(unit.data).reshape(shape)
+                for unit, shape in zip(units, _shapes_of(units), strict=True) if len(shape) == 2]  # fmt: skip
+
+
+# Choosing an HDU
+
+
+def _named(units, hdu, images):
+    number = int(hdu) if str(hdu).isdigit() else None
+    return [i for i in images if i == number or units[i].name.upper() == str(hdu).upper()]
+
+
+def _showing_the_sky(units, images):
+    left = [i for i in images if not NO_SKY.intersection(re.split(r"[^A-Z]+", units[i].name.upper()))]
+    if len(left) > 1:
+        left = [i for i in left if not _is_no_sky(np.asarray(units[i].data))]
+    science = [i for i in left if units[i].name.upper() == "SCI"]
+    return science if len(science) == 1 else left
+
+
+def _is_no_sky(pixels):
+    """Whether an image is constant, holds flags, or is a PSF: positive with the sum one."""
+    if pixels.dtype.kind in "iub" and len(np.unique(pixels)) <= MOST_FLAGS:
+        return True
+    least, most = np.nanmin(pixels), np.nanmax(pixels)
+    return bool(least == most or (abs(np.nansum(pixels) - 1) < 0.02 and least > -0.01 * most))
+
+
+def _why_none_is_chosen(chosen, images, hdu):
+    if not images:
+        return "there is no image in it"
+    if hdu is not None:
+        return f"{'no image' if not chosen else 'several images'} with --hdu {hdu}"
+    found = "several images that may be meant" if chosen else "only maps of weights, errors, masks or PSFs"
+    return f"{found}; predict.py --hdu NAME chooses one, and training needs it in a file of its own"
+
+
+# Opening
+
+
+@contextlib.contextmanager
+def _opened(path):
+    """(HDUs, the rounding step of each) of a checked file."""
+    try:
+        from astropy.io import fits
+    except ImportError:
+        raise UserError(f"{path}: FITS files need astropy: pip install astropy") from None
+    with named_errors(path, "FITS image"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        content = _decompressed(path)
+        with fits.open(BytesIO(content), memmap=False, disable_image_compression=True) as units:
+            _check_compressed_units(units)
+            steps = [_step_of(unit) for unit in units]
+        with fits.open(BytesIO(content), memmap=False) as units:
+            yield units, steps
+
+
+def _shapes_of(units):
+    return [_without_unit_axes(unit.shape) if unit.is_image else () for unit in units]
+
+
+def _step_of(unit):
+    """The step to which fpack has rounded the pixels of a compressed HDU, 0 if it has not."""
+    if not unit.header.get("ZIMAGE") or "ZSCALE" not in unit.columns.names:
+        return abs(float(unit.header.get("ZSCALE", 0))) if unit.header.get("ZIMAGE") else 0.0
+    return float(np.max(unit.data["ZSCALE"]))
+
+
+def _without_unit_axes(shape):
+    """`shape` without its leading axes of length one, then trailing ones, down to two axes."""
+    shape = tuple(map(int, shape))
+    while len(shape) > 2 and 1 in (shape[0], shape[-1]):
+        shape = shape[1:] if shape[0] == 1 else shape[:-1]
+    return shape
+
+
+def _decompressed(path):
+    with path.open("rb") as file:
+        start = file.read(3)
+        file.seek(0)
+        if start[:2] == b"\x1f\x8b":
+            file = gzip.open(file)
+        elif start == b"BZh":
+            file = bz2.open(file)
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise ValueError("it is too large for a cutout")
+    return content
+
+
+def _check_compressed_units(units):
+    """ValueError if an image compressed by fpack cannot be decompressed safely.
+
+    `units` are opened as the tables that hold the compressed tiles. Astropy's other decoders (of HCOMPRESS
+    and PLIO) write outside their memory if a file is damaged.
+    """
+    for unit in (unit for unit in units if unit.header.get("ZIMAGE")):
+        header = unit.header
+        if header["ZCMPTYPE"] not in SAFE_COMPRESSION:
+            raise ValueError(f"compressed by {header['ZCMPTYPE']}; decompress it with funpack")
+        axes = range(1, int(header["ZNAXIS"]) + 1)
+        pixel = abs(int(header["ZBITPIX"])) // 8
+        size = pixel * math.prod(int(header[f"ZNAXIS{i}"]) for i in axes)
+        tile = pixel * math.prod(int(header.get(f"ZTILE{i}", 1)) for i in axes)
+        if max(size, tile) > MAX_BYTES or int(header["PCOUNT"]) > 2 * size + 2**16:
+            raise ValueError("it is too large for a cutout")
+        _check_deflated_tiles(unit, 8 * size // pixel)
+
+
+def _check_deflated_tiles(table, most):
+    """ValueError if the tiles that gzip compressed hold more than `most` bytes: astropy sets no limit."""
+    names = ["GZIP_COMPRESSED_DATA"]
+    if table.header["ZCMPTYPE"].startswith("GZIP"):
+        names.append("COMPRESSED_DATA")
+    for name in (name for name in names if name in table.columns.names):
+        for tile in table.data[name]:
+            content = zlib.decompressobj(wbits=47).decompress(np.asarray(tile).tobytes(), most + 1)
+            most -= len(content)
+            if most < 0:
+                raise ValueError("its tiles hold more than the image that it announces")
