@@ -289,7 +289,7 @@ def parse_args(argv=None):
     )
     group.add_argument(
         "--centre", type=centre_argument, metavar="X,Y",
-        help="crop around this column and row of pixels, counted from 0, or around the brightest pixel: brightest",
+        help="crop around this column and row, counted from 0, or (brightest) around the brightest pixel",
     )  # fmt: skip
     group.add_argument(
         "--hdu", metavar="NAME", help="name or number of the HDU to read in FITS files; by default the only one "

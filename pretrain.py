@@ -4,7 +4,6 @@ Leaves in --out: vit-mae-wt.pth (weights), config.json, metrics.jsonl, loss.png 
 reconstructions.png (held-out images of every class: original, masked, reconstruction, residual).
 """
 
-
 import numpy as np
 import torch
 
@@ -15,6 +14,7 @@ from lib.errors import one_line, run_main
 from lib.intensity import fit_transform
 from lib.loader import StoredImages, batch_reader, in_batches, larger_than_memory, read_disturbed
 from lib.loop import Learner, check_batch, fit, precision_of
+from lib.residuals import smooth_rms
 from lib.run import open_run
 from mae import MAE, IntensityTransform, set_attention_form
 
@@ -81,6 +81,7 @@ def train(args, chosen, dataset, rows, validation, parts, run):
     fitted = familiarity.fit(
         dataset, parts["train"], parts["validation"], constants, chosen.augment, args.quiet
     )
+    left = smooth_rms(model.eval(), lambda batch: transform(read(batch)), validation, args.mask_ratio)
     if not distributed.is_main():
         return
     run.save_weights(
@@ -88,6 +89,7 @@ def train(args, chosen, dataset, rows, validation, parts, run):
         dataset.hashes[np.concatenate([rows, validation])], fitted,
         number_format=precision.name, last=last,
         pixel_range=datasets.pixel_range(datasets.extremes_of(dataset, rows)),
+        smooth_rms=left,
     )  # fmt: skip
     plots.attempt(
         plots.loss_curves, args.out / "loss.png", history, "reconstruction error (masked patches)"

@@ -25,6 +25,7 @@ from lib.residuals import (
     residual_reader,
     scores_and_powers,
     scores_of,
+    smooth_rms_of,
     unlike_training,
 )
 
@@ -79,7 +80,7 @@ def reconstruct(args):
     plots.attempt(warn, clusters.doubt(kinds) if kinds else None)
     pictures = (
         (plots.score_histogram, args.out / "scores.png", scores, labels, dataset.class_names),
-        (draw_maps, args.out / "maps.png", dataset, rows, scores, transformed, residuals),
+        (draw_maps, args.out / "maps.png", dataset, rows, scores, transformed, residuals, content),
     )
     if all([plots.attempt(show, *what) for show, *what in pictures]):  # else --update tries again
         sign(args.out / "metrics.json", made)
@@ -139,17 +140,19 @@ def write_scores(path, rows, labels, scores, class_names, found=None):
     write_csv(path, lines)
 
 
-def draw_maps(path, dataset, rows, scores, transformed, residuals):
+def draw_maps(path, dataset, rows, scores, transformed, residuals, content):
     """Of each class the images at a tenth, a half and nine tenths of its scores, and their maps."""
     labels, chosen = dataset.labels[rows], []
     for label in np.unique(labels):
         order = np.flatnonzero(labels == label)[np.argsort(scores[labels == label])]
         chosen.append(order[np.round(np.array([0.1, 0.5, 0.9]) * (len(order) - 1)).astype(int)])
     chosen = np.concatenate(chosen)
+    maps = residuals(rows[chosen])[:, 0].cpu().numpy()
     plots.residual_maps(
         path,
         transformed(rows[chosen])[:, 0].cpu().numpy(),
-        residuals(rows[chosen])[:, 0].cpu().numpy(),
+        maps,
+        smooth_rms_of(content, maps),
         [f"{dataset.class_names[labels[i]]}, score {scores[i]:.2g}" for i in chosen],
         lenses.marks_of(dataset, rows[chosen]),
     )

@@ -16,6 +16,7 @@ from lib import compatibility, datasets, lenses, options, plots, weights
 from lib.device import resolve_device
 from lib.errors import UserError, path_argument, run_main
 from lib.loader import batch_reader
+from lib.residuals import smooth_rms_of
 from mae import complementary_masks
 
 EXAMPLE = """example:
@@ -27,7 +28,7 @@ EXAMPLE = """example:
 def overview_of(args):
     """What `draw_overview` shows of the first test image of every class, as its arguments."""
     dataset, device = datasets.load(args.data, args.cache_dir), resolve_device(args.device)
-    mae, transform, _ = weights.load_mae(args.mae)
+    mae, transform, trained = weights.load_mae(args.mae)
     classifier, content = weights.load_classifier(args.classifier)
     compatibility.check_size(args.mae, mae, dataset)
     compatibility.check_size(args.classifier, classifier, dataset)
@@ -44,11 +45,12 @@ def overview_of(args):
     residual = mae.residual(images, complementary_masks(mae.num_patches, 0.75, rounds=2))
     pictures = [t[:, 0].cpu().numpy() for t in (images, masked, reconstruction, residual)]
     probabilities = predict_probabilities(classifier, dataset.images, rows, device)
-    return (*pictures, probabilities, dataset.class_names, lenses.marks_of(dataset, rows))
+    sigma, marks = smooth_rms_of(trained, pictures[3]), lenses.marks_of(dataset, rows)
+    return (*pictures, sigma, probabilities, dataset.class_names, marks)
 
 
 def draw_overview(
-    path, original, masked, reconstruction, residual, probabilities, class_names, marks=None
+    path, original, masked, reconstruction, residual, sigma, probabilities, class_names, marks=None
 ):
     """A row an image (n, H, W): what the MAE makes of it, and what the classifier says of it.
 
@@ -58,12 +60,11 @@ def draw_overview(
     figure, axes = plt.subplots(
         len(original), 5, figsize=(9, 1.75 * len(original)), squeeze=False, layout="constrained"
     )
-    limit = np.quantile(np.abs(residual), 0.995)
     for i, row in enumerate(axes):
         low, high = original[i].min(), original[i].max()
         for panel, images in zip(row, (original, masked, reconstruction), strict=False):
             panel.imshow(images[i], vmin=low, vmax=high, cmap="magma", origin="lower")
-        row[3].imshow(residual[i], vmin=-limit, vmax=limit, cmap="RdBu_r", origin="lower")
+        plots.substructure_map(row[3], residual[i], sigma)
         if marks is not None:
             plots.circles(row[3], marks[i])
         for panel in row[:4]:

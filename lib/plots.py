@@ -10,12 +10,15 @@ matplotlib.use("Agg")  # no window: machines without a screen
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.collections import PatchCollection
+from matplotlib.colors import AsinhNorm
 
 from lib.errors import one_line, reason_of
 from lib.files import atomic_write
 
 LONGEST_LABEL = 80
 RESIDUAL = "residual (image − prediction), in the network's scale"
+SIGMAS = "residual (image − prediction), in σ of smooth lenses"
+MOST_SIGMAS, LINEAR_SIGMAS = 50, 3  # where the colours of a map end, and up to where they are linear
 
 plt.rcParams.update({"figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9})
 
@@ -112,8 +115,25 @@ def reconstructions(path, original, masked, reconstruction, class_names):
     save(figure, path)
 
 
-def residual_maps(path, images, residuals, titles, marks=None):
-    """Images (n, H, W) above their residuals, in rows of six; one colour scale for all.
+def substructure_map(panel, residual, sigma):
+    """Draw a residual map (H, W) in units of `sigma`, in colours that are the same in every picture.
+
+    sigma : rms of the residuals that the MAE leaves of smooth lenses, see `residuals.smooth_rms`.
+    Returns what `map_scale` takes.
+    """
+    norm = AsinhNorm(linear_width=LINEAR_SIGMAS, vmin=-MOST_SIGMAS, vmax=MOST_SIGMAS)
+    return panel.imshow(residual / sigma, norm=norm, cmap="RdBu_r", origin="lower")
+
+
+def map_scale(figure, drawn, axes, more=""):
+    """The colour bar of `substructure_map`."""
+    bar = figure.colorbar(drawn, ax=axes, fraction=0.02, label=SIGMAS + more, extend="both")
+    ticks = (-50, -20, -10, -5, 0, 5, 10, 20, 50)
+    bar.set_ticks(ticks, labels=[f"{tick:+d}" if tick else "0" for tick in ticks])
+
+
+def residual_maps(path, images, residuals, sigma, titles, marks=None):
+    """Images (n, H, W) above their residuals, in rows of six, see `substructure_map`.
 
     `marks`, a list of (P, 3), are the x, y and radius in pixels of circles on the residuals.
     """
@@ -124,20 +144,14 @@ def residual_maps(path, images, residuals, titles, marks=None):
     )
     for panel in axes.flat:
         panel.set_axis_off()
-    limit = np.quantile(np.abs(residuals), 0.995)
     for i, (image, residual, title) in enumerate(zip(images, residuals, titles, strict=True)):
         row, column = divmod(i, columns)
         axes[2 * row, column].imshow(image, cmap="magma", origin="lower")
         axes[2 * row, column].set_title(label_of(title), fontsize=7)
-        shown = axes[2 * row + 1, column].imshow(
-            residual, vmin=-limit, vmax=limit, cmap="RdBu_r", origin="lower"
-        )
+        shown = substructure_map(axes[2 * row + 1, column], residual, sigma)
         if marks is not None:
             circles(axes[2 * row + 1, column], marks[i])
-    label = RESIDUAL
-    if marks is not None:
-        label += "; circles: true point masses and their Einstein radii"
-    figure.colorbar(shown, ax=axes, fraction=0.02, label=label)
+    map_scale(figure, shown, axes, "" if marks is None else "\ncircles: true point masses, Einstein radii")
     save(figure, path)
 
 

@@ -14,6 +14,8 @@ from lib.loader import batch_reader, in_batches
 from lib.metrics import auc_of_counts, bootstrap
 from mae import complementary_masks, residual_scores
 
+SMOOTH_IMAGES = 500
+LEAST_RMS = 1e-6  # of float32
 MAPS_TOGETHER = 2048  # that are kept in memory while they are computed
 
 
@@ -61,6 +63,26 @@ def scores_and_powers(residuals, rows, bar="residuals"):
 
     table = in_batches(of_batch, rows, bar=bar).numpy()
     return table[:, 0], table[:, 1:]
+
+
+@torch.no_grad()
+def smooth_rms(mae, images_of, rows, mask_ratio):
+    """Rms of the residuals that an MAE leaves of SMOOTH_IMAGES of the images that it was trained for.
+
+    `images_of` gives images (b, 1, H, W), as the network sees them, of rows (b,).
+    """
+    masks = complementary_masks(mae.num_patches, mask_ratio, rounds=2)
+    rows = rows[:: max(1, len(rows) // SMOOTH_IMAGES)]
+    squares = in_batches(
+        lambda batch: mae.residual(images_of(batch), masks).square().mean(dim=(1, 2, 3)), rows
+    )
+    return max(float(squares.double().mean().sqrt()), LEAST_RMS)
+
+
+def smooth_rms_of(content, maps):
+    """The `smooth_rms` in the content of a weights file; without it the median rms of `maps` (n, H, W)."""
+    known = content["run"].get("smooth_rms")
+    return float(known or max(np.median(np.sqrt(np.square(maps).mean(axis=(1, 2)))), LEAST_RMS))
 
 
 def stored_maps(maps_of, rows, path, side, quiet=False):

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    PRETRAINED, assert_refused, history_of, pretrain_on, pretraining, tensors_in, write_classes,
+    PRETRAINED, assert_refused, history_of, images_of, pretrain_on, pretraining, tensors_in, write_classes,
 )  # fmt: skip
 
 import mae
 import pretrain
-from lib import datasets, network, plots
+from lib import datasets, network, plots, residuals, weights
 
 
 def test_pretraining_learns_and_sees_one_class_of_training_and_validation(
@@ -102,3 +102,15 @@ def test_pretraining_leaves_what_it_promises(runs):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
     assert json.loads((out / "config.json").read_text())["options"]["mask_ratio"] == 0.75
+
+
+def test_the_weights_say_how_much_the_mae_leaves_of_smooth_lenses(pretrained, folder, runs):
+    """Every picture of maps has this unit, so that one bad image does not blank the others."""
+    model, transform, content = weights.load_mae(pretrained)
+    dataset = datasets.load(folder, runs / "cache")
+    rows = pretrain.rows_to_learn_from(dataset, datasets.split(dataset)["validation"], content["run"]["classes"])
+    masks = mae.complementary_masks(model.num_patches, content["run"]["mask_ratio"], rounds=2)
+    with torch.no_grad():
+        left = model.eval().residual(transform(images_of(dataset, rows)), masks)
+    assert content["run"]["smooth_rms"] == pytest.approx(left.square().mean().sqrt().item(), rel=1e-4)
+    assert residuals.smooth_rms_of({"run": {}}, np.ones((2, 4, 4)) * [[[1]], [[3]]]) == 2

@@ -174,7 +174,7 @@ def test_true_masses_are_marked_on_the_maps(pretrained, packed, tmp_path, monkey
     drawn = []
     monkeypatch.setattr(plots, "residual_maps", lambda *arguments: drawn.append(arguments))
     run_reconstruct(pretrained, packed, tmp_path)
-    _, images, residuals, titles, marks = drawn[0]
+    _, images, residuals, _, titles, marks = drawn[0]
     assert images.shape == residuals.shape == (9, 64, 64)
     for title, circles in zip(titles, marks, strict=True):
         assert len(circles) == {"axion": 100, "cdm": 25, "no_sub": 0}[title.split(",")[0]]
