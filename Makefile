@@ -1,3 +1,4 @@
+# make demo                      classify the example images with the models of models/, in runs/demo
 # make reproduce [DATA=folder]   everything from images to predictions, in runs/. Each script knows by
 #                                content whether its result is there: what is finished is skipped, what
 #                                was stopped resumes, what an option or the data changed is replaced.
@@ -10,6 +11,7 @@
 #   SEEDS="0 1 2"                with -j its parts run side by side
 #   UNSEEN, CUTOUTS              folders: images of another simulator to test on; real cutouts
 # make real REAL=file.npz        two classifiers for 8-bit pictures, and their answers on real images
+# make models                    put what make reproduce left in runs/ into models/, with checksums
 # make bench                     the table of speeds, in runs/bench
 # make test                      the tests
 # make test-heavy                the same with more kills, more fuzzed files, more images
@@ -32,6 +34,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 PEERS := .venv-bench
+SMALL := .venv-predict
 
 # Text as one word of a shell command, whatever it holds.
 quoted = '$(subst ','\'',$(1))'
@@ -78,11 +81,17 @@ THREADS = $(shell jobs=$(JOBS:-j%=%); threads=$$(($$(getconf _NPROCESSORS_ONLN) 
 SHARE = $(if $(JOBS),$(if $(OMP_NUM_THREADS),,OMP_NUM_THREADS=$(THREADS)))
 
 # make only puts the stages into order: each of them is called, and knows what is left to do.
-.PHONY: reproduce packed study real bench test test-heavy clean $(RUNS)/.made-by-make \
+.PHONY: demo reproduce packed models study real bench test test-heavy clean $(RUNS)/.made-by-make \
   $(RUNS)/data/dataset.json $(RUNS)/samples $(PRETRAINED) $(STRATEGIES) $(SCRATCH) $(EVALUATION) $(RESIDUALS) \
   $(MODEL) $(MAPS) $(PREDICTIONS) $(STUDY_PARTS:%=study-%) $(REAL_ANSWERS) $(PICTURES)/dataset.json \
   $(PICTURES)-pretrain/vit-mae-wt.pth $(PICTURES)-full/vit-mae-classifier-wt.pth \
   $(PICTURES)-residual/vit-mae-classifier-wt.pth
+
+demo: $(SMALL)/ready $(RUNS)/.made-by-make
+	@mkdir -p $(RUNS)/demo
+	@$(SMALL)/bin/python predict.py --sheet $(RUNS)/demo/sheet.png --out $(RUNS)/demo/predictions.csv models/examples
+	@cat $(RUNS)/demo/predictions.csv
+	@echo 'the table is in $(RUNS)/demo/predictions.csv, a picture in $(RUNS)/demo/sheet.png'
 
 reproduce: $(EVALUATION) $(RESIDUALS) $(PREDICTIONS)
 	@cat $(RUNS)/evaluation/comparison.md
@@ -135,6 +144,15 @@ $(PREDICTIONS): $(MODEL) $(MAPS) $(SAMPLES)
 	$(PY) predict.py --model $(MODEL) --maps $(MAPS) --sheet $(@D)/sheet.png --out $@ -- "$$@" \
 	  || [ $$? -eq 1 -a -s $@ ]  # 1: some files could not be read, which predict.py says
 
+# Of a whole make reproduce; models/README.md says of which.
+models:
+	cp $(MODEL) $(MAPS) $(PRETRAINED) $(RESIDUAL) models/
+	cp $(RUNS)/evaluation/comparison.md models/
+	rm -rf models/examples
+	$(PY) simulate.py --model Model_II --per-class 3 --seed 1000 --layout folder --out models/examples
+	$(PY) simulate.py --model Model_II --per-class 1 --seed 1000 --layout folder --noise --out models/examples/with_noise
+	cd models && sha256sum *.onnx *.pth > SHA256SUMS
+
 # The parts are independent, so -j runs them side by side.
 study: $(STUDY_PARTS:%=study-%)
 	$(PY) experiments/results.py --out $(RUNS)/study/results $(STUDY_PARTS:%=$(RUNS)/study/%/results)
@@ -182,7 +200,7 @@ test-heavy: export PREDICT_IMAGES := 200000
 test-heavy: test
 
 # In a folder that make created itself, what the stages leave there.
-MADE := data samples cache pretrain head layernorm full residual scratch evaluation residuals classifier.onnx \
+MADE := demo data samples cache pretrain head layernorm full residual scratch evaluation residuals classifier.onnx \
   reconstruction.onnx predictions.csv predictions.csv.errors.csv sheet.png study pictures pictures-pretrain \
   pictures-full pictures-residual real-full.csv real-residual.csv bench
 clean:
@@ -196,6 +214,11 @@ $(RUNS)/.made-by-make:
 $(READY): requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(SMALL)/ready: requirements-predict.txt
+	$(PYTHON) -m venv $(SMALL)
+	$(SMALL)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-predict.txt
 	touch $@
 
 $(PEERS)/ready: requirements.txt experiments/requirements-bench.txt

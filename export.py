@@ -22,7 +22,7 @@ from lib.known_answers import difference
 from lib.metrics import accuracy, auc_by_class
 from lib.onnxfile import open_session
 from lib.onnxwrite import Probabilities, Residuals, reduce_precision, save_proto, write_onnx
-from lib.provenance import LIBRARY, made_from
+from lib.provenance import LIBRARY, circumstances, made_from
 from lib.residuals import mask_ratio_of
 
 EXAMPLE = """examples:
@@ -161,6 +161,10 @@ def metadata_of(args, model, opened, dataset):
         "data_fingerprint": str(trained.get("data_fingerprint")),
         "pixel_range": json.dumps(trained.get("pixel_range")),
         "familiarity_images": str(len(familiarity.strangeness_seen) if familiarity else 0),
+        "pixel_scale": json.dumps(trained.get("pixel_scale")),
+        "unit": str(trained.get("unit", "unknown")),
+        "smooth_rms": json.dumps(trained.get("smooth_rms")),
+        "made": json.dumps(circumstances()),
         "run": json.dumps(trained),
         "made_from": json.dumps(made),
     }

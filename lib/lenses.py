@@ -365,6 +365,20 @@ def origin_of(model, per_class, seed, noise):
     return f"simulate.py {model}, {per_class} a class, seed {seed}, {kind}"
 
 
+def measures_of(origin):
+    """{"pixel_scale": arcsec, "unit": of the pixels} of images whose `origin` names a data model, else {}."""
+    match = re.search(r"(?<!pictures of )simulate\.py (\w+), .* noise(-free)?$", origin)
+    if not match or match[1] not in INSTRUMENTS:
+        return {}
+    instrument = INSTRUMENTS[match[1]]
+    if instrument.counts:
+        return {"pixel_scale": instrument.pixel_scale, "unit": "counts"}
+    unit = f"counts per second, zero point {instrument.zero_point}"
+    if match[2] and instrument.copies > 1:  # noise-free
+        unit = f"{instrument.copies} × {unit}"
+    return {"pixel_scale": instrument.pixel_scale, "unit": unit}
+
+
 def point_masses_of(origin, rows):
     """True point masses behind rows of a data set: a list of (P, 3), Einstein radius, x, y, arcsec.
 

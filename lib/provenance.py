@@ -4,8 +4,13 @@ Options, data, weights and code are compared by content, never by time. Training
 this sense: they compare all but the code, see `run.Run`.
 """
 
+import contextlib
+import datetime
 import hashlib
 import json
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 from lib.errors import UserError
@@ -15,6 +20,21 @@ ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = (ROOT / "mae.py", *sorted((ROOT / "lib").glob("*.py")))
 # Options that decide nothing, or name a file whose content counts.
 FREE_OPTIONS = {"out", "update", "device", "data", "cache_dir", "weights"}
+
+
+def circumstances():
+    """When, from which commit ("" outside of a clone) and with which versions a result was made.
+
+    They say where a file came from; no decision depends on them.
+    """
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    commit = ""
+    if (ROOT / ".git").exists():
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    versions = {"python": platform.python_version()}
+    versions |= {name: sys.modules[name].__version__ for name in ("torch", "numpy", "onnx") if name in sys.modules}
+    return {"commit": commit, "date": datetime.date.today().isoformat(), "versions": versions}
 
 
 def made_from(args, code, **content):

@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import platform
 import shlex
 import sys
 from pathlib import Path
@@ -14,6 +13,8 @@ import torch
 from lib import datasets, distributed, weights
 from lib.errors import UserError, one_line
 from lib.files import is_hidden, make_folder, write_json, write_text
+from lib.lenses import measures_of
+from lib.provenance import circumstances
 
 # Options that do not change the weights: a run may be resumed under others.
 FREE_OPTIONS = {
@@ -146,14 +147,13 @@ class Run:
                 path.unlink()
         dataset = self.dataset
         options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        described = {"origin": dataset.origin, "fingerprint": dataset.fingerprint}
+        described = {"origin": dataset.origin, "fingerprint": dataset.fingerprint, **measures_of(dataset.origin)}
         described |= {"class_names": dataset.class_names, "images": len(dataset.labels)}
         write_json(
             self.out / "config.json",
             {"command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
              "options": options, "recipe": self.recipe._asdict(), "data": described, **more,
-             "versions": versions},
+             **circumstances()},
         )  # fmt: skip
 
     def write_metrics(self, history):
@@ -174,7 +174,8 @@ class Run:
         `familiarity` see `weights.save`.
         """
         cache_dir = self.args.cache_dir and str(self.args.cache_dir)
-        run = {**self.settings, **outcome, "data": str(self.args.data), "cache_dir": cache_dir}
+        run = {**self.settings, **outcome, "data": str(self.args.data), "cache_dir": cache_dir,
+               "made": circumstances(), **measures_of(self.dataset.origin)}  # fmt: skip
         class_names = self.dataset.class_names
         weights.save(self.weights_path, state, config, class_names, run, seen, familiarity)
         self.maps_path.unlink(missing_ok=True)

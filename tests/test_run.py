@@ -174,6 +174,7 @@ def test_the_weights_take_the_place_of_the_checkpoint(tmp_path, monkeypatch):
     content = weights.read(tmp_path / "w.pth").content
     assert set(content["seen"].tolist()) == {3, 2**64 - 1}
     recipe = json.loads(json.dumps(RECIPE._asdict()))
+    assert set(content["run"].pop("made")) == {"commit", "date", "versions"}
     assert content["run"] == {
         **recipe, "mask_ratio": 0.5, "data_fingerprint": "f" * 64, "split": datasets.SPLIT,
         "class_names": ["a", "b"], "pretrained_sha256": "abc", "number_format": "float32",
