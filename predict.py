@@ -6,7 +6,8 @@ familiarity: the share of validation images that are at least as strange. An ima
 than nearly all of them is "unfamiliar": its probabilities mean nothing. Files that cannot be read
 are listed in <out>.errors.csv; then the exit code is 1, and the others are predicted. In folders,
 hidden files do not count, and files of other kinds are named at the end. The CSV is UTF-8; bytes
-of file names that are not UTF-8 are written as escapes such as \\xff.
+of file names that are not UTF-8 are written as escapes such as \\xff, and a name that a spreadsheet
+would take for a formula has ./ in front, which names the same file.
 """
 
 import contextlib

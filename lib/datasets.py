@@ -158,6 +158,13 @@ def list_classes(root):
     return class_files, others
 
 
+def files_of(path):
+    """The files of a folder's images, in the order of the rows; none of a packed data set, which has no names."""
+    if (path / "dataset.json").exists():
+        return []
+    return [file for files in list_classes(path)[0].values() for file in files]
+
+
 def _pack(class_files, packed, origin, progress):
     """Pack a folder; images far outside the rest are named. UserError as `load` raises it."""
     paths = [(p, label) for label, files in enumerate(class_files.values()) for p in files]

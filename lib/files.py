@@ -11,10 +11,12 @@ import platform
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 from lib.errors import UserError, readable
 
 MAX_JSON_BYTES = 16 * 2**20
+FORMULA_STARTS = (*"=+-@＝＋－＠", "\t", "\r", "\n")  # of a cell, in a spreadsheet; some take wide signs
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # by a file system
 
 
@@ -85,13 +87,26 @@ def _named_errors(path):
 
 
 def write_csv(path, rows):
-    """Write the rows of an iterator, whose cells are text; UTF-8, see `readable`."""
+    """Write the rows of an iterator, whose cells are text; UTF-8, see `readable` and `_no_formula`."""
     with (
         atomic_write(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8") as file,
     ):
-        # The usual line ends: with others, csv does not quote a carriage return in a name.
-        csv.writer(file).writerows([readable(cell) for cell in row] for row in rows)
+        # csv itself ends lines with CR LF, for only then it quotes a carriage return in a name. In the
+        # file they end with LF: awk would take CR for a part of the last number.
+        lines = SimpleNamespace(write=lambda line: file.write(line.removesuffix("\r\n") + "\n"))
+        csv.writer(lines).writerows([_no_formula(readable(cell)) for cell in row] for row in rows)
+
+
+def _no_formula(cell):
+    """The cell, with ./ in front if a spreadsheet would compute it: a path then still names its file."""
+    if not cell.startswith(FORMULA_STARTS):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"./{cell}"
+    return cell
 
 
 def check_output(path):

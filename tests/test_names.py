@@ -17,7 +17,7 @@ from matplotlib import pyplot as plt
 from test_predict_inputs import MEAN, write_model
 
 import evaluate
-from lib import datasets, onnxfile, plots, weights
+from lib import datasets, onnxfile, plots, tables, weights
 from lib.errors import UserError, one_line
 from lib.residuals import measure
 
@@ -165,6 +165,11 @@ def test_pictures_that_fail_cost_no_result(place, tmp_path, monkeypatch):
     assert process.stderr.splitlines()[-4:] == 4 * ["not shown (fail): no"]
     written = {path.name for path in tmp_path.iterdir()}
     assert written == {"metrics.json", "comparison.md", "report.html", "familiarity.png"}
+
+
+def test_a_cell_of_markdown_is_plain_text():
+    line = tables.markdown([["run"], ["a|b <i> `c` *d* [e](f) g\\|h"]]).splitlines()[2]
+    assert line == "| a\\|b \\<i> \\`c\\` \\*d\\* \\[e](f) g\\\\\\|h |"
 
 
 @pytest.mark.parametrize("name", ["$x^{$", "\\$", "_", "a$b$", "x" * 5000, "a\nb", "\udcff"])

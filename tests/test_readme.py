@@ -165,11 +165,11 @@ def test_every_link_leads_to_a_file_and_every_document_is_linked():
 def test_command(command, place, monkeypatch):
     launcher, *words = command.split()
     script = next(word for word in words if word.endswith(".py"))
+    words = replacing(words, SHORTER.get(script, []))
     # Into new folders: those of the fixture stay as they are.
     if "--out" in words:
         out = words.index("--out") + 1
         words[out] = f"new-{zlib.crc32(command.encode())}-{os.path.basename(words[out])}"
-    words = replacing(words, SHORTER.get(script, []))
     if launcher == "torchrun":
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         subprocess.run([*launch, *words], cwd=place, check=True, timeout=HUNG)
