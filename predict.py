@@ -21,7 +21,7 @@ import numpy as np
 
 from lib import options
 from lib.errors import UserError, one_line, path_argument, reason_of, run_main
-from lib.files import check_outputs, identity, write_csv
+from lib.files import PICTURE, check_outputs, identity, require_own, write_csv
 from lib.guard import LEAST_FAMILIARITY, UNFAMILIAR, Guard
 from lib.images import SUFFIXES, find_files, read_images
 from lib.onnxfile import classify, open_classifier, open_maps
@@ -114,6 +114,10 @@ def check_paths(args, files, others):
         outputs["--sheet"] = args.sheet
     models = [args.model, *([args.maps] if args.maps else [])]
     check_outputs(outputs, [*files, *models])
+    require_own(args.out, rb"\Afile,.*\bprediction\b")
+    require_own(outputs["the errors file"], rb"\Afile,error\s")
+    if args.sheet:
+        require_own(args.sheet, PICTURE)
     ours = {identity(path) for path in (*outputs.values(), *models)}
     return [str(path) for path in others if identity(path) not in ours]
 

@@ -16,9 +16,9 @@ import torch
 from lib import clusters, compatibility, datasets, lenses, options, plots
 from lib.device import resolve_device
 from lib.errors import UserError, one_line, path_argument, run_main
-from lib.files import make_folder, sha256_of, write_csv, write_json
+from lib.files import PICTURE, make_folder, sha256_of, write_csv, write_json
 from lib.metrics import about_intervals
-from lib.provenance import LIBRARY, identity_of, is_current, made_from, sign
+from lib.provenance import LIBRARY, identity_of, is_current, made_from, require_own_results, sign
 from lib.residuals import (
     mask_ratio_of,
     measure,
@@ -31,6 +31,9 @@ from lib.residuals import (
 EXAMPLE = """examples:
   python reconstruct.py --data lenses --weights runs/pretrain/vit-mae-wt.pth --out runs/residuals
   python reconstruct.py --data lenses --weights runs/pretrain/vit-mae-wt.pth --clusters 3 --out kinds"""
+
+LEFT = {"metrics.json": rb'"(masks|made_from)"', "scores.csv": rb"\Arow,class,score\b", "scores.png": PICTURE,
+        "maps.png": PICTURE}  # fmt: skip
 
 
 @torch.no_grad()
@@ -49,6 +52,7 @@ def reconstruct(args):
     make_folder(args.out)
     if (args.out / "comparison.md").exists():
         raise UserError(f"{args.out} holds the results of evaluate.py: choose another --out")
+    require_own_results(args.out, LEFT)
     identities = {"data": identity_of(dataset), "weights": sha256_of(args.weights)}
     made = made_from(args, [*LIBRARY, __file__], **identities)
     if args.update and is_current(

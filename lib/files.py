@@ -6,6 +6,7 @@ import errno
 import glob
 import hashlib
 import json
+import mmap
 import os
 import platform
 import re
@@ -15,6 +16,8 @@ from types import SimpleNamespace
 
 from lib.errors import UserError, readable
 
+CREATOR = "Masked autoencoder for strong gravitational lenses"  # of pictures
+PICTURE = CREATOR.encode()  # in the content of a picture, see `require_own`
 MAX_JSON_BYTES = 16 * 2**20
 FORMULA_STARTS = (*"=+-@＝＋－＠", "\t", "\r", "\n")  # of a cell, in a spreadsheet; some take wide signs
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # by a file system
@@ -129,6 +132,16 @@ def check_outputs(outputs, inputs):
             raise UserError(f"{what} {path} is also {other}: choose another name")
     for path in outputs.values():
         check_output(path)
+
+
+def require_own(path, pattern):
+    """UserError if another file than an earlier output is at `path`: `pattern` matches in the content of such."""
+    if not path.is_file() or not path.stat().st_size:
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        is_own = re.search(pattern, content)
+    if not is_own:
+        raise UserError(f"{path} exists, and is no earlier output of this script: remove it or name another file")
 
 
 def identity(path):

@@ -12,9 +12,10 @@ import numpy as np
 from matplotlib.collections import PatchCollection
 
 from lib.errors import one_line, reason_of
-from lib.files import atomic_write
+from lib.files import CREATOR, atomic_write
 
 LONGEST_LABEL = 80
+WITH_METADATA = (".png", ".pdf", ".svg", ".eps", ".ps")  # other formats cannot say who made them
 RESIDUAL = "residual (image − prediction), in the network's scale"
 
 plt.rcParams.update({"figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9})
@@ -53,9 +54,10 @@ def label_of(name):
 
 
 def save(figure, path):
-    """Write a figure atomically and close it."""
+    """Write a figure atomically and close it. It says who made it, see `files.require_own`."""
+    metadata = {"Creator": CREATOR} if path.suffix.lower() in WITH_METADATA else None
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, bbox_inches="tight")
+        figure.savefig(temporary, bbox_inches="tight", metadata=metadata)
     plt.close(figure)
 
 
