@@ -13,16 +13,20 @@ from sklearn.metrics import confusion_matrix, roc_curve
 from lib import compatibility, datasets, metrics, options, plots, report, tables, weights
 from lib.device import resolve_device
 from lib.errors import UserError, path_argument, run_main
-from lib.files import make_folder, sha256_of, write_json, write_text
+from lib.files import PICTURE, make_folder, sha256_of, write_json, write_text
 from lib.guard import LEAST_FAMILIARITY, Guard
 from lib.loader import batch_reader, in_batches
-from lib.provenance import LIBRARY, identity_of, is_current, made_from, sign
+from lib.provenance import LIBRARY, identity_of, is_current, made_from, require_own_results, sign
 
 EXAMPLE = """example:
   python evaluate.py --data lenses --out runs/evaluation \\
       --weights runs/full/vit-mae-classifier-wt.pth"""
 
 SHOWN_MISTAKES = 12
+LEFT = {
+    "metrics.json": rb'"calibration_error"', "comparison.md": rb"\A\| run ", "report.html": rb"<title>Lens classification",
+    **dict.fromkeys(("roc.png", "confusion_matrix.png", "reliability.png", "familiarity.png", "mistakes.png"), PICTURE),
+}  # fmt: skip
 
 # (work, AUC by class, macro AUC, accuracy) that others report of Test VI.A, which holds images of
 # Model_II; None: not given. Names with a slash are repositories on GitHub, whose figures are of
@@ -60,6 +64,7 @@ def evaluate(args):
     make_folder(args.out)
     if (args.out / "scores.csv").exists():
         raise UserError(f"{args.out} holds the results of reconstruct.py: choose another --out")
+    require_own_results(args.out, LEFT)
     paths = dict(zip(names_of_runs(args.weights), args.weights, strict=True))
     hashes = {name: sha256_of(path) for name, path in paths.items()}
     made = made_from(args, [*LIBRARY, __file__], data=identity_of(dataset), weights=hashes)

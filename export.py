@@ -17,7 +17,7 @@ import torch
 from lib import compatibility, datasets, known_answers, options, weights
 from lib.convert import to_hugging_face
 from lib.errors import UserError, path_argument, run_main
-from lib.files import atomic_directory, atomic_write, check_outputs, write_json
+from lib.files import atomic_directory, atomic_write, check_outputs, require_own, write_json
 from lib.known_answers import difference
 from lib.metrics import accuracy, auc_by_class
 from lib.onnxfile import open_session
@@ -44,6 +44,7 @@ def export(args):
     if args.out.suffix.lower() in (".pth", ".npy", ".npz", ".csv", ".json"):
         raise UserError(f"--out {args.out} has the suffix of another kind of file: name an .onnx file")
     check_outputs({"--out": args.out}, args.weights)
+    require_own(args.out, b"weights_sha256")
     model, opened = load_model(args)
     dataset, parts = load_images(args, opened.content, model.img_size)
     images = some_images(dataset, parts["validation"], max(CHECKED_BATCHES), args.seed)

@@ -14,7 +14,6 @@ import torch
 from lib import datasets, distributed, familiarity, network, options, plots, recipe, weights
 from lib.device import resolve_device
 from lib.errors import UserError, path_argument, run_main
-from lib.guard import UNFAMILIAR
 from lib.loader import in_batches
 from lib.loop import Learner, check_batch, fit, precision_of
 from lib.run import open_run
@@ -28,13 +27,13 @@ EXAMPLE = """examples:
   python finetune.py --data lenses --strategy full --out runs/full \\
       --pretrained runs/pretrain/vit-mae-wt.pth
   python finetune.py --data lenses --strategy full --out runs/scratch --pretrained none"""
-TAKEN_NAMES = {"file", "prediction", "familiarity", "residual", UNFAMILIAR}  # in predictions
 
 
 def finetune(args):
     with distributed.main_process_first():
         dataset = datasets.load(args.data, args.cache_dir)
-    check_classes(args, dataset)
+    if len(dataset.class_names) < 2:
+        raise UserError(f"{args.data} has one class only: a classifier needs at least two")
     parts = datasets.split(dataset)
     rows = parts["train"]
     if args.labels < 1:
@@ -50,14 +49,6 @@ def finetune(args):
             few = " (few)" if strategy.defaults_from(start).are_few(len(rows)) else ""
             print(f"{args.strategy}, {len(rows):,} training images{few}: {chosen}")
         train(args, strategy, start, chosen, dataset, rows, parts, run)
-
-
-def check_classes(args, dataset):
-    """UserError for data whose classes cannot be told apart, or whose names are taken."""
-    if len(dataset.class_names) < 2:
-        raise UserError(f"{args.data} has one class only: a classifier needs at least two")
-    for name in TAKEN_NAMES & set(dataset.class_names):
-        raise UserError(f"class folder {name}: predict.py uses this name otherwise; rename the folder")
 
 
 def open_start(args):

@@ -6,7 +6,8 @@ familiarity: the share of validation images that are at least as strange. An ima
 than nearly all of them is "unfamiliar": its probabilities mean nothing. Files that cannot be read
 are listed in <out>.errors.csv; then the exit code is 1, and the others are predicted. In folders,
 hidden files do not count, and files of other kinds are named at the end. The CSV is UTF-8; bytes
-of file names that are not UTF-8 are written as escapes such as \\xff.
+of file names that are not UTF-8 are written as escapes such as \\xff, and a name that a spreadsheet
+would take for a formula has ./ in front, which names the same file.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import numpy as np
 
 from lib import options
 from lib.errors import UserError, one_line, path_argument, reason_of, run_main
-from lib.files import check_outputs, identity, write_csv
+from lib.files import PICTURE, check_outputs, identity, require_own, write_csv
 from lib.guard import LEAST_FAMILIARITY, UNFAMILIAR, Guard
 from lib.images import SUFFIXES, How, Said, find_files, read_images
 from lib.onnxfile import classify, open_classifier, open_maps
@@ -116,6 +117,10 @@ def check_paths(args, files, others):
         outputs["--sheet"] = args.sheet
     models = [args.model, *([args.maps] if args.maps else [])]
     check_outputs(outputs, [*files, *models])
+    require_own(args.out, rb"\Afile,.*\bprediction\b")
+    require_own(outputs["the errors file"], rb"\Afile,error\s")
+    if args.sheet:
+        require_own(args.sheet, PICTURE)
     ours = {identity(path) for path in (*outputs.values(), *models)}
     return [str(path) for path in others if identity(path) not in ours]
 

@@ -3,7 +3,7 @@
 Every patch of an image is predicted from others, under several masks; the score of an image says
 how much is left of it (`mae.residual_scores`). --clusters also sorts the images into kinds, by
 their residual maps alone.
-Leaves in --out: scores.csv (row of the data set, class, score, cluster), metrics.json (AUC of the score
+Leaves in --out: scores.csv (row of the data set, class, score, cluster, file of a folder), metrics.json (AUC of the score
 against the classes that the MAE was trained on, agreement of clusters and classes), scores.png and
 maps.png (images above their residuals; the true point masses are marked in data that simulate.py made).
 """
@@ -16,9 +16,9 @@ import torch
 from lib import clusters, compatibility, datasets, lenses, options, plots
 from lib.device import resolve_device
 from lib.errors import UserError, one_line, path_argument, run_main
-from lib.files import make_folder, sha256_of, write_csv, write_json
+from lib.files import PICTURE, make_folder, sha256_of, write_csv, write_json
 from lib.metrics import about_intervals
-from lib.provenance import LIBRARY, identity_of, is_current, made_from, sign
+from lib.provenance import LIBRARY, identity_of, is_current, made_from, require_own_results, sign
 from lib.residuals import (
     mask_ratio_of,
     measure,
@@ -33,10 +33,13 @@ EXAMPLE = """examples:
   python reconstruct.py --data lenses --weights runs/pretrain/vit-mae-wt.pth --out runs/residuals
   python reconstruct.py --data lenses --weights runs/pretrain/vit-mae-wt.pth --clusters 3 --out kinds"""
 
+LEFT = {"metrics.json": rb'"(masks|made_from)"', "scores.csv": rb"\Arow,class,score\b", "scores.png": PICTURE,
+        "maps.png": PICTURE}  # fmt: skip
+
 
 @torch.no_grad()
 def reconstruct(args):
-    dataset = datasets.load(args.data, args.cache_dir)
+    dataset, files = datasets.load(args.data, args.cache_dir), datasets.files_of(args.data)
     device = resolve_device(args.device)
     content, residuals, transformed = residual_reader(
         args.weights, dataset, device, args.mask_ratio, args.rounds, args.seed
@@ -50,6 +53,7 @@ def reconstruct(args):
     make_folder(args.out)
     if (args.out / "comparison.md").exists():
         raise UserError(f"{args.out} holds the results of evaluate.py: choose another --out")
+    require_own_results(args.out, LEFT)
     identities = {"data": identity_of(dataset), "weights": sha256_of(args.weights)}
     made = made_from(args, [*LIBRARY, __file__], **identities)
     if args.update and is_current(
@@ -62,7 +66,7 @@ def reconstruct(args):
     else:
         scores, kinds, found = scores_of(residuals, rows), None, None
     (args.out / "metrics.json").unlink(missing_ok=True)  # an earlier call's
-    write_scores(args.out / "scores.csv", rows, labels, scores, dataset.class_names, found)
+    write_scores(args.out / "scores.csv", rows, labels, scores, dataset.class_names, found, files)
     how = dataset.class_names, args.resamples, args.seed
     result, lines = separation(scores, labels, has_substructure, trained_on, how)
     if kinds:
@@ -131,13 +135,15 @@ def warn(text):
         print(text, file=sys.stderr)
 
 
-def write_scores(path, rows, labels, scores, class_names, found=None):
-    """A line an image: its row in the data set, its class, its score and, unless None, its cluster."""
-    lines = [["row", "class", "score"] + ([] if found is None else ["cluster"])]
-    for i, (row, label, score) in enumerate(zip(rows, labels, scores, strict=True)):
-        cluster = [] if found is None else [str(found[i])]
-        lines.append([str(row), class_names[label], f"{score:.6g}", *cluster])
-    write_csv(path, lines)
+def write_scores(path, rows, labels, scores, class_names, found, files):
+    """A line an image: row in the data set, class, score and, where they are known, cluster and file."""
+    columns = {"row": rows, "class": [class_names[label] for label in labels],
+               "score": [f"{score:.6g}" for score in scores]}  # fmt: skip
+    if found is not None:
+        columns["cluster"] = found
+    if files:
+        columns["file"] = [files[row] for row in rows]
+    write_csv(path, [columns, *(map(str, line) for line in zip(*columns.values(), strict=True))])
 
 
 def draw_maps(path, dataset, rows, scores, transformed, residuals, content):

@@ -15,6 +15,7 @@ from evaluate import predict_probabilities
 from lib import compatibility, datasets, lenses, options, plots, weights
 from lib.device import resolve_device
 from lib.errors import UserError, path_argument, run_main
+from lib.files import PICTURE, require_own
 from lib.loader import batch_reader
 from lib.residuals import smooth_rms_of
 from mae import complementary_masks
@@ -142,6 +143,8 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    for name in ("overview.png", "design.png"):
+        require_own(args.out / name, PICTURE)
     draw_overview(args.out / "overview.png", *overview_of(args))
     draw_design(args.out / "design.png")
 

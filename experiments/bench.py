@@ -35,7 +35,7 @@ from lib import datasets, lenses, optim, options, tables
 from lib.cuda_graphs import GraphedStep
 from lib.device import choose_precision, resolve_device, seconds_of
 from lib.errors import UserError, path_argument, run_main
-from lib.files import make_folder, write_json, write_text
+from lib.files import make_folder, require_own, write_json, write_text
 from lib.loader import batch_reader
 from mae import MAE, Classifier, set_attention_form
 
@@ -374,6 +374,8 @@ def main(argv=None):
     args.precision = choose_precision(args.precision, args.device)
     torch.manual_seed(0)
     make_folder(args.out)
+    require_own(args.out / "bench.json", rb'"matmul GFLOP/s"')
+    require_own(args.out / "bench.md", rb"\A\| what ")
     machine = {
         "date": time.strftime("%Y-%m-%d"), "cpu": torch.backends.cpu.get_cpu_capability(),
         "device": str(args.device), "threads": torch.get_num_threads(), "torch": torch.__version__,

@@ -24,7 +24,7 @@ from evaluate import predict_probabilities
 from lib import datasets, lenses, options, weights
 from lib.device import resolve_device
 from lib.errors import UserError, path_argument, run_main
-from lib.files import atomic_directory, write_csv
+from lib.files import atomic_directory, require_own, write_csv
 from lib.images import read_npy
 from lib.provenance import identity_of, is_current, made_from, require_origin, sign
 
@@ -175,6 +175,7 @@ def pictures(args):
 
 
 def classify(args):
+    require_own(args.out, rb"\Aimage,exact,")
     images, columns = load_images(args.images)
     model, content = weights.load_classifier(args.weights)
     class_names = content["class_names"]

@@ -12,7 +12,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lib import options, plots, tables
 from lib.errors import UserError, path_argument, run_main
-from lib.files import read_json, write_json, write_text
+from lib.files import PICTURE, read_json, require_own, write_json, write_text
 
 EXAMPLE = """example:
   python experiments/results.py runs/study/all-0/results runs/study/all-1/results --out runs/results"""
@@ -73,6 +73,16 @@ def draw(path, rows, drawn):
     plots.series(path, series, drawn["label"], drawn["y"], drawn["logarithmic"])
 
 
+def check_folder(folder, names):
+    """UserError if the files of these experiments, or the tables, would replace others in `folder`."""
+    for name in names:
+        if (folder / f"{name}.json").exists():
+            read(folder / f"{name}.json")
+        else:
+            require_own(folder / f"{name}.png", PICTURE)
+    require_own(folder / "tables.md", rb"\A# Results of study\.py")
+
+
 def write(folder, name, what, made, rows, drawn=None):
     """Keep an experiment: its JSON and PNG, and the tables of all experiments in `folder`.
 
@@ -116,6 +126,7 @@ def join(folders, out):
     names = sorted({path.stem for folder in folders for path in folder.glob("*.json")})
     if not names:
         raise UserError(f"no results of study.py in {', '.join(map(str, folders))}")
+    check_folder(out, names)
     for name in names:
         parts = {path: read(path) for path in (f / f"{name}.json" for f in folders) if path.exists()}
         source = {}

@@ -406,6 +406,7 @@ def main(argv=None):
     args = parse_args(argv)
     study = study_of(args)
     claim(args.out, study.own.dataset)
+    results.check_folder(args.out / "results", args.only)
     command = shlex.join(["python", "experiments/study.py", *map(str, argv or sys.argv[1:])])
     made = [{"command": command, "commit": commit(), "precision": study.precision}]
     for name in args.only:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from lib.errors import UserError
 from lib.files import atomic_directory, is_hidden, make_folder, read_json, write_json
 from lib.images import forget_pages, may_hold_images, read_image, read_npy
+from lib.names import check_class_names
 
 FORMAT = 2
 CHECK_BLOCK = 4096  # images whose pixels are checked together
@@ -137,6 +138,7 @@ def list_classes(root):
             f"{root} has the folders {', '.join(parts)}, which are no classes: give a folder with "
             "one folder per class; the split is made here"
         )
+    check_class_names([folder.name for folder in folders], root)
     class_files, others = {}, []
     for folder in folders:
         entries = [entry for entry in sorted(folder.iterdir()) if not is_hidden(entry.name)]
@@ -154,6 +156,13 @@ def list_classes(root):
             raise UserError(f"class folder {folder} has no .npy, .npz or FITS files: fill it or remove it")
         class_files[folder.name] = files
     return class_files, others
+
+
+def files_of(path):
+    """The files of a folder's images, in the order of the rows; none of a packed data set, which has no names."""
+    if (path / "dataset.json").exists():
+        return []
+    return [file for files in list_classes(path)[0].values() for file in files]
 
 
 def _pack(class_files, packed, origin, progress):
@@ -295,6 +304,7 @@ def _open_packed(folder):
     )
     if not valid:
         raise UserError(f"{folder}/dataset.json is of another version: rebuild the data set")
+    check_class_names(class_names, folder, "make the data set again, with another name")
     images, labels, hashes = (
         read_npy(folder / f"{name}.npy") for name in ("images", "labels", "hashes")
     )

@@ -6,15 +6,20 @@ import errno
 import glob
 import hashlib
 import json
+import mmap
 import os
 import platform
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 from lib.errors import UserError, readable
 
+CREATOR = "Masked autoencoder for strong gravitational lenses"  # of pictures
+PICTURE = CREATOR.encode()  # in the content of a picture, see `require_own`
 MAX_JSON_BYTES = 16 * 2**20
+FORMULA_STARTS = (*"=+-@＝＋－＠", "\t", "\r", "\n")  # of a cell, in a spreadsheet; some take wide signs
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)  # by a file system
 
 
@@ -85,13 +90,26 @@ def _named_errors(path):
 
 
 def write_csv(path, rows):
-    """Write the rows of an iterator, whose cells are text; UTF-8, see `readable`."""
+    """Write the rows of an iterator, whose cells are text; UTF-8, see `readable` and `_no_formula`."""
     with (
         atomic_write(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8") as file,
     ):
-        # The usual line ends: with others, csv does not quote a carriage return in a name.
-        csv.writer(file).writerows([readable(cell) for cell in row] for row in rows)
+        # csv itself ends lines with CR LF, for only then it quotes a carriage return in a name. In the
+        # file they end with LF: awk would take CR for a part of the last number.
+        lines = SimpleNamespace(write=lambda line: file.write(line.removesuffix("\r\n") + "\n"))
+        csv.writer(lines).writerows([_no_formula(readable(cell)) for cell in row] for row in rows)
+
+
+def _no_formula(cell):
+    """The cell, with ./ in front if a spreadsheet would compute it: a path then still names its file."""
+    if not cell.startswith(FORMULA_STARTS):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"./{cell}"
+    return cell
 
 
 def check_output(path):
@@ -114,6 +132,16 @@ def check_outputs(outputs, inputs):
             raise UserError(f"{what} {path} is also {other}: choose another name")
     for path in outputs.values():
         check_output(path)
+
+
+def require_own(path, pattern):
+    """UserError if another file than an earlier output is at `path`: `pattern` matches in the content of such."""
+    if not path.is_file() or not path.stat().st_size:
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        is_own = re.search(pattern, content)
+    if not is_own:
+        raise UserError(f"{path} exists, and is no earlier output of this script: remove it or name another file")
 
 
 def identity(path):

@@ -8,6 +8,7 @@ import onnxruntime
 
 from lib import known_answers
 from lib.errors import UserError, reason_of
+from lib.names import check_class_names
 
 
 def open_session(path, device="auto"):
@@ -79,6 +80,7 @@ def open_classifier(path, device="auto"):
             raise ValueError("other outputs than probabilities and familiarity")
         if not all(isinstance(name, str) for name in class_names):
             raise ValueError("metadata of another kind")
+        check_class_names(class_names, path, "rename its folder, train and export again")
         if outputs[0].shape[1] != len(class_names):
             raise ValueError("another number of outputs than class names")
         if any(len(output.shape) != 1 for output in outputs[1:]):

@@ -32,11 +32,30 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if said else super()._get_help_string(action)
 
 
+class StoreOnce(argparse.Action):
+    """Stores an option's values, as argparse does, but refuses a second time, when the first would be lost."""
+
+    given = False
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        if self.given and option_string:
+            raise UserError(f"{option_string} is given twice: give it once, with all that it should have")
+        self.given = True
+        setattr(namespace, self.dest, values)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose options are given once, and written out: a short form would be a second name."""
+
+    def __init__(self, **more):
+        super().__init__(**{"allow_abbrev": False, **more})
+        for action in (None, "store"):
+            self.register("action", action, StoreOnce)
+
+
 def new_parser(description, example):
-    """A script's parser. An option must be written out, so that none is given twice under two names."""
-    return argparse.ArgumentParser(
-        description=description, epilog=example, formatter_class=HelpFormatter, allow_abbrev=False
-    )
+    """A script's parser; it reads one command line."""
+    return Parser(description=description, epilog=example, formatter_class=HelpFormatter)
 
 
 def add_data_arguments(parser):

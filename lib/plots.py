@@ -13,9 +13,10 @@ from matplotlib.collections import PatchCollection
 from matplotlib.colors import AsinhNorm
 
 from lib.errors import one_line, reason_of
-from lib.files import atomic_write
+from lib.files import CREATOR, atomic_write
 
 LONGEST_LABEL = 80
+WITH_METADATA = (".png", ".pdf", ".svg", ".eps", ".ps")  # other formats cannot say who made them
 RESIDUAL = "residual (image − prediction), in the network's scale"
 SIGMAS = "residual (image − prediction), in σ of smooth lenses"
 MOST_SIGMAS, LINEAR_SIGMAS = 50, 3  # where the colours of a map end, and up to where they are linear
@@ -56,9 +57,10 @@ def label_of(name):
 
 
 def save(figure, path):
-    """Write a figure atomically and close it."""
+    """Write a figure atomically and close it. It says who made it, see `files.require_own`."""
+    metadata = {"Creator": CREATOR} if path.suffix.lower() in WITH_METADATA else None
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, bbox_inches="tight")
+        figure.savefig(temporary, bbox_inches="tight", metadata=metadata)
     plt.close(figure)
 
 

@@ -193,6 +193,10 @@ def open_run(args, dataset, file, recipe, **more):
     folder = Path(args.data).resolve()
     if folder in args.out.resolve().parents and not (folder / "dataset.json").exists():
         raise UserError(f"--out {args.out} lies inside the data: choose a folder outside of it")
+    if not any((args.out / name).exists() for name in (".lock", file, "checkpoint.pth")):
+        for name in ("config.json", *LEFT):
+            if (args.out / name).exists():
+                raise UserError(f"{args.out} holds {name}, which no training left there: choose another --out")
     with _locked(args.out):
         run = Run(args, dataset, file, recipe, **more)
         if run.is_finished and distributed.is_main():

@@ -1,6 +1,7 @@
 """Tables of text: what is in them, as Markdown and as HTML."""
 
 import html
+import re
 
 from lib.errors import one_line
 
@@ -24,7 +25,7 @@ def comparison(results, class_names):
 
 def markdown(rows):
     """A Markdown table of rows of text, the header first; names of classes and runs stay names."""
-    header, *body = [[one_line(cell).replace("|", "\\|") for cell in row] for row in rows]
+    header, *body = [[re.sub(r"[\\|<*`[]", r"\\\g<0>", one_line(cell)) for cell in row] for row in rows]
     lines = [header, ["---"] * len(header), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

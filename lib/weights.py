@@ -22,6 +22,7 @@ from lib.convert import from_foreign, heads_told
 from lib.familiarity import Familiarity
 from lib.errors import UserError
 from lib.files import atomic_write, read_json, sha256_of
+from lib.names import check_class_names
 from mae import MAE, Classifier, Encoder, IntensityTransform, ResidualClassifier
 
 LARGEST = {"embed_dim": 4096, "decoder_embed_dim": 4096, "depth": 64, "decoder_depth": 64}
@@ -126,6 +127,7 @@ def read(path, num_heads=None, foreign=False):
         raise UserError(f"{path}: pixel_range in its run is no range")
     if not all(isinstance(name, str) for name in content["class_names"]):
         raise UserError(f"{path}: class names must be text")
+    check_class_names(content["class_names"], path, "rename its folder and train again")
     seen = content.get("seen")
     if not isinstance(seen, torch.Tensor) or seen.dtype != torch.int64 or seen.dim() != 1:
         raise UserError(f"{path}: does not say which images it was trained on; train again")

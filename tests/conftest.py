@@ -111,23 +111,32 @@ def write_classes(root, counts, size=16, brighter=False):
     return root
 
 
-def _with_defaults(more, defaults):
+def with_defaults(more, defaults):
     """Arguments: those of `more`, and the pairs of flags and values in `defaults` that it does not give."""
     more = [str(part) for part in more]
     pairs = zip(defaults[::2], defaults[1::2], strict=True)
     return [str(part) for pair in pairs if pair[0] not in more for part in pair] + more
 
 
+def replacing(words, more):
+    """The words of a command with the options `more`, in place of what it says of these options."""
+    kept, is_replaced = [], False
+    for word in words:
+        is_replaced = word in more if word.startswith("--") else is_replaced
+        kept += [] if is_replaced else [word]
+    return [*kept, *more]
+
+
 def pretraining(data, out, *more):
     """Arguments of pretrain.py: a tiny network, three epochs of about ten steps."""
     defaults = ("--epochs", 3, "--batch-size", 8, "--precision", "float32", *TINY_NETWORK, *TINY_DECODER)
-    return _with_defaults(("--data", data, "--out", out, *more), defaults)
+    return with_defaults(("--data", data, "--out", out, *more), defaults)
 
 
 def finetuning(data, out, pretrained, strategy, *more):
     """Arguments of finetune.py: two epochs of about fifteen steps."""
     given = ("--data", data, "--out", out, "--pretrained", pretrained, "--strategy", strategy)
-    return _with_defaults((*given, *more), ("--epochs", 2, "--batch-size", 16, "--precision", "float32"))
+    return with_defaults((*given, *more), ("--epochs", 2, "--batch-size", 16, "--precision", "float32"))
 
 
 def pretrain_on(data, out, *more, check=True):

@@ -1,5 +1,6 @@
 """Files that survive a crash, and errors that a user can fix."""
 
+import csv
 import errno
 import os
 import platform
@@ -55,6 +56,25 @@ def test_a_failed_folder_leaves_nothing_and_a_folder_in_use_is_refused(tmp_path)
     with pytest.raises(UserError, match="exists already"), atomic_directory(tmp_path / "d"):
         pytest.fail("the block must not run")
     assert os.listdir(tmp_path / "d") == ["mine"]
+
+
+def test_csv_has_plain_line_ends_and_every_name_comes_back(tmp_path):
+    names = ["a.npy", "a b", "a,b", 'a"b', "a\nb", "a\rb", "a\r\nb", "b\r", "é", "a|b", "a=1", " =1", "", "-0.5", "+1e3"]
+    files.write_csv(tmp_path / "x.csv", [["file", "n"], *([name, "1"] for name in names)])
+    content = (tmp_path / "x.csv").read_bytes()
+    assert content.startswith(b"file,n\na.npy,1\n")
+    assert all(b"\r" not in line[-2:] for line in content.replace(b'"b\r"', b"").split(b",1\n"))
+    with (tmp_path / "x.csv").open(newline="", encoding="utf-8") as file:
+        assert [row["file"] for row in csv.DictReader(file)] == names
+
+
+@pytest.mark.parametrize("name", ["=1+1.npy", "@SUM(1).npy", "+a", "-a", "-", "\tx", "\rx", "\nx", "＝1", "=1: cannot be read"])
+def test_no_cell_is_a_formula(name, tmp_path):
+    """With ./ in front, the path of a file still leads to it."""
+    files.write_csv(tmp_path / "x.csv", [[name, name]])
+    with (tmp_path / "x.csv").open(newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file)) == [[f"./{name}", f"./{name}"]]
+    assert os.path.normpath(f"./{name}") == name
 
 
 def test_json_that_is_none_is_refused(tmp_path):

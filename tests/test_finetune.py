@@ -347,16 +347,6 @@ def test_what_makes_no_sense_for_a_strategy_or_its_start_is_refused(
     assert_refused("finetune.py", finetuning(packed, tmp_path / "run", start, strategy, *more), named)
 
 
-@pytest.mark.parametrize("name", sorted(finetune.TAKEN_NAMES))
-def test_a_class_whose_name_predictions_use_is_refused(name, folder, tmp_path):
-    for kind, other in (("cdm", name), ("no_sub", "no_sub")):
-        (tmp_path / "data" / other).mkdir(parents=True)
-        for file in sorted((folder / kind).iterdir())[:6]:
-            (tmp_path / "data" / other / file.name).write_bytes(file.read_bytes())
-    arguments = finetuning(tmp_path / "data", tmp_path / "run", "none", "full")
-    assert_refused("finetune.py", arguments, f"class folder {name}")
-
-
 def test_images_in_another_unit_than_the_weights_are_refused(packed, runs, tmp_path):
     dataset, counts = datasets.load(packed), tmp_path / "counts"
     counts.mkdir()

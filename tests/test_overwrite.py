@@ -1,11 +1,13 @@
 """Finished and stopped work is never overwritten unasked."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 from conftest import (
-    CLASSIFIER, TINY_NETWORK, assert_refused, assert_user_error, finetune_on, finetuning, pretrain_on,
-    pretraining,
+    CLASSIFIER, PRETRAINED, TINY_NETWORK, assert_refused, assert_user_error, finetune_on, finetuning,
+    pretrain_on, pretraining, run_script,
 )  # fmt: skip
 
 
@@ -85,3 +87,57 @@ def test_a_fine_tuning_does_not_replace_the_weights_that_it_starts_from(packed, 
     arguments = finetuning(packed, tmp_path, tmp_path / CLASSIFIER, "head", "--overwrite")
     assert_refused("finetune.py", arguments, "--out", "start from")
     assert content(tmp_path) == before
+
+
+def outputs_of_scripts(runs, packed, out, picture):
+    """(script, arguments, name of an output): every kind of file that a script writes where it is told to."""
+    own = ("--data", packed, "--out", out)
+    mae, classifier = runs / "pretrain" / PRETRAINED, runs / "full" / CLASSIFIER
+    predict = ("--model", runs / "classifier.onnx", picture)
+    evaluate = ("evaluate.py", (*own, "--weights", classifier, "--resamples", 2))
+    reconstruct = ("reconstruct.py", (*own, "--weights", mae, "--resamples", 2))
+    return [
+        ("predict.py", (*predict, "--out", out / "notes.md"), "notes.md"),
+        ("predict.py", (*predict, "--out", out / "p.csv"), "p.csv.errors.csv"),
+        ("predict.py", (*predict, "--out", out / "p.csv", "--sheet", out / "figure.png"), "figure.png"),
+        ("export.py", ("--weights", classifier, "--out", out / "m.onnx"), "m.onnx"),
+        ("export.py", ("--what", "huggingface", "--weights", mae, "--out", out), "config.json"),
+        ("data.py", ("--data", packed, "--out", out / "x.json"), "x.json"),
+        ("simulate.py", ("--per-class", 1, "--out", out), "mine.npy"),
+        *((*evaluate, name) for name in ("metrics.json", "comparison.md", "roc.png", "report.html", "mistakes.png")),
+        *((*reconstruct, name) for name in ("metrics.json", "maps.png", "scores.png")),
+        *(("pretrain.py", pretraining(packed, out), name) for name in ("config.json", "loss.png", "metrics.jsonl")),
+        ("finetune.py", finetuning(packed, out, "none", "full", *TINY_NETWORK), "curves.png"),
+        ("experiments/bench.py", ("--out", out), "bench.json"),
+        ("docs/figures.py", (*own, "--mae", mae, "--classifier", classifier), "overview.png"),
+        ("experiments/real_images.py", ("classify", "--images", picture, "--weights", classifier, "--out",
+                                        out / "a.csv"), "a.csv"),
+    ]  # fmt: skip
+
+
+def test_no_script_writes_over_a_file_that_it_did_not_write(runs, packed, lens_image, tmp_path):
+    np.save(tmp_path / "one.npy", lens_image)
+    cases = outputs_of_scripts(runs, packed, tmp_path / "out", tmp_path / "one.npy")
+    for script, arguments, name in cases:
+        (tmp_path / "out").mkdir()
+        mine = tmp_path / "out" / name
+        mine.write_bytes(b'{"mine": 1}')
+        process = run_script(script, *arguments, check=False)
+        assert_user_error(process, mine.name if mine.suffix == ".jsonl" else tmp_path / "out")
+        assert content(tmp_path / "out") == {name: b'{"mine": 1}'}, (script, name)
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_an_earlier_output_and_an_empty_file_are_replaced(runs, packed, lens_image, tmp_path):
+    np.save(tmp_path / "one.npy", lens_image)
+    for suffix in ("png", "pdf", "svg"):
+        csv, sheet = tmp_path / "p.csv", tmp_path / f"sheet.{suffix}"
+        sheet.touch()
+        for _ in range(2):
+            run_script("predict.py", "--model", runs / "classifier.onnx", "--out", csv, "--sheet", sheet,
+                       "--least-familiarity", 0, tmp_path / "one.npy")  # fmt: skip
+            assert b"lenses" in sheet.read_bytes()
+    command = ("--data", packed, "--weights", runs / "full" / CLASSIFIER, "--out", tmp_path / "e")
+    for seed in (0, 1):
+        run_script("evaluate.py", *command, "--resamples", 2, "--seed", seed)
+        (tmp_path / "e" / "metrics.json").unlink()  # as in an evaluation that was stopped

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import onnx
 import pytest
-from conftest import HUNG, ROOT, assert_user_error, run_script
+from conftest import HUNG, ROOT, assert_user_error, run_script, with_defaults
 
 SIDE = 8
 IMAGES = np.random.default_rng(0).random((3, SIDE, SIDE)).astype(np.float32)
@@ -81,10 +81,8 @@ def predict(models, tmp_path):
 
     def start(*arguments, check=True):
         out = tmp_path / "out" / "p.csv"
-        process = run_script(
-            "predict.py", "--model", models / "classifier.onnx", "--out", out, *arguments,
-            check=False,
-        )  # fmt: skip
+        defaults = ("--model", models / "classifier.onnx", "--out", out)
+        process = run_script("predict.py", *with_defaults(arguments, defaults), check=False)
         process.rows = read_column(out) if out.exists() else []
         errors = out.with_name("p.csv.errors.csv")
         process.errors = read_column(errors) if errors.exists() else []

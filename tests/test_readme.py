@@ -12,7 +12,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import HUNG, ROOT, TINY_DECODER, TINY_NETWORK
+from conftest import HUNG, ROOT, TINY_DECODER, TINY_NETWORK, replacing
 
 import finetune
 import pretrain
@@ -165,11 +165,11 @@ def test_every_link_leads_to_a_file_and_every_document_is_linked():
 def test_command(command, place, monkeypatch):
     launcher, *words = command.split()
     script = next(word for word in words if word.endswith(".py"))
+    words = replacing(words, SHORTER.get(script, []))
     # Into new folders: those of the fixture stay as they are.
     if "--out" in words:
         out = words.index("--out") + 1
         words[out] = f"new-{zlib.crc32(command.encode())}-{os.path.basename(words[out])}"
-    words += SHORTER.get(script, [])
     if launcher == "torchrun":
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         subprocess.run([*launch, *words], cwd=place, check=True, timeout=HUNG)
@@ -224,7 +224,7 @@ def test_commands_in_a_row_give_the_weights_of_the_functions(tmp_path, monkeypat
     (simulation,) = (c for c in EXAMPLES if c.startswith("python simulate.py"))
     own = [c for c in commands_of(TEXTS[README]) if "--out own/" in c]
     for command in (simulation, *(c for c in own if c.split()[1] in SMALL)):
-        words = [*command.split()[1:], *SMALL[command.split()[1]]]
+        words = replacing(command.split()[1:], SMALL[command.split()[1]])
         monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(ROOT / words[0]), run_name="__main__")

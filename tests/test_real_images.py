@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import replacing
 
 import simulate
 from experiments import real_images
@@ -114,7 +115,7 @@ def test_noisy_images_become_pictures_too_and_the_same_ones_once(tmp_path, packe
         assert "already up to date" in capsys.readouterr().out
         assert datasets.load(out).fingerprint == dataset.fingerprint
     with pytest.raises(UserError, match="holds other images"):
-        real_images.main([*command, "--out", str(packed)])
+        real_images.main(replacing(command, ["--out", str(packed)]))
     assert len(datasets.load(packed).labels) == 300
 
 

@@ -13,6 +13,7 @@ from sklearn.metrics import roc_auc_score
 import simulate
 from experiments import study
 from lib import clusters, datasets, lenses, plots, residuals, weights
+from lib.images import read_image
 
 
 def run_reconstruct(path, images, out, *more):
@@ -39,6 +40,17 @@ def test_residuals_are_scored_mapped_and_compared_without_labels(pretrained, pac
     assert f"{value:.4f}" in said
     for name in ("maps.png", "scores.png"):
         assert (tmp_path / name).stat().st_size > 5000
+
+
+def test_scores_of_a_folder_name_the_files(pretrained, folder, runs, tmp_path):
+    """Each row's file holds the image that the row of the data set has."""
+    cache = runs / "cache"
+    rows = run_reconstruct(pretrained, folder, tmp_path, "--cache-dir", cache, "--clusters", 2)[2]
+    assert list(rows[0]) == ["row", "class", "score", "cluster", "file"]
+    dataset = datasets.load(folder, cache)
+    for row in rows:
+        assert row["file"].startswith(f"{folder}/{row['class']}/")
+        assert np.array_equal(read_image(row["file"]), dataset.images[int(row["row"])])
 
 
 @pytest.fixture(scope="module")

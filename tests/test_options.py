@@ -1,0 +1,48 @@
+"""The command line of every script: what is given counts, or is refused."""
+
+import argparse
+import importlib
+
+import pytest
+from conftest import ROOT, assert_refused
+
+from lib.errors import UserError
+
+SCRIPTS = [
+    str(path.relative_to(ROOT).with_suffix("")) for folder in (".", "experiments", "docs")
+    for path in sorted((ROOT / folder).glob("*.py")) if "new_parser(" in path.read_text()
+]  # fmt: skip
+
+
+def parsers_of(script, monkeypatch):
+    """The parser of a script, and those of its commands."""
+    def keep(parser, *_):
+        raise StopIteration(parser)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", keep)
+        with pytest.raises(StopIteration) as kept:
+            importlib.import_module(script.replace("/", ".")).parse_args([])
+    parsers = [kept.value.value]
+    for action in parsers[0]._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            parsers += action.choices.values()
+    return parsers
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_option_given_twice_is_refused(script, monkeypatch):
+    tried = 0
+    for parser in parsers_of(script, monkeypatch):
+        for action in parser._actions:
+            for flag in action.option_strings if action.nargs != 0 else ():
+                value = next(iter(action.choices)) if action.choices else "none" if flag == "--augment" else "1"
+                with pytest.raises(UserError, match=f"^{flag} is given twice"):
+                    parser.parse_args([flag, value, f"{flag}={value}"])
+                tried += 1
+    assert tried >= 1
+
+
+def test_the_second_of_two_lists_is_not_taken_for_both():
+    given = ("--data", "d", "--out", "o", "--classes", "a", "--classes", "b")
+    assert_refused("pretrain.py", given, "--classes")
