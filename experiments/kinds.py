@@ -275,7 +275,8 @@ def scores_of(images, model, familiarity, device):
 
     def both(rows):
         batch = read(rows)
-        return torch.cat([model(batch), familiarity(batch).unsqueeze(1)], dim=1)
+        logits = model(batch)
+        return torch.cat([logits, familiarity(batch, logits.argmax(dim=1)).unsqueeze(1)], dim=1)
 
     together = in_batches(both, np.arange(len(images))).numpy()
     logits = together[:, :-1].astype(np.float64)

@@ -32,7 +32,8 @@ WIDE_OPERATIONS = ["Sub", "Div", "Log", "Clip", "Max", "Sqrt", "Asinh", "ReduceS
 class Probabilities(nn.Module):
     """Raw images (B, 1, H, W) to class probabilities (B, classes) and familiarity (B,).
 
-    `familiarity` is a `Familiarity`; without one there is no such output.
+    `familiarity` is a `Familiarity`; without one there is no such output. It takes the class of the
+    largest probability, as everyone does who reads the file.
     """
 
     def __init__(self, classifier, familiarity=None):
@@ -46,7 +47,7 @@ class Probabilities(nn.Module):
         probabilities = probabilities + zero_or_nan(images).flatten(1)
         if self.familiarity is None:
             return probabilities
-        return probabilities, self.familiarity(images)
+        return probabilities, self.familiarity(images, probabilities.argmax(dim=1))
 
 
 class Residuals(nn.Module):
