@@ -250,7 +250,7 @@ def answers_to(kinds, model, familiarity, device):
     AUC tells clean images, which come first, from those of a kind by a score that is low for others:
     the familiarity, the largest probability, or minus the energy.
     """
-    model, familiarity = (part.eval().to(device) for part in (model, familiarity))
+    model, familiarity = (part.to(device) for part in (model, familiarity))
     clean, guard = None, Guard(len(familiarity.strangeness_seen))
     for kind, images, truth in kinds:
         predicted, scores = scores_of(images, model, familiarity, device)

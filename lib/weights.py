@@ -196,6 +196,9 @@ def _converted(path, content, num_heads):
 # Networks
 
 
+# All are in evaluation mode, ready to use; `loop.fit` puts what it trains in training mode.
+
+
 def load_mae(path):
     """The `MAE` of a weights file, its `IntensityTransform`, and the file's content; UserError."""
     opened = read(path)
@@ -274,7 +277,7 @@ def familiarity_in(path, content):
     network = content["config"].get("mae", content["config"])
     if kept["config"].get("img_size") != network.get("img_size"):
         raise UserError(f"{path}: its familiarity is for images of another size; train again")
-    return _build(path, Familiarity, kept["config"], kept["model"]).eval()
+    return _build(path, Familiarity, kept["config"], kept["model"])
 
 
 def _is_old(kept):
@@ -316,6 +319,7 @@ def familiarity_for(opened, dataset, augmentations):
 
 
 def _build(path, kind, arguments, state):
+    """`kind(**arguments)` with the tensors `state`, in evaluation mode; UserError if they do not fit."""
     _check_sizes(path, arguments)
     try:
         model = kind(**arguments)
@@ -323,7 +327,7 @@ def _build(path, kind, arguments, state):
         raise UserError(f"{path}: no {kind.__name__} has its configuration: {error}") from None
     check_state(path, model, state)
     model.load_state_dict(state)
-    return model
+    return model.eval()
 
 
 def _check_sizes(path, arguments):
