@@ -147,7 +147,9 @@ def some_images(dataset, rows, count, seed):
 
 def metadata_of(args, model, opened, dataset):
     """The text {key: value} that the file carries."""
-    trained, familiarity = opened.content["run"], getattr(model, "familiarity", None)
+    # The file may be published: without the paths of this machine.
+    trained = {k: v for k, v in opened.content["run"].items() if k not in ("data", "cache_dir")}
+    familiarity = getattr(model, "familiarity", None)
     checked_on = [dataset.fingerprint, dataset.class_names]
     made = made_from(args, [*LIBRARY, __file__], data=checked_on, weights=opened.sha256)
     return {

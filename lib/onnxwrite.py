@@ -6,6 +6,7 @@ import io
 import logging
 import math
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -146,10 +147,21 @@ def write_onnx(model, path, metadata):
 
 
 def save_proto(proto, path, metadata):
+    drop_notes(proto)
     proto.ir_version = IR_VERSION
     onnx.helper.set_model_props(proto, metadata)
     onnx.checker.check_model(proto, full_check=True)
     path.write_bytes(proto.SerializeToString())
+
+
+def drop_notes(message):
+    """Remove what torch's exporter notes of every part: source files of this machine, 300 kB in all."""
+    for field, value in message.ListFields():
+        if field.name in ("doc_string", "metadata_props"):
+            message.ClearField(field.name)
+        elif field.message_type:
+            for part in value if isinstance(value, Sequence) else [value]:
+                drop_notes(part)
 
 
 class CalibrationImages(CalibrationDataReader):
