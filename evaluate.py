@@ -8,11 +8,13 @@ in one file.
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, roc_curve
 
 from lib import compatibility, datasets, metrics, options, plots, report, tables, weights
 from lib.device import resolve_device
-from lib.errors import UserError, path_argument, run_main
+from lib.errors import UserError, one_line, path_argument, run_main
 from lib.files import PICTURE, make_folder, sha256_of, write_json, write_text
 from lib.guard import LEAST_FAMILIARITY, Guard
 from lib.loader import batch_reader, in_batches
@@ -27,6 +29,7 @@ LEFT = {
     "metrics.json": rb'"calibration_error"', "comparison.md": rb"\A\| run ", "report.html": rb"<title>Lens classification",
     **dict.fromkeys(("roc.png", "confusion_matrix.png", "reliability.png", "familiarity.png", "mistakes.png"), PICTURE),
 }  # fmt: skip
+SIGNIFICANCE = 0.01  # of the test whether more images of a class are unfamiliar than should be
 
 # (work, AUC by class, macro AUC, accuracy) that others report of Test VI.A, which holds images of
 # Model_II; None: not given. Names with a slash are repositories on GitHub, whose figures are of
@@ -90,10 +93,11 @@ def evaluate(args):
         },
     )
     write_text(args.out / "comparison.md", table + "\n")
-    plots.attempt(print, "\n".join([table, *about_results(results)]))
+    remarks = about_results(results)
+    plots.attempt(print, "\n".join([table, *map(one_line, remarks)]))
     best = max(results, key=lambda name: results[name]["macro"]["value"])
     drawn = draw(args.out, dataset, predictions, results, matrices, best)
-    reported = plots.attempt(report.write, args.out, paths, results, class_names, best, published)
+    reported = plots.attempt(report.write, args.out, paths, results, class_names, best, published, remarks)
     if drawn and reported:  # else --update tries again
         sign(args.out / "metrics.json", made)
 
@@ -103,22 +107,24 @@ def predictions_of(paths, dataset, device, whole):
 
     UserError as `compatibility.rows_to_evaluate` raises it, and for classes or sizes that do not fit.
     """
-    predictions, familiarities = {}, {}
+    predictions, strangenesses = {}, {}
     for name, path in paths.items():
         model, content = weights.load_classifier(path)
         compatibility.check_size(path, model, dataset)
         order = compatibility.class_order(content["class_names"], dataset, path)
         rows = compatibility.rows_to_evaluate(dataset, content, whole)
-        probabilities = predict_probabilities(model, dataset.images, rows, device)[:, order]
-        judge, identity, guard = weights.familiarity_in(path, content), None, None
+        probabilities = predict_probabilities(model, dataset.images, rows, device)
+        judge, familiarity, guard = weights.familiarity_in(path, content), None, None
         if judge is not None:
-            # Classifiers from one pre-training share theirs.
+            # Classifiers from one pre-training share the strangeness.
             identity = weights.identity({**content["familiarity"], "model": judge.state_dict()})
-            if identity not in familiarities:
-                familiarities[identity] = familiarity_of(judge, dataset.images, rows, device)
+            if identity not in strangenesses:
+                strangenesses[identity] = strangeness_of(judge, dataset.images, rows, device)
+            predicted = torch.from_numpy(probabilities.argmax(axis=1))
+            familiarity = ranked(judge.cpu(), strangenesses[identity], predicted)
             guard = Guard(len(judge.strangeness_seen))
         predictions[name] = Prediction(
-            rows, dataset.labels[rows], probabilities, familiarities.get(identity), guard
+            rows, dataset.labels[rows], probabilities[:, order], familiarity, guard
         )
     return predictions
 
@@ -159,11 +165,18 @@ def predict_probabilities(model, images, rows, device):
     ).numpy()
 
 
-def familiarity_of(judge, images, rows, device):
-    """Familiarity (n,) of rows of the raw `images` (N, H, W)."""
+def strangeness_of(judge, images, rows, device):
+    """Strangeness (n,), a tensor, of rows of the raw `images` (N, H, W)."""
     read = batch_reader(images, device, once=True)
     judge.to(device)
-    return in_batches(lambda batch: judge(read(batch)), rows, bar="familiarity").numpy()
+    return in_batches(lambda batch: judge.strangeness(read(batch)), rows, bar="familiarity")
+
+
+def ranked(judge, strangeness, predicted):
+    """Familiarity (n,) of images of some strangeness (n,) and predicted classes (n,), tensors."""
+    return in_batches(
+        lambda batch: judge.rank(strangeness[batch], predicted[batch]), np.arange(len(predicted))
+    ).numpy()
 
 
 def draw_familiarity(path, familiarities):
@@ -172,32 +185,52 @@ def draw_familiarity(path, familiarities):
         plots.familiarity(path, familiarities, LEAST_FAMILIARITY)
 
 
-def refusals(prediction):
-    """{"unfamiliar": share of the images, "familiar_accuracy": of the others, None without any}."""
+def refusals(prediction, class_names):
+    """{"unfamiliar": share of the images, "unfamiliar_by_class": {class name: share of its images},
+    "refused_too_often": names of classes of which more are refused than chance explains,
+    "familiar_accuracy": of the images that are answered, None without any}.
+    """
     predicted = prediction.probabilities.argmax(axis=1)
     answered = prediction.guard.answers(predicted, prediction.familiarity)
     right = predicted == prediction.labels
+    refused = {name: ~answered[prediction.labels == k] for k, name in enumerate(class_names)}
     return {
         "unfamiliar": float(1 - answered.mean()),
+        "unfamiliar_by_class": {name: float(of_class.mean()) for name, of_class in refused.items()},
+        "refused_too_often": [name for name, of_class in refused.items() if exceeds_chance(of_class)],
         "familiar_accuracy": float(right[answered].mean()) if answered.any() else None,
     }
 
 
+def exceeds_chance(refused):
+    """Whether more of the images (n,) of a class are refused than a share of LEAST_FAMILIARITY explains."""
+    test = binomtest(int(refused.sum()), len(refused), LEAST_FAMILIARITY, alternative="greater")
+    return test.pvalue < SIGNIFICANCE
+
+
 def about_results(results):
     """Lines on what the table does not show, of results by run."""
-    lines = [about_refusals(name, result) for name, result in results.items()]
+    lines = [line for name, result in results.items() for line in about_refusals(name, result)]
     aucs = [auc for r in results.values() for auc in (*r["auc"].values(), r["macro"])]
     return lines + list(filter(None, [metrics.about_intervals(aucs)]))
 
 
 def about_refusals(name, result):
-    """One line on how many images predict.py would refuse to classify."""
+    """Lines on how many images predict.py would refuse to classify."""
     if "unfamiliar" not in result:
-        return f"{name}: its weights hold no familiarity, so predict.py refuses no image by it"
-    text = f"{name}: {result['unfamiliar']:.2%} of the images are unfamiliar"
-    if result["familiar_accuracy"] is None:
-        return text
-    return f"{text}; of the others {result['familiar_accuracy']:.2%} are classified correctly"
+        yield f"{name}: its weights hold no familiarity, so predict.py refuses no image by it"
+        return
+    by_class = {key: f"{share:.2%}" for key, share in result["unfamiliar_by_class"].items()}
+    shares = ", ".join(f"{share} of {key}" for key, share in by_class.items())
+    text = f"{name}: {result['unfamiliar']:.2%} of the images are unfamiliar ({shares})"
+    if result["familiar_accuracy"] is not None:
+        text += f"; of the others {result['familiar_accuracy']:.2%} are classified correctly"
+    yield text
+    for key in result["refused_too_often"]:
+        yield (
+            f"{name}: of {key} {by_class[key]} are refused as unfamiliar, more than the "
+            f"{LEAST_FAMILIARITY:.0%} of ordinary images: train with more images of it"
+        )
 
 
 def figures(prediction, class_names, args):
@@ -223,7 +256,7 @@ def figures(prediction, class_names, args):
     result = {"auc": by_class, "macro": macro, "accuracy": accuracy, "images": len(labels),
               "calibration_error": error}  # fmt: skip
     if prediction.familiarity is not None:
-        result |= refusals(prediction)
+        result |= refusals(prediction, class_names)
     return result
 
 

@@ -148,7 +148,9 @@ def some_images(dataset, rows, count, seed):
 
 def metadata_of(args, model, opened, dataset):
     """The text {key: value} that the file carries."""
-    trained, familiarity = opened.content["run"], getattr(model, "familiarity", None)
+    # The file may be published: without the paths of this machine.
+    trained = {k: v for k, v in opened.content["run"].items() if k not in ("data", "cache_dir")}
+    familiarity = getattr(model, "familiarity", None)
     checked_on = [dataset.fingerprint, dataset.class_names]
     made = made_from(args, [*LIBRARY, __file__], data=checked_on, weights=opened.sha256)
     return {
@@ -209,10 +211,9 @@ def differences(model, path, images):
     answers, worst = answers_of(model, images), dict.fromkeys(model.outputs, 0.0)
     for batch in CHECKED_BATCHES:
         count = min(7 * batch, len(images))
-        for (name, right), got in zip(
-            answers.items(), run_session(path, images[:count], batch), strict=True
-        ):
-            worst[name] = max(worst[name], difference(got, right[:count]))
+        got = dict(zip(answers, run_session(path, images[:count], batch), strict=True))
+        found = known_answers.differences({name: a[:count] for name, a in answers.items()}, got)
+        worst = {name: max(worst[name], found[name]) for name in worst}
     return worst
 
 

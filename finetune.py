@@ -13,7 +13,8 @@ import torch
 
 from lib import datasets, distributed, familiarity, network, options, plots, recipe, weights
 from lib.device import resolve_device
-from lib.errors import UserError, path_argument, run_main
+from lib.errors import UserError, one_line, path_argument, run_main
+from lib.guard import LEAST_FAMILIARITY
 from lib.loader import in_batches
 from lib.loop import Learner, check_batch, fit, precision_of
 from lib.run import open_run
@@ -99,6 +100,9 @@ def train(args, strategy, start, chosen, dataset, rows, parts, run):
     computation.trained.load_state_dict(state)
     outputs = validation_outputs()  # in float32, apart from what is stored
     fitted = familiarity_of(start, dataset, parts, config, chosen, args)
+    if fitted:
+        fitted[0].class_seen.copy_(outputs.argmax(dim=1))
+        say_small_classes(fitted[0].class_seen, dataset.class_names)
     if not distributed.is_main():
         return
     for name, value in task.calibrated(outputs.numpy(), task.targets[validation].numpy()).items():
@@ -116,7 +120,7 @@ def train(args, strategy, start, chosen, dataset, rows, parts, run):
 def familiarity_of(start, dataset, parts, config, chosen, args):
     """The `Familiarity` of the training's images and its arguments, or None: too few images.
 
-    It needs no labels, so it may see all images of the training part. That of `start` is kept if it
+    The fit needs no labels, so it may see all images of the training part. That of `start` is kept if it
     was fitted to the same images.
     """
     fitted = weights.familiarity_for(start, dataset, chosen.augment) if start else None
@@ -130,6 +134,17 @@ def familiarity_of(start, dataset, parts, config, chosen, args):
             f"{len(parts['validation'])}: the classifier cannot refuse images unlike its training images"
         )
     return fitted
+
+
+def say_small_classes(predicted, class_names):
+    """One line if too few validation images (n,) are `predicted` as a class for a share of 1 %."""
+    counts = zip(class_names, predicted.bincount(minlength=len(class_names)).tolist(), strict=True)
+    few = [f"{name} ({count})" for name, count in counts if count < familiarity.FEWEST_IMAGES]
+    if few and distributed.is_main():
+        print(one_line(
+            f"fewer than {familiarity.FEWEST_IMAGES} validation images are predicted as {', '.join(few)}: of n "
+            f"such images up to 1/(1 + n) may be refused as unfamiliar, not {LEAST_FAMILIARITY:.0%}"
+        ))  # fmt: skip
 
 
 def start_argument(text):

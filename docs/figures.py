@@ -38,7 +38,7 @@ def overview_of(args):
     test = compatibility.rows_to_evaluate(dataset, content, whole=False)
     rows = np.array([test[dataset.labels[test] == k][0] for k in range(len(dataset.class_names))])
 
-    mae.eval().to(device)
+    mae.to(device)
     images = transform.to(device)(batch_reader(dataset.images, device)(rows))
     noise = torch.rand(1, mae.num_patches, generator=torch.Generator().manual_seed(args.seed))
     noise = noise.expand(len(rows), -1).to(device)

@@ -356,15 +356,25 @@ export function describe(session, content, path) {
     ? `was calibrated on too few images to refuse any below ${LEAST_FAMILIARITY}`
     : 'gives no familiarity (fewer than 100 validation images, or an old file)';
   const guard = range ? 'only the range of pixels' : 'nothing';
+  const labels = JSON.parse(stated);
+  const weights = metadata(content, 'weights_sha256')?.slice(0, 8) ?? 'unknown';
   return {
     session,
+    identity: `${path} tells ${labels.join(', ')} apart; SHA-256 of its weights: ${weights}.`,
+    data: dataOf(content),
     side: session.inputMetadata[0].shape.at(-1),
-    labels: JSON.parse(stated),
+    labels,
     range,
     canRefuse,
     warning: canRefuse ? null
       : `${path} ${reason}: ${guard} guards against images unlike the training images`,
   };
+}
+
+/** The fingerprint of the images that a model (Uint8Array) was trained on, null if it is unknown. */
+export function dataOf(model) {
+  const stated = metadata(model, 'data_fingerprint');
+  return stated === 'None' ? null : stated;
 }
 
 /** Throws Error unless a classifier takes the pixels: if it cannot refuse images, by their range. */

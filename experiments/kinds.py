@@ -250,7 +250,7 @@ def answers_to(kinds, model, familiarity, device):
     AUC tells clean images, which come first, from those of a kind by a score that is low for others:
     the familiarity, the largest probability, or minus the energy.
     """
-    model, familiarity = (part.eval().to(device) for part in (model, familiarity))
+    model, familiarity = (part.to(device) for part in (model, familiarity))
     clean, guard = None, Guard(len(familiarity.strangeness_seen))
     for kind, images, truth in kinds:
         predicted, scores = scores_of(images, model, familiarity, device)
@@ -275,7 +275,8 @@ def scores_of(images, model, familiarity, device):
 
     def both(rows):
         batch = read(rows)
-        return torch.cat([model(batch), familiarity(batch).unsqueeze(1)], dim=1)
+        logits = model(batch)
+        return torch.cat([logits, familiarity(batch, logits.argmax(dim=1)).unsqueeze(1)], dim=1)
 
     together = in_batches(both, np.arange(len(images))).numpy()
     logits = together[:, :-1].astype(np.float64)

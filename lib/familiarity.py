@@ -4,6 +4,10 @@
 that are as strange as an image or stranger. Of images like the training images, 1 % have less than
 0.01, whatever strangeness is; a good strangeness leaves nothing above that for other images.
 
+Some classes are stranger than others, so each image is compared with the validation images of its
+class, and 1 % holds in every class. It is the class that the classifier predicts, for both: nobody
+knows the true class of a new image.
+
 It is computed from the image alone. Images of one kind of lens fill a curved surface of few
 dimensions, so a polynomial of the first principal components predicts everything else that is
 measured of an image: its other components, and statistics of its brightness and roughness. How far
@@ -39,7 +43,7 @@ HIGH_QUANTILE = 0.999
 
 
 class Familiarity(nn.Module):
-    """Raw images (B, 1, H, W) to familiarity (B,), between 1/(1 + calibration) and 1.
+    """Raw images (B, 1, H, W) and their predicted classes to familiarity (B,), at least 1/(1 + calibration).
 
     Parameters
     ----------
@@ -51,7 +55,8 @@ class Familiarity(nn.Module):
     any_orientation : whether mirror images and quarter turns are as familiar as the image. Half a
         turn always is: it changes no lens.
 
-    The buffers are filled by `fit`. Raises ValueError for a unit that is not positive.
+    The buffers are filled by `fit`; `class_seen`, the predicted classes (calibration,) of the validation
+    images, by who has a classifier. Raises ValueError for a unit that is not positive.
     """
 
     def __init__(
@@ -85,15 +90,28 @@ class Familiarity(nn.Module):
             "strangeness_seen": (calibration,),
         }.items():
             self.register_buffer(name, torch.zeros(shape))
+        self.register_buffer("class_seen", torch.zeros(calibration, dtype=torch.int64))
         for g, size in enumerate(self.sizes):
             self.register_buffer(f"whitening_{g}", torch.zeros(size, size))
             self.register_buffer(f"spread_{g}", torch.zeros(spread_terms, size))
             self.register_buffer(f"second_whitening_{g}", torch.zeros(size, size))
 
-    def forward(self, images):
-        strangeness = self.strangeness(images)
-        stranger = (self.strangeness_seen >= strangeness.unsqueeze(1)).float().sum(dim=1)
-        return (1 + stranger) / (1 + len(self.strangeness_seen))
+    def forward(self, images, predicted):
+        return self.rank(self.strangeness(images), predicted)
+
+    def rank(self, strangeness, predicted):
+        """Familiarity (B,) of images of some strangeness (B,) and predicted classes (B,).
+
+        n images of a class give no p-value below 1/(1 + n). So an image that is stranger than all of
+        them is compared with all classes, too: then a class of few validation images, too, refuses
+        what is strange, though up to 1/(1 + n) of its own images instead of 1 %.
+        """
+        stranger = self.strangeness_seen >= strangeness.unsqueeze(1)
+        of_class = self.class_seen == predicted.unsqueeze(1)
+        count = (stranger & of_class).float().sum(dim=1)
+        in_class = (1 + count) / (1 + of_class.float().sum(dim=1))
+        in_all = (1 + stranger.float().sum(dim=1)) / (1 + len(self.strangeness_seen))
+        return torch.where(count > 0, in_class, torch.minimum(in_class, in_all))
 
     def strangeness(self, images):
         """(B,), growing with the distance from the training images; the least of all orientations."""
@@ -218,7 +236,8 @@ def fit(dataset, rows, validation, transform, augmentations=(), quiet=False):
 
     None if there are fewer than FEWEST_IMAGES of either. `transform` are the arguments
     of the network's transform. Images are disturbed as the network's `augmentations` do it, and
-    those of all orientations count as alike if it learned all (`flips`). Labels play no part.
+    those of all orientations count as alike if it learned all (`flips`). Labels play no part: all
+    validation images count as of one class.
     """
     if min(len(rows), len(validation)) < FEWEST_IMAGES:
         return None
@@ -271,7 +290,7 @@ def fit(dataset, rows, validation, transform, augmentations=(), quiet=False):
     high = distance.quantile(HIGH_QUANTILE, dim=0)
     model.above_usual.copy_((high - model.usual).clamp_min(1e-3))
     seen = in_batches(lambda batch: model.strangeness(images_of(batch)), validation)
-    model.strangeness_seen.copy_(seen.sort().values)
+    model.strangeness_seen.copy_(seen)
     return model, config
 
 

@@ -65,9 +65,22 @@ def read(text, side):
     return images, answers
 
 
-def differences(answers, outputs):
-    """{output: `difference`} between the answers of `read` and {output: (n, ...)} of a runtime."""
-    return {name: difference(_thinned(np.asarray(outputs[name])), answers[name]) for name in answers}
+def thinned(answers):
+    """What is stored of {output: answers (n, ...)}."""
+    return {name: _thinned(np.asarray(answer)) for name, answer in answers.items()}
+
+
+def differences(right, got):
+    """{output: `difference`} between right answers {output: (n, ...)} and those of a runtime.
+
+    A familiarity is a rank among the images of the predicted class, so it is compared where the
+    classes agree. They may differ where two are nearly as probable.
+    """
+    found = {name: difference(got[name], answer) for name, answer in right.items() if name != "familiarity"}
+    if "familiarity" in right:
+        same = right["probabilities"].argmax(axis=1) == got["probabilities"].argmax(axis=1)
+        found["familiarity"] = difference(got["familiarity"][same], right["familiarity"][same])
+    return found
 
 
 def difference(got, right):
@@ -77,6 +90,8 @@ def difference(got, right):
     """
     if got.shape != right.shape:
         return math.inf
+    if not got.size:
+        return 0.0
     found = float(np.abs(got - right).max()) / max(1.0, float(np.abs(right).max()))
     return math.inf if math.isnan(found) else found
 

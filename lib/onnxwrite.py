@@ -6,6 +6,7 @@ import io
 import logging
 import math
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -32,7 +33,8 @@ WIDE_OPERATIONS = ["Sub", "Div", "Log", "Clip", "Max", "Sqrt", "Asinh", "ReduceS
 class Probabilities(nn.Module):
     """Raw images (B, 1, H, W) to class probabilities (B, classes) and familiarity (B,).
 
-    `familiarity` is a `Familiarity`; without one there is no such output.
+    `familiarity` is a `Familiarity`; without one there is no such output. It takes the class of the
+    largest probability, as everyone does who reads the file.
     """
 
     def __init__(self, classifier, familiarity=None):
@@ -46,7 +48,7 @@ class Probabilities(nn.Module):
         probabilities = probabilities + zero_or_nan(images).flatten(1)
         if self.familiarity is None:
             return probabilities
-        return probabilities, self.familiarity(images)
+        return probabilities, self.familiarity(images, probabilities.argmax(dim=1))
 
 
 class Residuals(nn.Module):
@@ -145,10 +147,21 @@ def write_onnx(model, path, metadata):
 
 
 def save_proto(proto, path, metadata):
+    drop_notes(proto)
     proto.ir_version = IR_VERSION
     onnx.helper.set_model_props(proto, metadata)
     onnx.checker.check_model(proto, full_check=True)
     path.write_bytes(proto.SerializeToString())
+
+
+def drop_notes(message):
+    """Remove what torch's exporter notes of every part: source files of this machine, 300 kB in all."""
+    for field, value in message.ListFields():
+        if field.name in ("doc_string", "metadata_props"):
+            message.ClearField(field.name)
+        elif field.message_type:
+            for part in value if isinstance(value, Sequence) else [value]:
+                drop_notes(part)
 
 
 class CalibrationImages(CalibrationDataReader):

@@ -22,7 +22,7 @@ pre { overflow-x: auto; background: var(--soft); padding: .7rem; border-radius: 
 """
 
 
-def write(folder, paths, results, class_names, best, published):
+def write(folder, paths, results, class_names, best, published, remarks):
     """Write report.html into the evaluation's `folder`, from what lies there already.
 
     Parameters
@@ -33,6 +33,7 @@ def write(folder, paths, results, class_names, best, published):
         "calibration_error"}}, a figure being {"value", "low", "high"}.
     best : the run to highlight.
     published : rows of other work, see `evaluate.published_rows`.
+    remarks : lines below the table.
     """
     (folder / "report.html").unlink(missing_ok=True)  # if this one fails, no earlier one is taken for it
     opened = {name: weights.read(path) for name, path in paths.items()}
@@ -43,6 +44,7 @@ def write(folder, paths, results, class_names, best, published):
         "95 % intervals: of a bootstrap for AUC, Wilson's for accuracy.</p>",
         "<h2>Comparison</h2>",
         comparison_table(results, best, class_names, published),
+        *(f"<p>{escaped(line)}</p>" for line in remarks),
         picture(folder / "roc.png", "ROC curves, one class against the rest"),
         picture(folder / "confusion_matrix.png", "Confusion matrices"),
         picture(folder / "reliability.png", "Confidence against accuracy"),

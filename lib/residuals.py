@@ -33,7 +33,7 @@ def residual_reader(path, dataset, device, mask_ratio, rounds, seed):
     """
     mae, transform, content = weights.load_mae(path)
     compatibility.check_size(path, mae, dataset)
-    mae.eval().to(device)
+    mae.to(device)
     transform.to(device)
     read = batch_reader(dataset.images, device, once=True)
     ratio = mask_ratio_of(content) if mask_ratio is None else mask_ratio

@@ -198,6 +198,9 @@ def _converted(path, content, num_heads):
 # Networks
 
 
+# All are in evaluation mode, ready to use; `loop.fit` puts what it trains in training mode.
+
+
 def load_mae(path):
     """The `MAE` of a weights file, its `IntensityTransform`, and the file's content; UserError."""
     opened = read(path)
@@ -271,16 +274,28 @@ def familiarity_in(path, content):
     if not (isinstance(kept, dict) and isinstance(kept.get("model"), dict)
             and isinstance(kept.get("config"), dict)):  # fmt: skip
         raise UserError(f"{path}: its familiarity is damaged; train again")
+    if _is_old(kept):
+        raise UserError(f"{path}: its familiarity is of an older version, without classes: fine-tune again")
     network = content["config"].get("mae", content["config"])
     if kept["config"].get("img_size") != network.get("img_size"):
         raise UserError(f"{path}: its familiarity is for images of another size; train again")
-    return _build(path, Familiarity, kept["config"], kept["model"]).eval()
+    return _build(path, Familiarity, kept["config"], kept["model"])
+
+
+def _is_old(kept):
+    """Whether a familiarity of a file knows no predicted classes."""
+    return isinstance(kept, dict) and "class_seen" not in kept.get("model", ())
 
 
 def identity(kept):
-    """Digest of {"model": state dict, "config": arguments}; others have another one."""
+    """Digest of a familiarity, {"model": state dict, "config": arguments}; another fit has another one.
+
+    Classifiers from one pre-training share the fit, and differ in the classes that they predict.
+    """
     digest = hashlib.sha256(repr(kept["config"]).encode())
     for name, tensor in kept["model"].items():
+        if name == "class_seen":
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().numpy())
     return digest.hexdigest()
@@ -289,8 +304,8 @@ def identity(kept):
 def familiarity_for(opened, dataset, augmentations):
     """The `Familiarity` of opened `Weights`, and its arguments, for a training that starts from them.
 
-    None if it was fitted to other images than those of `dataset`, or if `augmentations` disturb or
-    turn these otherwise than before.
+    None if it was fitted to other images than those of `dataset`, if `augmentations` disturb or turn
+    these otherwise than before, or if it is of an older version, which forgot the images' order.
     """
     run = opened.content["run"]
     before = run.get("augment")
@@ -299,11 +314,14 @@ def familiarity_for(opened, dataset, augmentations):
         return None
     if ("flips" in before) != ("flips" in augmentations):
         return None
+    if _is_old(opened.content.get("familiarity")):
+        return None
     kept = familiarity_in(opened.path, opened.content)
     return kept and (kept, opened.content["familiarity"]["config"])
 
 
 def _build(path, kind, arguments, state):
+    """`kind(**arguments)` with the tensors `state`, in evaluation mode; UserError if they do not fit."""
     _check_sizes(path, arguments)
     try:
         model = kind(**arguments)
@@ -311,7 +329,7 @@ def _build(path, kind, arguments, state):
         raise UserError(f"{path}: no {kind.__name__} has its configuration: {error}") from None
     check_state(path, model, state)
     model.load_state_dict(state)
-    return model
+    return model.eval()
 
 
 def _check_sizes(path, arguments):

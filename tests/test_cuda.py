@@ -89,7 +89,9 @@ def test_a_gpu_refuses_the_images_that_a_cpu_refuses():
     dataset = datasets.Dataset(images, zeros.astype(int), zeros, ("lens",), "", "")
     transform = intensity.fit_transform(images, rows, "log")
     known, _ = familiarity.fit(dataset, rows[:1800], rows[1800:2400], transform, quiet=True)
-    values = [evaluate.familiarity_of(known, images, rows[2400:], device) for device in (CPU, GPU)]
+    strangenesses = [evaluate.strangeness_of(known, images, rows[2400:], device) for device in (CPU, GPU)]
+    predicted = torch.zeros(600, dtype=torch.int64)
+    values = [evaluate.ranked(known.cpu(), strangeness, predicted) for strangeness in strangenesses]
     assert np.abs(values[0] - values[1]).max() < 0.05
     assert (values[1] < 0.01).mean() < 0.05
 

@@ -224,3 +224,18 @@ def test_three_right_images_are_not_certain():
     assert result["accuracy"]["low"] < 0.5
     lines = evaluate.about_results({"run": result})
     assert any("no width" in line for line in lines)
+
+
+def test_a_class_that_is_refused_too_often_is_named():
+    """The 1 % held on average: a rare class was refused, and no figure showed it."""
+    labels = np.repeat([0, 1, 2], [2000, 10, 2000])
+    familiarity = np.full(4010, 0.5, np.float32)
+    familiarity[:25], familiarity[2000:2002], familiarity[2010:2070] = 0.001, 0.001, 0.001
+    args = evaluate.parse_args(["--data", "d", "--weights", "w", "--out", "o", "--resamples", "2"])
+    prediction = evaluate.Prediction(labels, labels, np.eye(3)[labels], familiarity, evaluate.Guard(4000))
+    result = evaluate.figures(prediction, ["a", "b", "c"], args)
+    assert result["unfamiliar_by_class"] == {"a": 0.0125, "b": 0.2, "c": 0.03}
+    assert result["refused_too_often"] == ["b", "c"]  # 25 of 2,000 is chance, 2 of 10 and 60 are none
+    said = evaluate.about_results({"run": result})
+    assert "(1.25% of a, 20.00% of b, 3.00% of c)" in said[0]
+    assert [line.split(" are ")[0] for line in said[1:3]] == ["run: of b 20.00%", "run: of c 3.00%"]

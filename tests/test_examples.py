@@ -2,13 +2,17 @@
 
 import functools
 import http.server
+import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -34,10 +38,10 @@ EXAMPLE_COMMANDS = [
 UNLIKE = "Unlike the training images: the probabilities mean nothing."
 
 
-def page_of(web, files, profile):
+def page_of(web, files, profile, port=0):
     """The page in the folder `web` once it has shown the files, and the HTTP methods it used.
 
-    `profile` is an empty folder.
+    `profile` is a folder of the browser's; it knows again what lies at the same `port` (0: any).
     """
     methods = set()
 
@@ -46,7 +50,7 @@ def page_of(web, files, profile):
             methods.add(self.command)
 
     handler = functools.partial(Quiet, directory=web.parent)
-    with http.server.ThreadingHTTPServer(("localhost", 0), handler) as server:
+    with http.server.ThreadingHTTPServer(("localhost", port), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         address = f"http://localhost:{server.server_port}/{web.name}/?files={','.join(files)}"
         page = subprocess.check_output(
@@ -56,6 +60,11 @@ def page_of(web, files, profile):
         server.shutdown()
     assert "Ready." in page, page
     return page, methods
+
+
+def free_port():
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
 
 
 def calibrated_on_all(path, dataset, out):
@@ -146,3 +155,27 @@ def test_web_page_classifies_in_the_browser(site, tmp_path):
     assert f"unfamiliar</h2><p>{UNLIKE}</p>" in noise
     assert UNLIKE not in "".join(others)
     assert methods == {"GET"}  # nothing is sent
+    assert "trained on other data" not in page
+
+
+@needs_node
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+def test_web_page_takes_models_that_were_replaced_and_doubts_maps_of_other_data(site, tmp_path):
+    """A browser takes a file of 30 days as fresh for three: the old model went on answering."""
+    web, port = tmp_path / "web", free_port()
+    shutil.copytree(site[0].parent, tmp_path, dirs_exist_ok=True, symlinks=True)
+    for path in (*web.glob("*.onnx"), *web.glob("*.mjs"), tmp_path / "formats.mjs"):
+        os.utime(path, (time.time() - 30 * 86400,) * 2)
+    first, _ = page_of(web, ["0.npy"], tmp_path / "profile", port)
+    assert "classifier.onnx tells axion, cdm, no_sub apart" in first
+    proto = onnx.load(web / "classifier.onnx")
+    metadata = {p.key: p.value for p in proto.metadata_props}
+    onnx.helper.set_model_props(
+        proto, metadata | {"class_names": '["new1", "new2", "new3"]', "data_fingerprint": "other"}
+    )
+    onnx.save(proto, web / "classifier.onnx")
+    second, _ = page_of(web, ["0.npy"], tmp_path / "profile", port)
+    assert "classifier.onnx tells new1, new2, new3 apart" in second
+    assert "reconstruction.onnx was trained on other data" in second
+    (web / "app.mjs").write_text((web / "app.mjs").read_text().replace("Ready.", "Ready. A newer page."))
+    assert "A newer page" in page_of(web, ["0.npy"], tmp_path / "profile", port)[0]

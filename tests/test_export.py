@@ -1,14 +1,17 @@
 """export.py and lib/onnxfile.py: the exported file is the network, or it is not written."""
 
 import json
+import os
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import ROOT, TINY_NETWORK, assert_user_error, run_script
+from conftest import CLASSIFIER, ROOT, TINY_NETWORK, assert_user_error, run_script
 
 import export
 import mae
@@ -204,3 +207,17 @@ def test_data_of_other_classes_is_named_before_anything_is_exported(runs, tmp_pa
         export.main(["--weights", str(path), "--data", str(tmp_path / "data"), "--precision", "float16",
                      "--out", str(tmp_path / "x.onnx")])  # fmt: skip
     assert "float32:" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["classifier", "reconstruction", "float16", "int8"])
+def test_an_exported_file_names_no_path_of_this_machine(name, runs, folder, tmp_path):
+    """It held a thousand stack traces of torch's exporter, and the folder of the data."""
+    path = runs / f"{name}.onnx"
+    if not path.exists():
+        path = tmp_path / f"{name}.onnx"
+        run_script("export.py", "--data", folder, "--cache-dir", runs / "cache", "--weights",
+                   runs / "full" / CLASSIFIER, "--precision", name, "--allowed-fall", 1,
+                   "--out", path)  # fmt: skip
+    content = path.read_bytes()
+    for part in (ROOT, folder, runs, sys.prefix, Path.home(), "site-packages", "mae.py", "stack_trace"):
+        assert os.fsencode(part) not in content, part

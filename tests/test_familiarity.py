@@ -1,5 +1,6 @@
 """Familiarity: a calibrated p-value that strange images do not have."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -39,9 +40,14 @@ def fitted():
     return model.eval(), config, torch.from_numpy(images[2400:, None])
 
 
-def familiarity_of(fitted, images):
+def values_of(model, images):
+    """Familiarity (n,) of images (n, 1, H, W) that all are predicted as the first class."""
     with torch.no_grad():
-        return fitted[0](images).numpy()
+        return model.eval()(images, torch.zeros(len(images), dtype=torch.int64))
+
+
+def familiarity_of(fitted, images):
+    return values_of(fitted[0], images).numpy()
 
 
 def test_of_unseen_lenses_the_share_below_a_threshold_is_that_threshold(fitted):
@@ -74,7 +80,7 @@ def test_strange_images_are_unfamiliar(kind, fitted):
 
 def test_half_a_turn_changes_no_familiarity(fitted):
     images = fitted[2][:100]
-    assert torch.equal(fitted[0](images), fitted[0](images.flip(2, 3)))
+    assert torch.equal(values_of(fitted[0], images), values_of(fitted[0], images.flip(2, 3)))
 
 
 def test_lenses_are_familiar_in_all_orientations_that_a_training_saw(fitted):
@@ -84,9 +90,9 @@ def test_lenses_are_familiar_in_all_orientations_that_a_training_saw(fitted):
     rows = np.arange(2400)
     model, _ = familiarity.fit(seen, rows[:1800], rows[1800:], LOG, ("flips",))
     for name in ("mirrored", "turned"):
-        assert (model.eval()(STRANGE[name](images[:300])) < 0.02).float().mean() < 0.06
+        assert (values_of(model, STRANGE[name](images[:300])) < 0.02).float().mean() < 0.06
     for name in ("noise", "shifted"):
-        assert (model.eval()(STRANGE[name](images[:100])) < 0.01).float().mean() > 0.95
+        assert (values_of(model, STRANGE[name](images[:100])) < 0.01).float().mean() > 0.95
 
 
 def test_an_image_with_pixels_that_are_no_numbers_is_as_strange_as_can_be(fitted):
@@ -103,8 +109,7 @@ def test_it_does_not_depend_on_the_unit_of_its_training_images():
         transform = {**LOG, "softening": 1e-3 * unit}
         scaled = dataset_of(images * np.float32(unit))
         model, _ = familiarity.fit(scaled, rows[:150], rows[150:250], transform)
-        with torch.no_grad():
-            values.append(model(torch.from_numpy(scaled.images[rows[250:], None])).numpy())
+        values.append(values_of(model, torch.from_numpy(scaled.images[rows[250:], None])).numpy())
     assert np.abs(values[0] - values[1]).max() <= 0.03
 
 
@@ -115,8 +120,7 @@ def test_few_and_small_images_are_fitted_too(images, side):
     everything = dataset_of(rng.random((images + 100, side, side)))
     rows = np.arange(images + 100)
     model, config = familiarity.fit(everything, rows[:images], rows[images:], LOG)
-    with torch.no_grad():
-        values = model(torch.from_numpy(everything.images[:, None]))
+    values = values_of(model, torch.from_numpy(everything.images[:, None]))
     assert config["calibration"] == 100
     assert len(model.strangeness_seen.unique()) > 90
     with torch.no_grad():
@@ -132,9 +136,40 @@ def test_statistics_that_hardly_change_do_no_harm():
     images = np.random.default_rng(0).permutation(np.concatenate([part for _, part, _ in parts]))
     counts, rows = np.round(5 * images), np.arange(1200)
     model, _ = familiarity.fit(dataset_of(counts), rows[:600], rows[600:900], LOG)
-    with torch.no_grad():
-        values = model(torch.from_numpy(np.float32(counts[900:, None])))
+    values = values_of(model, torch.from_numpy(np.float32(counts[900:, None])))
     assert abs((values < 0.1).float().mean() - 0.1) < 4 * (0.09 * 2 / 300) ** 0.5
+
+
+def ranked(strangeness, predicted, seen):
+    """Familiarity (n,) where validation images of each class had the strangeness `seen`, a list a class."""
+    count = sum(map(len, seen))
+    model = familiarity.Familiarity(LOG, 8, 1.0, 2, 1, count)
+    model.strangeness_seen.copy_(torch.cat([torch.as_tensor(s, dtype=torch.float32) for s in seen]))
+    model.class_seen.copy_(torch.arange(len(seen)).repeat_interleave(torch.tensor([len(s) for s in seen])))
+    return model.rank(torch.as_tensor(strangeness, dtype=torch.float32), torch.as_tensor(predicted))
+
+
+def test_the_share_that_is_refused_holds_in_every_class():
+    """Of a class that is stranger than the others, half of the ordinary images were refused."""
+    generator = torch.Generator().manual_seed(0)
+    usual, strange = torch.rand(2, 10_000, generator=generator)
+    seen = [usual[:2400], 10 + strange[:400]]
+    for predicted, new in ((0, usual[2400:]), (1, 10 + strange[400:])):
+        refused = ranked(new, torch.full((len(new),), predicted), seen) < 0.01
+        assert 0.004 < refused.float().mean() < 0.02
+    assert (ranked(10 + strange, torch.zeros(10_000, dtype=torch.int64), seen) < 0.01).all()
+
+
+def test_a_class_of_few_validation_images_refuses_only_what_is_stranger_than_all_of_them():
+    few = [5.0, 6.0, 7.0]
+    seen = [torch.linspace(0, 1, 497), few, []]
+    assert ranked([6.5], [1], seen).item() == 0.5
+    assert ranked([7.0], [1], seen).item() == 0.5
+    assert ranked([7.1], [1], seen).item() == pytest.approx(1 / 501)
+    assert ranked([0.5], [1], seen).item() == 1
+    # No validation image was predicted so: all classes together judge.
+    assert ranked([0.999], [2], seen).item() == pytest.approx(5 / 501)
+    assert ranked([torch.nan, torch.nan], [1, 2], seen) == pytest.approx([1 / 501] * 2)
 
 
 # In weights and exported files
@@ -212,6 +247,7 @@ def test_classifiers_take_the_familiarity_of_their_pretraining(packed, tmp_path,
         lambda kept: kept["model"].update(mean=torch.zeros(3)),
         lambda kept: kept["model"]["mean"].fill_(torch.nan),
         lambda kept: kept.pop("config"),
+        lambda kept: kept["model"].pop("class_seen"),  # an older version
         lambda kept: kept.update(of_another_size()),
     ],
 )
@@ -239,8 +275,8 @@ def test_an_evaluation_counts_the_images_that_a_prediction_refuses(guarded, pack
         more = {"familiarity": kept} if kept else {}
         content = {key: value for key, value in guarded.items() if key != "familiarity"}
         torch.save(content | more, tmp_path / f"{name}.pth")
-    computed, compute = [], evaluate.familiarity_of
-    monkeypatch.setattr(evaluate, "familiarity_of", lambda *given: computed.append(True) or compute(*given))
+    computed, compute = [], evaluate.strangeness_of
+    monkeypatch.setattr(evaluate, "strangeness_of", lambda *given: computed.append(True) or compute(*given))
 
     def evaluated(*names):
         files = [tmp_path / f"{name}.pth" for name in names]
@@ -253,7 +289,11 @@ def test_an_evaluation_counts_the_images_that_a_prediction_refuses(guarded, pack
     assert shares["one"] == shares["two"] < 0.2
     assert shares["unit"] == shares["strange"] == 1.0
     assert 0 <= shares["half"] <= 1 and shares["none"] is None
-    assert "strange.pth: 100.00% of the images are unfamiliar" in said
+    assert "strange.pth: 100.00% of the images are unfamiliar (100.00% of axion, 100.00% of cdm" in said
+    assert "strange.pth: of cdm 100.00% are refused as unfamiliar, more than the 1% of ordinary" in said
+    assert "one.pth: of cdm" not in said
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "of cdm 100.00% are refused as unfamiliar" in page
     assert "none.pth: its weights hold no familiarity" in said
     assert len(computed) == 4
     assert (tmp_path / "out" / "familiarity.png").exists()
@@ -262,20 +302,25 @@ def test_an_evaluation_counts_the_images_that_a_prediction_refuses(guarded, pack
 
 
 def test_an_exported_familiarity_is_that_of_pytorch_in_every_precision(fitted, guarded, packed, tmp_path):
+    # Each half of the validation images is of a class of its own.
+    guarded["familiarity"]["model"]["class_seen"][::2] = 1
+    model = copy.deepcopy(fitted[0])
+    model.class_seen.copy_(guarded["familiarity"]["model"]["class_seen"])
     torch.save(guarded, tmp_path / "w.pth")
     exported = tmp_path / "float32.onnx"
     run_script("export.py", "--data", packed, "--weights", tmp_path / "w.pth", "--out", exported)
     images = np.concatenate([fitted[2][:100], 10 * fitted[2][:5], np.zeros((1, 1, 64, 64))])
     images = np.float32(images)
     images[-1, 0, 3, 3] = np.nan
-    expected = familiarity_of(fitted, torch.from_numpy(images))
     for precision in ("float32", "float16", "int8"):
         path = tmp_path / f"{precision}.onnx"
         if path != exported:
             shutil.copy(exported, path)
             export.reduce_precision(path, precision, images[:100], {})
-        _, values = export.run_session(path, images)
-        assert np.abs(values - expected).max() < 0.03
+        probabilities, values = export.run_session(path, images)
+        with torch.no_grad():
+            expected = model(torch.from_numpy(images), torch.from_numpy(probabilities.argmax(axis=1)))
+        assert np.abs(values - expected.numpy()).max() < 0.03
         assert values[-6:] == pytest.approx(1 / 601, rel=1e-3)
     session, *_ = onnxfile.open_classifier(exported)
     assert guard.Guard.of(session, 0.01).can_refuse

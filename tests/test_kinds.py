@@ -198,7 +198,7 @@ class Told(nn.Module):
         self.register_buffer("temperature", torch.tensor(2.0))
         self.register_buffer("strangeness_seen", torch.zeros(600))
 
-    def forward(self, images):
+    def forward(self, images, predicted=None):
         return images[:, 0, 0, self.part].squeeze(1 if self.part.stop > 3 else ())
 
 

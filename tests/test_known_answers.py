@@ -107,10 +107,20 @@ def test_what_is_read_is_what_was_stored(side, unit):
     assert got.dtype == np.float32
     if side <= known_answers.LARGEST_SIDE:
         assert np.allclose(got, raw[: len(got)], rtol=1e-3, atol=1e-7 * np.abs(raw).max())
-    outputs = {name: answer[: len(got)] for name, answer in answers.items()}
+    outputs = known_answers.thinned({name: answer[: len(got)] for name, answer in answers.items()})
     assert known_answers.differences(kept, outputs) == {"probabilities": 0, "residual": 0}
     outputs["residual"] = outputs["residual"] + 1
     assert known_answers.differences(kept, outputs) == {"probabilities": 0, "residual": pytest.approx(1)}
+
+
+def test_a_familiarity_is_compared_where_the_predicted_classes_agree():
+    """Rounding changes the class of an image that is on the edge of two, and with it the rank."""
+    right = {"probabilities": np.array([[0.5, 0.49], [1, 0]]), "familiarity": np.array([0.9, 0.5])}
+    got = {"probabilities": np.array([[0.49, 0.5], [1, 0]]), "familiarity": np.array([0.1, 0.4])}
+    found = known_answers.differences(right, got)
+    assert found == {"probabilities": pytest.approx(0.01), "familiarity": pytest.approx(0.1)}
+    alone = [{name: answer[:1] for name, answer in answers.items()} for answers in (right, got)]
+    assert known_answers.differences(*alone)["familiarity"] == 0
 
 
 def test_the_stored_images_are_of_several_classes(runs):

@@ -55,6 +55,8 @@ def test_what_is_saved_is_read_and_says_what_it_is(mae_file, classifier_file, ru
     assert content["run"] == {"lr": 0.1, "augment": ["noise"]}
     classifier, _ = weights.load_classifier(classifier_file[0])
     assert_same_tensors(classifier.state_dict(), classifier_file[1].state_dict())
+    # Else dropout and the statistics of a batch would change the answers.
+    assert not any(part.training for network in (mae, classifier) for part in network.modules())
     for (path, _), is_classifier in ((mae_file, False), (classifier_file, True)):
         opened = weights.read(path)
         assert opened.is_classifier == is_classifier

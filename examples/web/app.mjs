@@ -1,8 +1,8 @@
 // The page's logic: models beside the page, images from the visitor. ?files=a.npy,b.npy shows files
-// that lie beside the page.
+// that lie beside the page. start.mjs imports it.
 
 import * as ort from '../node_modules/onnxruntime-web/dist/ort.wasm.min.mjs';
-import { checkImage, describe, judge, readImages, UNFAMILIAR } from '../formats.mjs';
+import { checkImage, dataOf, describe, judge, readImages, UNFAMILIAR } from '../formats.mjs';
 
 const element = (id) => document.getElementById(id);
 
@@ -10,7 +10,8 @@ ort.env.wasm.numThreads = 1;
 ort.env.wasm.wasmPaths = new URL('../node_modules/onnxruntime-web/dist/', import.meta.url).href;
 
 async function fetchBytes(name) {
-  const response = await fetch(name);
+  // Else the browser may go on with a file that has been replaced since.
+  const response = await fetch(name, { cache: 'no-cache' });
   if (!response.ok) throw new Error(`there is no ${name} beside this page`);
   return response.arrayBuffer();
 }
@@ -20,8 +21,16 @@ async function openClassifier(name) {
   return describe(await ort.InferenceSession.create(content), content, name);
 }
 
-async function openMaps(name) {
-  return ort.InferenceSession.create(new Uint8Array(await fetchBytes(name)));
+/** {session, doubt: a line if it was not trained on the classifier's data} of an exported MAE. */
+async function openMaps(name, { side, data }) {
+  const content = new Uint8Array(await fetchBytes(name));
+  const session = await ort.InferenceSession.create(content);
+  const ownSide = session.inputMetadata[0].shape.at(-1);
+  if (ownSide !== side) throw new Error(`${name} is for images of ${ownSide} pixels, not ${side}`);
+  const doubt = data !== null && dataOf(content) === data ? null
+    : `${name} was trained on other data than the classifier, or one of them does not say on which: ` +
+      'scores and maps may mean nothing.';
+  return { session, doubt };
 }
 
 /** Draw numbers (side²) on a canvas, the first row at the bottom as astronomers have it. */
@@ -81,7 +90,7 @@ async function showImage(name, data, { classifier, maps }, article, title) {
   const { side } = classifier;
   const images = new ort.Tensor('float32', data, [1, 1, side, side]);
   const outputs = await classifier.session.run({ images });
-  const { residual, score } = await maps.run({ images });
+  const { residual, score } = await maps.session.run({ images });
   const { prediction, probabilities, familiarity } = judge(outputs, classifier);
   title.textContent = `${name}: ${prediction}`;
   if (prediction === UNFAMILIAR) {
@@ -124,8 +133,8 @@ async function showFile(name, getBuffer, models) {
 
 try {
   const classifier = await openClassifier('classifier.onnx');
-  const models = { classifier, maps: await openMaps('reconstruction.onnx') };
-  element('warning').textContent = classifier.warning;
+  const models = { classifier, maps: await openMaps('reconstruction.onnx', classifier) };
+  element('warning').textContent = [classifier.warning, models.maps.doubt].filter(Boolean).join(' ');
   const showFiles = async (files) => {
     for (const file of files) await showFile(file.name, () => file.arrayBuffer(), models);
   };
@@ -145,7 +154,7 @@ try {
   for (const name of asked ? asked.split(',') : []) {
     await showFile(name, () => fetchBytes(name), models);
   }
-  element('status').textContent = 'Ready.';
+  element('status').textContent = `Ready. ${classifier.identity}`;
 } catch (error) {
   element('status').textContent = `${error.message}: copy the exported models into this folder.`;
   element('status').className = 'error';
