@@ -12,20 +12,17 @@ would take for a formula has ./ in front, which names the same file.
 
 import argparse
 import contextlib
-import heapq
-import os
 import sys
-import warnings
 from typing import NamedTuple
 
 import numpy as np
 
-from lib import options
-from lib.errors import UserError, one_line, path_argument, reason_of, run_main
+from lib import options, sheet
+from lib.errors import UserError, one_line, path_argument, run_main
 from lib.files import PICTURE, check_outputs, identity, require_own, write_csv
 from lib.guard import LEAST_FAMILIARITY, UNFAMILIAR, Guard
 from lib.images import SUFFIXES, How, Said, find_files, read_images
-from lib.onnxfile import classify, open_classifier, open_maps
+from lib.onnxfile import classify, number_in, open_classifier, open_maps
 
 EXAMPLE = """examples:
   python predict.py --model runs/classifier.onnx --out predictions.csv cutouts/
@@ -71,8 +68,8 @@ class Answer(NamedTuple):
 def predict(args):
     session, class_names, img_size = open_classifier(args.model, args.device)
     guard = Guard.of(session, args.least_familiarity)
-    maps_of = open_maps(args.maps, img_size, args.device) if args.maps else None
-    draw_sheet = sheet_drawer(args.sheet) if args.sheet else None
+    maps = open_maps(args.maps, img_size, args.device) if args.maps else None
+    choice = sheet_choice(args, guard) if args.sheet else None
     files, others, errors = find_files(args.paths)
     if not files and not errors:
         raise UserError("no .npy, .npz or FITS files found under the given paths")
@@ -82,30 +79,40 @@ def predict(args):
     how = How(args.hdu, args.planes, args.crop, args.centre)
     images = scaled(read_images(files, img_size, said, how), args.scale)
     batches = progress(batches_of(guard.readable(images, errors), args.batch_size))
-    answers = answers_to(batches, args.model, session, class_names, guard, maps_of, errors)
+    answers = answers_to(batches, args.model, session, class_names, guard, maps, errors)
     counts = dict.fromkeys([*class_names, *([UNFAMILIAR] if guard.can_refuse else [])], 0)
-    shown = []
-    answers = watched(answers, counts, shown, args.sheet_images if args.sheet else 0)
+    answers = watched(answers, counts, choice)
     header = ["file", *class_names, "prediction", *(["familiarity"] if guard.calibration is not None else []),
-              *(["residual"] if maps_of else [])]  # fmt: skip
+              *(["residual"] if maps else [])]  # fmt: skip
 
     # All results are written before anything is printed.
     write_csv(args.out, rows_of(header, answers))
     write_errors(args.out, errors)
+    shown = choice.answers() if choice else []
     sheet_error = None
     if shown:
-        sheet_error = try_to_draw(draw_sheet, args.sheet, shown, class_names, maps_of)
+        sheet_error = sheet.draw(args.sheet, shown, class_names, maps, number_in(session, "pixel_scale"))
 
     summary = ", ".join(f"{count} {name}" for name, count in counts.items())
     print(one_line(f"{sum(counts.values())} images in {args.out}: {summary}"))
     if args.sheet and not sheet_error:
-        print(one_line(f"the {len(shown)} most confident in {args.sheet}"
+        print(one_line(f"{len(shown)} of them in {args.sheet}, {sheet.ORDERS[args.sheet_by]}"
                        if shown else f"nothing to draw in {args.sheet}"))  # fmt: skip
     for line in (*said.about_notes(), *warnings_of(args, guard, counts, others, errors)):
         print(one_line(line), file=sys.stderr)
     if sheet_error:
         raise UserError(f"{sheet_error}; the predictions are in {args.out}")
     return 1 if errors else 0
+
+
+def sheet_choice(args, guard):
+    """The `sheet.Choice` that the options ask for; UserError if it cannot be made or drawn."""
+    sheet.require_drawable(args.sheet)
+    if args.sheet_by == "substructure" and not args.maps:
+        raise UserError("--sheet-by substructure needs --maps")
+    if args.sheet_by == "familiarity" and guard.calibration is None:
+        raise UserError(f"--sheet-by familiarity: {args.model} gives none")
+    return sheet.Choice(args.sheet_by, args.sheet_images)
 
 
 def check_paths(args, files, others):
@@ -125,7 +132,7 @@ def check_paths(args, files, others):
     return [str(path) for path in others if identity(path) not in ours]
 
 
-def answers_to(batches, path, session, class_names, guard, maps_of, errors):
+def answers_to(batches, path, session, class_names, guard, maps, errors):
     """The `Answer` to each image of the batches, by the classifier at `path`.
 
     Images without finite probabilities are appended to `errors` instead.
@@ -134,7 +141,7 @@ def answers_to(batches, path, session, class_names, guard, maps_of, errors):
         probabilities, familiarity = classify(session, images, path)
         predicted = probabilities.argmax(axis=1)
         answered = guard.answers(predicted, familiarity)
-        residuals = maps_of(images)[1] if maps_of else None
+        residuals = maps.of(images)[1] if maps else None
         for i, name in enumerate(names):
             if not np.isfinite(probabilities[i]).all():
                 reason = "the network gives no finite probabilities for such pixels"
@@ -147,19 +154,12 @@ def answers_to(batches, path, session, class_names, guard, maps_of, errors):
             )  # fmt: skip
 
 
-def watched(answers, counts, shown, most):
-    """Pass on the answers; count the predictions in `counts`, and keep the most confident in `shown`.
-
-    `shown` becomes a heap of (rank, `Answer`), at most `most` of them; of equals the first is kept.
-    """
-    for number, answer in enumerate(answers):
+def watched(answers, counts, choice):
+    """Pass on the answers; count the predictions in `counts`, and offer them to the `sheet.Choice`, if any."""
+    for answer in answers:
         counts[answer.prediction] += 1
-        rank = (answer.prediction != UNFAMILIAR, float(answer.probabilities.max()), -number)
-        if most and (len(shown) < most or rank > shown[0][0]):
-            kept = answer._replace(image=answer.image.copy())  # not the whole batch
-            heapq.heappush(shown, (rank, kept))
-            if len(shown) > most:
-                heapq.heappop(shown)
+        if choice:
+            choice.offer(answer)
         yield answer
 
 
@@ -226,39 +226,6 @@ def not_read(others):
     return f"{len(others)} other files were not read: {names}"
 
 
-def sheet_drawer(path):
-    """`plots.contact_sheet`; imported here because only --sheet needs matplotlib.
-
-    Raises UserError if there is no matplotlib, or if it draws no files with this suffix.
-    """
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-
-        from lib import plots
-    except ImportError:
-        raise UserError("--sheet needs matplotlib: pip install matplotlib") from None
-    if path.suffix[1:].lower() not in FigureCanvasBase.get_supported_filetypes():
-        raise UserError(f"--sheet {path}: give it the suffix of a picture, such as .png")
-    return plots.contact_sheet
-
-
-def try_to_draw(draw_sheet, path, shown, class_names, maps_of):
-    """Draw the sheet of `watched` answers; returns None, or why that failed."""
-    answers = [answer for _, answer in sorted(shown, key=lambda entry: entry[0], reverse=True)]
-    images = np.stack([answer.image for answer in answers])
-    names = [os.path.basename(answer.name) for answer in answers]
-    rows = [answer.probabilities for answer in answers]
-    predictions = [answer.prediction for answer in answers]
-    try:
-        maps = maps_of(images)[0][:, 0] if maps_of else None
-        warnings.simplefilter("ignore")  # a name may have letters that the font lacks
-        draw_sheet(path, images[:, 0], maps, names, rows, class_names, predictions)
-    except Exception as error:  # matplotlib raises many kinds
-        reason = reason_of(error)
-        return f"--sheet {path}: cannot be drawn: {reason}"
-    return None
-
-
 def centre_argument(text):
     """"brightest", or "x,y" as (x, y)."""
     if text == "brightest":
@@ -322,8 +289,12 @@ def parse_args(argv=None):
         "leaves unexplained of an image, and puts substructure maps on the sheet",
     )  # fmt: skip
     group.add_argument(
-        "--sheet", type=path_argument, metavar="PNG", help="picture of the most confident predictions"
+        "--sheet", type=path_argument, metavar="PNG", help="picture of some predictions"
     )
+    group.add_argument(
+        "--sheet-by", choices=tuple(sheet.ORDERS), default="prediction",
+        help="which are on it: " + "; ".join(f"{name}: {text}" for name, text in sheet.ORDERS.items()),
+    )  # fmt: skip
     group.add_argument(
         "--sheet-images", type=int, default=40, help="images on the sheet"
     )

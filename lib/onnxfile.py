@@ -2,6 +2,9 @@
 
 import contextlib
 import json
+import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -94,8 +97,28 @@ def classify(session, images, path):
     return probabilities, familiarity[0] if familiarity else None
 
 
+class Maps(NamedTuple):
+    """What an exported MAE says of images.
+
+    of : function from images (b, 1, H, H) to (residual maps (b, 1, H, H), scores (b,)).
+    sigma : rms of the residuals of smooth lenses, None if the file does not say.
+    """
+
+    of: Callable
+    sigma: float | None
+
+
+def number_in(session, key):
+    """The positive number that a file's metadata has under `key`, None if there is none."""
+    try:
+        number = float(session.get_modelmeta().custom_metadata_map[key])
+    except (KeyError, ValueError):
+        return None
+    return number if 0 < number < math.inf else None
+
+
 def open_maps(path, img_size, device="auto"):
-    """Function from images (b, 1, H, H) to (residual maps (b, 1, H, H), scores (b,)).
+    """The `Maps` of an exported MAE.
 
     Raises UserError for anything but a file of `export.py --what reconstruction`.
     """
@@ -104,7 +127,7 @@ def open_maps(path, img_size, device="auto"):
         raise UserError(f"--maps {path}: export it with --what reconstruction")
     if map_size != img_size:
         raise UserError(f"--maps {path} is for images of {map_size} pixels, not {img_size}")
-    return lambda images: run_model(session, images, path)
+    return Maps(lambda images: run_model(session, images, path), number_in(session, "smooth_rms"))
 
 
 def run_model(session, images, path):

@@ -49,10 +49,7 @@ def label_of(name):
     A dollar sign would start a formula, and legends leave out what begins with an underscore.
     """
     text = one_line(name)
-    if len(text) > LONGEST_LABEL:
-        half = LONGEST_LABEL // 2
-        text = f"{text[:half]}…{text[1 - half:]}"
-    text = text.replace("$", "\\$")
+    text = shortened(text, LONGEST_LABEL).replace("$", "\\$")
     return f" {text}" if text.startswith("_") else text
 
 
@@ -165,39 +162,54 @@ def circles(panel, marks):
     )
 
 
-def contact_sheet(path, images, maps, names, probabilities, class_names, predictions):
-    """Images (n, H, W), raw, with name, prediction and probabilities; their maps beside them.
+def contact_sheet(path, answers, class_names, maps, sigma, pixel_scale=None):
+    """Raw images with name, prediction and probabilities; beside them their maps (n, H, W), unless None.
 
-    A prediction that is no class is red.
+    answers : `predict.Answer` of the images. A prediction that is no class is red.
+    sigma : see `substructure_map`; None for the median rms of the maps.
+    pixel_scale : arcsec; where it is known, the first image has a bar of one arcsec.
     """
     panels = 1 if maps is None else 2
-    columns = 4 if maps is not None else 8
-    rows = -(-len(images) // columns)
+    columns = min(8 // panels, len(answers))
+    rows = -(-len(answers) // columns)
     figure, axes = plt.subplots(
-        rows, columns * panels, figsize=(1.6 * columns * panels, 2.3 * rows), squeeze=False,
+        rows, columns * panels, figsize=(1.6 * columns * panels + 0.6, 2.3 * rows), squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for panel in axes.flat:
         panel.set_axis_off()
-    limit = None if maps is None else max(np.quantile(np.abs(maps), 0.995), 1e-12)
-    entries = zip(images, names, probabilities, predictions, strict=True)
-    for i, (image, name, row, prediction) in enumerate(entries):
+    if maps is not None and not sigma:
+        sigma = max(float(np.median(np.sqrt(np.square(maps).mean(axis=(1, 2))))), 1e-12)
+    for i, answer in enumerate(answers):
         line, column = divmod(i, columns)
         panel = axes[line, panels * column]
-        panel.imshow(_stretched(image), cmap="magma", origin="lower")
-        each = "\n".join(f"{label_of(n)} {p:.3f}" for n, p in zip(class_names, row, strict=True))
-        title = f"{label_of(name[-24:])}\n{label_of(prediction)}"
-        colour = "black" if prediction in class_names else "crimson"
+        panel.imshow(_stretched(answer.image[0]), cmap="magma", origin="lower")
+        rows_of_text = zip(class_names, answer.probabilities, strict=True)
+        each = "\n".join(f"{label_of(name)} {p:.3f}" for name, p in rows_of_text)
+        title = f"{label_of(shortened(answer.name, 24))}\n{label_of(answer.prediction)}"
+        colour = "black" if answer.prediction in class_names else "crimson"
         panel.set_title(title, fontsize=7, fontweight="bold", color=colour)
         panel.text(0.02, 0.02, each, fontsize=6, color="white", transform=panel.transAxes)
         if maps is not None:
-            drawn = axes[line, 2 * column + 1].imshow(
-                maps[i], vmin=-limit, vmax=limit, cmap="RdBu_r", origin="lower"
-            )
+            drawn = substructure_map(axes[line, 2 * column + 1], maps[i], sigma)
             axes[line, 2 * column + 1].set_title("substructure map", fontsize=7)
+    if pixel_scale:
+        _arcsec_bar(axes[0, 0], answers[0].image.shape[-1], pixel_scale)
     if maps is not None:
-        figure.colorbar(drawn, ax=axes, fraction=0.02, label=RESIDUAL)
+        map_scale(figure, drawn, axes)
     save(figure, path)
+
+
+def shortened(text, most):
+    """A text of at most `most` characters: what is left out is in its middle, since names end in numbers."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]}…{text[half + 1 - most :]}"
+
+
+def _arcsec_bar(panel, side, pixel_scale):
+    end = 0.95 * side
+    panel.plot([end - 1 / pixel_scale, end], [0.06 * side] * 2, color="white", linewidth=1.5)
+    panel.text(end, 0.08 * side, "1″", color="white", fontsize=7, ha="right")
 
 
 def _stretched(image):

@@ -9,7 +9,7 @@ import pytest
 from conftest import assert_user_error, run_code, run_script
 
 import predict
-from lib import plots
+from lib import plots, sheet
 
 
 def read_csv(path):
@@ -80,8 +80,7 @@ def test_names_reach_the_sheet_as_they_are(monkeypatch, tmp_path):
     monkeypatch.setattr(plots, "save", lambda figure, path: drawn.update({path: figure}))
     image = np.zeros((1, 8, 8), np.float32)
     answer = predict.Answer("folder/a$b$.npy", image, [0.9, 0.1], "c$m$", None, None)
-    entry = ((True, 0.9, 0), answer)
-    assert predict.try_to_draw(plots.contact_sheet, "s", [entry], ["c$m$", "other"], None) is None
+    assert sheet.draw("s", [answer], ["c$m$", "other"], None, None) is None
     panel = drawn["s"].axes[0]
     assert panel.get_title() == "a\\$b\\$.npy\nc\\$m\\$"  # what matplotlib draws as a$b$.npy
     assert panel.title.get_color() == "black"
@@ -93,7 +92,7 @@ def test_prediction_draws_a_sheet_with_maps(runs, folder, tmp_path):
         "predict.py", "--model", runs / "classifier.onnx", "--maps", maps, "--out",
         tmp_path / "p.csv", "--sheet", tmp_path / "sheet.png", "--sheet-images", 5, folder / "cdm",
     )  # fmt: skip
-    assert "the 5 most confident" in process.stdout
+    assert "5 of them in" in process.stdout
     assert (tmp_path / "sheet.png").stat().st_size > 5000
     rows = read_csv(tmp_path / "p.csv")
     assert list(rows[0])[-3:] == ["no_sub", "prediction", "residual"]
@@ -103,17 +102,6 @@ def test_prediction_draws_a_sheet_with_maps(runs, folder, tmp_path):
         "--out", tmp_path / "q.csv", folder / "cdm", check=False,
     )  # fmt: skip
     assert_user_error(refused, "--what reconstruction")
-
-
-def test_of_equally_confident_images_the_first_are_on_the_sheet(runs, tmp_path, lens_image, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(plots, "contact_sheet", lambda path, images, maps, names, *_: drawn.append(names))
-    for i in range(6):
-        np.save(tmp_path / f"{i}.npy", lens_image)
-    run_script("predict.py", "--model", runs / "classifier.onnx", "--out", tmp_path / "p.csv",
-               "--batch-size", 1, "--sheet", tmp_path / "sheet.png", "--sheet-images", 3,
-               tmp_path)  # fmt: skip
-    assert drawn == [["0.npy", "1.npy", "2.npy"]]
 
 
 def test_prediction_of_a_large_stack_stays_small(runs, tmp_path):
