@@ -13,6 +13,7 @@ would take for a formula has ./ in front, which names the same file.
 import argparse
 import contextlib
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -25,9 +26,11 @@ from lib.images import SUFFIXES, How, Said, find_files, read_images
 from lib.onnxfile import classify, number_in, open_classifier, open_maps
 
 EXAMPLE = """examples:
+  python predict.py --out predictions.csv models/examples
   python predict.py --model runs/classifier.onnx --out predictions.csv cutouts/
   python predict.py --model runs/classifier.onnx --out predictions.csv cutouts/ \\
       --sheet sheet.png --maps runs/reconstruction.onnx"""
+MODELS = Path(__file__).resolve().parent / "models"
 BATCH_SIZE = 32  # small enough that a layer's outputs stay in a CPU's cache
 NAMED_OTHERS = 5  # of the files that are not read
 
@@ -251,8 +254,11 @@ def planes_argument(text):
 def parse_args(argv=None):
     parser = options.new_parser(__doc__, EXAMPLE)
     parser.add_argument("paths", type=path_argument, nargs="+", metavar="PATH", help="files or folders")
-    parser.add_argument("--model", type=path_argument, required=True, metavar="FILE.onnx",
-                        help="classifier that export.py wrote")  # fmt: skip
+    parser.add_argument(
+        "--model", type=path_argument, default=None, metavar="FILE.onnx",
+        help="classifier that export.py wrote (default: models/classifier.onnx, with the maps of "
+        "models/reconstruction.onnx)",
+    )  # fmt: skip
     parser.add_argument("--out", type=path_argument, required=True, metavar="CSV",
                         help="table to write")  # fmt: skip
     group = parser.add_argument_group("reading")
@@ -305,7 +311,12 @@ def parse_args(argv=None):
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="what computes"
     )
-    return options.parsed(parser, argv)
+    args = options.parsed(parser, argv)
+    if args.model is None:
+        if args.maps is None and (MODELS / "reconstruction.onnx").exists():
+            args.maps = MODELS / "reconstruction.onnx"
+        args.model = MODELS / "classifier.onnx"
+    return args
 
 
 def main(argv=None):
