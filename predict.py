@@ -69,7 +69,7 @@ class Answer(NamedTuple):
 def predict(args):
     session, class_names, img_size = open_classifier(args.model, args.device)
     guard = Guard.of(session, args.least_familiarity)
-    maps_of = open_maps(args.maps, img_size, args.device) if args.maps else None
+    maps_of, doubt = open_maps(args.maps, session, img_size, args.device) if args.maps else (None, None)
     draw_sheet = sheet_drawer(args.sheet) if args.sheet else None
     files, others, errors = find_files(args.paths)
     if not files and not errors:
@@ -97,7 +97,7 @@ def predict(args):
     if args.sheet and not sheet_error:
         print(one_line(f"the {len(shown)} most confident in {args.sheet}"
                        if shown else f"nothing to draw in {args.sheet}"))  # fmt: skip
-    for line in warnings_of(args, guard, counts, others, errors):
+    for line in filter(None, [doubt, *warnings_of(args, guard, counts, others, errors)]):
         print(one_line(line), file=sys.stderr)
     if sheet_error:
         raise UserError(f"{sheet_error}; the predictions are in {args.out}")

@@ -92,17 +92,31 @@ def classify(session, images, path):
     return probabilities, familiarity[0] if familiarity else None
 
 
-def open_maps(path, img_size, device="auto"):
-    """Function from images (b, 1, H, H) to (residual maps (b, 1, H, H), scores (b,)).
+def open_maps(path, classifier, img_size, device="auto"):
+    """(function from images (b, 1, H, H) to (residual maps (b, 1, H, H), scores (b,)), doubt).
 
-    Raises UserError for anything but a file of `export.py --what reconstruction`.
+    `classifier` is a session of one for images of `img_size`. The doubt is a line if both were not
+    trained on the same data, else None. Raises UserError for anything but a file of `export.py --what
+    reconstruction` for images of this size.
     """
     session, map_size = open_session(path, device)
     if [output.name for output in session.get_outputs()] != ["residual", "score"]:
         raise UserError(f"--maps {path}: export it with --what reconstruction")
     if map_size != img_size:
         raise UserError(f"--maps {path} is for images of {map_size} pixels, not {img_size}")
-    return lambda images: run_model(session, images, path)
+    doubt = None
+    if _data_of(session) is None or _data_of(session) != _data_of(classifier):
+        doubt = (
+            f"--maps {path} was trained on other data than the classifier, or one of them does not say on "
+            "which: residuals and maps may mean nothing"
+        )
+    return lambda images: run_model(session, images, path), doubt
+
+
+def _data_of(session):
+    """The fingerprint of the images that an exported network was trained on, None if it is unknown."""
+    stated = session.get_modelmeta().custom_metadata_map.get("data_fingerprint", "None")
+    return None if stated == "None" else stated
 
 
 def run_model(session, images, path):
