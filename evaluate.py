@@ -5,6 +5,7 @@ confusion_matrix.png, reliability.png, familiarity.png, mistakes.png, and report
 in one file.
 """
 
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -107,7 +108,7 @@ def predictions_of(paths, dataset, device, whole):
 
     UserError as `compatibility.rows_to_evaluate` raises it, and for classes or sizes that do not fit.
     """
-    predictions, strangenesses = {}, {}
+    predictions, strangenesses, trained_on = {}, {}, []
     for name, path in paths.items():
         model, content = weights.load_classifier(path)
         compatibility.check_size(path, model, dataset)
@@ -123,9 +124,13 @@ def predictions_of(paths, dataset, device, whole):
             predicted = torch.from_numpy(probabilities.argmax(axis=1))
             familiarity = ranked(judge.cpu(), strangenesses[identity], predicted)
             guard = Guard(len(judge.strangeness_seen))
+        trained_on.append(content["run"].get("data_fingerprint"))
         predictions[name] = Prediction(
             rows, dataset.labels[rows], probabilities[:, order], familiarity, guard
         )
+    if len(set(trained_on)) > 1:
+        print("these weights were trained on different data, so their figures differ by more than the "
+              "training", file=sys.stderr)  # fmt: skip
     return predictions
 
 
@@ -159,7 +164,7 @@ def draw(out, dataset, predictions, results, matrices, best):
 def predict_probabilities(model, images, rows, device):
     """Class probabilities (n, K) of rows of the raw `images` (N, H, W), in float32."""
     read = batch_reader(images, device, once=True)
-    model.eval().to(device)
+    model.to(device)
     return in_batches(
         lambda batch: model(read(batch)).softmax(dim=1), rows, bar="evaluation"
     ).numpy()

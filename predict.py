@@ -71,7 +71,7 @@ class Answer(NamedTuple):
 def predict(args):
     session, class_names, img_size = open_classifier(args.model, args.device)
     guard = Guard.of(session, args.least_familiarity)
-    maps = open_maps(args.maps, img_size, args.device) if args.maps else None
+    maps = open_maps(args.maps, session, img_size, args.device) if args.maps else None
     choice = sheet_choice(args, guard) if args.sheet else None
     files, others, errors = find_files(args.paths)
     if not files and not errors:
@@ -101,7 +101,8 @@ def predict(args):
     if args.sheet and not sheet_error:
         print(one_line(f"{len(shown)} of them in {args.sheet}, {sheet.ORDERS[args.sheet_by]}"
                        if shown else f"nothing to draw in {args.sheet}"))  # fmt: skip
-    for line in (*said.about_notes(), *warnings_of(args, guard, counts, others, errors)):
+    doubts = [maps.doubt] if maps and maps.doubt else []
+    for line in (*doubts, *said.about_notes(), *warnings_of(args, guard, counts, others, errors)):
         print(one_line(line), file=sys.stderr)
     if sheet_error:
         raise UserError(f"{sheet_error}; the predictions are in {args.out}")

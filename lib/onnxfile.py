@@ -102,10 +102,12 @@ class Maps(NamedTuple):
 
     of : function from images (b, 1, H, H) to (residual maps (b, 1, H, H), scores (b,)).
     sigma : rms of the residuals of smooth lenses, None if the file does not say.
+    doubt : a line if it was not trained on the same data as the classifier, else None.
     """
 
     of: Callable
     sigma: float | None
+    doubt: str | None
 
 
 def number_in(session, key):
@@ -117,17 +119,30 @@ def number_in(session, key):
     return number if 0 < number < math.inf else None
 
 
-def open_maps(path, img_size, device="auto"):
-    """The `Maps` of an exported MAE.
+def open_maps(path, classifier, img_size, device="auto"):
+    """The `Maps` of an exported MAE, to stand beside a classifier.
 
-    Raises UserError for anything but a file of `export.py --what reconstruction`.
+    `classifier` is a session of one for images of `img_size`. Raises UserError for anything but a file of
+    `export.py --what reconstruction` for images of this size.
     """
     session, map_size = open_session(path, device)
     if [output.name for output in session.get_outputs()] != ["residual", "score"]:
         raise UserError(f"--maps {path}: export it with --what reconstruction")
     if map_size != img_size:
         raise UserError(f"--maps {path} is for images of {map_size} pixels, not {img_size}")
-    return Maps(lambda images: run_model(session, images, path), number_in(session, "smooth_rms"))
+    doubt = None
+    if _data_of(session) is None or _data_of(session) != _data_of(classifier):
+        doubt = (
+            f"--maps {path} was trained on other data than the classifier, or one of them does not say on "
+            "which: residuals and maps may mean nothing"
+        )
+    return Maps(lambda images: run_model(session, images, path), number_in(session, "smooth_rms"), doubt)
+
+
+def _data_of(session):
+    """The fingerprint of the images that an exported network was trained on, None if it is unknown."""
+    stated = session.get_modelmeta().custom_metadata_map.get("data_fingerprint", "None")
+    return None if stated == "None" else stated
 
 
 def run_model(session, images, path):

@@ -78,8 +78,9 @@ def plain(state):
 def save_tensors(path, content):
     """`torch.save`, atomically; UserError if it cannot be written."""
     try:
-        with atomic_write(path) as temporary:
-            torch.save(content, temporary)
+        # To an open file, because torch writes a path's name, which has the host's, into the archive.
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            torch.save(content, file)
     except RuntimeError:  # torch's writer hides the reason
         raise UserError(f"cannot write {path}: is the disk full?") from None
 

@@ -239,3 +239,13 @@ def test_a_class_that_is_refused_too_often_is_named():
     said = evaluate.about_results({"run": result})
     assert "(1.25% of a, 20.00% of b, 3.00% of c)" in said[0]
     assert [line.split(" are ")[0] for line in said[1:3]] == ["run: of b 20.00%", "run: of c 3.00%"]
+
+
+def test_weights_of_different_data_are_told_apart(levels, tmp_path):
+    path = levels / "sorted" / "vit-mae-classifier-wt.pth"
+    content = torch.load(path, weights_only=True)
+    for name, fingerprint in (("same", content["run"]["data_fingerprint"]), ("other", "x")):
+        torch.save(content | {"run": content["run"] | {"data_fingerprint": fingerprint}}, tmp_path / f"{name}.pth")
+        process = run_script("evaluate.py", "--data", levels / "data", "--weights", path, tmp_path / f"{name}.pth",
+                             "--out", tmp_path / "out", "--resamples", 5)  # fmt: skip
+        assert ("trained on different data" in process.stderr) == (name == "other")

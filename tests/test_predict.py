@@ -5,6 +5,7 @@ import os
 import shutil
 
 import numpy as np
+import onnx
 import pytest
 from conftest import assert_user_error, run_code, run_script
 
@@ -84,6 +85,23 @@ def test_names_reach_the_sheet_as_they_are(monkeypatch, tmp_path):
     panel = drawn["s"].axes[0]
     assert panel.get_title() == "a\\$b\\$.npy\nc\\$m\\$"  # what matplotlib draws as a$b$.npy
     assert panel.title.get_color() == "black"
+
+
+@pytest.mark.parametrize(("fingerprint", "doubted"), [("other", True), (None, True), ("None", True), ("", False)])
+def test_maps_of_other_data_are_doubted(fingerprint, doubted, runs, lens_image, tmp_path):
+    """An MAE of images in another unit gave numbers without a word."""
+    proto = onnx.load(runs / "reconstruction.onnx")
+    metadata = {p.key: p.value for p in proto.metadata_props}
+    metadata["data_fingerprint"] = fingerprint or metadata["data_fingerprint"]
+    if fingerprint is None:
+        del metadata["data_fingerprint"]
+    onnx.helper.set_model_props(proto, metadata)
+    onnx.save(proto, tmp_path / "maps.onnx")
+    np.save(tmp_path / "lens.npy", lens_image)
+    process = run_script("predict.py", "--model", runs / "classifier.onnx", "--maps", tmp_path / "maps.onnx",
+                         "--out", tmp_path / "p.csv", tmp_path / "lens.npy")  # fmt: skip
+    lines = [line for line in process.stderr.splitlines() if "maps.onnx was trained on other data" in line]
+    assert len(lines) == doubted
 
 
 def test_prediction_draws_a_sheet_with_maps(runs, folder, tmp_path):

@@ -47,6 +47,14 @@ def spoiled(path, spoil):
     return path.with_name("spoiled.pth")
 
 
+def test_a_weights_file_does_not_name_the_machine_that_wrote_it(mae_file):
+    path, content = mae_file[0], mae_file[0].read_bytes()
+    assert os.uname().nodename.encode() + b"-" not in content
+    assert b".tmp" not in content
+    weights.save_tensors(path, torch.load(path, weights_only=True))
+    assert path.read_bytes() == content
+
+
 def test_what_is_saved_is_read_and_says_what_it_is(mae_file, classifier_file, runs):
     mae, transform, content = weights.load_mae(mae_file[0])
     assert_same_tensors(mae.state_dict(), mae_file[1].state_dict())
@@ -74,7 +82,7 @@ def test_a_failed_write_names_the_file_and_leaves_the_old_one(mae_file, monkeypa
     before = path.read_bytes()
 
     def half(_, temporary):
-        temporary.write_bytes(before[:100])
+        temporary.write(before[:100])
         raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos")
 
     monkeypatch.setattr(torch, "save", half)
