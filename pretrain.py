@@ -152,7 +152,7 @@ def parse_args(argv=None):
         "--norm-pix-loss", action="store_true", help="compare with patch-wise normalised pixels"
     )
     group.add_argument(
-        "--classes", nargs="+", default=["no_sub"], metavar="CLASS",
+        "--classes", nargs="+", type=datasets.normal_name, default=["no_sub"], metavar="CLASS",
         help="classes to learn from, without their labels; all for every class",
     )  # fmt: skip
     return options.parsed(parser, argv)

@@ -1,5 +1,7 @@
 """Whether weights and a data set fit each other; each check is a UserError that says why not."""
 
+import sys
+
 import numpy as np
 
 from lib import datasets
@@ -7,18 +9,17 @@ from lib.errors import UserError
 
 
 def rows_to_evaluate(dataset, content, whole):
-    """The rows on which weights may be scored: the test part, or with `whole` all rows.
+    """The rows on which weights may be scored: the test part, or with `whole` all rows; copies once.
 
     `content` is that of the weights file. Raises UserError if the weights were trained under
     another split, if any of the rows was among their training or validation images, or if the data
     is in another unit.
     """
-    if whole:
-        rows = np.arange(len(dataset.labels))
-    else:
+    if len(content["seen"]) or not whole:  # a foreign MAE has seen none of these images
         check_split(content["run"])
-        rows = datasets.split(dataset)["test"]
-    overlap = int(np.isin(dataset.hashes[rows], content["seen"]).sum())
+    rows = np.arange(len(dataset.labels)) if whole else datasets.split(dataset)["test"]
+    seen = dataset.originals[np.isin(dataset.hashes, content["seen"])]
+    overlap = int(np.isin(dataset.originals[rows], seen).sum())
     if overlap:
         remedy = (
             "use --split test or other images" if whole
@@ -29,7 +30,11 @@ def rows_to_evaluate(dataset, content, whole):
             f"{len(rows)} images; {remedy}"
         )
     check_unit(dataset, rows, content["run"])
-    return rows
+    different = datasets.without_copies(dataset, rows)
+    if len(different) < len(rows):
+        print(f"{len(rows) - len(different)} of {len(rows)} images are copies of others and left out",
+              file=sys.stderr)  # fmt: skip
+    return different
 
 
 def check_unit(dataset, rows, run):
@@ -52,7 +57,9 @@ def check_unit(dataset, rows, run):
 def check_split(run):
     """UserError unless the training that a weights file describes (`run`) used this split."""
     if run.get("split") != datasets.SPLIT:
-        raise UserError("the weights were trained under another split of the data: train again")
+        raise UserError(
+            "the weights were trained under another split of the data, so what they have seen is unknown: train again"
+        )
 
 
 def check_size(path, network, dataset, remedy=""):

@@ -1,37 +1,39 @@
 """From a folder of images to one memory-mapped array, its split and its rows; without torch.
 
 Folder layout:  <root>/<class>/, .npy, .npz or FITS files of one square image; the folders name the classes.
-Packed layout:  images.npy (N, H, H) float32, labels.npy (N,), hashes.npy (N,), dataset.json.
+Packed layout:  images.npy (N, H, H) float32, labels.npy (N,), hashes.npy (2, N), dataset.json.
 
 A folder is packed once, into a cache whose name is a fingerprint of the folder's files (names,
 sizes, inodes and times), so a changed folder is packed again. Old packed copies are not deleted.
 """
 
 import hashlib
+import json
 import math
 import shutil
 import sys
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from lib import copies
 from lib.errors import UserError
 from lib.files import atomic_directory, is_hidden, make_folder, read_json, write_json
 from lib.images import forget_pages, may_hold_images, read_image, read_npy
 from lib.names import check_class_names
 
-FORMAT = 2
-CHECK_BLOCK = 4096  # images whose pixels are checked together
-HASHED_IMAGES = 100  # whose content is compared with their hashes when a data set is opened
+FORMAT = 3
+BLOCK_BYTES = 2**22  # of images that are read or written together
 OUTLYING = 30  # see `pixel_range`
 RANGE_IMAGES = 2000  # that a range of pixels is computed from
 SHOWN_NAMES = 3  # of files that are not read
 PARTS = ("train", "validation", "test")
 PACKED_FILES = r"dataset\.json|(images|labels|hashes)\.npy"  # of the packed layout
 OTHER_NAMES_OF_PARTS = ("training", "val", "valid", "dev", "testing")
-SPLIT = "content-80-10-10"  # the rule of `split`; weights carry the rule they were trained under
+SPLIT = "copies-80-10-10"  # the rule of `split`; weights carry the rule they were trained under
 
 
 class Dataset(NamedTuple):
@@ -39,15 +41,17 @@ class Dataset(NamedTuple):
 
     images : (N, H, H) float32, mapped into memory, raw pixels.
     labels : (N,) int64, index into class_names.
-    hashes : (N,) uint64, of the images' content; copies have the same.
+    hashes : (N,) uint64, of each image in any orientation, see `copies.hashes_of`.
+    originals : (N,) uint64, what copies of one image share, see `copies.originals_of`.
     class_names : names of the classes, sorted as the folders are.
-    fingerprint : identity of images and labels.
+    fingerprint : identity of images, labels, hashes and class names.
     origin : description of the images' source.
     """
 
     images: np.ndarray
     labels: np.ndarray
     hashes: np.ndarray
+    originals: np.ndarray
     class_names: tuple
     fingerprint: str
     origin: str
@@ -64,7 +68,7 @@ class PackedWriter:
     """Writes the packed layout into an existing folder, a batch of images at a time."""
 
     def __init__(self, folder, shape, class_names, origin):
-        self.folder, self.class_names, self.origin = Path(folder), list(class_names), origin
+        self.folder, self.class_names, self.origin = Path(folder), list(map(normal_name, class_names)), origin
         self.shape = shape
         require_space(self.folder, 4 * math.prod(shape))
         # A plain file, since a full disk kills a process that writes to mapped memory.
@@ -72,45 +76,56 @@ class PackedWriter:
         header = {"descr": "<f4", "fortran_order": False, "shape": tuple(shape)}
         np.lib.format.write_array_header_1_0(self.file, header)
         self.labels = np.empty(shape[0], dtype=np.int64)
-        self.hashes = np.empty(shape[0], dtype=np.uint64)
-        self.fingerprint = hashlib.sha256()
+        self.hashes = np.empty((2, shape[0]), dtype=np.uint64)
+        self.figures = []
+        self.digest = hashlib.sha256()
         self.count = 0
 
-    def append(self, images, label):
-        """Add images (b, H, H) of one class."""
+    def append(self, images, labels):
+        """Add images (b, H, H) and their labels (b,), or the one label of all."""
         images = np.ascontiguousarray(images, dtype="<f4")
         self.file.write(images)
-        for image in images:
-            digest = digest_of(image)
-            self.fingerprint.update(digest + label.to_bytes(4, "little"))
-            self.hashes[self.count] = hash_of(digest)
-            self.labels[self.count] = label
-            self.count += 1
+        self.digest.update(images)
+        figures = copies.figures_of(images)
+        added = slice(self.count, self.count + len(images))
+        self.labels[added], self.hashes[0, added] = labels, copies.hashes_of(images, figures)
+        self.figures.append(figures)
+        self.count = added.stop
 
     def close(self):
         if self.count != self.shape[0]:
             raise ValueError(f"{self.count} images written, {self.shape[0]} announced")
         self.file.close()
+        images = read_npy(self.folder / "images.npy")
+        self.hashes[1] = copies.originals_of(images, self.hashes[0], np.concatenate(self.figures))
+        forget_pages(images)
         np.save(self.folder / "labels.npy", self.labels)
         np.save(self.folder / "hashes.npy", self.hashes)
+        digests = digests_of(self.digest, self.labels, self.hashes)
         # Written last: readers take the layout as complete once this file exists.
         description = {
             "format": FORMAT,
             "class_names": self.class_names,
-            "fingerprint": self.fingerprint.hexdigest(),
+            "fingerprint": fingerprint_of(digests, self.class_names),
+            "sha256": digests,
             "origin": self.origin,
         }
         write_json(self.folder / "dataset.json", description)
 
 
-def digest_of(image):
-    """Hash of the content of an image (H, H) little-endian float32, 16 bytes."""
-    return hashlib.blake2b(np.ascontiguousarray(image), digest_size=16).digest()
+def digests_of(images, labels, hashes):
+    """{name of a file: SHA-256 of its numbers}; `images` is a hash object that was fed with the pixels."""
+    return {"images": images.hexdigest(), "labels": hashlib.sha256(labels).hexdigest(),
+            "hashes": hashlib.sha256(hashes).hexdigest()}  # fmt: skip
 
 
-def hash_of(digest):
-    """The hash of an image that `Dataset.hashes` holds: the first 8 bytes of its digest."""
-    return int.from_bytes(digest[:8], "little")
+def fingerprint_of(digests, class_names):
+    return hashlib.sha256(json.dumps([digests, class_names]).encode()).hexdigest()
+
+
+def normal_name(name):
+    """A class name in the one form in which names are compared: systems write accents in two."""
+    return unicodedata.normalize("NFC", name)
 
 
 def require_space(folder, needed):
@@ -129,7 +144,8 @@ def list_classes(root):
     Hidden files and `__MACOSX` do not count. Raises UserError, naming the folder and the remedy,
     for a class without images, images in sub-folders, and folders named like parts of a split.
     """
-    folders = [f for f in sorted(Path(root).iterdir()) if f.is_dir() and not is_hidden(f.name)]
+    folders = [f for f in Path(root).iterdir() if f.is_dir() and not is_hidden(f.name)]
+    folders.sort(key=lambda folder: normal_name(folder.name))
     if not folders:
         raise UserError(f"{root} has no class folders: expected {root}/<class>/*.npy (or .npz, FITS)")
     parts = [f.name for f in folders if f.name.lower() in (*PARTS, *OTHER_NAMES_OF_PARTS)]
@@ -154,7 +170,10 @@ def list_classes(root):
         others += [entry for entry in entries if not may_hold_images(entry)]
         if not files:
             raise UserError(f"class folder {folder} has no .npy, .npz or FITS files: fill it or remove it")
-        class_files[folder.name] = files
+        name = normal_name(folder.name)
+        if name in class_files:
+            raise UserError(f"{root} has two folders {name}, their accents written in two ways: put them together")
+        class_files[name] = files
     return class_files, others
 
 
@@ -169,7 +188,7 @@ def _pack(class_files, packed, origin, progress):
     """Pack a folder; images far outside the rest are named. UserError as `load` raises it."""
     paths = [(p, label) for label, files in enumerate(class_files.values()) for p in files]
     first, first_path = read_image(paths[0][0]), paths[0][0]
-    extremes = np.empty((len(paths), 2))
+    extremes, together = [], max(1, BLOCK_BYTES // first.nbytes)
     try:
         make_folder(packed.parent)
     except UserError as error:
@@ -177,8 +196,9 @@ def _pack(class_files, packed, origin, progress):
     try:
         with atomic_directory(packed) as folder:
             writer = PackedWriter(folder, (len(paths), *first.shape), class_files, origin)
-            for i, (path, label) in enumerate(
-                tqdm(paths, desc="pack", unit="img", disable=None if progress else True)
+            images = []
+            for i, (path, _) in enumerate(
+                tqdm(paths, desc="pack", unit="img", disable=None if progress else True), 1
             ):
                 image = read_image(path)
                 if image.shape != first.shape:
@@ -186,24 +206,38 @@ def _pack(class_files, packed, origin, progress):
                         f"{path} is {image.shape[0]} pixels wide and {first_path} "
                         f"{first.shape[0]}: all images must have one size"
                     )
-                writer.append(image[None], label)
-                extremes[i] = image.min(), image.max()
+                images.append(image)
+                extremes.append((image.min(), image.max()))
+                if len(images) == together or i == len(paths):
+                    writer.append(np.stack(images), [label for _, label in paths[i - len(images) : i]])
+                    images = []
             writer.close()
     except (OSError, UserError):
         if not (packed / "dataset.json").exists():
             raise
         return  # another process packed the same folder
-    labelled_twice = images_of_several_classes(writer.hashes, writer.labels)
+    warn_of_images([path for path, _ in paths], writer.hashes[1], writer.labels, np.array(extremes))
+
+
+def warn_of_images(paths, originals, labels, extremes):
+    """Lines on stderr on copies, on images in several classes, and on those far outside the rest."""
+    _, first, which = np.unique(originals, return_index=True, return_inverse=True)
+    again = np.flatnonzero(first[which] != np.arange(len(paths)))
+    if len(again):
+        print(f"{len(again)} images are copies of others (turned, rescaled or rounded ones count, too), such "
+              f"as {paths[again[0]]} of {paths[first[which][again[0]]]}: copies are in one part, and are tested "
+              "once", file=sys.stderr)  # fmt: skip
+    labelled_twice = images_of_several_classes(originals, labels)
     if len(labelled_twice):
         print(f"{len(labelled_twice)} images stand in more than one class, such as "
-              f"{paths[labelled_twice[0]][0]}: remove the copies with the wrong label",
+              f"{paths[labelled_twice[0]]}: remove the copies with the wrong label",
               file=sys.stderr)  # fmt: skip
     outliers = far_outside(extremes)
     if len(outliers):
         low, high = np.median(extremes, axis=0)
         example = outliers[0]
         print(
-            f"{len(outliers)} images are far outside the rest, such as {paths[example][0]} with "
+            f"{len(outliers)} images are far outside the rest, such as {paths[example]} with "
             f"pixels from {extremes[example, 0]:.3g} to {extremes[example, 1]:.3g}; those of "
             f"the median image go from {low:.3g} to {high:.3g}. Sentinel values or hot pixels? "
             "Repair or remove them.",
@@ -211,9 +245,9 @@ def _pack(class_files, packed, origin, progress):
         )
 
 
-def images_of_several_classes(hashes, labels):
+def images_of_several_classes(originals, labels):
     """Rows of images whose copies have another label."""
-    _, image = np.unique(hashes, return_inverse=True)
+    _, image = np.unique(originals, return_inverse=True)
     lowest, highest = np.full(image.max() + 1, labels.max()), np.zeros(image.max() + 1, labels.dtype)
     np.minimum.at(lowest, image, labels)
     np.maximum.at(highest, image, labels)
@@ -312,19 +346,25 @@ def _open_packed(folder):
     if images.ndim != 3 or images.shape[1] != images.shape[2] or images.dtype != np.float32:
         raise UserError(f"{folder}/images.npy: expected (N, H, H) float32, got {images.shape}")
     for name, array, dtype in (("labels", labels, np.int64), ("hashes", hashes, np.uint64)):
-        if array.shape != (n,) or array.dtype != dtype:
+        shape = (n,) if array is labels else (2, n)
+        if array.shape != shape or array.dtype != dtype:
             raise UserError(f"{folder}/{name}.npy does not match images.npy: rebuild the data set")
     if n and not 0 <= labels.min() <= labels.max() < len(class_names):
         raise UserError(f"{folder}/labels.npy has values out of range: rebuild the data set")
-    for start in range(0, n, CHECK_BLOCK):
-        if not np.isfinite(images[start : start + CHECK_BLOCK]).all():
+    digest, step = hashlib.sha256(), max(1, BLOCK_BYTES // max(1, images[:1].nbytes))
+    for start in range(0, n, step):
+        block = np.ascontiguousarray(images[start : start + step])
+        if not np.isfinite(block).all():
             raise UserError(f"{folder}/images.npy has NaN or infinite pixels: rebuild the data set")
+        digest.update(block)
         forget_pages(images)
-    for row in range(0, n, max(1, n // HASHED_IMAGES)):
-        if hash_of(digest_of(images[row])) != hashes[row]:
-            raise UserError(f"{folder}/images.npy was changed after packing: rebuild the data set")
+    known, digests = description.get("sha256"), digests_of(digest, labels, hashes)
+    changed = [f"{name}.npy" for name in digests if isinstance(known, dict) and known.get(name) != digests[name]]
+    if changed or fingerprint_of(digests, class_names) != fingerprint:
+        names = " and ".join(changed or ["dataset.json"])
+        raise UserError(f"{folder}/{names}: changed after packing; rebuild the data set")
     origin = str(description.get("origin", ""))
-    return Dataset(images, labels, hashes, tuple(class_names), fingerprint, origin)
+    return Dataset(images, labels, *hashes, tuple(class_names), fingerprint, origin)
 
 
 # Choosing rows
@@ -333,34 +373,40 @@ def _open_packed(folder):
 def split(dataset):
     """Rows of the three parts, about 80/10/10 % of every class: {"train": (n,), ...}, each sorted.
 
-    The content of an image, its float32 pixels, alone decides its part. So a test image stays a
-    test image whatever else is in the data set, in any order or layout, and copies never fall into
-    two parts. The same image in other units is another image. Only where a class is so small that
-    a part would stay empty, see `_parts_of_few`.
+    The image alone, turned or rescaled as it may be, decides its part: a test image stays a test
+    image whatever else is in the data set, in any order or layout. There are two exceptions. A copy
+    that rounding moved into another part joins the training images if one of the copies is there,
+    else validation. And of a class so small that a part would stay empty, see `_parts_of_few`.
     Raises UserError if a class has fewer than three different images.
     """
-    place = dataset.hashes / 2.0**64  # uniform in [0, 1)
+    place = dataset.originals / 2.0**64  # uniform in [0, 1); copies have the lowest of theirs
     part_of_row = np.digitize(place, (0.8, 0.9))
     for label, class_name in enumerate(dataset.class_names):
         rows = np.flatnonzero(dataset.labels == label)
         if len(np.unique(part_of_row[rows])) < len(PARTS):
-            if len(np.unique(dataset.hashes[rows])) < len(PARTS):
+            if len(np.unique(dataset.originals[rows])) < len(PARTS):
                 raise UserError(
                     f"class {class_name} has fewer than {len(PARTS)} different images, one for "
                     "training, validation and test each: give more"
                 )
-            part_of_row[rows] = _parts_of_few(dataset.hashes[rows])
+            part_of_row[rows] = _parts_of_few(dataset.originals[rows])
     return {part: np.flatnonzero(part_of_row == i) for i, part in enumerate(PARTS)}
 
 
-def _parts_of_few(hashes):
+def _parts_of_few(originals):
     """Parts (n,) of a small class: test has the largest hash, validation the next, train the rest.
 
     The part of an image then depends on the others. Weights store the hashes of the images that
     they have seen, so scoring detects an image whose part has changed.
     """
-    values = np.unique(hashes)
-    return np.where(hashes == values[-1], 2, np.where(hashes == values[-2], 1, 0))
+    values = np.unique(originals)
+    return np.where(originals == values[-1], 2, np.where(originals == values[-2], 1, 0))
+
+
+def without_copies(dataset, rows):
+    """The `rows` (n,), of each image and class only the first."""
+    which = np.stack([dataset.originals[rows], dataset.labels[rows].astype(np.uint64)])
+    return rows[np.sort(np.unique(which, axis=1, return_index=True)[1])]
 
 
 def rows_of_classes(dataset, rows, names):

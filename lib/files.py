@@ -10,6 +10,7 @@ import mmap
 import os
 import platform
 import re
+import secrets
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,7 +66,6 @@ def atomic_directory(path, replaced=None, own=""):
         raise UserError(f"{path} exists already: remove it or choose another folder")
     make_folder(path.parent)
     temporary = _temporary_name(path)
-    shutil.rmtree(temporary, ignore_errors=True)
     make_folder(temporary)
     try:
         with _named_errors(path):
@@ -173,16 +173,29 @@ def write_json(path, value):
 
 
 def _temporary_name(path):
-    """A name to write under. Removes what killed processes of this host left under such names."""
-    prefix = f".{path.stem}.{platform.node()}-"
+    """A name of its own to write under. Removes what killed processes left under such names.
+
+    A process is known to be dead only where its number means the same: on this boot of this machine, among the
+    processes that this one sees (containers have theirs).
+    """
+    prefix = f".{path.stem}.{_place()}-"
     for leftover in path.parent.glob(f"{glob.escape(prefix)}*.tmp{glob.escape(path.suffix)}"):
-        process = leftover.name.removeprefix(prefix).split(".")[0]
+        process = leftover.name.removeprefix(prefix).split("-")[0]
         if process.isdigit() and not _is_alive(int(process)):
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)
             else:
                 leftover.unlink(missing_ok=True)
-    return path.with_name(f"{prefix}{os.getpid()}.tmp{path.suffix}")
+    return path.with_name(f"{prefix}{os.getpid()}-{secrets.token_hex(4)}.tmp{path.suffix}")
+
+
+def _place():
+    """Names where a process number means one process: host, boot and PID namespace, where the system tells."""
+    known = [platform.node()]
+    with contextlib.suppress(OSError):
+        known.append(os.readlink("/proc/self/ns/pid"))
+        known.append(Path("/proc/sys/kernel/random/boot_id").read_text())
+    return hashlib.sha256("\0".join(known).encode()).hexdigest()[:16]
 
 
 def _is_alive(process):

@@ -40,7 +40,7 @@ def write(folder, paths, results, class_names, best, published, remarks):
     images = next(iter(results.values()))["images"]
     parts = [
         "<h1>Lens classification: evaluation</h1>",
-        f"<p>{images} images that no training saw. Best macro AUC: <b>{escaped(best)}</b>. "
+        f"<p>{images} images, none of them among the training images of these weights. Best macro AUC: <b>{escaped(best)}</b>. "
         "95 % intervals: of a bootstrap for AUC, Wilson's for accuracy.</p>",
         "<h2>Comparison</h2>",
         comparison_table(results, best, class_names, published),

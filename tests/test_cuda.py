@@ -86,7 +86,7 @@ def test_a_gpu_refuses_the_images_that_a_cpu_refuses():
     images = np.random.default_rng(0).permutation(np.concatenate([part for _, part, _ in parts]))
     rows = np.arange(3000)
     zeros = np.zeros(3000, np.uint64)
-    dataset = datasets.Dataset(images, zeros.astype(int), zeros, ("lens",), "", "")
+    dataset = datasets.Dataset(images, zeros.astype(int), zeros, zeros, ("lens",), "", "")
     transform = intensity.fit_transform(images, rows, "log")
     known, _ = familiarity.fit(dataset, rows[:1800], rows[1800:2400], transform, quiet=True)
     strangenesses = [evaluate.strangeness_of(known, images, rows[2400:], device) for device in (CPU, GPU)]

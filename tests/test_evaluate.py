@@ -50,7 +50,7 @@ def test_published_figures_stand_beside_images_of_their_own_data_model_alone():
     def rows(origin, side=64, class_names=("axion", "cdm", "no_sub")):
         images = np.zeros((1, side, side), np.float32)
         return evaluate.published_rows(
-            datasets.Dataset(images, np.zeros(1, int), None, class_names, "", origin)
+            datasets.Dataset(images, np.zeros(1, int), None, None, class_names, "", origin)
         )
 
     assert rows("folder dataset") == rows("simulate.py Model_II, 9 a class, seed 0, noise-free") != []

@@ -22,7 +22,7 @@ def dataset_of(images):
     images = np.asarray(images, dtype=np.float32)
     n = len(images)
     hashes = np.arange(n).astype(np.uint64)
-    return datasets.Dataset(images, np.zeros(n, np.int64), hashes, ("a",), "", "made here")
+    return datasets.Dataset(images, np.zeros(n, np.int64), hashes, hashes, ("a",), "", "made here")
 
 
 def fitted_images():

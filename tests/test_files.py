@@ -3,7 +3,7 @@
 import csv
 import errno
 import os
-import platform
+import shutil
 import signal
 
 import pytest
@@ -38,12 +38,33 @@ def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_stays
     process = run_python("-c", code, tmp_path / "a.txt", tmp_path / "b", check=False)
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert len(os.listdir(tmp_path)) == 2
-    living = tmp_path / f".a.{platform.node()}-1.tmp.txt"
+    living = tmp_path / f".a.{files._place()}-1-0.tmp.txt"
     living.touch()
     with atomic_write(tmp_path / "a.txt") as a, atomic_directory(tmp_path / "b") as b:
         a.write_text("whole")
         (b / "x").touch()
     assert sorted(os.listdir(tmp_path)) == [living.name, "a.txt", "b"]
+
+
+def test_what_a_process_with_the_same_number_elsewhere_writes_stays(tmp_path, monkeypatch):
+    """Containers that share a folder have processes of the same numbers, which do not see each other."""
+    with monkeypatch.context() as elsewhere, atomic_directory(tmp_path / "d") as theirs:
+        (theirs / "x").write_text("theirs")
+        elsewhere.setattr(os, "readlink", lambda _: "pid:[1]")
+        elsewhere.setattr(files, "_is_alive", lambda _: False)
+        with atomic_directory(tmp_path / "d") as ours:
+            assert theirs != ours
+            (ours / "x").write_text("ours")
+        assert (theirs / "x").read_text() == "theirs"
+        shutil.rmtree(tmp_path / "d")
+    assert (tmp_path / "d" / "x").read_text() == "theirs"
+
+
+def test_two_writers_of_one_process_have_names_of_their_own(tmp_path):
+    with atomic_write(tmp_path / "a") as one, atomic_write(tmp_path / "a") as other:
+        assert one != other
+        one.touch()
+        other.touch()
 
 
 def test_a_failed_folder_leaves_nothing_and_a_folder_in_use_is_refused(tmp_path):
