@@ -134,7 +134,8 @@ async function showFile(name, getBuffer, models) {
 try {
   const classifier = await openClassifier('classifier.onnx');
   const models = { classifier, maps: await openMaps('reconstruction.onnx', classifier) };
-  element('warning').textContent = [classifier.warning, models.maps.doubt].filter(Boolean).join(' ');
+  element('warning').textContent = classifier.warning;
+  element('doubt').textContent = models.maps.doubt;
   const showFiles = async (files) => {
     for (const file of files) await showFile(file.name, () => file.arrayBuffer(), models);
   };
