@@ -6,9 +6,9 @@ how many of each class fall into the training, validation and test parts.
 
 import numpy as np
 
-from lib import options
+from lib import options, shortcuts
 from lib.datasets import load, split
-from lib.errors import run_main
+from lib.errors import one_line, run_main
 
 EXAMPLE = "example: python data.py --data lenses"
 
@@ -30,6 +30,9 @@ def main(argv=None):
         copies = len(originals) - len(np.unique(originals))
         more = f"; {copies} are copies, {len(originals) - copies} images are different" if copies else ""
         print(f"  {class_name}: {', '.join(counts)}{more}")
+    if (args.data / "dataset.json").exists():  # of a folder, packing says it
+        for line in shortcuts.differences(dataset):
+            print(one_line(line))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Space Telescope. The physics is in lib/lenses.py.
 
 import numpy as np
 
-from lib import datasets, lenses, options
+from lib import copies, datasets, lenses, options
 from lib.datasets import PACKED_FILES, PackedWriter, require_space
 from lib.errors import path_argument, run_main
 from lib.files import atomic_directory, make_folder
@@ -73,7 +73,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    made, replaced = made_from(args, [lenses.__file__, datasets.__file__, __file__]), None
+    made, replaced = made_from(args, [lenses.__file__, datasets.__file__, copies.__file__, __file__]), None
     if args.update:
         replaced = DESCRIPTIONS[args.layout]
         if is_current(args.out / replaced, made):

@@ -21,7 +21,7 @@ from scipy.optimize import least_squares
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluate import predict_probabilities
-from lib import datasets, lenses, options, weights
+from lib import copies, datasets, lenses, options, weights
 from lib.device import resolve_device
 from lib.errors import UserError, path_argument, run_main
 from lib.files import atomic_directory, require_own, write_csv
@@ -36,6 +36,7 @@ EXAMPLE = """examples:
       --weights runs/pictures-full/vit-mae-classifier-wt.pth --out predictions.csv"""
 
 COLUMNS = ("labels", "selection", "source")  # of a file, beside its images
+BLOCK = 4096  # images that are made together
 LEVELS = 256  # of an 8-bit picture
 START_GRID = 15  # source positions a side that a fit starts from
 # Pictures that cannot be decoded exactly: log10 of the noise of those solved from smoothed displays,
@@ -150,7 +151,7 @@ def is_exact(images):
 def pictures(args):
     dataset, rng = datasets.load(args.data), np.random.default_rng(args.seed)
     kind = f"pictures of any kind, seed {args.seed}," if args.any else "8-bit pictures"
-    made = made_from(argparse.Namespace(), [__file__, datasets.__file__], kind=kind, data=identity_of(dataset))
+    made = made_from(argparse.Namespace(), [__file__, datasets.__file__, copies.__file__], kind=kind, data=identity_of(dataset))
     if args.update:
         if is_current(args.out / "dataset.json", made):
             return
@@ -158,14 +159,12 @@ def pictures(args):
     with atomic_directory(args.out, "dataset.json" if args.update else None, datasets.PACKED_FILES) as folder:
         origin = f"{kind} of {dataset.origin}"
         writer = datasets.PackedWriter(folder, dataset.images.shape, dataset.class_names, origin)
-        for start in range(0, len(dataset.images), datasets.CHECK_BLOCK):
-            images = np.asarray(dataset.images[start : start + datasets.CHECK_BLOCK], np.float64)
+        for start in range(0, len(dataset.images), BLOCK):
+            images = np.asarray(dataset.images[start : start + BLOCK], np.float64)
             if not (images.max(axis=(1, 2)) > 0).all():
                 raise UserError(f"{args.data}: an image has no positive pixel")
             shown = as_any_pictures(images, rng) if args.any else as_pictures(images)
-            labels = dataset.labels[start : start + len(shown)].tolist()
-            for picture, label in zip(shown, labels, strict=True):
-                writer.append(picture[None], label)
+            writer.append(shown, dataset.labels[start : start + len(shown)])
         writer.close()
         sign(folder / "dataset.json", made)
     print(f"{len(dataset.images)} pictures in {args.out}")

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from lib import copies
-from lib.errors import UserError
+from lib import copies, shortcuts
+from lib.errors import UserError, one_line
 from lib.files import atomic_directory, is_hidden, make_folder, read_json, write_json
 from lib.images import forget_pages, may_hold_images, read_image, read_npy
 from lib.names import check_class_names
@@ -323,6 +323,10 @@ def load(path, cache_dir=None, progress=True):
             names = ", ".join(str(other.relative_to(path)) for other in others[:SHOWN_NAMES])
             print(f"{len(others)} other files were not read: {names}"
                   f"{', ...' if len(others) > SHOWN_NAMES else ''}", file=sys.stderr)  # fmt: skip
+        dataset = _open_packed(packed)
+        for line in shortcuts.differences(dataset):
+            print(one_line(line), file=sys.stderr)
+        return dataset
     return _open_packed(packed)
 
 
