@@ -4,9 +4,16 @@ Training packs a folder by itself. This script shows beforehand whether the imag
 how many of each class fall into the training, validation and test parts.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which python -P leaves out
+from lib.errors import UserError, path_argument, run_main, starting
+
+starting(__name__)
+
 from lib import options
 from lib.datasets import load, split
-from lib.errors import UserError, path_argument, run_main
 from lib.files import read_json, write_json
 
 EXAMPLE = "example: python data.py --data lenses"
