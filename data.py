@@ -4,11 +4,18 @@ Training packs a folder by itself. This script shows beforehand whether the imag
 how many of each class fall into the training, validation and test parts.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which python -P leaves out
+from lib.errors import one_line, run_main, starting
+
+starting(__name__)
+
 import numpy as np
 
 from lib import options, shortcuts
 from lib.datasets import load, split
-from lib.errors import one_line, run_main
 
 EXAMPLE = "example: python data.py --data lenses"
 

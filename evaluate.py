@@ -6,6 +6,13 @@ in one file.
 """
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which python -P leaves out
+from lib.errors import UserError, one_line, path_argument, run_main, starting
+
+starting(__name__)
+
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +22,6 @@ from sklearn.metrics import confusion_matrix, roc_curve
 
 from lib import compatibility, datasets, metrics, options, plots, report, tables, weights
 from lib.device import resolve_device
-from lib.errors import UserError, one_line, path_argument, run_main
 from lib.files import PICTURE, make_folder, sha256_of, write_json, write_text
 from lib.guard import LEAST_FAMILIARITY, Guard
 from lib.loader import batch_reader, in_batches

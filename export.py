@@ -6,9 +6,16 @@ names and origin are in the metadata. The file is compared with PyTorch on image
 it is written. A file that differs, or that loses AUC or accuracy in lower precision, is not written.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which python -P leaves out
+from lib.errors import UserError, path_argument, run_main, starting
+
+starting(__name__)
+
 import json
 import time
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -16,7 +23,6 @@ import torch
 
 from lib import compatibility, datasets, known_answers, options, weights
 from lib.convert import to_hugging_face
-from lib.errors import UserError, path_argument, run_main
 from lib.files import atomic_directory, atomic_write, check_outputs, require_own, write_json
 from lib.known_answers import difference
 from lib.metrics import accuracy, auc_by_class

@@ -7,13 +7,19 @@ Leaves in --out: vit-mae-classifier-wt.pth (weights of the best validation macro
 the last ones), config.json, metrics.jsonl and curves.png (loss, accuracy and AUC).
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which python -P leaves out
+from lib.errors import UserError, one_line, path_argument, run_main, starting
+
+starting(__name__)
 
 import numpy as np
 import torch
 
 from lib import datasets, distributed, familiarity, network, options, plots, recipe, weights
 from lib.device import resolve_device
-from lib.errors import UserError, one_line, path_argument, run_main
 from lib.guard import LEAST_FAMILIARITY
 from lib.loader import in_batches
 from lib.loop import Learner, check_batch, fit, precision_of

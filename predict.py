@@ -10,16 +10,21 @@ of file names that are not UTF-8 are written as escapes such as \\xff, and a nam
 would take for a formula has ./ in front, which names the same file.
 """
 
-import argparse
-import contextlib
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which python -P leaves out
+from lib.errors import UserError, one_line, path_argument, run_main, starting
+
+starting(__name__)
+
+import argparse
+import contextlib
 from typing import NamedTuple
 
 import numpy as np
 
 from lib import options, sheet
-from lib.errors import UserError, one_line, path_argument, run_main
 from lib.files import PICTURE, check_outputs, identity, require_own, write_csv
 from lib.guard import LEAST_FAMILIARITY, UNFAMILIAR, Guard
 from lib.images import SUFFIXES, How, Said, find_files, read_images

@@ -4,13 +4,20 @@ Leaves in --out: vit-mae-wt.pth (weights), config.json, metrics.jsonl, loss.png 
 reconstructions.png (held-out images of every class: original, masked, reconstruction, residual).
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which python -P leaves out
+from lib.errors import one_line, run_main, starting
+
+starting(__name__)
+
 import numpy as np
 import torch
 
 from lib import datasets, distributed, familiarity, network, options, plots, recipe
 from lib.augment import augment
 from lib.device import resolve_device
-from lib.errors import one_line, run_main
 from lib.intensity import fit_transform
 from lib.loader import StoredImages, batch_reader, in_batches, larger_than_memory, read_disturbed
 from lib.loop import Learner, check_batch, fit, precision_of

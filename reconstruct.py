@@ -9,13 +9,18 @@ maps.png (images above their residuals; the true point masses are marked in data
 """
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which python -P leaves out
+from lib.errors import UserError, one_line, path_argument, run_main, starting
+
+starting(__name__)
 
 import numpy as np
 import torch
 
 from lib import clusters, compatibility, datasets, lenses, options, plots
 from lib.device import resolve_device
-from lib.errors import UserError, one_line, path_argument, run_main
 from lib.files import PICTURE, make_folder, sha256_of, write_csv, write_json
 from lib.metrics import about_intervals
 from lib.provenance import LIBRARY, identity_of, is_current, made_from, require_own_results, sign

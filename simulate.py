@@ -4,12 +4,18 @@ Model_I has its own camera with photon noise, Model_II models Euclid and Model_I
 Space Telescope. The physics is in lib/lenses.py.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # which python -P leaves out
+from lib.errors import path_argument, run_main, starting
+
+starting(__name__)
 
 import numpy as np
 
 from lib import copies, datasets, lenses, options
 from lib.datasets import PACKED_FILES, PackedWriter, require_space
-from lib.errors import path_argument, run_main
 from lib.files import atomic_directory, make_folder
 from lib.provenance import is_current, made_from, require_origin, sign
 

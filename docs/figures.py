@@ -6,19 +6,23 @@ Leaves overview.png and design.png in --out.
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from lib.errors import UserError, path_argument, run_main, starting
+
+starting(__name__)
+
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluate import predict_probabilities
 from lib import compatibility, datasets, lenses, options, plots, weights
 from lib.device import resolve_device
-from lib.errors import UserError, path_argument, run_main
 from lib.files import PICTURE, require_own
 from lib.loader import batch_reader
 from lib.residuals import smooth_rms_of
 from mae import complementary_masks
+
+import matplotlib.pyplot as plt  # after lib.plots, which chooses how it draws
 
 EXAMPLE = """example:
   python docs/figures.py --data runs/data --mae runs/pretrain/vit-mae-wt.pth \\

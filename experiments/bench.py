@@ -6,18 +6,25 @@ own, with the C library's default memory management, and in this one. Peers come
 requirements-bench.txt; without a peer its row has no ratio. Leaves bench.json and bench.md in --out.
 """
 
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from lib.errors import UserError, path_argument, run_main, starting
+
+starting(__name__)
+
 import functools
 import itertools
 import json
 import multiprocessing
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -26,15 +33,12 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 import export
 import predict
 import simulate
 from lib import datasets, lenses, optim, options, tables
 from lib.cuda_graphs import GraphedStep
 from lib.device import choose_precision, resolve_device, seconds_of
-from lib.errors import UserError, path_argument, run_main
 from lib.files import make_folder, require_own, write_json, write_text
 from lib.loader import batch_reader
 from mae import MAE, Classifier, set_attention_form

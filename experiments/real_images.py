@@ -11,19 +11,23 @@ image as .npy. Every image is divided by its own maximum.
               other expects another unit, and its answers mean nothing.
 """
 
-import argparse
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from lib.errors import UserError, path_argument, run_main, starting
+
+starting(__name__)
+
+import argparse
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
 from scipy.optimize import least_squares
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluate import predict_probabilities
 from lib import copies, datasets, lenses, options, weights
 from lib.device import resolve_device
-from lib.errors import UserError, path_argument, run_main
 from lib.files import atomic_directory, require_own, write_csv
 from lib.images import read_npy
 from lib.provenance import identity_of, is_current, made_from, require_origin, sign

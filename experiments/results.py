@@ -7,11 +7,14 @@ on several machines; this script joins their results.
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from lib.errors import UserError, path_argument, run_main, starting
+
+starting(__name__)
+
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lib import options, plots, tables
-from lib.errors import UserError, path_argument, run_main
 from lib.files import PICTURE, read_json, require_own, write_json, write_text
 
 EXAMPLE = """example:

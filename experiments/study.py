@@ -5,19 +5,24 @@ left, so finished runs are not repeated and a stopped one resumes. The runs lie 
 tables and pictures in --out/results (see results.py). Test figures choose nothing.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from lib.errors import UserError, path_argument, run_main, starting
+
+starting(__name__)
+
 import argparse
 import itertools
 import shlex
 import subprocess
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import evaluate
 import finetune
 import pretrain
@@ -26,7 +31,6 @@ import simulate
 from experiments import kinds, results
 from lib import clusters, compatibility, datasets, lenses, options, residuals, weights
 from lib.device import choose_precision, resolve_device
-from lib.errors import UserError, path_argument, run_main
 from lib.files import make_folder, read_json, write_json
 
 EXAMPLE = """examples:

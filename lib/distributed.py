@@ -19,6 +19,8 @@ from lib.errors import UserError
 
 # A run ends with an error if a process is silent for longer; packing a large folder takes hours.
 TIMEOUT = timedelta(hours=12)
+# Schedulers set some of these, too; a process that nobody joins would wait for the timeout.
+BY_TORCHRUN = ("TORCHELASTIC_RUN_ID", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def world_size():
@@ -47,9 +49,13 @@ def process_group(device_name):
 
     If another process ends early, this one raises UserError.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
+    if any(not os.environ.get(name) for name in BY_TORCHRUN):
+        raise UserError(
+            "WORLD_SIZE is set, but torchrun has not started this process: unset WORLD_SIZE, or start with torchrun"
+        )
     on_gpu = device_name.startswith("cuda") or (device_name == "auto" and torch.cuda.is_available())
     if on_gpu:
         name = local_device() if device_name in ("auto", "cuda") else device_name

@@ -4,12 +4,54 @@ import argparse
 import contextlib
 import os
 import re
+import signal
 import sys
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class UserError(Exception):
     """A mistake that the user can fix: its text names the file or flag and the remedy."""
+
+
+def starting(name):
+    """Let a script, whose `__name__` is given, end in one line if it is stopped, or misses a package, on its imports.
+
+    SIGINT ends it at once: packages turn the exception into others when they are half imported.
+    """
+    if name == "__main__":
+        sys.excepthook = _tell_what_is_missing
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as after nohup
+            signal.signal(signal.SIGINT, _stop_at_once)
+
+
+def _stop_at_once(*_):
+    _say("interrupted")
+    os._exit(130)
+
+
+def _tell_what_is_missing(kind, error, trace):
+    """One line on a package that is not installed, after the description that --help asks for."""
+    if not isinstance(error, ImportError) or (error.name or "").split(".")[0] in ("lib", "mae"):
+        sys.__excepthook__(kind, error, trace)
+        return
+    asks_for_help = not {"-h", "--help"}.isdisjoint(sys.argv[1:])
+    if asks_for_help:
+        print(sys.modules["__main__"].__doc__ or "")  # python -OO keeps none
+    _say(f"error: {about_missing(error)}")
+    sys.exit(0 if asks_for_help else 2)
+
+
+def about_missing(error):
+    """One line on an ImportError of a package: what to install."""
+    module = (error.name or str(error)).split(".")[0]
+    package, pinned = {"sklearn": "scikit-learn"}.get(module, module), ROOT / "requirements.txt"
+    lines = pinned.read_text().split() if pinned.is_file() else []  # predict.py may have been copied without it
+    version = next((line for line in lines if line.startswith(f"{package}==")), package)
+    if isinstance(error, ModuleNotFoundError):
+        return f"{package} is not installed: python -m pip install {version}"
+    return f"{package} cannot be imported ({reason_of(error)}): python -m pip install --force-reinstall {version}"
 
 
 def run_main(main):
@@ -19,6 +61,8 @@ def run_main(main):
     closed pipe ends the script silently.
     """
     _accept_any_output()
+    if signal.getsignal(signal.SIGINT) is _stop_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         code = main()
         with contextlib.suppress(BrokenPipeError):  # the work is done, even if nobody reads the output
@@ -42,10 +86,18 @@ def run_main(main):
 
 
 def path_argument(text):
-    """A path from the command line. An empty one, mostly an unset variable, is refused."""
+    """A path from the command line. An empty one, mostly an unset variable, is refused.
+
+    So is one that no shell has expanded: as the name of an output it would make a folder of that name.
+    """
     if not text:
-        raise argparse.ArgumentTypeError("the path is empty")
-    return Path(text)
+        raise argparse.ArgumentTypeError("the path is empty: is a variable of the shell unset?")
+    path = Path(text)
+    if re.search(r"^~|\*|\$[A-Za-z_{(]", text) and not os.path.lexists(path):
+        raise argparse.ArgumentTypeError(
+            f"the shell has not expanded {one_line(text)}: leave the quotes out, or no file matches"
+        )
+    return path
 
 
 def _accept_any_output():

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import onnxruntime
 
 from lib import known_answers
-from lib.errors import UserError, reason_of
+from lib.errors import UserError, about_missing, reason_of
 from lib.names import check_class_names
 
 
@@ -20,6 +19,10 @@ def open_session(path, device="auto"):
     Raises UserError if it is missing, not an ONNX file, takes another input than raw images, or gives
     other answers here than PyTorch gave, see `known_answers`.
     """
+    try:
+        import onnxruntime  # here, so that --help needs no package
+    except ImportError as error:
+        raise UserError(about_missing(error)) from None
     if not path.is_file():
         raise UserError(f"no model at {path}: export one with export.py")
     providers = ["CPUExecutionProvider"]
@@ -27,12 +30,14 @@ def open_session(path, device="auto"):
         # TF32 would keep 11 bits of each factor, and change the familiarity of most images.
         providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
     elif device == "cuda":
-        raise UserError("--device cuda: this onnxruntime has no CUDA; use cpu")
+        raise UserError("--device cuda: this onnxruntime has no CUDA; use cpu, or install onnxruntime-gpu")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     with _named_errors(path):
         # From bytes, so that a model cannot refer to weights in other files.
         session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=providers)
+        if device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
+            raise UserError("--device cuda: onnxruntime cannot start CUDA here; use cpu")  # it would take the CPU
         (model_input,) = session.get_inputs()
         _, channels, height, width = model_input.shape
         if model_input.type != "tensor(float)" or channels != 1 or height != width:

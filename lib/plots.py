@@ -1,11 +1,13 @@
 """Every picture of the project; nothing here computes a result."""
 
+import os
 import sys
 from pathlib import Path
 
+os.environ["MPLBACKEND"] = "Agg"  # another value may be for a notebook, or unknown
 import matplotlib
 
-matplotlib.use("Agg")  # no window: machines without a screen
+matplotlib.use("Agg")  # no window: machines without a screen, and whoever has imported it before
 
 import matplotlib.pyplot as plt
 import numpy as np

@@ -1,0 +1,102 @@
+"""Whatever the environment holds, a script works, or ends with one line."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import HUNG, ROOT, assert_user_error, run_script
+
+from lib import distributed
+from lib.errors import UserError, path_argument
+
+SCRIPTS = [
+    str(path.relative_to(ROOT)) for folder in (".", "experiments", "docs")
+    for path in sorted((ROOT / folder).glob("*.py")) if "new_parser(" in path.read_text()
+]  # fmt: skip
+
+
+def run_in(environment, *command, folder=ROOT):
+    """A new process of Python with more in its environment."""
+    return subprocess.run([sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True,
+                          env={**os.environ, **environment}, timeout=HUNG)  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_work_without_their_folder_on_the_path_and_with_an_unknown_backend(script, tmp_path):
+    process = run_in({"MPLBACKEND": "nonsense"}, "-P", ROOT / script, "--help", folder=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "options:" in process.stdout
+
+
+@pytest.mark.parametrize("flags", [("-I",), ("-OO",), ("-E", "-W", "error")])
+def test_flags_of_python_change_nothing(flags, tmp_path):
+    process = run_in({}, *flags, ROOT / "predict.py", "--help", folder=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"WORLD_SIZE": "4"}, {"WORLD_SIZE": "many"}, {"WORLD_SIZE": "", "RANK": "0"},
+     {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29400"}],
+)  # fmt: skip
+def test_what_a_scheduler_leaves_is_no_torchrun(environment, monkeypatch):
+    for name in distributed.BY_TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="torchrun"), distributed.process_group("cpu"):
+        pytest.fail("the block must not run")
+
+
+@pytest.mark.parametrize("path", ["data/*.npy", "~/x", "~nobody/x", "$RUNS/x", "${RUNS}", "a/$(pwd)", ""])
+@pytest.mark.parametrize("option", ["--data", "--out"])
+def test_what_no_shell_has_expanded_is_said(option, path, tmp_path):
+    given = {"--data": "d", "--out": "o"} | {option: path}
+    words = [f"{name}={value}" for name, value in given.items()]
+    process = run_script("evaluate.py", "--weights", "w", *words, check=False, folder=tmp_path)
+    assert process.returncode == 2
+    last = process.stderr.splitlines()[-1]
+    assert f"argument {option}: the " in last
+    assert "shell" in last
+    assert not os.listdir(tmp_path)
+
+
+def test_a_file_with_such_a_name_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("~a", "*.npy", "$x"):
+        (tmp_path / name).touch()
+        assert path_argument(name).exists()
+
+
+@pytest.mark.parametrize(("script", "package", "install"), [
+    ("predict.py", "onnxruntime", "onnxruntime=="), ("pretrain.py", "torch", "torch=="),
+    ("evaluate.py", "sklearn", "scikit-learn=="), ("predict.py", "numpy", "numpy=="),
+])  # fmt: skip
+def test_a_package_that_is_not_installed_is_named(script, package, install, tmp_path):
+    (tmp_path / "x.npy").touch()
+    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules[{package!r}] = None")  # as if it were not there
+    without = {"PYTHONPATH": str(tmp_path)}
+    helped = run_in(without, script, "--help")
+    assert helped.returncode == 0, helped.stderr
+    assert "Traceback" not in helped.stderr
+    assert len(helped.stdout) > 100
+    given = {"predict.py": ("--model", tmp_path / "x.onnx", tmp_path / "x.npy", "--out", tmp_path / "o"),
+             "pretrain.py": (), "evaluate.py": ()}[script]  # fmt: skip
+    run = run_in(without, script, *given)
+    assert_user_error(run, "python -m pip install", install)
+    assert len(run.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("script", ["pretrain.py", "predict.py", "experiments/study.py"])
+@pytest.mark.parametrize("seconds", [0.15, 0.3, 0.6])
+def test_an_interrupt_during_the_imports_is_one_line(script, seconds):
+    process = subprocess.Popen([sys.executable, script, "--help"], cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)  # fmt: skip
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=HUNG)
+    assert (process.returncode, said) in ((130, "interrupted\n"), (0, ""))
