@@ -301,7 +301,10 @@ def parse_args(argv=None):
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="what computes"
     )
-    return options.parsed(parser, argv)
+    args = options.parsed(parser, argv)
+    if not args.sheet:
+        options.refuse_unused(argv, ("sheet_images",), "there is no --sheet")
+    return args
 
 
 def main(argv=None):
