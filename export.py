@@ -353,8 +353,11 @@ def parse_args(argv=None):
     args = options.parsed(parser, argv)
     if args.what != "classifier" and args.precision != "float32":
         raise UserError(f"--precision {args.precision}: only a classifier is exported in it")
-    if args.what == "huggingface" and args.update:
-        raise UserError("--update: only an ONNX file says what it was made from")
+    if args.what == "huggingface":
+        unused = ("update", "data", "cache_dir", "seed", "allowed_fall")
+        options.refuse_unused(argv, unused, "only an ONNX file is compared, and says what it was made from")
+    elif args.precision == "float32":
+        options.refuse_unused(argv, ("allowed_fall",), "only --precision float16 or int8 may lose accuracy")
     if args.what != "classifier" and len(args.weights) > 1:
         raise UserError(f"--what {args.what} takes one file of weights")
     return args

@@ -318,6 +318,8 @@ def parse_args(argv=None):
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="what computes"
     )
     args = options.parsed(parser, argv)
+    if not args.sheet:
+        options.refuse_unused(argv, ("sheet_images", "sheet_by"), "there is no --sheet")
     if args.model is None:
         if args.maps is None and (MODELS / "reconstruction.onnx").exists():
             args.maps = MODELS / "reconstruction.onnx"

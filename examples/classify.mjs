@@ -30,6 +30,10 @@ async function classify(name, image, model) {
 }
 
 const [path, ...files] = process.argv.slice(2);
+if (!files.length) {
+  console.error('error: give a model and files: node classify.mjs MODEL.onnx FILE.npy ...');
+  process.exit(2);
+}
 ort.env.wasm.numThreads = 1;
 const model = await attempt(path, async () => {
   const content = await readFile(path);

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import sys
 
 from lib.errors import UserError, path_argument
 
@@ -93,6 +94,14 @@ def add_test_arguments(parser):
     group.add_argument("--seed", type=int, default=0, help="random seed")
     add_device_argument(group)
     add_update_argument(group)
+
+
+def refuse_unused(argv, names, reason):
+    """UserError if one of the options `names` is given, be it with its default: it would do nothing."""
+    given = {word.split("=")[0] for word in map(str, sys.argv[1:] if argv is None else argv)}
+    for flag in (f"--{name.replace('_', '-')}" for name in names):
+        if flag in given:
+            raise UserError(f"{flag}: {reason}; leave it out")
 
 
 def parsed(parser, argv):

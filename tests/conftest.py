@@ -120,9 +120,11 @@ def with_defaults(more, defaults):
 
 def replacing(words, more):
     """The words of a command with the options `more`, in place of what it says of these options."""
-    kept, is_replaced = [], False
+    words, more = [str(word) for word in words], [str(word) for word in more]
+    flags, kept, is_replaced = {word.split("=")[0] for word in more}, [], False
     for word in words:
-        is_replaced = word in more if word.startswith("--") else is_replaced
+        if word.startswith("--") and " " not in word:  # with a space it is a value
+            is_replaced = word in flags
         kept += [] if is_replaced else [word]
     return [*kept, *more]
 

@@ -145,6 +145,14 @@ def test_javascript_example_names_files_that_are_none(site):
 
 
 @needs_node
+@pytest.mark.parametrize("arguments", [(), ("model.onnx",)])
+def test_javascript_example_says_how_it_is_called(arguments):
+    process = subprocess.run(["node", EXAMPLES / "classify.mjs", *arguments], capture_output=True, text=True)
+    assert process.returncode == 2
+    assert process.stderr == "error: give a model and files: node classify.mjs MODEL.onnx FILE.npy ...\n"
+
+
+@needs_node
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
 def test_web_page_classifies_in_the_browser(site, tmp_path):
     web, expected, familiar = site

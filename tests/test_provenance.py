@@ -4,7 +4,7 @@ import os
 import shutil
 
 import pytest
-from conftest import assert_user_error, run_script
+from conftest import assert_user_error, replacing, run_script
 
 import evaluate
 import export
@@ -28,7 +28,7 @@ def call(request, runs, folder, tmp_path):
         "reconstruct": (reconstruct, (*images, "--resamples", 5, "--weights", mae), ("--rounds", 1)),
         "export": (export, (*images, "--weights", classifier), ("--seed", 1)),
     }[request.param]  # fmt: skip
-    return (lambda *more: script.main([str(a) for a in (*arguments, "--out", out, *more)])), out, other
+    return (lambda *more: script.main(replacing((*arguments, "--out", out), more))), out, other
 
 
 def content(out):

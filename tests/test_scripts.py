@@ -48,6 +48,19 @@ def test_options_that_would_do_nothing_are_refused(script, option, given):
     assert f"unrecognized arguments: {option} 0" in process.stderr
 
 
+@pytest.mark.parametrize(
+    ("script", "given", "option"),
+    [("export", ("--what", "huggingface", "--weights", "x", "--out", "x"), (flag, value))
+     for flag, value in (("--data", "d"), ("--cache-dir", "d"), ("--seed", "0"), ("--allowed-fall", "0.002"))]
+    + [("export", ("--weights", "x", "--out", "x"), ("--allowed-fall", "0.1")),
+       ("predict", ("--model", "x", "--out", "x", "x"), ("--sheet-images", "40"))],
+)  # fmt: skip
+def test_options_that_do_nothing_beside_others_are_refused(script, given, option):
+    for words in (option, ("=".join(option),)):
+        process = run_script(f"{script}.py", *given, *words, check=False)
+        assert_user_error(process, option[0], "leave it out")
+
+
 def mistakes(runs, folder, tmp_path):
     """name: (script, arguments, what the error names)."""
     cache, out = ("--data", folder, "--cache-dir", runs / "cache"), ("--out", tmp_path / "out")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_DECODER, TINY_NETWORK
+from conftest import TINY_DECODER, TINY_NETWORK, replacing
 
 import evaluate
 import finetune
@@ -42,9 +42,9 @@ def tiny_study(packed, tmp_path, monkeypatch, no_pictures):
     monkeypatch.setattr(familiarity, "FEWEST_IMAGES", 10)
 
     def main(*arguments):
-        study.main([str(a) for a in (
-            "--data", packed, "--out", tmp_path / "runs", "--pretraining",
-            f"{NETWORK} {' '.join(TINY_DECODER)}", "--finetuning", NETWORK, *arguments)])  # fmt: skip
+        defaults = ("--data", packed, "--out", tmp_path / "runs", "--pretraining",
+                    f"{NETWORK} {' '.join(TINY_DECODER)}", "--finetuning", NETWORK)  # fmt: skip
+        study.main(replacing(defaults, arguments))
         return tmp_path / "runs" / "results"
 
     return main
