@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 import torch
 
-from lib import compatibility, datasets, known_answers, options, weights
+from lib import compatibility, datasets, known_answers, options, traits, weights
 from lib.convert import to_hugging_face
 from lib.files import atomic_directory, atomic_write, check_outputs, require_own, write_json
 from lib.known_answers import difference
@@ -40,6 +40,7 @@ LICENCE = "MIT"
 # among the validation images, which rounding changes a little; it is computed in float32 always.
 TOLERANCES = {"probabilities": 1e-4, "familiarity": 0.03, "residual": 1e-4, "score": 1e-4}
 CHECKED_BATCHES = (1, 7, 256)
+DESCRIBED_IMAGES = 1000  # training images whose figures are kept, see `traits`
 JUDGED_IMAGES = 3000  # validation images on which lower precision is judged
 
 
@@ -56,7 +57,7 @@ def export(args):
     images = some_images(dataset, parts["validation"], max(CHECKED_BATCHES), args.seed)
     if args.precision != "float32":
         order = compatibility.class_order(opened.content["class_names"], dataset, opened.path)
-    metadata = metadata_of(args, model, opened, dataset)
+    metadata = metadata_of(args, model, opened, dataset, parts["train"])
     if args.update and metadata["made_from"] == made_from_in(args.out):
         print(f"already up to date: {args.out}")
         return
@@ -152,11 +153,14 @@ def some_images(dataset, rows, count, seed):
     return dataset.images[np.resize(rows, count)][:, None]
 
 
-def metadata_of(args, model, opened, dataset):
-    """The text {key: value} that the file carries."""
+def metadata_of(args, model, opened, dataset, train):
+    """The text {key: value} that the file carries; `train` are rows of training images."""
     # The file may be published: without the paths of this machine.
     trained = {k: v for k, v in opened.content["run"].items() if k not in ("data", "cache_dir")}
-    familiarity = getattr(model, "familiarity", None)
+    familiarity, figures = getattr(model, "familiarity", None), "null"
+    if trained.get("data_fingerprint") == dataset.fingerprint:
+        some = train[:: max(1, len(train) // DESCRIBED_IMAGES)]
+        figures = json.dumps(traits.reference_of(dataset.images[some]))
     checked_on = [dataset.fingerprint, dataset.class_names]
     made = made_from(args, [*LIBRARY, __file__], data=checked_on, weights=opened.sha256)
     return {
@@ -173,6 +177,7 @@ def metadata_of(args, model, opened, dataset):
         "pixel_scale": json.dumps(trained.get("pixel_scale")),
         "unit": str(trained.get("unit", "unknown")),
         "smooth_rms": json.dumps(trained.get("smooth_rms")),
+        "figures": figures,
         "made": json.dumps(circumstances()),
         "run": json.dumps(trained),
         "made_from": json.dumps(made),

@@ -20,15 +20,18 @@ starting(__name__)
 
 import argparse
 import contextlib
+import glob
+import os
 from typing import NamedTuple
 
 import numpy as np
 
-from lib import options, sheet
+from lib import options, sheet, traits
 from lib.files import PICTURE, check_outputs, identity, require_own, write_csv
 from lib.guard import LEAST_FAMILIARITY, UNFAMILIAR, Guard
-from lib.images import SUFFIXES, How, Said, find_files, read_images
+from lib.images import How, Said, find_files, read_images
 from lib.onnxfile import classify, number_in, open_classifier, open_maps
+from lib.outputs import STANDARD_OUTPUT, require_writable, write_table
 
 EXAMPLE = """examples:
   python predict.py --out predictions.csv models/examples
@@ -37,6 +40,7 @@ EXAMPLE = """examples:
       --sheet sheet.png --maps runs/reconstruction.onnx"""
 MODELS = Path(__file__).resolve().parent / "models"
 BATCH_SIZE = 32  # small enough that a layer's outputs stay in a CPU's cache
+MOST_STRANGE = 200  # unfamiliar images that are looked at for what they have in common
 NAMED_OTHERS = 5  # of the files that are not read
 
 
@@ -53,13 +57,13 @@ def batches_of(images, batch_size):
         yield names, np.stack(batch)[:, None]
 
 
-def progress(batches):
+def progress(files):
     """Show a bar if tqdm is installed; prediction works without it."""
     with contextlib.suppress(ImportError):
         from tqdm import tqdm
 
-        return tqdm(batches, unit="batch", disable=None)
-    return batches
+        return tqdm(files, unit="file", disable=None)
+    return files
 
 
 class Answer(NamedTuple):
@@ -78,23 +82,24 @@ def predict(args):
     guard = Guard.of(session, args.least_familiarity)
     maps = open_maps(args.maps, session, img_size, args.device) if args.maps else None
     choice = sheet_choice(args, guard) if args.sheet else None
-    files, others, errors = find_files(args.paths)
+    files, others, errors = find_files(paths_named(args.paths))
     if not files and not errors:
         raise UserError("no .npy, .npz or FITS files found under the given paths")
     others = check_paths(args, files, others)
 
     said = Said(errors, others, [])
     how = How(args.hdu, args.planes, args.crop, args.centre)
-    images = scaled(read_images(files, img_size, said, how), args.scale)
-    batches = progress(batches_of(guard.readable(images, errors), args.batch_size))
+    images = scaled(read_images(progress(files), img_size, said, how), args.scale)
+    batches = batches_of(guard.readable(images, errors), args.batch_size)
     answers = answers_to(batches, args.model, session, class_names, guard, maps, errors)
     counts = dict.fromkeys([*class_names, *([UNFAMILIAR] if guard.can_refuse else [])], 0)
-    answers = watched(answers, counts, choice)
+    strange = []
+    answers = watched(answers, counts, choice, strange)
     header = ["file", *class_names, "prediction", *(["familiarity"] if guard.calibration is not None else []),
               *(["residual"] if maps else [])]  # fmt: skip
 
     # All results are written before anything is printed.
-    write_csv(args.out, rows_of(header, answers))
+    write_table(args.out, rows_of(header, answers))
     write_errors(args.out, errors)
     shown = choice.answers() if choice else []
     sheet_error = None
@@ -102,16 +107,48 @@ def predict(args):
         sheet_error = sheet.draw(args.sheet, shown, class_names, maps, number_in(session, "pixel_scale"))
 
     summary = ", ".join(f"{count} {name}" for name, count in counts.items())
-    print(one_line(f"{sum(counts.values())} images in {args.out}: {summary}"))
+    say(args, f"{sum(counts.values())} images in {args.out}: {summary}")
     if args.sheet and not sheet_error:
-        print(one_line(f"{len(shown)} of them in {args.sheet}, {sheet.ORDERS[args.sheet_by]}"
-                       if shown else f"nothing to draw in {args.sheet}"))  # fmt: skip
+        say(args, f"{len(shown)} of them in {args.sheet}, {sheet.ORDERS[args.sheet_by]}"
+                  if shown else f"nothing to draw in {args.sheet}")  # fmt: skip
     doubts = [maps.doubt] if maps and maps.doubt else []
-    for line in (*doubts, *said.about_notes(), *warnings_of(args, guard, counts, others, errors)):
+    reference = traits.reference_in(session.get_modelmeta().custom_metadata_map)
+    told = warnings_of(args, guard, counts, others, errors, strange, reference)
+    for line in (*doubts, *said.about_notes(), *told):
         print(one_line(line), file=sys.stderr)
     if sheet_error:
         raise UserError(f"{sheet_error}; the predictions are in {args.out}")
     return 1 if errors else 0
+
+
+def paths_named(words):
+    """The paths that words of the command line name: files, folders, patterns, @lists, and - for standard input."""
+    for word in words:
+        if word == "-" or word.startswith("@"):
+            yield from map(Path, listed(word))
+            continue
+        path = Path(word).expanduser()
+        matches = [] if os.path.lexists(path) else sorted(glob.glob(str(path), recursive=True))
+        yield from map(Path, matches) if matches else [path]
+
+
+def listed(word):
+    """The lines of a list of paths, without empty ones; UserError."""
+    if word == "-":
+        lines = sys.stdin.buffer.read().decode(errors="surrogateescape").splitlines() if sys.stdin else []
+    else:
+        try:
+            lines = Path(word[1:]).read_text(errors="surrogateescape").splitlines()
+        except OSError as error:
+            raise UserError(f"cannot read the list {word[1:]}: {error.strerror}") from None
+    if not any(map(str.strip, lines)):
+        raise UserError(f"{word} lists no files")
+    return [line for line in lines if line.strip()]
+
+
+def say(args, line):
+    """Print a line, on stderr if the table is on stdout."""
+    print(one_line(line), file=sys.stderr if args.out == STANDARD_OUTPUT else sys.stdout)
 
 
 def sheet_choice(args, guard):
@@ -126,15 +163,15 @@ def sheet_choice(args, guard):
 
 def check_paths(args, files, others):
     """Those of `others` that this call neither reads nor writes; UserError if an output is an input."""
-    if args.out.name.lower().endswith((*SUFFIXES, ".pth", ".onnx")):
-        raise UserError(f"--out {args.out} has the suffix of another kind of file: name a .csv file")
-    outputs = {"--out": args.out, "the errors file": errors_path_of(args.out)}
+    require_writable(args.out)
+    outputs = {}
+    if args.out != STANDARD_OUTPUT:
+        outputs = {"--out": args.out, "the errors file": errors_path_of(args.out)}
+        require_own(errors_path_of(args.out), rb"\Afile,error\s")
     if args.sheet:
         outputs["--sheet"] = args.sheet
     models = [args.model, *([args.maps] if args.maps else [])]
     check_outputs(outputs, [*files, *models])
-    require_own(args.out, rb"\Afile,.*\bprediction\b")
-    require_own(outputs["the errors file"], rb"\Afile,error\s")
     if args.sheet:
         require_own(args.sheet, PICTURE)
     ours = {identity(path) for path in (*outputs.values(), *models)}
@@ -163,10 +200,15 @@ def answers_to(batches, path, session, class_names, guard, maps, errors):
             )  # fmt: skip
 
 
-def watched(answers, counts, choice):
-    """Pass on the answers; count the predictions in `counts`, and offer them to the `sheet.Choice`, if any."""
+def watched(answers, counts, choice, strange):
+    """Pass on the answers; count the predictions in `counts`, and offer them to the `sheet.Choice`, if any.
+
+    The `traits.figures_of` unfamiliar images, of MOST_STRANGE at most, are appended to `strange`.
+    """
     for answer in answers:
         counts[answer.prediction] += 1
+        if answer.prediction == UNFAMILIAR and len(strange) < MOST_STRANGE:
+            strange.append(traits.figures_of(answer.image)[0])
         if choice:
             choice.offer(answer)
         yield answer
@@ -181,15 +223,18 @@ def rows_of(header, answers):
         yield row + ([] if answer.residual is None else [f"{answer.residual:.6g}"])
 
 
-def warnings_of(args, guard, counts, others, errors):
+def warnings_of(args, guard, counts, others, errors, strange, reference):
     """What a user should know of the predictions, a line each."""
     if not guard.can_refuse:
         yield guard.weakness(args.model)
     elif counts[UNFAMILIAR]:
-        yield about_unfamiliar(counts[UNFAMILIAR], sum(counts.values()), args.least_familiarity)
+        images = sum(counts.values())
+        yield about_unfamiliar(counts[UNFAMILIAR], images, args.least_familiarity, strange, reference)
     if others:
         yield not_read(others)
-    if errors:
+    if errors and args.out == STANDARD_OUTPUT:
+        yield from (f"not read: {reason}" for _, reason in errors)
+    elif errors:
         first, where = errors[0][1], errors_path_of(args.out)
         yield f"{len(errors)} could not be read, see {where}; the first: {first}"
 
@@ -202,17 +247,23 @@ def scaled(images, factor):
         yield name, image
 
 
-def about_unfamiliar(count, total, least):
-    """One line on images that are unlike the training images, with the remedies."""
+def about_unfamiliar(count, total, least, strange, reference):
+    """One line on images that are unlike the training images: what is measurably so, else what may be.
+
+    strange : `traits.figures_of` some of them.
+    reference : see `traits.reference_in`.
+    """
     are = "is" if count == 1 else "are"
-    line = (
-        f"{count} of {total} images {are} unlike the training images: the probabilities mean "
-        "nothing. Another unit? Use --scale. Noise, another orientation or another centre? Train "
-        "with --augment halfturn,noise,shift,rotate (see docs/training.md)."
-    )
+    line = f"{count} of {total} images {are} unlike the training images: the probabilities mean nothing. "
     if count <= 3 * least * total:
-        line += f" Of images like the training images, {100 * least:g} % count as unlike them, too."
-    return line
+        line += f"Of images like the training images, {100 * least:g} % count as unlike them, too. "
+    found = traits.advice(np.array(strange), reference) if reference is not None else []
+    if found:
+        return f"{line}In the median image {'; '.join(found)}."
+    return (
+        f"{line}Another unit? Use --scale. Noise, PSF, orientation, centre, or another lens? Train with --augment "
+        "halfturn,noise,shift,rotate (see docs/training.md)."
+    )
 
 
 def errors_path_of(out):
@@ -220,7 +271,9 @@ def errors_path_of(out):
 
 
 def write_errors(out, errors):
-    """Write <out>.errors.csv, or remove that of an earlier call."""
+    """Write <out>.errors.csv, or remove that of an earlier call; nothing beside standard output."""
+    if out == STANDARD_OUTPUT:
+        return
     if errors:
         write_csv(errors_path_of(out), [("file", "error"), *errors])
     else:
@@ -233,6 +286,12 @@ def not_read(others):
     if len(others) == 1:
         return f"1 other file was not read: {names}"
     return f"{len(others)} other files were not read: {names}"
+
+
+def word_argument(text):
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty: is a variable of the shell unset?")
+    return text
 
 
 def centre_argument(text):
@@ -259,14 +318,18 @@ def planes_argument(text):
 
 def parse_args(argv=None):
     parser = options.new_parser(__doc__, EXAMPLE)
-    parser.add_argument("paths", type=path_argument, nargs="+", metavar="PATH", help="files or folders")
+    parser.add_argument(
+        "paths", type=word_argument, nargs="+", metavar="PATH",
+        help="files, folders, patterns such as 'cutouts/**/*.fits', @FILE with a path a line, or - for such lines "
+        "on standard input",
+    )  # fmt: skip
     parser.add_argument(
         "--model", type=path_argument, default=None, metavar="FILE.onnx",
         help="classifier that export.py wrote (default: models/classifier.onnx, with the maps of "
         "models/reconstruction.onnx)",
     )  # fmt: skip
     parser.add_argument("--out", type=path_argument, required=True, metavar="CSV",
-                        help="table to write")  # fmt: skip
+                        help="table to write: .csv, .fits or .vot; - is standard output")  # fmt: skip
     group = parser.add_argument_group("reading")
     group.add_argument(
         "--crop", action="store_true", help="use the centre of images larger than the network's"

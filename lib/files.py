@@ -95,10 +95,15 @@ def write_csv(path, rows):
         atomic_write(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8") as file,
     ):
-        # csv itself ends lines with CR LF, for only then it quotes a carriage return in a name. In the
-        # file they end with LF: awk would take CR for a part of the last number.
-        lines = SimpleNamespace(write=lambda line: file.write(line.removesuffix("\r\n") + "\n"))
-        csv.writer(lines).writerows([_no_formula(readable(cell)) for cell in row] for row in rows)
+        write_csv_to(file, rows)
+
+
+def write_csv_to(file, rows):
+    """`write_csv` into an open text file."""
+    # csv itself ends lines with CR LF, for only then it quotes a carriage return in a name. In the
+    # file they end with LF: awk would take CR for a part of the last number.
+    lines = SimpleNamespace(write=lambda line: file.write(line.removesuffix("\r\n") + "\n"))
+    csv.writer(lines).writerows([_no_formula(readable(cell)) for cell in row] for row in rows)
 
 
 def _no_formula(cell):

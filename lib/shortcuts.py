@@ -4,40 +4,12 @@ import numpy as np
 from sklearn.metrics import roc_auc_score
 
 from lib.images import forget_pages
+from lib.traits import FIGURES, figures_of
 
 IMAGES = 2000  # that are compared
 BLOCK_PIXELS = 2**20  # that are read together
 FEWEST = 20  # of a class and of the others, below which chance tells them apart
 TOLD_APART = 0.9  # AUC of one figure; of simulated images that differ in substructure alone it is below 0.6
-
-
-# The columns of `figures_of`, and what a difference may mean.
-FIGURES = (
-    ("brightest pixel", "another unit?"),
-    ("darkest pixel", "another zero level?"),
-    ("typical step between neighbours in the corners", "other noise?"),
-    ("share of pixels that are zero", "rounded or masked images?"),
-    ("share of pixels as bright as the brightest", "saturated images?"),
-    ("row of the centre of light", "turned or shifted images?"),
-    ("column of the centre of light", "turned or shifted images?"),
-)
-
-
-def figures_of(images):
-    """The FIGURES (n, 7) of images (n, H, H)."""
-    pixels = images.reshape(len(images), -1).astype(np.float64)
-    peak, lowest, side = pixels.max(axis=1), pixels.min(axis=1), images.shape[1]
-    edge = max(2, side // 8)
-    corners = [images[:, rows, columns] for rows in (slice(edge), slice(-edge, None))
-               for columns in (slice(edge), slice(-edge, None))]  # fmt: skip
-    steps = np.abs(np.diff(np.stack(corners, axis=1).astype(np.float64), axis=-1))
-    flux = pixels - lowest[:, None]
-    total = np.maximum(flux.sum(axis=1), np.finfo(float).tiny)
-    row, column = (index.ravel() for index in np.indices((side, side)))
-    return np.stack([
-        peak, lowest, np.median(steps, axis=(1, 2, 3)), (pixels == 0).mean(axis=1),
-        (pixels == peak[:, None]).mean(axis=1), flux @ row / total, flux @ column / total,
-    ], axis=1)  # fmt: skip
 
 
 def differences(dataset):

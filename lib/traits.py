@@ -1,0 +1,79 @@
+"""Figures of an image that have nothing to do with lensing, and what they say of unfamiliar images; numpy alone."""
+
+import json
+
+import numpy as np
+
+EXTREMES = (0.01, 0.5, 0.99)  # quantiles of the training images that are kept
+
+# The columns of `figures_of`, and what a difference may mean.
+FIGURES = (
+    ("brightest pixel", "another unit?"),
+    ("darkest pixel", "another zero level?"),
+    ("typical step between neighbours in the corners", "other noise?"),
+    ("share of pixels that are zero", "rounded or masked images?"),
+    ("share of pixels as bright as the brightest", "saturated images?"),
+    ("row of the centre of light", "turned or shifted images?"),
+    ("column of the centre of light", "turned or shifted images?"),
+)
+
+
+def figures_of(images):
+    """The FIGURES (n, 7) of images (n, H, H)."""
+    pixels = images.reshape(len(images), -1).astype(np.float64)
+    peak, lowest, side = pixels.max(axis=1), pixels.min(axis=1), images.shape[1]
+    edge = max(2, side // 8)
+    corners = [images[:, rows, columns] for rows in (slice(edge), slice(-edge, None))
+               for columns in (slice(edge), slice(-edge, None))]  # fmt: skip
+    steps = np.abs(np.diff(np.stack(corners, axis=1).astype(np.float64), axis=-1))
+    flux = pixels - lowest[:, None]
+    total = np.maximum(flux.sum(axis=1), np.finfo(float).tiny)
+    row, column = (index.ravel() for index in np.indices((side, side)))
+    return np.stack([
+        peak, lowest, np.median(steps, axis=(1, 2, 3)), (pixels == 0).mean(axis=1),
+        (pixels == peak[:, None]).mean(axis=1), flux @ row / total, flux @ column / total,
+    ], axis=1)  # fmt: skip
+
+
+def reference_of(images):
+    """{figure: its EXTREMES} of training images (n, H, W)."""
+    values = np.quantile(figures_of(images), EXTREMES, axis=0).T.tolist()
+    return dict(zip((name for name, _ in FIGURES), values, strict=True))
+
+
+def reference_in(metadata):
+    """The `reference_of` that an exported file has in its metadata, (7, 3); None if it has none that can be used."""
+    try:
+        stored = json.loads(metadata["figures"])
+        reference = np.array([stored[name] for name, _ in FIGURES], dtype=np.float64)
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+    return reference if reference.shape == (len(FIGURES), len(EXTREMES)) and np.isfinite(reference).all() else None
+
+
+def advice(figures, reference):
+    """What is measurably unlike the training images in most of some images, [text]; see `figures_of`."""
+    peak, darkest, step, zeros, saturated, row, column = np.median(figures, axis=0)
+    low, usual, high = reference.T
+    light = max(usual[0] - usual[1], np.finfo(float).tiny)  # of a training image
+    found = []
+    factor = (peak - darkest) / light
+    if factor <= 0:
+        return ["all pixels are equal"]
+    if not 0.8 * (low[0] - usual[1]) <= peak - darkest <= 1.25 * (high[0] - usual[1]):
+        found.append(f"the brightest pixel is {factor:.3g} times that of the training images (--scale {1 / factor:.3g}, "
+                     "if that is the unit)")  # fmt: skip
+    if abs(darkest / factor - usual[1]) > 0.01 * light:
+        found.append(f"the darkest pixel is {darkest:.3g}, {usual[1]:.3g} in the training images: another zero "
+                     "level, or noise")  # fmt: skip
+    if step / factor > max(2 * high[2], 1e-4 * light):
+        found.append(f"the corners are noisy: neighbours differ by {step / factor / light:.1%} of the peak, "
+                     f"{usual[2] / light:.1%} in the training images")  # fmt: skip
+    if zeros > high[3] + 0.01:
+        found.append(f"{zeros:.0%} of the pixels are exactly zero: rounded or masked?")
+    if saturated > high[4] + 0.002:
+        found.append(f"{saturated:.1%} of the pixels are as bright as the brightest: saturated?")
+    shift = column - usual[6], row - usual[5]
+    if not (low[5] <= row <= high[5] and low[6] <= column <= high[6]):
+        found.append(f"the light is off-centre by ({shift[0]:+.1f}, {shift[1]:+.1f}) pixels")
+    return found
