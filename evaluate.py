@@ -21,6 +21,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, roc_curve
 
 from lib import compatibility, datasets, metrics, options, plots, report, tables, weights
+from lib import predictions as written
 from lib.device import resolve_device
 from lib.files import PICTURE, make_folder, sha256_of, write_json, write_text
 from lib.guard import LEAST_FAMILIARITY, Guard
@@ -77,12 +78,16 @@ def evaluate(args):
     require_own_results(args.out, LEFT)
     paths = dict(zip(names_of_runs(args.weights), args.weights, strict=True))
     hashes = {name: sha256_of(path) for name, path in paths.items()}
-    made = made_from(args, [*LIBRARY, __file__], data=identity_of(dataset), weights=hashes)
+    theirs = sha256_of(args.predictions) if args.predictions else None
+    made = made_from(
+        args, [*LIBRARY, __file__], data=identity_of(dataset), weights=hashes, theirs=theirs
+    )
     beside = [args.out / name for name in ("comparison.md", "report.html", "roc.png")]
     if args.update and is_current(args.out / "metrics.json", made, *beside):
         return
     predictions = predictions_of(paths, dataset, resolve_device(args.device), args.split == "all")
     class_names = list(dataset.class_names)
+    comparisons = with_theirs(predictions, dataset, args)
     results = {name: figures(p, class_names, args) for name, p in predictions.items()}
     matrices = {name: confusion_of(p, class_names) for name, p in predictions.items()}
     published = published_rows(dataset)
@@ -100,7 +105,9 @@ def evaluate(args):
         },
     )
     write_text(args.out / "comparison.md", table + "\n")
-    remarks = about_results(results)
+    if args.save_predictions:
+        written.write(args.out / "predictions.csv", predictions, dataset, args.data)
+    remarks = [*about_results(results), *comparisons]
     plots.attempt(print, "\n".join([table, *map(one_line, remarks)]))
     best = max(results, key=lambda name: results[name]["macro"]["value"])
     drawn = draw(args.out, dataset, predictions, results, matrices, best)
@@ -138,6 +145,21 @@ def predictions_of(paths, dataset, device, whole):
         print("these weights were trained on different data, so their figures differ by more than the "
               "training", file=sys.stderr)  # fmt: skip
     return predictions
+
+
+def with_theirs(predictions, dataset, args):
+    """Add the predictions of --predictions to {run: `Prediction`}; lines that compare them with each run."""
+    if not args.predictions:
+        return []
+    name, ours = args.predictions.stem, dict(predictions)
+    if name in ours:
+        raise UserError(f"--predictions {args.predictions} has the name of a run: rename the file")
+    rows, labels = next(iter(ours.values()))[:2]
+    if any(not np.array_equal(rows, p.rows) for p in ours.values()):
+        raise UserError("--predictions: the weights are not tested on the same images: give one of them")
+    theirs = written.read(args.predictions, rows, dataset, args.data)
+    predictions[name] = Prediction(rows, labels, theirs, None, None)
+    return [written.compared(p.probabilities, theirs, labels, (run, name)) for run, p in ours.items()]
 
 
 def confusion_of(prediction, class_names):
@@ -320,6 +342,13 @@ def parse_args(argv=None):
         "--weights", type=path_argument, nargs="+", required=True, metavar="PTH", help="classifiers"
     )
     options.add_test_arguments(parser)
+    parser.add_argument("--save-predictions", action="store_true",
+                        help="also write predictions.csv, a line an image")  # fmt: skip
+    parser.add_argument(
+        "--predictions", type=path_argument, metavar="CSV", default=None,
+        help="somebody else's probabilities of the same test images, to stand in the tables and to be "
+        "compared in a paired test: columns row (or file), and one for each class (default: none)",
+    )  # fmt: skip
     return options.parsed(parser, argv)
 
 

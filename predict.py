@@ -122,7 +122,7 @@ def predict(args):
 
 
 def paths_named(words):
-    """The paths that words of the command line name: files, folders, patterns, @lists, and - for standard input."""
+    """The paths that words name: files, folders, patterns, @lists, and - for standard input."""
     for word in words:
         if word == "-" or word.startswith("@"):
             yield from map(Path, listed(word))
@@ -261,7 +261,7 @@ def about_unfamiliar(count, total, least, strange, reference):
     if found:
         return f"{line}In the median image {'; '.join(found)}."
     return (
-        f"{line}Another unit? Use --scale. Noise, PSF, orientation, centre, or another lens? Train with --augment "
+        f"{line}Another unit? Use --scale. Noise, PSF, orientation, centre, another lens? Train with --augment "
         "halfturn,noise,shift,rotate (see docs/training.md)."
     )
 
@@ -320,8 +320,8 @@ def parse_args(argv=None):
     parser = options.new_parser(__doc__, EXAMPLE)
     parser.add_argument(
         "paths", type=word_argument, nargs="+", metavar="PATH",
-        help="files, folders, patterns such as 'cutouts/**/*.fits', @FILE with a path a line, or - for such lines "
-        "on standard input",
+        help="files, folders, patterns such as 'cutouts/**/*.fits', @FILE with a path a line, or - for such "
+        "lines on standard input",
     )  # fmt: skip
     parser.add_argument(
         "--model", type=path_argument, default=None, metavar="FILE.onnx",

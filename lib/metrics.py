@@ -95,6 +95,15 @@ def bootstrap(statistic, labels, resamples, seed):
     return np.quantile(values, [0.025, 0.975], axis=0).T
 
 
+def mcnemar(only_one, only_other):
+    """p-value of two classifiers being equally good, from the images that only one of them gets right.
+
+    The exact binomial form of the test (McNemar 1947).
+    """
+    different = only_one + only_other
+    return float(binomtest(only_one, different).pvalue) if different else 1.0
+
+
 def wilson(right, images):
     """95 % interval (low, high) of the share of images that are right (Wilson 1927).
 

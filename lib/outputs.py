@@ -17,7 +17,7 @@ def require_writable(path):
     """UserError if no table can be written at `path`: its kind, a package that is missing, another's file."""
     suffix = path.suffix.lower()
     if suffix not in (*CSV, *OTHERS):
-        raise UserError(f"--out {path}: tables are written as .csv, .fits or .vot files, or - for standard output")
+        raise UserError(f"--out {path}: tables are .csv, .fits or .vot files, or - for standard output")
     if suffix in OTHERS and importlib.util.find_spec("astropy") is None:
         raise UserError(f"--out {path}: {suffix} needs astropy: pip install astropy")
     require_own(path, OWN)

@@ -19,7 +19,7 @@ from lib.files import read_json, require_own, sha256_of, write_json
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = (ROOT / "mae.py", *sorted((ROOT / "lib").glob("*.py")))
 # Options that decide nothing, or name a file whose content counts.
-FREE_OPTIONS = {"out", "update", "device", "data", "cache_dir", "weights"}
+FREE_OPTIONS = {"out", "update", "device", "data", "cache_dir", "weights", "predictions"}
 
 
 def circumstances():

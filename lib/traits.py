@@ -1,4 +1,4 @@
-"""Figures of an image that have nothing to do with lensing, and what they say of unfamiliar images; numpy alone."""
+"""Figures of images that have nothing to do with lensing, and what they tell; numpy alone."""
 
 import json
 
@@ -42,13 +42,14 @@ def reference_of(images):
 
 
 def reference_in(metadata):
-    """The `reference_of` that an exported file has in its metadata, (7, 3); None if it has none that can be used."""
+    """The `reference_of` in the metadata of an exported file, (7, 3); None if none there can be used."""
     try:
         stored = json.loads(metadata["figures"])
         reference = np.array([stored[name] for name, _ in FIGURES], dtype=np.float64)
     except (KeyError, TypeError, ValueError, RecursionError):
         return None
-    return reference if reference.shape == (len(FIGURES), len(EXTREMES)) and np.isfinite(reference).all() else None
+    sound = reference.shape == (len(FIGURES), len(EXTREMES)) and np.isfinite(reference).all()
+    return reference if sound else None
 
 
 def advice(figures, reference):
@@ -61,8 +62,8 @@ def advice(figures, reference):
     if factor <= 0:
         return ["all pixels are equal"]
     if not 0.8 * (low[0] - usual[1]) <= peak - darkest <= 1.25 * (high[0] - usual[1]):
-        found.append(f"the brightest pixel is {factor:.3g} times that of the training images (--scale {1 / factor:.3g}, "
-                     "if that is the unit)")  # fmt: skip
+        found.append(f"the brightest pixel is {factor:.3g} times that of the training images (--scale "
+                     f"{1 / factor:.3g}, if that is the unit)")  # fmt: skip
     if abs(darkest / factor - usual[1]) > 0.01 * light:
         found.append(f"the darkest pixel is {darkest:.3g}, {usual[1]:.3g} in the training images: another zero "
                      "level, or noise")  # fmt: skip

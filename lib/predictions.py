@@ -1,0 +1,82 @@
+"""Predictions of a test part as a CSV: ours are written, those of others are read and compared."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+
+from lib.datasets import files_of
+from lib.errors import UserError
+from lib.files import write_csv
+from lib.metrics import mcnemar
+
+NOT_ONE = 1e-3  # how far the sum of an image's probabilities may be from one, since tables round
+
+
+def write(path, predictions, dataset, folder):
+    """A line for each run and image: its row, its file (in data of a folder), class, probabilities, prediction.
+
+    predictions : {run: `evaluate.Prediction`}.
+    """
+    names, files = dataset.class_names, files_of(Path(folder))
+    lines = [["run", "row", *(["file"] if files else []), "class", *names, "prediction"]]
+    for run, p in predictions.items():
+        for row, label, each in zip(p.rows, p.labels, p.probabilities, strict=True):
+            file = [str(files[row])] if files else []
+            lines.append([run, str(row), *file, names[label], *(f"{x:.6f}" for x in each), names[each.argmax()]])
+    write_csv(path, lines)
+
+
+def read(path, rows, dataset, folder):
+    """Probabilities (n, classes) that a CSV gives for `rows`, with the columns file or row and the class names.
+
+    Other lines of the CSV do not count. Raises UserError, naming the file, if columns or images are missing, an
+    image is there twice, or numbers are no probabilities.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            table = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read --predictions {path}: {error}") from None
+    columns, names = (table[0].keys() if table else ()), dataset.class_names
+    missing = [name for name in names if name not in columns]
+    files = files_of(Path(folder))
+    key = "row" if "row" in columns or not files else "file"
+    if missing or key not in columns:
+        wanted = ", ".join(["row or file" if files else "row", *names])
+        raise UserError(f"--predictions {path} needs the columns {wanted}")
+    wanted = [str(row) if key == "row" else files[row].name for row in rows]
+    if key == "file" and len(set(wanted)) < len(wanted):  # one name in several classes: compare the folder, too
+        wanted = ["/".join(files[row].parts[-2:]) for row in rows]
+    parts = 1 + wanted[0].count("/")
+    found = {}
+    for line in table:
+        name = line[key] if key == "row" else "/".join(Path(line[key]).parts[-parts:])
+        if found.setdefault(name, line) is not line:
+            raise UserError(f"--predictions {path} has {line[key]} twice: give one model's predictions")
+    absent = [name for name in wanted if name not in found]
+    if absent:
+        raise UserError(
+            f"--predictions {path} lacks {len(absent)} of the {len(rows)} test images, such as {absent[0]}"
+        )
+    try:
+        probabilities = np.array([[float(found[name][c]) for c in names] for name in wanted])
+    except (TypeError, ValueError):
+        raise UserError(f"--predictions {path} has cells that are no probabilities") from None
+    sums = probabilities.sum(axis=1)
+    if not (np.isfinite(probabilities).all() and probabilities.min() >= 0 and np.abs(sums - 1).max() <= NOT_ONE):
+        raise UserError(f"--predictions {path}: the probabilities of an image must be positive, with the sum one")
+    return probabilities
+
+
+def compared(ours, theirs, labels, names):
+    """A line on which of two classifiers is better on the same images: McNemar's exact test.
+
+    ours, theirs : probabilities (n, classes). names : of the two.
+    """
+    right = [p.argmax(axis=1) == labels for p in (ours, theirs)]
+    only_ours, only_theirs = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
+    return (
+        f"{names[0]} alone is right on {only_ours} images, {names[1]} alone on {only_theirs}: McNemar's exact "
+        f"test, p = {mcnemar(only_ours, only_theirs):.3g}"
+    )
