@@ -25,6 +25,7 @@ from lib import compatibility, datasets, known_answers, options, traits, weights
 from lib.convert import to_hugging_face
 from lib.files import atomic_directory, atomic_write, check_outputs, require_own, write_json
 from lib.known_answers import difference
+from lib.lenses import measures_of
 from lib.metrics import accuracy, auc_by_class
 from lib.onnxfile import open_session
 from lib.onnxwrite import Probabilities, Residuals, reduce_precision, save_proto, write_onnx
@@ -157,10 +158,11 @@ def metadata_of(args, model, opened, dataset, train):
     """The text {key: value} that the file carries; `train` are rows of training images."""
     # The file may be published: without the paths of this machine.
     trained = {k: v for k, v in opened.content["run"].items() if k not in ("data", "cache_dir")}
-    familiarity, figures = getattr(model, "familiarity", None), "null"
+    familiarity, figures, measures = getattr(model, "familiarity", None), "null", trained
     if trained.get("data_fingerprint") == dataset.fingerprint:
         some = train[:: max(1, len(train) // DESCRIBED_IMAGES)]
         figures = json.dumps(traits.reference_of(dataset.images[some]))
+        measures = measures_of(dataset.origin)
     checked_on = [dataset.fingerprint, dataset.class_names]
     made = made_from(args, [*LIBRARY, __file__], data=checked_on, weights=opened.sha256)
     return {
@@ -174,8 +176,7 @@ def metadata_of(args, model, opened, dataset, train):
         "data_fingerprint": str(trained.get("data_fingerprint")),
         "pixel_range": json.dumps(trained.get("pixel_range")),
         "familiarity_images": str(len(familiarity.strangeness_seen) if familiarity else 0),
-        "pixel_scale": json.dumps(trained.get("pixel_scale")),
-        "unit": str(trained.get("unit", "unknown")),
+        **{name: json.dumps(measures.get(name)) for name in ("pixel_scale", "unit", "zero_point")},
         "smooth_rms": json.dumps(trained.get("smooth_rms")),
         "figures": figures,
         "made": json.dumps(circumstances()),

@@ -21,6 +21,7 @@ starting(__name__)
 import argparse
 import contextlib
 import glob
+import math
 import os
 from typing import NamedTuple
 
@@ -88,8 +89,8 @@ def predict(args):
     others = check_paths(args, files, others)
 
     said = Said(errors, others, [])
-    how = How(args.hdu, args.planes, args.crop, args.centre)
-    images = scaled(read_images(progress(files), img_size, said, how), args.scale)
+    how = how_to_read(args, session)
+    images = scaled(read_images(progress(files), img_size, said, how), factor_of(args, session))
     batches = batches_of(guard.readable(images, errors), args.batch_size)
     answers = answers_to(batches, args.model, session, class_names, guard, maps, errors)
     counts = dict.fromkeys([*class_names, *([UNFAMILIAR] if guard.can_refuse else [])], 0)
@@ -144,6 +145,24 @@ def listed(word):
     if not any(map(str.strip, lines)):
         raise UserError(f"{word} lists no files")
     return [line for line in lines if line.strip()]
+
+
+def how_to_read(args, session):
+    """The `How` of the options; UserError for --pixel-scale if the model does not say its own."""
+    wanted = number_in(session, "pixel_scale")
+    if args.pixel_scale and not wanted:
+        raise UserError(f"--pixel-scale: {args.model} does not say the scale of its own pixels")
+    return How(args.hdu, args.planes, args.crop, args.centre, args.pixel_scale, wanted)
+
+
+def factor_of(args, session):
+    """What pixels are multiplied by: --scale, or what brings --zero-point and --exposure to the model's unit."""
+    if args.zero_point is None:
+        return args.scale
+    own = number_in(session, "zero_point")
+    if not own:
+        raise UserError(f"--zero-point: {args.model} does not say the zero point of its own unit: use --scale")
+    return 10 ** (0.4 * (own - args.zero_point)) / args.exposure
 
 
 def say(args, line):
@@ -307,6 +326,14 @@ def centre_argument(text):
     return x, y
 
 
+def pixel_scale_argument(text):
+    """"wcs", or a positive number."""
+    with contextlib.suppress(ValueError):
+        if text == "wcs" or 0 < float(text) < math.inf:
+            return text if text == "wcs" else float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither wcs nor a number of arcsec")
+
+
 def planes_argument(text):
     """"lenses", "bands" or the number of a band."""
     if text in ("lenses", "bands"):
@@ -352,6 +379,17 @@ def parse_args(argv=None):
         help="multiply all pixels by it: for images in another unit than the training images "
         "(0.00392 for 1/255)",
     )  # fmt: skip
+    group.add_argument(
+        "--zero-point", type=float, metavar="MAG", help="magnitude of one count per second in the images, which "
+        "brings them to the model's unit, in place of --scale",
+    )  # fmt: skip
+    group.add_argument(
+        "--exposure", type=float, default=1.0, metavar="SECONDS", help="of images in counts, beside --zero-point"
+    )
+    group.add_argument(
+        "--pixel-scale", type=pixel_scale_argument, metavar="ARCSEC",
+        help="of the images' pixels, or wcs for what FITS headers say: resamples them to the model's",
+    )  # fmt: skip
     parser.add_argument(
         "--least-familiarity", type=float, default=LEAST_FAMILIARITY, metavar="SHARE",
         help=f'predict "{UNFAMILIAR}" for images of less familiarity; it is also the share of '
@@ -381,6 +419,10 @@ def parse_args(argv=None):
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="what computes"
     )
     args = options.parsed(parser, argv)
+    if args.zero_point is None:
+        options.refuse_unused(argv, ("exposure",), "there is no --zero-point")
+    else:
+        options.refuse_unused(argv, ("scale",), "--zero-point says the unit")
     if not args.sheet:
         options.refuse_unused(argv, ("sheet_images", "sheet_by"), "there is no --sheet")
     if args.model is None:

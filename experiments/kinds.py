@@ -224,7 +224,7 @@ def planes_of(file):
     """The two-dimensional images in a file."""
     if file.name.lower().endswith(fits.SUFFIXES):
         return fits.all_images(file)
-    arrays = [array for _, array, _ in read_arrays(file) if array is not None and array.ndim >= 2]
+    arrays = [found.array for found in read_arrays(file) if found.array is not None and found.array.ndim >= 2]
     return [plane for array in arrays for plane in array.reshape(-1, *array.shape[-2:])]
 
 

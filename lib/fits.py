@@ -33,11 +33,13 @@ class FitsImage(NamedTuple):
 
     hdu : name or number of its HDU; "" where the file has one image only.
     rounded : the step to which compression has rounded the pixels; 0 if it has not.
+    pixel_scale : arcsec, of its WCS; None without one.
     """
 
     pixels: np.ndarray
     hdu: str
     rounded: float
+    pixel_scale: float | None
 
 
 def read_fits(path, hdu=None):
@@ -56,7 +58,7 @@ def read_fits(path, hdu=None):
             raise UserError(f"{path}: {_why_none_is_chosen(chosen, images, hdu)}; its HDUs: {listed}")
         (i,) = chosen
         where = "" if len(images) == 1 else units[i].name or str(i)
-        return FitsImage(np.array(units[i].data).reshape(shapes[i]), where, steps[i])
+        return FitsImage(np.array(units[i].data).reshape(shapes[i]), where, steps[i], _scale_of(units[i]))
 
 
 def all_images(path):
@@ -128,6 +130,22 @@ def _step_of(unit):
     if not unit.header.get("ZIMAGE") or "ZSCALE" not in unit.columns.names:
         return abs(float(unit.header.get("ZSCALE", 0))) if unit.header.get("ZIMAGE") else 0.0
     return float(np.max(unit.data["ZSCALE"]))
+
+
+def _scale_of(unit):
+    """Arcsec of a pixel's side (FITS WCS papers I and II); None without square pixels of the sky."""
+    header = unit.header
+    try:
+        if str(header.get("CTYPE1", ""))[:4].strip("-") not in ("RA", "DEC", "GLON", "GLAT", "ELON", "ELAT"):
+            return None
+        steps = [float(header.get(f"CDELT{i}", 1)) for i in (1, 2)]
+        matrix = [[float(header.get(f"CD{i}_{j}", header.get(f"PC{i}_{j}", float(i == j)) * steps[i - 1]))
+                   for j in (1, 2)] for i in (1, 2)]  # fmt: skip
+        width, height = np.hypot(*np.array(matrix))
+    except (TypeError, ValueError, OverflowError):
+        return None
+    is_square = math.isfinite(width) and width > 0 and abs(width - height) < 0.01 * width
+    return 3600 * float(width + height) / 2 if is_square else None
 
 
 def _without_unit_axes(shape):

@@ -30,6 +30,7 @@ MAX_DIMENSIONS = 8
 MAX_PICKLE_BYTES = 64 * 2**20  # an axion file is one image and a number
 MAX_PICKLE_OPCODES = 100_000  # a stack of images takes about 20 an image
 MAX_NPZ_BYTES = 2**30
+LARGEST_PIXEL = 1.1  # in pixels of the network, of an image that is resampled
 FEW_PLANES = 5  # a stack of so many may also be the bands of one lens
 KINDS_OF_FILES = {
     b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"GIF8": "a GIF picture",
@@ -94,6 +95,15 @@ def _walk(root, errors):
 # Reading images
 
 
+class Found(NamedTuple):
+    """An array of a file, None where it is no image, and what a FITS file says of it, see `fits.FitsImage`."""
+
+    name: str
+    array: np.ndarray | None
+    rounded: float = 0.0
+    pixel_scale: float | None = None
+
+
 class How(NamedTuple):
     """How images are taken from files, as the user says.
 
@@ -102,12 +112,17 @@ class How(NamedTuple):
         the number of the band to take. Without it a stack of a .npy file is lenses, a FITS cube is refused.
     crop : whether the centre of larger images is taken.
     centre : (x, y), column and row of the pixel to crop around, or "brightest".
+    pixel_scale : arcsec of the files' pixels, or "wcs" for what their headers say; without it images are
+        not resampled.
+    wanted_scale : arcsec of the network's pixels, None if it is unknown.
     """
 
     hdu: str | None = None
     planes: str | int | None = None
     crop: bool = False
     centre: tuple | str | None = None
+    pixel_scale: float | str | None = None
+    wanted_scale: float | None = None
 
 
 class Said(NamedTuple):
@@ -131,6 +146,7 @@ class Said(NamedTuple):
 
 
 NOTES = {
+    "scale": "with pixels of another scale than the network's, as the WCS says: --pixel-scale wcs resamples them",
     "planes": "with planes that are read as lenses: for bands of one lens give --planes bands or a band's number",
     "rounded": "compressed by fpack with rounding (quantised floats), which a network that learned from "
     "exact pixels takes for noise: use the original file, or compress it with quantize_level=0 and GZIP_2",
@@ -142,7 +158,7 @@ def read_image(path):
 
     Raises UserError, naming the file and the remedy, for anything else.
     """
-    arrays = [array for _, array, _ in read_arrays(Path(path)) if array is not None]
+    arrays = [found.array for found in read_arrays(Path(path)) if found.array is not None]
     if len(arrays) > 1:
         raise UserError(f"{path}: expected one square image, got {len(arrays)} arrays; give one a file")
     stack = _stack_of(arrays[0])
@@ -165,22 +181,31 @@ def read_images(files, img_size, said, how=How()):
         except UserError as error:
             said.errors.append((str(path), str(error)))
             continue
-        for name, array, rounded in arrays:
-            if array is None:
-                said.others.append(name)
-                continue
-            if rounded:
-                said.notes.append(("rounded", name))
-            yield from _images_in(name, array, img_size, said, how)
+        for found in arrays:
+            if found.array is None:
+                said.others.append(found.name)
+            else:
+                yield from _images_in(found, img_size, said, how)
 
 
-def _images_in(name, array, img_size, said, how):
+def _images_in(found, img_size, said, how):
+    name, array = found.name, found.array
+    if found.rounded:
+        said.notes.append(("rounded", name))
+    scale = found.pixel_scale if how.pixel_scale == "wcs" else how.pixel_scale
+    if how.pixel_scale and not scale:
+        said.errors.append((name, f"{name}: no WCS says its pixel scale; give --pixel-scale in arcsec"))
+        return
+    if not scale and found.pixel_scale and how.wanted_scale:
+        if not 0.95 < found.pixel_scale / how.wanted_scale < 1.05:
+            said.notes.append(("scale", name))
+    size = 1.0 if not scale else scale / how.wanted_scale  # of a pixel, in the network's pixels
     try:
         stack = _stack_of(array, how.planes)
     except ValueError as error:
         said.errors.append((name, f"{name}: {error}"))
         return
-    height, width = stack.shape[1:] if stack.ndim == 3 else (0, 0)
+    height, width = (int(side * size + 1e-6) for side in stack.shape[1:]) if stack.ndim == 3 else (0, 0)
     if min(height, width) < img_size or not len(stack):
         wanted = f"expected an image of {img_size}×{img_size} pixels or a stack of them"
         said.errors.append((name, f"{name}: {wanted}, got shape {array.shape}{_about_bands(array)}"))
@@ -194,11 +219,31 @@ def _images_in(name, array, img_size, said, how):
     for i, whole in enumerate(stack):
         image_name = name if len(stack) == 1 else f"{name}[{i}]"
         try:
-            yield image_name, _cropped(whole, img_size, how.centre)
+            yield image_name, _cropped(resampled(whole, size), img_size, how.centre)
         except ValueError as error:
             said.errors.append((image_name, f"{image_name}: {error}"))
         if i % 256 == 255:
             forget_pages(array)
+
+
+def resampled(image, size):
+    """An image whose pixels are `size` new pixels wide, in new pixels: their sums of light are kept.
+
+    Raises ValueError where that would make details that are not in the image.
+    """
+    if size == 1:
+        return image
+    if size > LARGEST_PIXEL:
+        raise ValueError(f"its pixels are {size:.3g} times as wide as the network's: it has too little detail")
+
+    def shares(side):
+        """How much of each old pixel (columns) falls into each new one (rows), around the centre."""
+        new, old = int(side * size + 1e-6), np.arange(side)
+        edges = side / 2 + (np.arange(new + 1) - new / 2) / size
+        return (np.minimum(edges[1:, None], old + 1) - np.maximum(edges[:-1, None], old)).clip(0)
+
+    height, width = image.shape
+    return shares(height) @ np.asarray(image, np.float64) @ shares(width).T
 
 
 def _cropped(image, size, centre):
@@ -219,7 +264,7 @@ def _cropped(image, size, centre):
 
 
 def read_arrays(path, how=How()):
-    """The arrays of one file, [(name, array or None where it is no image, rounding step)]; UserError."""
+    """The arrays of one file, a list of `Found`; UserError."""
     name = path.name.lower()
     require_known_kind(path)
     if name.endswith(fits.SUFFIXES):
@@ -229,9 +274,10 @@ def read_arrays(path, how=How()):
                 f"{path}: several planes, shape {image.pixels.shape}: predict.py --planes says what they "
                 "are, lenses or bands; training needs one image a file"
             )
-        return [(f"{path}[{image.hdu}]" if image.hdu else str(path), image.pixels, image.rounded)]
+        name = f"{path}[{image.hdu}]" if image.hdu else str(path)
+        return [Found(name, image.pixels, image.rounded, image.pixel_scale)]
     arrays = _read_npz(path) if name.endswith(".npz") else [(str(path), read_npy(path))]
-    return [(name, array, 0.0) for name, array in arrays]
+    return [Found(name, array) for name, array in arrays]
 
 
 def require_known_kind(path):

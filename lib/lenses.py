@@ -366,17 +366,22 @@ def origin_of(model, per_class, seed, noise):
 
 
 def measures_of(origin):
-    """{"pixel_scale": arcsec, "unit": of the pixels} of images whose `origin` names a data model, else {}."""
+    """{"pixel_scale": arcsec, "unit": text, "zero_point"} of images whose `origin` names a data model, else {}.
+
+    An image of magnitude `zero_point` has pixels with the sum one; counts have none.
+    """
     match = re.search(r"(?<!pictures of )simulate\.py (\w+), .* noise(-free)?$", origin)
     if not match or match[1] not in INSTRUMENTS:
         return {}
     instrument = INSTRUMENTS[match[1]]
     if instrument.counts:
         return {"pixel_scale": instrument.pixel_scale, "unit": "counts"}
-    unit = f"counts per second, zero point {instrument.zero_point}"
+    unit, copies = f"counts per second, zero point {instrument.zero_point}", 1
     if match[2] and instrument.copies > 1:  # noise-free
-        unit = f"{instrument.copies} × {unit}"
-    return {"pixel_scale": instrument.pixel_scale, "unit": unit}
+        copies = instrument.copies
+        unit = f"{copies} × {unit}"
+    zero_point = instrument.zero_point + 2.5 * math.log10(copies)
+    return {"pixel_scale": instrument.pixel_scale, "unit": unit, "zero_point": zero_point}
 
 
 def point_masses_of(origin, rows):

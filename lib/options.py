@@ -17,11 +17,12 @@ LIMITS = (
     (("seed",), lambda value: 0 <= value <= LARGEST_SEED, f"from 0 to {LARGEST_SEED}"),
     (("depth", "decoder_depth"), lambda value: value >= 0, "at least 0"),
     (("weight_decay",), lambda value: 0 <= value < math.inf, "at least 0"),
-    (("lr", "mlp_ratio", "scale"), lambda value: 0 < value < math.inf, "positive"),
+    (("lr", "mlp_ratio", "scale", "exposure"), lambda value: 0 < value < math.inf, "positive"),
     (("mask_ratio",), lambda value: 0 < value < 1, "between 0 and 1"),
     (("layer_decay", "labels"), lambda value: 0 < value <= 1, "in (0, 1]"),
     (("patch_dropout", "least_familiarity"), lambda value: 0 <= value < 1, "in [0, 1)"),
     (("allowed_fall",), lambda value: 0 <= value <= 1, "from 0 to 1"),
+    (("zero_point",), lambda value: 0 < value < 100, "a magnitude"),
 )  # fmt: skip
 
 

@@ -582,6 +582,41 @@ def test_the_part_around_a_pixel_is_taken(fits, tmp_path):
         assert "not all in the image" in predicted(tmp_path / "x.npy", centre=centre)[1][0][1]
 
 
+def test_resampling_keeps_light_and_place():
+    image = np.random.default_rng(0).random((16, 12))
+    blocks = image.reshape(8, 2, 6, 2).sum(axis=(1, 3))
+    assert np.allclose(images.resampled(image, 0.5), blocks)
+    assert images.resampled(image, 1) is image
+    y, x = np.mgrid[:90, :90] - 44.5
+    star = np.exp(-((x - 8.91) ** 2 + y**2) / 40)
+    smaller = images.resampled(star, 0.495)
+    columns = np.arange(smaller.shape[1]) - (smaller.shape[1] - 1) / 2
+    assert smaller.sum() == pytest.approx(star.sum(), rel=1e-6)
+    assert smaller.sum(axis=0) @ columns / smaller.sum() == pytest.approx(0.495 * 8.91, abs=5e-3)
+    with pytest.raises(ValueError, match="too little detail"):
+        images.resampled(image, 1.2)
+
+
+def test_the_pixel_scale_of_a_header_is_used_if_the_user_asks_for_it(fits, tmp_path):
+    fine = np.random.default_rng(0).random((16, 16)).astype(np.float32)
+    headers = {"cd": {"CD1_1": -0.05 / 3600, "CD2_2": 0.05 / 3600, "CD1_2": 0.0, "CD2_1": 0.0},
+               "cdelt": {"CDELT1": -0.05 / 3600, "CDELT2": 0.05 / 3600}, "none": {}}  # fmt: skip
+    for name, cards in headers.items():
+        header = fits.Header({"CTYPE1": "RA---TAN", "CTYPE2": "DEC--TAN", **cards} if cards else {})
+        fits.PrimaryHDU(fine, header).writeto(tmp_path / f"{name}.fits")
+        assert fits_reader.read_fits(tmp_path / f"{name}.fits").pixel_scale == (pytest.approx(0.05) if cards else None)
+    blocks = fine.reshape(8, 2, 8, 2).sum(axis=(1, 3))
+    for name in headers:
+        path = tmp_path / f"{name}.fits"
+        (given,) = predicted(path, pixel_scale=0.05, wanted_scale=0.1)[0].values()
+        assert np.allclose(given, blocks, rtol=1e-6)
+        found, errors, _ = predicted(path, pixel_scale="wcs", wanted_scale=0.1)
+        assert "no WCS" in errors[0][1] if name == "none" else np.allclose(found[str(path)], blocks, rtol=1e-6)
+    said = Said([], [], [])
+    list(read_images([tmp_path / "cd.fits"], SIDE, said, How(crop=True, wanted_scale=0.1)))
+    assert "--pixel-scale wcs" in next(said.about_notes())
+
+
 def test_a_file_of_another_kind_is_named_as_what_it_is(tmp_path):
     for content, kind in ((b"\x89PNG\r\n", "a PNG picture"), (b"\x89HDF\r\n", "an HDF5 file")):
         (tmp_path / "x.npy").write_bytes(content + bytes(100))

@@ -34,7 +34,8 @@ SHORTER = {
     # The test's small networks are near chance, where rounding reorders images.
     "export.py": ["--allowed-fall", "1"],
 }  # fmt: skip
-NEEDED = ("docs", "examples", "experiments", "lib", "tests", "Makefile", "requirements.txt")
+NEEDED = ("docs", "examples", "experiments", "lib", "models", "tests", "Makefile", "requirements.txt",
+          "requirements-predict.txt")
 # Commands that are not run here, and why; make is asked what it would do.
 ELSEWHERE = {
     "make": "test_make.py, test_study.py and continuous integration run what it runs",
@@ -55,7 +56,7 @@ ELSEWHERE = {
     "python experiments/bench.py": "minutes of timing; test_bench.py runs its parts",
     "torchrun --nnodes": "needs two machines; test_distributed.py starts two processes",
 }  # fmt: skip
-ENVIRONMENT = ".venv/bin/"
+ENVIRONMENT = r"\.venv(-predict)?/bin/"
 
 
 def written_commands(text):
@@ -67,7 +68,7 @@ def written_commands(text):
 
 def commands_of(text):
     """The same without the environment, as --help has them."""
-    return [command.removeprefix(ENVIRONMENT) for command in written_commands(text)]
+    return [re.sub(f"^{ENVIRONMENT}", "", command) for command in written_commands(text)]
 
 
 def examples():
