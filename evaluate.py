@@ -111,7 +111,7 @@ def evaluate(args):
     plots.attempt(print, "\n".join([table, *map(one_line, remarks)]))
     best = max(results, key=lambda name: results[name]["macro"]["value"])
     drawn = draw(args.out, dataset, predictions, results, matrices, best)
-    reported = plots.attempt(report.write, args.out, paths, results, class_names, best, published, remarks)
+    reported = plots.attempt(report.write, args.out, paths, results, dataset, best, published, remarks)
     if drawn and reported:  # else --update tries again
         sign(args.out / "metrics.json", made)
 

@@ -6,6 +6,7 @@ import html
 from lib import tables, weights
 from lib.errors import UserError, one_line
 from lib.files import read_json, write_text
+from lib.provenance import circumstances
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
@@ -22,7 +23,7 @@ pre { overflow-x: auto; background: var(--soft); padding: .7rem; border-radius: 
 """
 
 
-def write(folder, paths, results, class_names, best, published, remarks):
+def write(folder, paths, results, dataset, best, published, remarks):
     """Write report.html into the evaluation's `folder`, from what lies there already.
 
     Parameters
@@ -31,6 +32,7 @@ def write(folder, paths, results, class_names, best, published, remarks):
         theirs, see `config_of`.
     results : {run: {"auc": {class name: figure}, "macro": figure, "accuracy": figure, "images",
         "calibration_error"}}, a figure being {"value", "low", "high"}.
+    dataset : the `datasets.Dataset` that was evaluated on.
     best : the run to highlight.
     published : rows of other work, see `evaluate.published_rows`.
     remarks : lines below the table.
@@ -38,12 +40,16 @@ def write(folder, paths, results, class_names, best, published, remarks):
     (folder / "report.html").unlink(missing_ok=True)  # if this one fails, no earlier one is taken for it
     opened = {name: weights.read(path) for name, path in paths.items()}
     images = next(iter(results.values()))["images"]
+    made = circumstances()
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    written = f"Written on {made['date']} by commit {made['commit'] or 'unknown'}, with {versions}."
     parts = [
         "<h1>Lens classification: evaluation</h1>",
-        f"<p>{images} images, none of them among the training images of these weights. Best macro AUC: <b>{escaped(best)}</b>. "
-        "95 % intervals: of a bootstrap for AUC, Wilson's for accuracy.</p>",
+        f"<p>{images} images, none of them among the training images of these weights. Best macro AUC: "
+        f"<b>{escaped(best)}</b>. 95 % intervals: of a bootstrap for AUC, Wilson's for accuracy.</p>",
+        f"<p>Data: {escaped(dataset.origin)}, fingerprint {escaped(dataset.fingerprint[:8])}. {escaped(written)}</p>",
         "<h2>Comparison</h2>",
-        comparison_table(results, best, class_names, published),
+        comparison_table(results, best, dataset.class_names, published),
         *(f"<p>{escaped(line)}</p>" for line in remarks),
         picture(folder / "roc.png", "ROC curves, one class against the rest"),
         picture(folder / "confusion_matrix.png", "Confusion matrices"),
