@@ -137,7 +137,7 @@ $(PREDICTIONS): $(MODEL) $(MAPS) $(SAMPLES)
 	@rm -f $@
 	folder=$(FOLDER); set --; \
 	if [ -f "$$folder/dataset.json" ]; then set -- "$$folder/images.npy"; else \
-	  for class in "$$folder"/*/; do n=0; for file in "$$class"*; do case "$$file" in \
+	  for class in "$$folder"/*/ "$$folder"/*/*/; do n=0; for file in "$$class"*; do case "$$file" in \
 	    *.[nN][pP][yYzZ]|*.[fF][iI][tT]*|*.[fF][tT][sS]*|*.[fF][zZ]) \
 	      if [ $$n -lt 5 ] && [ -f "$$file" ]; then set -- "$$@" "$$file"; n=$$((n + 1)); fi;; \
 	  esac; done; done; fi; \

@@ -1,6 +1,7 @@
 """From a folder of images to one memory-mapped array, its split and its rows; without torch.
 
 Folder layout:  <root>/<class>/, .npy, .npz or FITS files of one square image; the folders name the classes.
+                Also <root>/train/<class>/ and <root>/val/<class>/ (or test), whose parts are kept, see `Listing`.
 Packed layout:  images.npy (N, H, H) float32, labels.npy (N,), hashes.npy (2, N), dataset.json.
 
 A folder is packed once, into a cache whose name is a fingerprint of the folder's files (names,
@@ -31,8 +32,10 @@ OUTLYING = 30  # see `pixel_range`
 RANGE_IMAGES = 2000  # that a range of pixels is computed from
 SHOWN_NAMES = 3  # of files that are not read
 PARTS = ("train", "validation", "test")
+BOUNDS = (0.8, 0.9)  # where training ends and the test part begins, see `split`
 PACKED_FILES = r"dataset\.json|(images|labels|hashes)\.npy"  # of the packed layout
-OTHER_NAMES_OF_PARTS = ("training", "val", "valid", "dev", "testing")
+NAMES_OF_PARTS = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
+                  "validation": "validation", "dev": "validation", "test": "test", "testing": "test"}  # fmt: skip
 SPLIT = "copies-80-10-10"  # the rule of `split`; weights carry the rule they were trained under
 
 
@@ -77,18 +80,20 @@ class PackedWriter:
         np.lib.format.write_array_header_1_0(self.file, header)
         self.labels = np.empty(shape[0], dtype=np.int64)
         self.hashes = np.empty((2, shape[0]), dtype=np.uint64)
+        self.places = np.empty((shape[0], 2))
         self.figures = []
         self.digest = hashlib.sha256()
         self.count = 0
 
-    def append(self, images, labels):
-        """Add images (b, H, H) and their labels (b,), or the one label of all."""
+    def append(self, images, labels, places=(0.0, 1.0)):
+        """Add images (b, H, H), their labels (b,), or the one label of all, and the `Listing.places` (b, 2)."""
         images = np.ascontiguousarray(images, dtype="<f4")
         self.file.write(images)
         self.digest.update(images)
         figures = copies.figures_of(images)
         added = slice(self.count, self.count + len(images))
         self.labels[added], self.hashes[0, added] = labels, copies.hashes_of(images, figures)
+        self.places[added] = places
         self.figures.append(figures)
         self.count = added.stop
 
@@ -97,7 +102,8 @@ class PackedWriter:
             raise ValueError(f"{self.count} images written, {self.shape[0]} announced")
         self.file.close()
         images = read_npy(self.folder / "images.npy")
-        self.hashes[1] = copies.originals_of(images, self.hashes[0], np.concatenate(self.figures))
+        originals = copies.originals_of(images, self.hashes[0], np.concatenate(self.figures))
+        self.hashes[1] = placed(originals, self.places)
         forget_pages(images)
         np.save(self.folder / "labels.npy", self.labels)
         np.save(self.folder / "hashes.npy", self.hashes)
@@ -111,6 +117,20 @@ class PackedWriter:
             "origin": self.origin,
         }
         write_json(self.folder / "dataset.json", description)
+
+
+def placed(originals, places):
+    """The `originals` (n,) moved into the `places` (n, 2) of their parts; copies in several, into the first."""
+    _, which = np.unique(originals, return_inverse=True)
+    start = np.full(which.max() + 1, 1.0)
+    np.minimum.at(start, which, places[:, 0])
+    first = np.zeros((len(start), 2))
+    first[which[places[:, 0] == start[which]]] = places[places[:, 0] == start[which]]
+    low, high = first[which].T
+    if not (low.any() or (high < 1).any()):
+        return originals  # the rule is for all: nothing is moved
+    moved = (low + (high - low) * (originals / 2.0**64)) * 2.0**64
+    return np.minimum(moved, np.nextafter(high * 2.0**64, 0)).astype(np.uint64)
 
 
 def digests_of(images, labels, hashes):
@@ -138,22 +158,57 @@ def require_space(folder, needed):
         )
 
 
+class Listing(NamedTuple):
+    """The files of a folder.
+
+    files : {class name: paths of its images, sorted, those of train before others}.
+    places : {class name: (n, 2)}: between which of 0 and 1 the hash of each image puts it, see `split`. Without
+        folders for parts (0, 1). With train and one other the images of train are in (0, 0.9), so that a ninth of
+        them becomes the validation part, and the others are the test part, (0.9, 1).
+    others : paths of files that are no images.
+    """
+
+    files: dict
+    places: dict
+    others: list
+
+
+def listing_of(root):
+    """The `Listing` of a folder, with or without folders of parts. Raises UserError as `list_classes` does."""
+    folders = [f for f in Path(root).iterdir() if f.is_dir() and not is_hidden(f.name)]
+    named = {f: NAMES_OF_PARTS.get(f.name.lower()) for f in folders}
+    if not folders or not all(named.values()):
+        files, others = list_classes(root)
+        return Listing(files, {name: np.tile([0.0, 1.0], (len(own), 1)) for name, own in files.items()}, others)
+    parts = sorted(named, key=lambda folder: PARTS.index(named[folder]))
+    found = [named[folder] for folder in parts]
+    if len(set(found)) < len(found) or found[0] != "train" or len(found) < 2:
+        names = ", ".join(folder.name for folder in parts)
+        raise UserError(f"{root} has the folders {names}: give train and val or test, or one folder per class")
+    starts = (0.0, BOUNDS[1], 1.0) if len(parts) == 2 else (0.0, *BOUNDS, 1.0)
+    files, places, others = {}, {}, []
+    for folder, low, high in zip(parts, starts, starts[1:], strict=False):
+        own, more = list_classes(folder)
+        if files and own.keys() != files.keys():
+            raise UserError(f"{root}: {folder.name} has the classes {', '.join(own)}, {parts[0].name} has "
+                            f"{', '.join(files)}: give both the same")  # fmt: skip
+        for name, paths in own.items():
+            files[name] = files.get(name, []) + paths
+            places.setdefault(name, []).extend([(low, high)] * len(paths))
+        others += more
+    return Listing(files, {name: np.array(each) for name, each in places.items()}, others)
+
+
 def list_classes(root):
     """{class name: sorted paths of its images} of the folder layout, and the list of other files.
 
     Hidden files and `__MACOSX` do not count. Raises UserError, naming the folder and the remedy,
-    for a class without images, images in sub-folders, and folders named like parts of a split.
+    for a class without images, images in sub-folders, and names that a class must not have.
     """
     folders = [f for f in Path(root).iterdir() if f.is_dir() and not is_hidden(f.name)]
     folders.sort(key=lambda folder: normal_name(folder.name))
     if not folders:
         raise UserError(f"{root} has no class folders: expected {root}/<class>/*.npy (or .npz, FITS)")
-    parts = [f.name for f in folders if f.name.lower() in (*PARTS, *OTHER_NAMES_OF_PARTS)]
-    if len(parts) == len(folders):
-        raise UserError(
-            f"{root} has the folders {', '.join(parts)}, which are no classes: give a folder with "
-            "one folder per class; the split is made here"
-        )
     check_class_names([folder.name for folder in folders], root)
     class_files, others = {}, []
     for folder in folders:
@@ -181,12 +236,13 @@ def files_of(path):
     """The files of a folder's images, in the order of the rows; none of a packed data set, which has no names."""
     if (path / "dataset.json").exists():
         return []
-    return [file for files in list_classes(path)[0].values() for file in files]
+    return [file for files in listing_of(path).files.values() for file in files]
 
 
-def _pack(class_files, packed, origin, progress):
+def _pack(listing, packed, origin, progress):
     """Pack a folder; images far outside the rest are named. UserError as `load` raises it."""
-    paths = [(p, label) for label, files in enumerate(class_files.values()) for p in files]
+    paths = [(p, label) for label, files in enumerate(listing.files.values()) for p in files]
+    places = np.concatenate(list(listing.places.values()))
     first, first_path = read_image(paths[0][0]), paths[0][0]
     extremes, together = [], max(1, BLOCK_BYTES // first.nbytes)
     try:
@@ -195,7 +251,7 @@ def _pack(class_files, packed, origin, progress):
         raise UserError(f"{error}; --cache-dir keeps the packed copy elsewhere") from None
     try:
         with atomic_directory(packed) as folder:
-            writer = PackedWriter(folder, (len(paths), *first.shape), class_files, origin)
+            writer = PackedWriter(folder, (len(paths), *first.shape), listing.files, origin)
             images = []
             for i, (path, _) in enumerate(
                 tqdm(paths, desc="pack", unit="img", disable=None if progress else True), 1
@@ -209,7 +265,8 @@ def _pack(class_files, packed, origin, progress):
                 images.append(image)
                 extremes.append((image.min(), image.max()))
                 if len(images) == together or i == len(paths):
-                    writer.append(np.stack(images), [label for _, label in paths[i - len(images) : i]])
+                    rows = slice(i - len(images), i)
+                    writer.append(np.stack(images), [label for _, label in paths[rows]], places[rows])
                     images = []
             writer.close()
     except (OSError, UserError):
@@ -280,9 +337,10 @@ def extremes_of(dataset, rows):
     return np.array([(image.min(), image.max()) for image in (dataset.images[row] for row in chosen)])
 
 
-def _folder_fingerprint(class_files):
+def _folder_fingerprint(listing):
     digest = hashlib.sha256(f"format {FORMAT}\n".encode())
-    for class_name, paths in class_files.items():
+    for class_name, paths in listing.files.items():
+        digest.update(np.ascontiguousarray(listing.places[class_name]))
         for path in paths:
             status = path.stat()
             # Tools that restore modification times cannot restore inodes and change times.
@@ -311,18 +369,18 @@ def load(path, cache_dir=None, progress=True):
         raise UserError(f"no data set at {path}: give a folder of class folders, or a packed one")
     if (path / "dataset.json").exists():
         return _open_packed(path)
-    class_files, others = list_classes(path)
+    listing = listing_of(path)
     cache_dir = Path(cache_dir) if cache_dir else path / ".packed"
     inside, root = cache_dir.resolve(), path.resolve()
     if inside.is_relative_to(root) and not is_hidden(inside.relative_to(root)):
         raise UserError(f"--cache-dir {cache_dir} would become part of the data: choose another")
-    packed = cache_dir / _folder_fingerprint(class_files)[:32]
+    packed = cache_dir / _folder_fingerprint(listing)[:32]
     if not (packed / "dataset.json").exists():
-        _pack(class_files, packed, origin=f"folder {path.name}", progress=progress)
-        if others:
-            names = ", ".join(str(other.relative_to(path)) for other in others[:SHOWN_NAMES])
-            print(f"{len(others)} other files were not read: {names}"
-                  f"{', ...' if len(others) > SHOWN_NAMES else ''}", file=sys.stderr)  # fmt: skip
+        _pack(listing, packed, origin=f"folder {path.name}", progress=progress)
+        if listing.others:
+            names = ", ".join(str(other.relative_to(path)) for other in listing.others[:SHOWN_NAMES])
+            print(f"{len(listing.others)} other files were not read: {names}"
+                  f"{', ...' if len(listing.others) > SHOWN_NAMES else ''}", file=sys.stderr)  # fmt: skip
         dataset = _open_packed(packed)
         for line in shortcuts.differences(dataset):
             print(one_line(line), file=sys.stderr)
@@ -378,13 +436,14 @@ def split(dataset):
     """Rows of the three parts, about 80/10/10 % of every class: {"train": (n,), ...}, each sorted.
 
     The image alone, turned or rescaled as it may be, decides its part: a test image stays a test
-    image whatever else is in the data set, in any order or layout. There are two exceptions. A copy
+    image whatever else is in the data set, in any order. Folders of parts keep theirs, see `Listing`.
+    There are two exceptions. A copy
     that rounding moved into another part joins the training images if one of the copies is there,
     else validation. And of a class so small that a part would stay empty, see `_parts_of_few`.
     Raises UserError if a class has fewer than three different images.
     """
     place = dataset.originals / 2.0**64  # uniform in [0, 1); copies have the lowest of theirs
-    part_of_row = np.digitize(place, (0.8, 0.9))
+    part_of_row = np.digitize(place, BOUNDS)
     for label, class_name in enumerate(dataset.class_names):
         rows = np.flatnonzero(dataset.labels == label)
         if len(np.unique(part_of_row[rows])) < len(PARTS):
@@ -393,18 +452,23 @@ def split(dataset):
                     f"class {class_name} has fewer than {len(PARTS)} different images, one for "
                     "training, validation and test each: give more"
                 )
-            part_of_row[rows] = _parts_of_few(dataset.originals[rows])
+            part_of_row[rows] = _parts_of_few(dataset.originals[rows], part_of_row[rows])
     return {part: np.flatnonzero(part_of_row == i) for i, part in enumerate(PARTS)}
 
 
-def _parts_of_few(originals):
-    """Parts (n,) of a small class: test has the largest hash, validation the next, train the rest.
+def _parts_of_few(originals, parts):
+    """The `parts` (n,) of a small class, with an image in each.
 
-    The part of an image then depends on the others. Weights store the hashes of the images that
+    An empty part gets the image with the highest hash of training, or else of a part that has several. The part of an image then depends on the others. Weights store the hashes of the images that
     they have seen, so scoring detects an image whose part has changed.
     """
-    values = np.unique(originals)
-    return np.where(originals == values[-1], 2, np.where(originals == values[-2], 1, 0))
+    parts = parts.copy()
+    for part in (2, 1, 0):  # test, validation, training
+        if not (parts == part).any():
+            full = [other for other in range(3) if len(np.unique(originals[parts == other])) > 1]
+            highest = originals[parts == full[0]].max()
+            parts[originals == highest] = part
+    return parts
 
 
 def without_copies(dataset, rows):

@@ -53,7 +53,7 @@ def test_a_folder_is_packed_once_and_again_when_it_changes(tmp_path, monkeypatch
 
 def test_a_half_written_cache_is_not_read(tmp_path):
     root = write_classes(tmp_path / "d", {"a": 3, "b": 3})
-    packed = root / ".packed" / datasets._folder_fingerprint(datasets.list_classes(root)[0])[:32]
+    packed = root / ".packed" / datasets._folder_fingerprint(datasets.listing_of(root))[:32]
     leftover = packed.with_name(f".{packed.name}.elsewhere-1.tmp")
     leftover.mkdir(parents=True)
     (leftover / "images.npy").write_bytes(b"half")
@@ -286,3 +286,61 @@ def test_a_read_only_data_folder_works_with_the_cache_elsewhere(folder, tmp_path
         for path in (root, *root.iterdir()):
             path.chmod(0o700)
     assert {path.name for path in root.iterdir()} == before
+
+
+def write_parts(root, rng, **counts):
+    """Folders of parts with the classes a and b; {part: {content of its images}}."""
+    contents = {}
+    for part, count in counts.items():
+        for name in "ab":
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                image = rng.random((8, 8), dtype=np.float32)
+                np.save(root / part / name / f"{i}.npy", image[None])
+                contents.setdefault(part, set()).add(image.tobytes())
+    return contents
+
+
+@pytest.mark.parametrize("name", ["val", "test", "Validation"])
+def test_folders_of_train_and_one_other_part_keep_their_images(name, tmp_path):
+    """The others are tested, as in published figures; a ninth of train chooses and calibrates."""
+    given = write_parts(tmp_path / "d", np.random.default_rng(0), **{"train": 200, name: 30})
+    dataset = datasets.load(tmp_path / "d")
+    assert dataset.class_names == ("a", "b")
+    assert contents(dataset, "test") == given[name]
+    train, validation = contents(dataset, "train"), contents(dataset, "validation")
+    assert train | validation == given["train"] and not train & validation
+    assert 25 < len(validation) < 65
+    files = datasets.files_of(tmp_path / "d")
+    for row in (0, 220, 459):
+        assert np.array_equal(datasets.read_image(files[row]), dataset.images[row])
+
+
+def test_three_folders_of_parts_are_the_parts(tmp_path):
+    given = write_parts(tmp_path / "d", np.random.default_rng(0), train=20, valid=5, test=6)
+    dataset = datasets.load(tmp_path / "d")
+    for part, name in {"train": "train", "validation": "valid", "test": "test"}.items():
+        assert contents(dataset, part) == given[name]
+
+
+def test_a_copy_of_a_training_image_is_not_tested(tmp_path, capsys):
+    write_parts(tmp_path / "d", np.random.default_rng(0), train=30, val=10)
+    turned = np.load(tmp_path / "d" / "train" / "a" / "3.npy")[:, ::-1]
+    np.save(tmp_path / "d" / "val" / "a" / "copy.npy", turned)
+    dataset = datasets.load(tmp_path / "d")
+    assert turned[0].tobytes() not in contents(dataset, "test")
+    assert "1 images are copies" in capsys.readouterr().err
+
+
+def test_a_small_class_takes_no_test_image_to_train(tmp_path):
+    given = write_parts(tmp_path / "d", np.random.default_rng(0), train=2, val=5)
+    dataset = datasets.load(tmp_path / "d")
+    assert contents(dataset, "test") == given["val"]
+    assert len(contents(dataset, "validation")) == len(contents(dataset, "train")) == 2
+
+
+@pytest.mark.parametrize("parts", [("train",), ("val", "test"), ("train", "training"), ("train", "val", "dev")])
+def test_other_folders_of_parts_are_refused(parts, tmp_path):
+    write_parts(tmp_path / "d", np.random.default_rng(0), **dict.fromkeys(parts, 3))
+    with pytest.raises(UserError, match="give train and val or test"):
+        datasets.load(tmp_path / "d")

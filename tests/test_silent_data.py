@@ -88,7 +88,7 @@ def test_images_in_sub_folders_of_a_class_are_refused(tmp_path):
 
 @pytest.mark.parametrize("names", [("train", "val", "test"), ("Training", "Validation")])
 def test_folders_of_a_split_are_not_taken_for_classes(names, tmp_path):
-    with pytest.raises(UserError, match="no classes"):
+    with pytest.raises(UserError, match="no class folders"):
         load(write_classes(tmp_path, dict.fromkeys(names, 9)))
 
 
