@@ -289,8 +289,7 @@ def fit(dataset, rows, validation, transform, augmentations=(), quiet=False):
     model.usual.copy_(distance.quantile(0.5, dim=0))
     high = distance.quantile(HIGH_QUANTILE, dim=0)
     model.above_usual.copy_((high - model.usual).clamp_min(1e-3))
-    seen = in_batches(lambda batch: model.strangeness(images_of(batch)), validation)
-    model.strangeness_seen.copy_(seen)
+    model.strangeness_seen.copy_(in_batches(lambda batch: model.strangeness(images_of(batch)), validation))
     return model, config
 
 
