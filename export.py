@@ -23,7 +23,7 @@ import torch
 
 from lib import compatibility, datasets, known_answers, options, traits, weights
 from lib.convert import to_hugging_face
-from lib.files import atomic_directory, atomic_write, check_outputs, require_own, write_json
+from lib.files import atomic_directory, atomic_write, check_outputs, require_own, write_json, write_text
 from lib.known_answers import difference
 from lib.lenses import measures_of
 from lib.metrics import accuracy, auc_by_class
@@ -75,15 +75,43 @@ def export(args):
 
 
 def export_to_hugging_face(args):
-    """Leave config.json and pytorch_model.bin, which transformers' ViTMAEForPreTraining loads."""
+    """Leave what transformers' ViTMAEForPreTraining loads, and a card that says what the images must be."""
     mae, _, content = weights.load_mae(args.weights[0])
     config = {k: v for k, v in content["config"].items() if k != "transform"}
     state, described = to_hugging_face(mae.state_dict(), config)
     with atomic_directory(args.out) as folder:
         weights.save_tensors(folder / "pytorch_model.bin", state)
+        weights.save_safetensors(folder / "model.safetensors", state)
         write_json(folder / "config.json", described)
         write_json(folder / "transform.json", content["config"]["transform"])
+        size = {"height": described["image_size"], "width": described["image_size"]}
+        steps = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), False)
+        write_json(folder / "preprocessor_config.json",
+                   {"image_processor_type": "ViTImageProcessor", "size": size, **steps})  # fmt: skip
+        write_text(folder / "README.md", card_of(content, described))
     print(f"{args.weights[0]} -> {args.out}, for ViTMAEForPreTraining.from_pretrained")
+
+
+def card_of(content, described):
+    """The model card: what the network was trained on, and how images become its input."""
+    run, side = content["run"], described["image_size"]
+    made = run.get("made", {})
+    return f"""---
+license: {LICENCE.lower()}
+library_name: transformers
+tags: [masked-autoencoder, gravitational-lensing]
+---
+# Masked autoencoder for gravitational lenses
+
+A ViT MAE for single-channel images of {side}×{side} pixels ({run.get("pixel_scale", "?")} arcsec, unit:
+{run.get("unit", "unknown")}), pre-trained on the classes {", ".join(run.get("classes", ["unknown"]))} with
+{run.get("mask_ratio", 0.75):.0%} of the patches hidden. Commit {made.get("commit") or "unknown"},
+{made.get("date", "date unknown")}.
+
+It does not take raw pixels: transform.json has the constants of the intensity transform. With kind `log`, the input is
+`(log(1 + max((x - offset) / softening, 0)) - mean) / std`; `IntensityTransform` in `mae.py` has all kinds.
+No image processor resizes or rescales (preprocessor_config.json).
+"""
 
 
 def say(step):

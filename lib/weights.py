@@ -85,6 +85,21 @@ def save_tensors(path, content):
         raise UserError(f"cannot write {path}: is the disk full?") from None
 
 
+def save_safetensors(path, state):
+    """Write float32 tensors as a .safetensors file (huggingface.co/docs/safetensors): a header, then the numbers."""
+    header, start = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in state.items():
+        end = start + 4 * tensor.numel()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in state.values():
+            file.write(tensor.detach().float().contiguous().numpy().astype("<f4").tobytes())
+
+
 # Reading
 
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from conftest import CLASSIFIER, assert_refused, finetune_on, finetuning, run_script
@@ -98,6 +99,19 @@ def test_ours_can_be_exported_to_hugging_face_and_taken_back(pretrained, packed,
     assert transform is None
     ours = weights.load_mae(pretrained)[0].state_dict()
     assert all(torch.equal(tensor, ours[name]) for name, tensor in back.state_dict().items())
+    content = (tmp_path / "hf" / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header, numbers = json.loads(content[8 : 8 + length]), content[8 + length :]
+    assert header.pop("__metadata__") == {"format": "pt"} and length % 8 == 0
+    stored = torch.load(opened.path, weights_only=True)
+    assert header.keys() == stored.keys() and sum(t.numel() for t in stored.values()) * 4 == len(numbers)
+    for name, about in header.items():
+        start, end = about["data_offsets"]
+        values = np.frombuffer(numbers[start:end], "<f4").reshape(about["shape"])
+        assert np.array_equal(values, stored[name].numpy())
+    assert "no_sub" in (tmp_path / "hf" / "README.md").read_text()
+    processor = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
+    assert processor["do_rescale"] is False and processor["size"] == {"height": 64, "width": 64}
     assert_refused("finetune.py", finetuning(packed, tmp_path / "run", opened.path, "residual"),
                    "pytorch_model.bin", "from elsewhere", "another strategy")  # fmt: skip
 

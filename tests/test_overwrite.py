@@ -102,7 +102,6 @@ def outputs_of_scripts(runs, packed, out, picture):
         ("predict.py", (*predict, "--out", out / "p.csv", "--sheet", out / "figure.png"), "figure.png"),
         ("export.py", ("--weights", classifier, "--out", out / "m.onnx"), "m.onnx"),
         ("export.py", ("--what", "huggingface", "--weights", mae, "--out", out), "config.json"),
-        ("data.py", ("--data", packed, "--out", out / "x.json"), "x.json"),
         ("simulate.py", ("--per-class", 1, "--out", out), "mine.npy"),
         *((*evaluate, name) for name in ("metrics.json", "comparison.md", "roc.png", "report.html", "mistakes.png")),
         *((*reconstruct, name) for name in ("metrics.json", "maps.png", "scores.png")),
