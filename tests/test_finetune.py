@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from unittest import mock
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    CLASSIFIER, PRETRAINED, TINY_NETWORK, assert_refused, finetune_on, finetuning, history_of, images_of,
+    CLASSIFIER, PRETRAINED, ROOT, TINY_NETWORK, assert_refused, finetune_on, finetuning, history_of, images_of,
     pretraining, run_script, sigterm_at, tensors_in,
 )  # fmt: skip
 from torch import nn
@@ -476,3 +477,18 @@ def test_residual_maps_of_other_settings_are_not_taken(packed, runs, tmp_path, n
     dataset = datasets.load(packed)
     rows = datasets.fraction_of_each_class(dataset.labels, datasets.split(dataset)["train"], 0.3, seed=2)
     assert_maps_of(rows, np.load(other), packed, runs / "residual" / CLASSIFIER)  # of the same MAE
+
+
+def test_the_strategy_of_the_documentation_trains_what_it_says(pretrained, folder, runs, tmp_path):
+    text = (ROOT / "docs" / "training.md").read_text()
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class Biases" in block]
+    exec(block, {})  # noqa: S102
+    try:
+        finetune.main(finetuning(folder, tmp_path / "run", pretrained, "biases", "--cache-dir", runs / "cache",
+                                 "--epochs", 1))  # fmt: skip
+    finally:
+        del strategies.STRATEGIES["biases"]
+    before = weights.load_mae(pretrained)[0].state_dict()
+    after = weights.load_classifier(tmp_path / "run" / CLASSIFIER)[0].state_dict()
+    changed = {name for name in before.keys() & after.keys() if not torch.equal(before[name], after[name])}
+    assert changed and all(name.endswith(".bias") for name in changed)
