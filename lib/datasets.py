@@ -322,12 +322,13 @@ def pixel_range(extremes):
 
     Pixels lie between low and high. The distance allowed beyond the median image is its range of
     pixels and OUTLYING times the spread between the quartiles. The brightest pixel of an image is
-    at least `faintest`, a tenth of that of the faintest image.
+    at least `faintest`, a tenth of that of the faintest image above the zero level of the darkest images.
     """
     low, high = np.median(extremes, axis=0)
     lower, upper = np.quantile(extremes, [0.25, 0.75], axis=0)
     allowed = high - low + OUTLYING * (upper - lower)
-    faintest = low + (extremes[:, 1].min() - low) / 10
+    zero = np.quantile(extremes[:, 0], 0.01)  # of some classes it may be above all pixels of others
+    faintest = zero + (extremes[:, 1].min() - zero) / 10
     return [float(low - allowed[0]), float(high + allowed[1]), float(faintest)]
 
 

@@ -80,6 +80,15 @@ def test_what_systems_leave_behind_is_no_image_and_what_else_is_not_read_is_name
     assert "1 other files were not read: a/notes.txt" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("bright", [59, 61])
+def test_a_class_above_another_does_not_put_it_out_of_range(bright):
+    """With a majority of bright images the zero level was above every pixel of the faint ones."""
+    levels = np.repeat([0.0, 1.0], [120 - bright, bright])
+    extremes = np.stack([levels + 1e-4, levels + 0.9995], axis=1)
+    low, high, faintest = datasets.pixel_range(extremes)
+    assert low < extremes[:, 0].min() and extremes[:, 1].max() < high and faintest < extremes[:, 1].min()
+
+
 def test_images_in_sub_folders_of_a_class_are_refused(tmp_path):
     root = write_classes(tmp_path / "d", {"a": 12, "b": 12, "b/part2": 4})
     with pytest.raises(UserError, match="sub-folder part2"):
