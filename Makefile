@@ -151,6 +151,7 @@ models:
 	rm -rf models/examples
 	$(PY) simulate.py --model Model_II --per-class 3 --seed 1000 --layout folder --out models/examples
 	$(PY) simulate.py --model Model_II --per-class 1 --seed 1000 --layout folder --noise --out models/examples/with_noise
+	rm -f models/examples/.simulated.json models/examples/with_noise/.simulated.json
 	cd models && sha256sum *.onnx *.pth > SHA256SUMS
 
 # The parts are independent, so -j runs them side by side.
