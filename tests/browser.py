@@ -16,7 +16,7 @@ OPTIONS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--remote-debugging-pipe",
 )  # fmt: skip
-PATIENCE = 20  # seconds
+PATIENCE = 60  # seconds
 
 
 class Page:
@@ -34,10 +34,15 @@ class Page:
         self.requests.write(json.dumps(request).encode() + b"\0")
         self.requests.flush()
         while True:
-            answer = json.loads(b"".join(iter(lambda: self.answers.read(1), b"\0")))
+            answer = json.loads(b"".join(iter(self._byte, b"\0")))
             if answer.get("id") == self.count:
                 assert "error" not in answer, answer
                 return answer["result"]
+
+    def _byte(self):
+        byte = self.answers.read(1)
+        assert byte, "Chromium has ended"
+        return byte
 
     def evaluate(self, expression):
         """The value of a JavaScript expression; promises are awaited."""
@@ -46,12 +51,14 @@ class Page:
         return result["result"].get("value")
 
     def until(self, expression):
-        """Wait until a JavaScript expression is true, and return it."""
+        """Wait until a JavaScript expression is true."""
         end = time.monotonic() + PATIENCE
-        while not (value := self.evaluate(expression)):
+        while not self.evaluate(f"!!({expression})"):
             assert time.monotonic() < end, f"never true: {expression}\n{self.text()}"
             time.sleep(0.05)
-        return value
+
+    def go(self, address):
+        self.call("Page.navigate", url=address)
 
     def text(self):
         return self.evaluate("document.body?.innerText")
@@ -76,8 +83,8 @@ def browser(profile):
     """A `Page` of a new browser with the profile folder."""
     (their_input, requests), (answers, their_output) = os.pipe(), os.pipe()
     command = [CHROMIUM, *OPTIONS, f"--user-data-dir={profile}"]
-    process = subprocess.Popen(  # Chromium reads from 3 and writes to 4
-        ["sh", "-c", f'exec "$@" 3<&{their_input} 4>&{their_output}', "sh", *command],
+    process = subprocess.Popen(  # Chromium reads from 3 and writes to 4; dash knows no 10
+        ["bash", "-c", f'exec "$@" 3<&{their_input} 4>&{their_output}', "bash", *command],
         pass_fds=(their_input, their_output), stderr=subprocess.DEVNULL,
     )  # fmt: skip
     os.close(their_input)
@@ -92,11 +99,19 @@ def browser(profile):
 
 
 @contextlib.contextmanager
-def serving(folder, port=0):
-    """The address of a folder that is served, and a list of the requests (method, path) that come."""
+def serving(folder, port=0, gate=None):
+    """The address of a folder that is served, and a list of the requests (method, path) that come.
+
+    gate : a threading.Event that models wait for.
+    """
     requests = []
 
     class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self):
+            if gate and self.path.endswith(".onnx"):
+                gate.wait(PATIENCE)
+            super().do_GET()
+
         def log_message(self, *_):
             requests.append((self.command, self.path))
 

@@ -11,6 +11,7 @@ let model; // what the worker says of the models
 let columns = [];
 let results = [];
 let shown = []; // the results that the filter leaves, sorted
+let sigma; // the unit of the maps
 let order = { column: null, sign: 1 };
 const waiting = []; // {name, file} to classify
 let round = 0; // grows when the results are cleared
@@ -115,6 +116,7 @@ function refresh() {
     const compare = (a, b) => (typeof a === 'string' ? a.localeCompare(b, 'en', { numeric: true }) : a - b);
     shown.sort((a, b) => order.sign * compare(of(a), of(b)));
   }
+  sigma = model?.sigma ?? medianRms(shown);
   for (const option of element('filter').options) {
     const count = results.filter(({ prediction }) => !option.value || prediction === option.value).length;
     option.textContent = `${option.value || 'all'} (${count.toLocaleString('en')})`;
@@ -136,7 +138,6 @@ function showRows() {
     row.style.height = `${rows * ROW_HEIGHT}px`;
     return row;
   };
-  const sigma = unit();
   const rows = shown.slice(first, last).map((result) => {
     const row = rowOf(result, tableOrder(columns), sigma);
     row.addEventListener('click', () => enlarge(result));
@@ -145,11 +146,9 @@ function showRows() {
   element('rows').replaceChildren(gap(first), ...rows, gap(shown.length - last));
 }
 
-const unit = () => model.sigma ?? medianRms(shown);
-
 function enlarge(result) {
   const lines = columns.map(({ name, of, text }) => newElement('p', `${name} ${text(of(result))}`));
-  element('large').replaceChildren(...picturesOf(result, unit()), ...lines);
+  element('large').replaceChildren(...picturesOf(result, sigma), ...lines);
   element('large').showModal();
 }
 

@@ -61,10 +61,9 @@ export function drawScale(bar) {
   }));
 }
 
-/** The median of the rms of the results' maps. */
+/** The median rms of the results' maps. */
 export function medianRms(results) {
-  const rms = ({ map }) => Math.sqrt(map.reduce((sum, x) => sum + x * x, 0) / map.length);
-  const sorted = results.map(rms).sort((a, b) => a - b);
+  const sorted = results.map(({ rms }) => rms).sort((a, b) => a - b);
   return sorted[Math.floor(sorted.length / 2)] || 1;
 }
 

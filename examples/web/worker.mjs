@@ -67,7 +67,9 @@ const actions = {
     const input = { images: new ort.Tensor('float32', image, [1, 1, classifier.side, classifier.side]) };
     const answer = judge(await classifier.session.run(input), classifier);
     const { residual, score } = await maps.session.run(input);
-    return { ...answer, image, map: residual.data, residual: score.data[0] };
+    const map = residual.data;
+    const rms = Math.sqrt(map.reduce((sum, x) => sum + x * x, 0) / map.length);
+    return { ...answer, image, map, rms, residual: score.data[0] };
   },
 };
 
