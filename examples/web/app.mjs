@@ -46,8 +46,12 @@ function showProgress() {
     : `${done.toLocaleString('en')} of ${total.toLocaleString('en')}${done ? `, about ${left} left` : ''}`;
 }
 
-/** Classify the waiting files in order. */
+let isWorking = false;
+
+/** Classify the waiting files in order, once the models are there. */
 async function work() {
+  if (isWorking || !model) return;
+  isWorking = true;
   for (let next; (next = waiting.shift());) {
     const own = round;
     try {
@@ -60,6 +64,7 @@ async function work() {
       if (own === round) fail(`${next.name}: ${error.message}`);
     }
   }
+  isWorking = false;
   refresh();
 }
 
@@ -80,15 +85,12 @@ function fail(text) {
   refreshSoon();
 }
 
-let working = null;
-
 function classifyFiles(files) {
   if (progress.done === progress.total) progress = { done: 0, total: 0, start: performance.now() };
   progress.total += files.length;
   waiting.push(...files);
   showProgress();
-  if (!model) return; // they wait for the models
-  working ??= work().finally(() => { working = null; });
+  work();
 }
 
 function clear() {
@@ -199,6 +201,11 @@ async function offerExamples() {
   element('examples').hidden = !files.length;
 }
 
+function takeDropped({ files, others }) {
+  if (others.length) addError(`${counted(others.length, 'other file')} not read: ${others.slice(0, 5).join(', ')}`);
+  classifyFiles(files);
+}
+
 function listen() {
   const pick = element('pick');
   pick.addEventListener('change', () => {
@@ -211,12 +218,12 @@ function listen() {
     drop.classList.add('over');
   });
   addEventListener('dragleave', () => drop.classList.remove('over'));
-  addEventListener('drop', async (event) => {
+  let drops = Promise.resolve(); // one after the other, however large a folder is
+  addEventListener('drop', (event) => {
     event.preventDefault();
     drop.classList.remove('over');
-    const { files, others } = await droppedFiles(event.dataTransfer.items);
-    if (others.length) addError(`${counted(others.length, 'other file')} not read: ${others.slice(0, 5).join(', ')}`);
-    classifyFiles(files);
+    const found = droppedFiles(event.dataTransfer.items);
+    drops = drops.then(() => found).then(takeDropped).catch((error) => addError(`not readable: ${error.message}`));
   });
   element('filter').addEventListener('change', refresh);
   element('clear').addEventListener('click', clear);
@@ -238,7 +245,7 @@ try {
   element('status').textContent = `Ready. ${model.identity}`;
   prepareTable();
   progress.start = performance.now();
-  classifyFiles([]);
+  work();
 } catch (error) {
   element('status').textContent = error.message;
   element('status').className = 'error';
