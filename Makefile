@@ -12,6 +12,7 @@
 #   UNSEEN, CUTOUTS              folders: images of another simulator to test on; real cutouts
 # make real REAL=file.npz        two classifiers for 8-bit pictures, and their answers on real images
 # make models                    put what make reproduce left in runs/ into models/, with checksums
+# make page                      a web page that classifies in the browser, with its models, in page/
 # make bench                     the table of speeds, in runs/bench
 # make test                      the tests
 # make test-heavy                the same with more kills, more fuzzed files, more images
@@ -81,7 +82,7 @@ THREADS = $(shell jobs=$(JOBS:-j%=%); threads=$$(($$(getconf _NPROCESSORS_ONLN) 
 SHARE = $(if $(JOBS),$(if $(OMP_NUM_THREADS),,OMP_NUM_THREADS=$(THREADS)))
 
 # make only puts the stages into order: each of them is called, and knows what is left to do.
-.PHONY: demo reproduce packed models study real bench test test-heavy clean $(RUNS)/.made-by-make \
+.PHONY: demo reproduce packed models page study real bench test test-heavy clean $(RUNS)/.made-by-make \
   $(RUNS)/data/dataset.json $(RUNS)/samples $(PRETRAINED) $(STRATEGIES) $(SCRATCH) $(EVALUATION) $(RESIDUALS) \
   $(MODEL) $(MAPS) $(PREDICTIONS) $(STUDY_PARTS:%=study-%) $(REAL_ANSWERS) $(PICTURES)/dataset.json \
   $(PICTURES)-pretrain/vit-mae-wt.pth $(PICTURES)-full/vit-mae-classifier-wt.pth \
@@ -153,6 +154,13 @@ models:
 	$(PY) simulate.py --model Model_II --per-class 1 --seed 1000 --layout folder --noise --out models/examples/with_noise
 	rm -f models/examples/.simulated.json models/examples/with_noise/.simulated.json
 	cd models && sha256sum *.onnx *.pth > SHA256SUMS
+
+# For any static host; it needs Node.js for npm once.
+page: examples/node_modules/.package-lock.json
+	@$(PYTHON) examples/page.py models $(RUNS) --out page
+
+examples/node_modules/.package-lock.json: examples/package-lock.json
+	npm ci --prefix examples --ignore-scripts --no-audit --no-fund
 
 # The parts are independent, so -j runs them side by side.
 study: $(STUDY_PARTS:%=study-%)

@@ -2,7 +2,7 @@
 
 import { readFile } from 'node:fs/promises';
 import * as ort from 'onnxruntime-web';
-import { checkImage, describe, judge, readImages } from './formats.mjs';
+import { checkAnswers, checkImage, describe, judge, readImages } from './formats.mjs';
 
 /** Await an action; if it fails, name the file in one line. */
 async function attempt(name, action) {
@@ -37,7 +37,9 @@ if (!files.length) {
 ort.env.wasm.numThreads = 1;
 const model = await attempt(path, async () => {
   const content = await readFile(path);
-  return describe(await ort.InferenceSession.create(content), content, path);
+  const session = await ort.InferenceSession.create(content);
+  await checkAnswers(session, content, ort.Tensor);
+  return describe(session, content, path);
 });
 if (model?.warning) console.error(oneLine(model.warning));
 for (const file of model ? files : []) {

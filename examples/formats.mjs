@@ -345,6 +345,7 @@ export const UNFAMILIAR = 'unfamiliar'; // the prediction for such an image
 
 /** A session of onnxruntime-web with the content of its file (Uint8Array): what `judge` needs. */
 export function describe(session, content, path) {
+  requireOutput(session, 'probabilities');
   const stated = metadata(content, 'class_names');
   if (stated === null) throw new Error('the model has no class names: export it with export.py');
   const range = pixelRange(content);
@@ -369,6 +370,18 @@ export function describe(session, content, path) {
     warning: canRefuse ? null
       : `${path} ${reason}: ${guard} guards against images unlike the training images`,
   };
+}
+
+/** Throws Error unless a session has the output. */
+export function requireOutput({ outputNames }, name) {
+  if (outputNames.includes(name)) return;
+  throw new Error(`gives ${outputNames.join(' and ')} instead of ${name}: are classifier and maps exchanged?`);
+}
+
+/** The rms of what an exported MAE (Uint8Array) leaves of smooth lenses, null if it is unknown. */
+export function smoothRms(model) {
+  const stated = Number(metadata(model, 'smooth_rms'));
+  return stated > 0 && Number.isFinite(stated) ? stated : null;
 }
 
 /** The fingerprint of the images that a model (Uint8Array) was trained on, null if it is unknown. */
@@ -428,4 +441,78 @@ function metadata(model, key) {
     if (model[end++] < 0x80) break;
   }
   return new TextDecoder().decode(model.slice(end, end + length));
+}
+
+// Images and PyTorch's answers to them, which a model carries: see lib/known_answers.py.
+
+const LARGEST_SIDE = 160; // pixels a side that are stored of a larger image
+const MOST_NUMBERS = 256; // that are stored of one answer
+const TOLERANCES = {
+  float32: { probabilities: 1e-3, familiarity: 0.05, residual: 1e-3, score: 1e-3 },
+  float16: { probabilities: 0.05, familiarity: 0.05 },
+  int8: { probabilities: 0.2, familiarity: 0.05 },
+};
+
+/** Throws Error unless a session answers as PyTorch did; `Tensor` is that of onnxruntime-web. */
+export async function checkAnswers(session, content, Tensor) {
+  const text = metadata(content, 'known_answers');
+  if (text === null) return; // of an older version
+  const { images, count, unit, answers } = JSON.parse(text);
+  const side = session.inputMetadata[0].shape.at(-1);
+  const step = Math.ceil(side / LARGEST_SIDE);
+  const stored = Math.ceil(side / step);
+  const pixels = await unpacked(images, 'f2');
+  const data = Float32Array.from({ length: count * side * side }, (_, i) => {
+    const [row, column] = [Math.floor(i / side) % side, i % side].map((at) => Math.floor(at / step));
+    return unit * pixels[(Math.floor(i / side / side) * stored + row) * stored + column];
+  });
+  const outputs = await session.run({ images: new Tensor('float32', data, [count, 1, side, side]) });
+  const right = {};
+  const got = {};
+  for (const [name, answer] of Object.entries(answers)) {
+    right[name] = rowsOfNumbers(await unpacked(answer, 'f4'), count);
+    got[name] = rowsOfNumbers(outputs[name].data, count).map(thinned);
+  }
+  const best = (row) => row.indexOf(Math.max(...row));
+  for (const [name, rows] of Object.entries(right)) {
+    // A familiarity is a rank among the images of the predicted class.
+    const same = rows.map((_, i) => name !== 'familiarity'
+      || best(right.probabilities[i]) === best(got.probabilities[i]));
+    const found = difference(got[name].filter((_, i) => same[i]).flat(), rows.filter((_, i) => same[i]).flat());
+    const allowed = TOLERANCES[metadata(content, 'precision')]?.[name];
+    if (found <= allowed) continue;
+    throw new Error(`its ${name} of the images stored in it is ${found.toPrecision(2)} from PyTorch's, ` +
+      `more than ${allowed}: use another browser or onnxruntime, or export it again`);
+  }
+}
+
+/** The numbers of a text: base64, zlib, and the first bytes of all numbers before the second ones. */
+async function unpacked(text, kind) {
+  const [size, read] = NUMBERS[kind];
+  const packed = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream('deflate'));
+  const planes = new Uint8Array(await new Response(stream).arrayBuffer());
+  const count = planes.length / size;
+  const view = new DataView(new ArrayBuffer(planes.length));
+  planes.forEach((byte, i) => view.setUint8((i % count) * size + Math.floor(i / count), byte));
+  return Array.from({ length: count }, (_, i) => read(view, i * size, true));
+}
+
+function rowsOfNumbers(numbers, count) {
+  const length = numbers.length / count;
+  return Array.from({ length: count }, (_, i) => Array.from(numbers.slice(i * length, (i + 1) * length)));
+}
+
+/** Evenly spaced numbers of an answer; the odd step meets every column of a map. */
+function thinned(answer) {
+  const step = Math.ceil(answer.length / MOST_NUMBERS) | 1;
+  return answer.filter((_, i) => i % step === 0);
+}
+
+/** The largest difference; of numbers above one, relative to the largest that is right. */
+function difference(got, right) {
+  if (got.length !== right.length) return Infinity;
+  const scale = right.reduce((most, x) => Math.max(most, Math.abs(x)), 1);
+  const found = right.reduce((most, x, i) => Math.max(most, Math.abs(got[i] - x)), 0) / scale;
+  return Number.isNaN(found) ? Infinity : found;
 }

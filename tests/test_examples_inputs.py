@@ -10,8 +10,7 @@ import subprocess
 import numpy as np
 import pytest
 from conftest import HUNG, ROOT
-from test_examples import CHROMIUM, EXAMPLE_COMMANDS, UNLIKE, page_of
-from test_examples import needs_node as needs_packages
+from test_examples import EXAMPLE_COMMANDS
 from test_predict_inputs import FEW, GUARD, image_of, write_classifier, write_models
 from test_images import BROKEN, HOSTILE, MIXED, ONE_IMAGE, STACKS, npy, objects
 
@@ -163,13 +162,8 @@ def test_damaged_files_are_refused_or_read_alike(tmp_path):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The examples with models beside the page, and files that are and are no images."""
-    root = tmp_path_factory.mktemp("examples")
-    shutil.copytree(EXAMPLES / "web", root / "web", ignore=shutil.ignore_patterns("*.onnx"))
-    shutil.copy(EXAMPLES / "formats.mjs", root)
-    if (EXAMPLES / "node_modules").is_dir():
-        (root / "node_modules").symlink_to(EXAMPLES / "node_modules")
-    web = root / "web"
+    """Models, and files that are and are no images."""
+    web = tmp_path_factory.mktemp("examples")
     write_models(web)
     stack = np.stack([IMAGE, 0 * IMAGE, np.full_like(IMAGE, np.nan)])
     for name, array in {"axion": objects(IMAGE, 1e-23), "stack": stack, "text": np.array(["a"]),
@@ -210,21 +204,6 @@ def test_examples_name_a_model_that_is_none(command, model, site):
     assert process.stdout == ""
     (line,) = process.stderr.splitlines()
     assert model in line
-
-
-@needs_packages
-@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
-def test_the_web_page_shows_every_image_and_names_what_is_none(site, tmp_path):
-    files = ["axion.npy", "stack.npy", "text.npy", "evil.npy", "small.npy", "gone.npy"]
-    page, _ = page_of(site, files, tmp_path)
-    titles = re.findall(r'<h2( class="error")?>(\S+): ', page)
-    assert {name for error, name in titles if not error} == READ
-    assert {name for error, name in titles if error} == REFUSED
-    assert "undefined" not in page
-    (strange,) = (article for article in page.split("<article")[1:] if UNLIKE in article)
-    assert "stack.npy[1]: unfamiliar</h2>" in strange
-    assert "guards" not in page
-    assert page.count("<canvas") == 2 * len(READ)
 
 
 # Images unlike the training images
@@ -273,19 +252,3 @@ def test_examples_say_what_guards_a_file_that_cannot_refuse(command, case, bound
     assert len(errors) == (3 if bounds else 0)
     for error, pixels in zip(errors, ("0 to 0", "0 to 64", "-99 to 32"), strict=False):
         assert f"pixels from {pixels}, far outside those of the training images (accepted: from -1 to 40, " in error
-
-
-@needs_packages
-@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
-def test_the_web_page_says_what_guards_a_file_that_cannot_refuse(site, tmp_path):
-    web = shutil.copytree(site, site.parent / "old")
-    write_classifier(web / "classifier.onnx", familiarity=False, pixel_range=(0, 1, 0.1))
-    page, _ = page_of(web, ["axion.npy", "stack.npy"], tmp_path)
-    reason = "classifier.onnx gives no familiarity (fewer than 100 validation images, or an old file)"
-    assert f">{reason}: only the range of pixels {GUARD}</p>" in page
-    assert UNLIKE not in page
-    assert "familiarity 0" not in page
-    titles = re.findall(r'<h2( class="error")?>(\S+): (\w+)', page)
-    assert titles == [("", "axion.npy", "bright"), ("", "stack.npy[0]", "bright"),
-                      (' class="error"', "stack.npy[1]", "pixels"),
-                      (' class="error"', "stack.npy[2]", "NaN")]  # fmt: skip

@@ -1,162 +1,252 @@
-// The page's logic: models beside the page, images from the visitor. ?files=a.npy,b.npy shows files
-// that lie beside the page. start.mjs imports it.
+// The page's logic: files from the visitor, one after the other to worker.mjs, results into the table.
+// ?files=a.npy,b.npy classifies files that lie beside the page. start.mjs imports it.
 
-import * as ort from '../node_modules/onnxruntime-web/dist/ort.wasm.min.mjs';
-import { checkImage, dataOf, describe, judge, readImages, UNFAMILIAR } from '../formats.mjs';
+import { droppedFiles } from './files.mjs';
+import { columnsOf, csvOf, drawScale, medianRms, newElement, picturesOf, rowOf, tableOrder } from './table.mjs';
 
+const ROW_HEIGHT = 72; // pixels, as in index.html
 const element = (id) => document.getElementById(id);
 
-ort.env.wasm.numThreads = 1;
-ort.env.wasm.wasmPaths = new URL('../node_modules/onnxruntime-web/dist/', import.meta.url).href;
+let model; // what the worker says of the models
+let columns = [];
+let results = [];
+let shown = []; // the results that the filter leaves, sorted
+let sigma; // the unit of the maps
+let order = { column: null, sign: 1 };
+const waiting = []; // {name, file} to classify
+let round = 0; // grows when the results are cleared
+let progress = { done: 0, total: 0, start: 0 };
 
-async function fetchBytes(name) {
-  // Else the browser may go on with a file that has been replaced since.
-  const response = await fetch(name, { cache: 'no-cache' });
-  if (!response.ok) throw new Error(`there is no ${name} beside this page`);
-  return response.arrayBuffer();
-}
+// A worker from a blob keeps this page's policy: it, too, may only fetch from where the page came from.
+const source = `import ${JSON.stringify(new URL('worker.mjs', import.meta.url))};`;
+const worker = new Worker(URL.createObjectURL(new Blob([source], { type: 'text/javascript' })), { type: 'module' });
 
-async function openClassifier(name) {
-  const content = new Uint8Array(await fetchBytes(name));
-  return describe(await ort.InferenceSession.create(content), content, name);
-}
-
-/** {session, doubt: a line if it was not trained on the classifier's data} of an exported MAE. */
-async function openMaps(name, { side, data }) {
-  const content = new Uint8Array(await fetchBytes(name));
-  const session = await ort.InferenceSession.create(content);
-  const ownSide = session.inputMetadata[0].shape.at(-1);
-  if (ownSide !== side) throw new Error(`${name} is for images of ${ownSide} pixels, not ${side}`);
-  const doubt = data !== null && dataOf(content) === data ? null
-    : `${name} was trained on other data than the classifier, or one of them does not say on which: ` +
-      'scores and maps may mean nothing.';
-  return { session, doubt };
-}
-
-/** Draw numbers (side²) on a canvas, the first row at the bottom as astronomers have it. */
-function draw(canvas, numbers, side, colour) {
-  canvas.width = canvas.height = side;
-  const picture = new ImageData(side, side);
-  for (let i = 0; i < side * side; i++) {
-    const row = side - 1 - Math.floor(i / side);
-    picture.data.set([...colour(numbers[i]), 255], 4 * (row * side + (i % side)));
-  }
-  canvas.getContext('2d').putImageData(picture, 0, 0);
-}
-
-function imageColours(data) {
-  const mean = data.reduce((sum, x) => sum + Math.abs(x), 0) / data.length || 1;
-  const stretch = (x) => Math.asinh((100 * x) / mean);
-  const top = stretch(data.reduce((a, b) => Math.max(a, b), 0)) || 1;
-  return (x) => {
-    const t = Math.max(0, stretch(x)) / top;
-    return [255 * Math.min(1, 1.5 * t), 255 * t * t, 255 * Math.min(1, 0.3 + 0.6 * t) * t];
-  };
-}
-
-function mapColours(data) {
-  const sizes = Float32Array.from(data, Math.abs).sort();
-  // Not below what a smooth lens leaves, so that its map looks empty.
-  const limit = Math.max(0.02, sizes[Math.floor(0.995 * (sizes.length - 1))]);
-  return (x) => {
-    const t = Math.max(-1, Math.min(1, x / limit));
-    return t > 0 ? [255, 255 * (1 - t), 255 * (1 - t)] : [255 * (1 + t), 255 * (1 + t), 255];
-  };
-}
-
-/** Add an article that `fill` fills, or that says why it could not. */
-async function addArticle(name, fill) {
-  const article = document.createElement('article');
-  const title = document.createElement('h2');
-  title.textContent = name;
-  article.append(title);
-  element('results').append(article);
-  try {
-    await fill(article, title);
-  } catch (error) {
-    title.textContent = `${name}: ${error.message}`;
-    title.className = 'error';
-  }
-}
-
-function addLine(article, text) {
-  const line = document.createElement('p');
-  line.textContent = text;
-  article.append(line);
-}
-
-async function showImage(name, data, { classifier, maps }, article, title) {
-  checkImage(data, classifier);
-  const { side } = classifier;
-  const images = new ort.Tensor('float32', data, [1, 1, side, side]);
-  const outputs = await classifier.session.run({ images });
-  const { residual, score } = await maps.session.run({ images });
-  const { prediction, probabilities, familiarity } = judge(outputs, classifier);
-  title.textContent = `${name}: ${prediction}`;
-  if (prediction === UNFAMILIAR) {
-    article.className = UNFAMILIAR;
-    addLine(article, 'Unlike the training images: the probabilities mean nothing.');
-  }
-  for (const [numbers, colours] of [[data, imageColours], [residual.data, mapColours]]) {
-    const canvas = document.createElement('canvas');
-    draw(canvas, numbers, side, colours(numbers));
-    article.append(canvas, ' ');
-  }
-  classifier.labels.forEach((label, i) => {
-    const bar = document.createElement('div');
-    const filled = document.createElement('div');
-    bar.className = 'bar';
-    filled.style.width = `${100 * probabilities[i]}%`;
-    filled.textContent = `${label} ${probabilities[i].toFixed(6)}`;
-    bar.append(filled);
-    article.append(bar);
+/** What the worker answers; one request at a time. */
+function ask(action, argument) {
+  return new Promise((resolve, reject) => {
+    worker.onmessage = ({ data }) => ('error' in data ? reject(new Error(data.error)) : resolve(data.value));
+    worker.onerror = (event) => reject(new Error(event.message ?? 'this browser cannot run a module in a Worker'));
+    worker.postMessage([action, argument]);
   });
-  if (familiarity !== null) addLine(article, `familiarity ${familiarity.toFixed(6)}`);
-  addLine(article, `score of the residual ${score.data[0].toExponential(4)}`);
 }
 
-/** Show every image of a file, whose bytes `getBuffer` gets. */
-async function showFile(name, getBuffer, models) {
-  let images;
+function addError(text) {
+  element('errors').append(newElement('li', text));
+  element('failures').hidden = false;
+}
+
+const counted = (count, what) => `${count.toLocaleString('en')} ${what}${count === 1 ? '' : 's'}`;
+
+function showProgress() {
+  const { done, total, start } = progress;
+  const seconds = ((performance.now() - start) / 1000 / Math.max(1, done)) * (total - done);
+  const left = seconds < 100 ? `${Math.ceil(seconds)} s` : `${Math.ceil(seconds / 60)} min`;
+  const finished = total ? counted(results.length, 'image') : '';
+  element('progress').textContent = done === total ? finished
+    : `${done.toLocaleString('en')} of ${total.toLocaleString('en')}${done ? `, about ${left} left` : ''}`;
+}
+
+let isWorking = false;
+
+/** Classify the waiting files in order, once the models are there. */
+async function work() {
+  if (isWorking || !model) return;
+  isWorking = true;
+  for (let next; (next = waiting.shift());) {
+    const own = round;
+    try {
+      const count = await ask('open', next.file);
+      progress.total += own === round ? count - 1 : 0;
+      for (let i = 0; i < count && own === round; i++) {
+        await classify(count > 1 ? `${next.name}[${i}]` : next.name, i, own);
+      }
+    } catch (error) {
+      if (own === round) fail(`${next.name}: ${error.message}`);
+    }
+  }
+  isWorking = false;
+  refresh();
+}
+
+async function classify(name, index, own) {
   try {
-    images = readImages(await getBuffer(), models.classifier.side);
+    const result = await ask('classify', index);
+    if (own === round) results.push({ name, ...result });
   } catch (error) {
-    await addArticle(name, () => { throw error; });
-    return;
+    if (own === round) addError(`${name}: ${error.message}`);
   }
-  for (const [i, image] of images.entries()) {
-    const imageName = images.length > 1 ? `${name}[${i}]` : name;
-    await addArticle(imageName, (...parts) =>
-      showImage(imageName, image, models, ...parts));
-  }
+  if (own === round) progress.done += 1;
+  refreshSoon();
 }
 
-try {
-  const classifier = await openClassifier('classifier.onnx');
-  const models = { classifier, maps: await openMaps('reconstruction.onnx', classifier) };
-  element('warning').textContent = classifier.warning;
-  element('doubt').textContent = models.maps.doubt;
-  const showFiles = async (files) => {
-    for (const file of files) await showFile(file.name, () => file.arrayBuffer(), models);
+function fail(text) {
+  addError(text);
+  progress.done += 1;
+  refreshSoon();
+}
+
+function classifyFiles(files) {
+  if (progress.done === progress.total) progress = { done: 0, total: 0, start: performance.now() };
+  progress.total += files.length;
+  waiting.push(...files);
+  showProgress();
+  work();
+}
+
+function clear() {
+  round += 1;
+  waiting.length = 0;
+  results = [];
+  progress = { done: 0, total: 0, start: 0 };
+  element('errors').replaceChildren();
+  element('failures').hidden = true;
+  refresh();
+}
+
+let refreshed = 0;
+
+function refreshSoon() {
+  if (performance.now() - refreshed > 250) refresh();
+}
+
+/** Filter and sort the results, and show them. */
+function refresh() {
+  const wanted = element('filter').value;
+  shown = results.filter(({ prediction }) => !wanted || prediction === wanted);
+  if (order.column) {
+    const { of } = order.column;
+    const compare = (a, b) => (typeof a === 'string' ? a.localeCompare(b, 'en', { numeric: true }) : a - b);
+    shown.sort((a, b) => order.sign * compare(of(a), of(b)));
+  }
+  sigma = model?.sigma ?? medianRms(shown);
+  for (const option of element('filter').options) {
+    const count = results.filter(({ prediction }) => !option.value || prediction === option.value).length;
+    option.textContent = `${option.value || 'all'} (${count.toLocaleString('en')})`;
+  }
+  element('results').hidden = !results.length;
+  element('unfamiliar').hidden = !results.some(({ prediction }) => prediction === 'unfamiliar');
+  showProgress();
+  showRows();
+  refreshed = performance.now();
+}
+
+/** Draw the rows in sight; the first and the last row stand for those above and below. */
+function showRows() {
+  const { scrollTop, clientHeight } = element('scroll');
+  const first = Math.max(0, Math.min(Math.floor(scrollTop / ROW_HEIGHT), shown.length) - 3);
+  const last = Math.min(shown.length, first + Math.ceil(clientHeight / ROW_HEIGHT) + 6);
+  const gap = (rows) => {
+    const row = newElement('tr', '');
+    row.style.height = `${rows * ROW_HEIGHT}px`;
+    return row;
   };
-  element('pick').addEventListener('change', (event) => showFiles(event.target.files));
+  const rows = shown.slice(first, last).map((result) => {
+    const row = rowOf(result, tableOrder(columns), sigma);
+    row.addEventListener('click', () => enlarge(result));
+    return row;
+  });
+  element('rows').replaceChildren(gap(first), ...rows, gap(shown.length - last));
+}
+
+function enlarge(result) {
+  const lines = columns.map(({ name, of, text }) => newElement('p', `${name} ${text(of(result))}`));
+  element('large').replaceChildren(...picturesOf(result, sigma), ...lines);
+  element('large').showModal();
+}
+
+function sortBy(column, cell) {
+  order = { column, sign: order.column === column ? -order.sign : 1 };
+  for (const other of cell.parentElement.children) other.removeAttribute('aria-sort');
+  cell.setAttribute('aria-sort', order.sign > 0 ? 'ascending' : 'descending');
+  refresh();
+}
+
+function download() {
+  const link = document.createElement('a');
+  link.href = URL.createObjectURL(new Blob([csvOf(results, columns)], { type: 'text/csv' }));
+  link.download = 'predictions.csv';
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+}
+
+/** The table's header, its filter and the scale of the maps, as the models ask for. */
+function prepareTable() {
+  columns = columnsOf(model);
+  element('head').append(newElement('th', 'image, map'), ...tableOrder(columns).map((column) => {
+    const cell = newElement('th', '');
+    const button = newElement('button', column.name);
+    button.addEventListener('click', () => sortBy(column, cell));
+    cell.append(button);
+    return cell;
+  }));
+  for (const name of ['', ...model.labels, 'unfamiliar']) {
+    const option = newElement('option', '');
+    option.value = name;
+    element('filter').append(option);
+  }
+  drawScale(element('bar'));
+  element('unit').textContent = model.sigma ? 'residual in sigma of smooth lenses'
+    : 'residual in units of the median rms of the maps shown';
+}
+
+async function offerExamples() {
+  const response = await fetch('examples.json', { cache: 'no-cache' });
+  const files = (await response.json()).map((name) => ({ name, file: `examples/${name}` }));
+  const offers = [['all', files], ...files.map((file) => [file.name.split('/').at(-1), [file]])];
+  element('examples').append(...offers.map(([name, chosen]) => {
+    const button = newElement('button', name);
+    button.addEventListener('click', () => classifyFiles(chosen));
+    return button;
+  }));
+  element('examples').hidden = !files.length;
+}
+
+function takeDropped({ files, others }) {
+  if (others.length) addError(`${counted(others.length, 'other file')} not read: ${others.slice(0, 5).join(', ')}`);
+  classifyFiles(files);
+}
+
+function listen() {
+  const pick = element('pick');
+  pick.addEventListener('change', () => {
+    classifyFiles([...pick.files].map((file) => ({ name: file.name, file })));
+    pick.value = ''; // so that the same file can be picked again
+  });
   const drop = element('drop');
-  drop.addEventListener('dragover', (event) => {
+  addEventListener('dragover', (event) => {
     event.preventDefault();
     drop.classList.add('over');
   });
-  drop.addEventListener('dragleave', () => drop.classList.remove('over'));
-  drop.addEventListener('drop', (event) => {
+  addEventListener('dragleave', () => drop.classList.remove('over'));
+  let drops = Promise.resolve(); // one after the other, however large a folder is
+  addEventListener('drop', (event) => {
     event.preventDefault();
     drop.classList.remove('over');
-    showFiles(event.dataTransfer.files);
+    const found = droppedFiles(event.dataTransfer.items);
+    drops = drops.then(() => found).then(takeDropped).catch((error) => addError(`not readable: ${error.message}`));
   });
-  const asked = new URLSearchParams(location.search).get('files');
-  for (const name of asked ? asked.split(',') : []) {
-    await showFile(name, () => fetchBytes(name), models);
-  }
-  element('status').textContent = `Ready. ${classifier.identity}`;
+  element('filter').addEventListener('change', refresh);
+  element('clear').addEventListener('click', clear);
+  element('download').addEventListener('click', download);
+  element('scroll').addEventListener('scroll', () => requestAnimationFrame(showRows));
+  element('large').addEventListener('click', () => element('large').close());
+}
+
+listen();
+element('tool').hidden = false;
+element('status').textContent = 'Loading the models…';
+const asked = new URLSearchParams(location.search).get('files');
+if (asked) classifyFiles(asked.split(',').map((name) => ({ name, file: name })));
+try {
+  await offerExamples();
+  model = await ask('models');
+  element('warning').textContent = model.warning;
+  element('doubt').textContent = model.doubt;
+  element('status').textContent = `Ready. ${model.identity}`;
+  prepareTable();
+  progress.start = performance.now();
+  work();
 } catch (error) {
-  element('status').textContent = `${error.message}: copy the exported models into this folder.`;
+  element('status').textContent = error.message;
   element('status').className = 'error';
 }
