@@ -69,7 +69,7 @@ def draw_overview(
         low, high = original[i].min(), original[i].max()
         for panel, images in zip(row, (original, masked, reconstruction), strict=False):
             panel.imshow(images[i], vmin=low, vmax=high, cmap="magma", origin="lower")
-        plots.substructure_map(row[3], residual[i], sigma)
+        drawn = plots.substructure_map(row[3], residual[i], sigma)
         if marks is not None:
             plots.circles(row[3], marks[i])
         for panel in row[:4]:
@@ -82,6 +82,8 @@ def draw_overview(
         row[4].set(xlim=(0, 1), xticks=[0, 0.5, 1])
         row[4].yaxis.tick_right()
         row[4].invert_yaxis()
+    plots.map_scale(figure, drawn, axes[:, 3], "σ of smooth lenses", (-50, -5, 5, 50), location="bottom",
+                    fraction=0.05)  # fmt: skip
     for panel, title in zip(axes[0], titles, strict=True):
         panel.set_title(title)
     plots.save(figure, path)

@@ -126,10 +126,9 @@ def substructure_map(panel, residual, sigma):
     return panel.imshow(residual / sigma, norm=norm, cmap="RdBu_r", origin="lower")
 
 
-def map_scale(figure, drawn, axes, more=""):
+def map_scale(figure, drawn, axes, label=SIGMAS, ticks=(-50, -20, -10, -5, 0, 5, 10, 20, 50), **where):
     """The colour bar of `substructure_map`."""
-    bar = figure.colorbar(drawn, ax=axes, fraction=0.02, label=SIGMAS + more, extend="both")
-    ticks = (-50, -20, -10, -5, 0, 5, 10, 20, 50)
+    bar = figure.colorbar(drawn, ax=axes, label=label, extend="both", **{"fraction": 0.02, **where})
     bar.set_ticks(ticks, labels=[f"{tick:+d}" if tick else "0" for tick in ticks])
 
 
@@ -152,7 +151,8 @@ def residual_maps(path, images, residuals, sigma, titles, marks=None):
         shown = substructure_map(axes[2 * row + 1, column], residual, sigma)
         if marks is not None:
             circles(axes[2 * row + 1, column], marks[i])
-    map_scale(figure, shown, axes, "" if marks is None else "\ncircles: true point masses, Einstein radii")
+    more = "" if marks is None else "\ncircles: true point masses, Einstein radii"
+    map_scale(figure, shown, axes, SIGMAS + more)
     save(figure, path)
 
 
