@@ -229,6 +229,8 @@ def test_gradients_are_those_of_the_whole_batch(in_two_processes):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 @pytest.mark.parametrize("name", ["cuda", "cuda:5"])
 def test_a_gpu_that_does_not_exist_is_named(name, monkeypatch):
+    for variable in distributed.BY_TORCHRUN:
+        monkeypatch.setenv(variable, "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"cuda:\d is not available here"):
         with distributed.process_group(name):

@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from conftest import assert_user_error, run_script
 
@@ -136,8 +137,8 @@ def test_a_gpu_multiplies_in_full_float32(runs, monkeypatch):
         asked.extend(providers)
         return opened(content, options, providers=["CPUExecutionProvider"])
 
-    opened = onnxfile.onnxruntime.InferenceSession
-    monkeypatch.setattr(onnxfile.onnxruntime, "InferenceSession", session)
-    monkeypatch.setattr(onnxfile.onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    opened = onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     onnxfile.open_classifier(runs / "classifier.onnx", "auto")
     assert asked == [("CUDAExecutionProvider", {"use_tf32": "0"}), "CPUExecutionProvider"]

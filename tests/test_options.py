@@ -36,7 +36,8 @@ def test_an_option_given_twice_is_refused(script, monkeypatch):
     for parser in parsers_of(script, monkeypatch):
         for action in parser._actions:
             for flag in action.option_strings if action.nargs != 0 else ():
-                value = next(iter(action.choices)) if action.choices else "none" if flag == "--augment" else "1"
+                special = {"--augment": "none", "--centre": "1,1"}
+                value = next(iter(action.choices)) if action.choices else special.get(flag, "1")
                 with pytest.raises(UserError, match=f"^{flag} is given twice"):
                     parser.parse_args([flag, value, f"{flag}={value}"])
                 tried += 1

@@ -1,7 +1,6 @@
 """experiments/study.py and results.py: every experiment runs, no run is repeated, figures are joined."""
 
 import json
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -152,10 +151,12 @@ def test_pretraining_on_all_classes_takes_as_many_steps_as_on_some(classes, epoc
 
 def test_the_ordinary_class_may_have_any_name(tiny_study, packed, tmp_path):
     own = tmp_path / "own"
-    shutil.copytree(packed, own)
-    description = json.loads((own / "dataset.json").read_text())
-    names = ["smooth" if name == "no_sub" else name for name in description["class_names"]]
-    (own / "dataset.json").write_text(json.dumps({**description, "class_names": names}))
+    own.mkdir()
+    dataset = datasets.load(packed)
+    names = ["smooth" if name == "no_sub" else name for name in dataset.class_names]
+    writer = datasets.PackedWriter(own, dataset.images.shape, names, dataset.origin)
+    writer.append(dataset.images, dataset.labels)
+    writer.close()
     command = ("--data", own, "--seeds", 0, "--only", "without_labels", "--pretraining")
     kept_in = tiny_study(*command, f"{NETWORK} {' '.join(TINY_DECODER)} --classes smooth")
     (row,) = json.loads((kept_in / "without_labels.json").read_text())["rows"]
