@@ -8,6 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+try:
+    import onnxruntime
+except ImportError as error:  # --help needs no package
+    onnxruntime, MISSING = None, error
+
 from lib import known_answers
 from lib.errors import UserError, about_missing, reason_of
 from lib.names import check_class_names
@@ -19,10 +24,8 @@ def open_session(path, device="auto"):
     Raises UserError if it is missing, not an ONNX file, takes another input than raw images, or gives
     other answers here than PyTorch gave, see `known_answers`.
     """
-    try:
-        import onnxruntime  # here, so that --help needs no package
-    except ImportError as error:
-        raise UserError(about_missing(error)) from None
+    if onnxruntime is None:
+        raise UserError(about_missing(MISSING))
     if not path.is_file():
         raise UserError(f"no model at {path}: export one with export.py")
     providers = ["CPUExecutionProvider"]

@@ -87,7 +87,7 @@ def factor_of(args, session):
 def paths_named(words):
     """The paths that words name: files, folders, patterns, @lists, and - for standard input."""
     for word in words:
-        if word == "-" or word.startswith("@"):
+        if word == "-" or (word.startswith("@") and not os.path.lexists(word)):
             yield from map(Path, listed(word))
             continue
         path = Path(word).expanduser()

@@ -36,6 +36,9 @@ def test_patterns_lists_and_standard_input_name_files(predict, models, tmp_path)
     assert row["file"] == f"{folder}/a.npy" and process.returncode == 0
     for bad, named in {f"@{tmp_path}/none": "none", f"{folder}/x*.npy": "x*.npy"}.items():
         assert_user_error(predict(bad, check=False), named)
+    np.save(tmp_path / "@b.npy", IMAGES[0])
+    process = subprocess.run([*command[:-1], "@b.npy"], cwd=tmp_path, capture_output=True, text=True, timeout=HUNG)
+    assert "@b.npy" in process.stdout  # a file of that name is no list
     (tmp_path / "list.txt").write_text("\n")
     assert_user_error(predict(f"@{tmp_path}/list.txt", check=False), "lists no files")
 
