@@ -23,7 +23,7 @@ from sklearn.metrics import confusion_matrix, roc_curve
 from lib import compatibility, datasets, metrics, options, plots, report, tables, weights
 from lib import predictions as written
 from lib.device import resolve_device
-from lib.files import PICTURE, make_folder, sha256_of, write_json, write_text
+from lib.files import PICTURE, check_outputs, make_folder, require_own, sha256_of, write_json, write_text
 from lib.guard import LEAST_FAMILIARITY, Guard
 from lib.loader import batch_reader, in_batches
 from lib.provenance import LIBRARY, identity_of, is_current, made_from, require_own_results, sign
@@ -33,6 +33,7 @@ EXAMPLE = """example:
       --weights runs/full/vit-mae-classifier-wt.pth"""
 
 SHOWN_MISTAKES = 12
+PREDICTIONS = "predictions.csv"
 LEFT = {
     "metrics.json": rb'"calibration_error"', "comparison.md": rb"\A\| run ", "report.html": rb"<title>Lens classification",
     **dict.fromkeys(("roc.png", "confusion_matrix.png", "reliability.png", "familiarity.png", "mistakes.png"), PICTURE),
@@ -76,18 +77,21 @@ def evaluate(args):
     if (args.out / "scores.csv").exists():
         raise UserError(f"{args.out} holds the results of reconstruct.py: choose another --out")
     require_own_results(args.out, LEFT)
+    if args.save_predictions:
+        check_outputs({"predictions.csv": args.out / PREDICTIONS}, [args.predictions] if args.predictions else [])
+        require_own(args.out / PREDICTIONS, rb"\Arun,row,")
     paths = dict(zip(names_of_runs(args.weights), args.weights, strict=True))
     hashes = {name: sha256_of(path) for name, path in paths.items()}
     theirs = sha256_of(args.predictions) if args.predictions else None
     made = made_from(
         args, [*LIBRARY, __file__], data=identity_of(dataset), weights=hashes, theirs=theirs
     )
-    beside = [args.out / name for name in ("comparison.md", "report.html", "roc.png")]
-    if args.update and is_current(args.out / "metrics.json", made, *beside):
+    beside = ["comparison.md", "report.html", "roc.png", *([PREDICTIONS] if args.save_predictions else [])]
+    if args.update and is_current(args.out / "metrics.json", made, *map(args.out.joinpath, beside)):
         return
-    predictions = predictions_of(paths, dataset, resolve_device(args.device), args.split == "all")
+    ours = predictions_of(paths, dataset, resolve_device(args.device), args.split == "all")
     class_names = list(dataset.class_names)
-    comparisons = with_theirs(predictions, dataset, args)
+    predictions, comparisons = with_theirs(ours, dataset, args)
     results = {name: figures(p, class_names, args) for name, p in predictions.items()}
     matrices = {name: confusion_of(p, class_names) for name, p in predictions.items()}
     published = published_rows(dataset)
@@ -106,7 +110,7 @@ def evaluate(args):
     )
     write_text(args.out / "comparison.md", table + "\n")
     if args.save_predictions:
-        written.write(args.out / "predictions.csv", predictions, dataset, args.data)
+        written.write(args.out / PREDICTIONS, predictions, dataset, args.data)
     remarks = [*about_results(results), *comparisons]
     plots.attempt(print, "\n".join([table, *map(one_line, remarks)]))
     best = max(results, key=lambda name: results[name]["macro"]["value"])
@@ -147,19 +151,19 @@ def predictions_of(paths, dataset, device, whole):
     return predictions
 
 
-def with_theirs(predictions, dataset, args):
-    """Add the predictions of --predictions to {run: `Prediction`}; lines that compare them with each run."""
+def with_theirs(ours, dataset, args):
+    """({run: `Prediction`} with those of --predictions, if any, lines that compare these with each run)."""
     if not args.predictions:
-        return []
-    name, ours = args.predictions.stem, dict(predictions)
+        return ours, []
+    name = args.predictions.stem
     if name in ours:
         raise UserError(f"--predictions {args.predictions} has the name of a run: rename the file")
     rows, labels = next(iter(ours.values()))[:2]
     if any(not np.array_equal(rows, p.rows) for p in ours.values()):
         raise UserError("--predictions: the weights are not tested on the same images: give one of them")
     theirs = written.read(args.predictions, rows, dataset, args.data)
-    predictions[name] = Prediction(rows, labels, theirs, None, None)
-    return [written.compared(p.probabilities, theirs, labels, (run, name)) for run, p in ours.items()]
+    lines = [written.compared(p.probabilities, theirs, labels, (run, name)) for run, p in ours.items()]
+    return {**ours, name: Prediction(rows, labels, theirs, None, None)}, lines
 
 
 def confusion_of(prediction, class_names):

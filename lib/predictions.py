@@ -34,7 +34,7 @@ def read(path, rows, dataset, folder):
     image is there twice, or numbers are no probabilities.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark in front
             table = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"cannot read --predictions {path}: {error}") from None
@@ -45,13 +45,11 @@ def read(path, rows, dataset, folder):
     if missing or key not in columns:
         wanted = ", ".join(["row or file" if files else "row", *names])
         raise UserError(f"--predictions {path} needs the columns {wanted}")
-    wanted = [str(row) if key == "row" else files[row].name for row in rows]
-    if key == "file" and len(set(wanted)) < len(wanted):  # one name in several classes: compare the folder, too
-        wanted = ["/".join(files[row].parts[-2:]) for row in rows]
-    parts = 1 + wanted[0].count("/")
+    name_of = str if key == "row" else shortest_name(files)
+    wanted = [name_of(row if key == "row" else files[row]) for row in rows]
     found = {}
     for line in table:
-        name = line[key] if key == "row" else "/".join(Path(line[key]).parts[-parts:])
+        name = name_of(line[key])
         if found.setdefault(name, line) is not line:
             raise UserError(f"--predictions {path} has {line[key]} twice: give one model's predictions")
     absent = [name for name in wanted if name not in found]
@@ -67,6 +65,17 @@ def read(path, rows, dataset, folder):
     if not (np.isfinite(probabilities).all() and probabilities.min() >= 0 and np.abs(sums - 1).max() <= NOT_ONE):
         raise UserError(f"--predictions {path}: the probabilities of an image must be positive, with the sum one")
     return probabilities
+
+
+def shortest_name(files):
+    """Function from a path to as many of its last parts as tell all `files` of a data set apart.
+
+    A table may come from another folder. Names alone would mix up the files of two classes.
+    """
+    for parts in range(1, 4):  # the file, its class, its part
+        if len({file.parts[-parts:] for file in files}) == len(files):
+            break
+    return lambda path: "/".join(Path(path).parts[-parts:])
 
 
 def compared(ours, theirs, labels, names):

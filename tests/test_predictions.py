@@ -3,8 +3,10 @@
 import csv
 
 import pytest
-from conftest import assert_user_error, run_script
+from conftest import assert_refused, assert_user_error, run_script, write_classes
 
+from lib import datasets, predictions
+from lib.errors import UserError
 from lib.metrics import mcnemar
 
 
@@ -68,6 +70,29 @@ def test_somebody_elses_predictions_stand_in_the_table_and_are_compared(key, eva
 def test_predictions_that_do_not_fit_are_refused(change, named, evaluated, ours, tmp_path):
     path = write(tmp_path / "theirs.csv", change(ours), ("row", "axion", "cdm", "no_sub"))
     assert_user_error(evaluated("--predictions", path, check=False)[0], "theirs.csv", named)
+
+
+def test_files_of_one_name_in_two_classes_are_not_mixed_up(tmp_path):
+    """Predictions of the files of one class were taken for those of the other."""
+    write_classes(tmp_path / "d", {"a": 40, "b": 40}, size=8)
+    dataset, files = datasets.load(tmp_path / "d"), datasets.files_of(tmp_path / "d")
+    rows = datasets.split(dataset)["test"]
+    lines = [{"file": file, "a": 1, "b": 0} for file in files]
+    theirs = write(tmp_path / "p.csv", [line for line in lines if line["file"].parent.name == "a"], ("file", "a", "b"))
+    with pytest.raises(UserError, match="lacks"):
+        predictions.read(theirs, rows, dataset, tmp_path / "d")
+    write(theirs, lines, ("file", "a", "b"))
+    theirs.write_text("\ufeff" + theirs.read_text())  # as spreadsheets save it
+    assert predictions.read(theirs, rows, dataset, tmp_path / "d").tolist() == [[1, 0]] * len(rows)
+
+
+def test_a_table_of_somebody_else_is_not_replaced(runs, folder, tmp_path):
+    (tmp_path / "predictions.csv").write_text("row,axion,cdm,no_sub\n")
+    for more in ((), ("--predictions", tmp_path / "predictions.csv")):
+        assert_refused("evaluate.py", ("--data", folder, "--cache-dir", runs / "cache", "--out", tmp_path, "--weights",
+                                       runs / "full" / "vit-mae-classifier-wt.pth", "--save-predictions", *more),
+                       "predictions.csv")  # fmt: skip
+    assert (tmp_path / "predictions.csv").read_text() == "row,axion,cdm,no_sub\n"
 
 
 def test_mcnemar_is_the_exact_binomial_test():
