@@ -142,14 +142,14 @@ class Said(NamedTuple):
         for kind, text in NOTES.items():
             names = [name for found, name in self.notes if found == kind]
             if names:
-                yield f"{len(names)} file{'s' * (len(names) > 1)}, such as {names[0]}, {text}"
+                yield f"read {len(names)} file{'s' * (len(names) > 1)}, such as {names[0]}, {text}"
 
 
 NOTES = {
-    "scale": "with pixels of another scale than the network's, as the WCS says: --pixel-scale wcs resamples them",
-    "planes": "with planes that are read as lenses: for bands of one lens give --planes bands or a band's number",
-    "rounded": "compressed by fpack with rounding (quantised floats), which a network that learned from "
-    "exact pixels takes for noise: use the original file, or compress it with quantize_level=0 and GZIP_2",
+    "scale": "whose WCS says another pixel scale than the network's: --pixel-scale wcs resamples them",
+    "planes": "and took its planes for lenses: for bands of one lens give --planes bands or a band's number",
+    "rounded": "compressed by fpack with rounding (quantised floats): a network that learned from exact "
+    "pixels takes the rounding for noise; use the original file, or compress it with quantize_level=0 and GZIP_2",
 }  # fmt: skip
 
 
@@ -303,6 +303,8 @@ def _stack_of(array, planes=None):
             raise ValueError(f"shape {array.shape} has no band {planes}")
         else:
             array = np.take(array, planes, axis=axis)
+    elif type(planes) is int and planes > 0:
+        raise ValueError(f"shape {array.shape} has no band {planes}")
     if array.ndim == 4 and array.shape[1] == 1:
         array = array[:, 0]
     elif array.ndim in (3, 4) and array.shape[-1] == 1:

@@ -559,6 +559,9 @@ def test_the_planes_of_a_cube_are_what_the_user_says(fits, tmp_path):
         assert np.array_equal(predicted(file, planes=1)[0][str(file)], IMAGES[1])
         assert np.allclose(predicted(file, planes="bands")[0][str(file)], IMAGES.mean(axis=0))
         assert "no band 3" in predicted(file, planes=3)[1][0][1]
+    np.save(tmp_path / "one.npy", IMAGE)
+    assert "no band 2" in predicted(tmp_path / "one.npy", planes=2)[1][0][1]
+    assert len(predicted(tmp_path / "one.npy", planes=0)[0]) == 1
 
 
 def test_pixels_that_fpack_has_rounded_are_named(fits, tmp_path):
