@@ -16,6 +16,7 @@ from matplotlib.colors import AsinhNorm
 
 from lib.errors import one_line, reason_of
 from lib.files import CREATOR, atomic_write
+from lib.traits import typical_rms
 
 LONGEST_LABEL = 80
 WITH_METADATA = (".png", ".pdf", ".svg", ".eps", ".ps")  # other formats cannot say who made them
@@ -168,7 +169,7 @@ def contact_sheet(path, answers, class_names, maps, sigma, pixel_scale=None):
     """Raw images with name, prediction and probabilities; beside them their maps (n, H, W), unless None.
 
     answers : `predict.Answer` of the images. A prediction that is no class is red.
-    sigma : see `substructure_map`; None for the median rms of the maps.
+    sigma : see `substructure_map`; None for the `typical_rms` of the maps.
     pixel_scale : arcsec; where it is known, the first image has a bar of one arcsec.
     """
     panels = 1 if maps is None else 2
@@ -180,8 +181,7 @@ def contact_sheet(path, answers, class_names, maps, sigma, pixel_scale=None):
     )  # fmt: skip
     for panel in axes.flat:
         panel.set_axis_off()
-    if maps is not None and not sigma:
-        sigma = max(float(np.median(np.sqrt(np.square(maps).mean(axis=(1, 2))))), 1e-12)
+    unit = None if maps is None else sigma or typical_rms(maps)
     for i, answer in enumerate(answers):
         line, column = divmod(i, columns)
         panel = axes[line, panels * column]
@@ -193,7 +193,7 @@ def contact_sheet(path, answers, class_names, maps, sigma, pixel_scale=None):
         panel.set_title(title, fontsize=7, fontweight="bold", color=colour)
         panel.text(0.02, 0.02, each, fontsize=6, color="white", transform=panel.transAxes)
         if maps is not None:
-            drawn = substructure_map(axes[line, 2 * column + 1], maps[i], sigma)
+            drawn = substructure_map(axes[line, 2 * column + 1], maps[i], unit)
             axes[line, 2 * column + 1].set_title("substructure map", fontsize=7)
     if pixel_scale:
         _arcsec_bar(axes[0, 0], answers[0].image.shape[-1], pixel_scale)

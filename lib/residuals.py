@@ -12,10 +12,10 @@ from lib.files import atomic_write
 from lib.images import read_npy
 from lib.loader import batch_reader, in_batches
 from lib.metrics import auc_of_counts, bootstrap
+from lib.traits import LEAST_RMS, typical_rms
 from mae import complementary_masks, residual_scores
 
 SMOOTH_IMAGES = 500
-LEAST_RMS = 1e-6  # of float32
 MAPS_TOGETHER = 2048  # that are kept in memory while they are computed
 
 
@@ -80,9 +80,8 @@ def smooth_rms(mae, images_of, rows, mask_ratio):
 
 
 def smooth_rms_of(content, maps):
-    """The `smooth_rms` in the content of a weights file; without it the median rms of `maps` (n, H, W)."""
-    known = content["run"].get("smooth_rms")
-    return float(known or max(np.median(np.sqrt(np.square(maps).mean(axis=(1, 2)))), LEAST_RMS))
+    """The `smooth_rms` in the content of a weights file; without it the `typical_rms` of `maps` (n, H, W)."""
+    return float(content["run"].get("smooth_rms") or typical_rms(maps))
 
 
 def stored_maps(maps_of, rows, path, side, quiet=False):

@@ -22,7 +22,7 @@ ORDERS = {
 class Choice:
     """Keeps the `most` answers (`predict.Answer`) that come first in an order of ORDERS.
 
-    Of equals the first is kept. Random numbers depend on the place in the sequence alone.
+    Of equal answers it keeps the earlier one. The random numbers depend on the number of answers before.
     """
 
     def __init__(self, order, most):
@@ -40,7 +40,7 @@ class Choice:
                 heapq.heappop(heap)
 
     def _rank(self, answer):
-        """The larger, the earlier an answer comes."""
+        """Answers of a larger rank come earlier."""
         if self.order in ("prediction", "random"):
             return self.rng.random()
         if self.order == "substructure":

@@ -1,9 +1,10 @@
-"""Figures of images that have nothing to do with lensing, and what they tell; numpy alone."""
+"""Figures of images and maps that have nothing to do with lensing, and what they tell; numpy alone."""
 
 import json
 
 import numpy as np
 
+LEAST_RMS = 1e-6  # of float32
 EXTREMES = (0.01, 0.5, 0.99)  # quantiles of the training images that are kept
 
 # The columns of `figures_of`, and what a difference may mean.
@@ -33,6 +34,11 @@ def figures_of(images):
         peak, lowest, np.median(steps, axis=(1, 2, 3)), (pixels == 0).mean(axis=1),
         (pixels == peak[:, None]).mean(axis=1), flux @ row / total, flux @ column / total,
     ], axis=1)  # fmt: skip
+
+
+def typical_rms(maps):
+    """The median rms of residual maps (n, H, W): their unit where no file says what smooth lenses leave."""
+    return max(float(np.median(np.sqrt(np.square(maps).mean(axis=(1, 2))))), LEAST_RMS)
 
 
 def reference_of(images):
