@@ -120,7 +120,7 @@ class PackedWriter:
 
 
 def placed(originals, places):
-    """The `originals` (n,) moved into the `places` (n, 2) of their parts; copies in several, into the first."""
+    """The `originals` (n,), moved into the `places` (n, 2) of their parts. Copies all go to the first part."""
     _, which = np.unique(originals, return_inverse=True)
     start = np.full(which.max() + 1, 1.0)
     np.minimum.at(start, which, places[:, 0])
@@ -128,7 +128,7 @@ def placed(originals, places):
     first[which[places[:, 0] == start[which]]] = places[places[:, 0] == start[which]]
     low, high = first[which].T
     if not (low.any() or (high < 1).any()):
-        return originals  # the rule is for all: nothing is moved
+        return originals  # without folders of parts
     moved = (low + (high - low) * (originals / 2.0**64)) * 2.0**64
     return np.minimum(moved, np.nextafter(high * 2.0**64, 0)).astype(np.uint64)
 
@@ -162,9 +162,9 @@ class Listing(NamedTuple):
     """The files of a folder.
 
     files : {class name: paths of its images, sorted, those of train before others}.
-    places : {class name: (n, 2)}: between which of 0 and 1 the hash of each image puts it, see `split`. Without
-        folders for parts (0, 1). With train and one other the images of train are in (0, 0.9), so that a ninth of
-        them becomes the validation part, and the others are the test part, (0.9, 1).
+    places : {class name: (n, 2)}. The hash of an image puts it between these two numbers, and `split` cuts at
+        BOUNDS. Without folders for parts they are 0 and 1. With train and one other folder, the images of train
+        are in (0, 0.9), where a ninth becomes the validation part, and the others in (0.9, 1), the test part.
     others : paths of files that are no images.
     """
 

@@ -16,9 +16,9 @@ class UserError(Exception):
 
 
 def starting(name):
-    """Let a script, whose `__name__` is given, end in one line if it is stopped, or misses a package, on its imports.
+    """Let the script of this `__name__` end in one line if its imports are interrupted or miss a package.
 
-    SIGINT ends it at once: packages turn the exception into others when they are half imported.
+    SIGINT ends it at once: half-imported packages would turn KeyboardInterrupt into other exceptions.
     """
     if name == "__main__":
         sys.excepthook = _tell_what_is_missing

@@ -140,7 +140,7 @@ def check_outputs(outputs, inputs):
 
 
 def require_own(path, pattern):
-    """UserError if another file than an earlier output is at `path`: `pattern` matches in the content of such."""
+    """UserError if there is a file at `path` in whose content `pattern` does not match: it is not ours."""
     if not path.is_file() or not path.stat().st_size:
         return
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:

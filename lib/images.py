@@ -96,7 +96,7 @@ def _walk(root, errors):
 
 
 class Found(NamedTuple):
-    """An array of a file, None where it is no image, and what a FITS file says of it, see `fits.FitsImage`."""
+    """An array of a file (None: no image), and what a FITS file says of it, see `fits.FitsImage`."""
 
     name: str
     array: np.ndarray | None
@@ -126,7 +126,7 @@ class How(NamedTuple):
 
 
 class Said(NamedTuple):
-    """What reading has to say: lists that grow while images are read.
+    """What there is to say of the files: lists that grow while images are read.
 
     errors : [(name, reason)] of what cannot be read.
     others : names of arrays and files that hold no images.

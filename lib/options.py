@@ -35,7 +35,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 class StoreOnce(argparse.Action):
-    """Stores an option's values, as argparse does, but refuses a second time, when the first would be lost."""
+    """Stores an option's values as argparse does, and refuses a second time: argparse would drop the first."""
 
     given = False
 
@@ -98,7 +98,7 @@ def add_test_arguments(parser):
 
 
 def refuse_unused(argv, names, reason):
-    """UserError if one of the options `names` is given, be it with its default: it would do nothing."""
+    """UserError if one of the options `names` is given, even with its default: it would do nothing."""
     given = {word.split("=")[0] for word in map(str, sys.argv[1:] if argv is None else argv)}
     for flag in (f"--{name.replace('_', '-')}" for name in names):
         if flag in given:
