@@ -5,6 +5,7 @@ The models are those of the first FOLDER that has both, with a few of its exampl
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ sys.path.insert(0, str(EXAMPLES.parent))
 from lib.errors import UserError, run_main
 from lib.files import atomic_directory, is_hidden
 
-PAGE = [*sorted((EXAMPLES / "web").iterdir()), EXAMPLES / "formats.mjs"]
+PAGE = [EXAMPLES / "web" / "index.html", *sorted((EXAMPLES / "web").glob("*.mjs")), EXAMPLES / "formats.mjs"]
 RUNTIME = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
 MODELS = ("classifier.onnx", "reconstruction.onnx")
 LAST = "examples.json"  # a folder that has it is complete
@@ -33,7 +34,9 @@ def main():
     if not runtime.is_dir():
         raise UserError("onnxruntime-web is not installed: npm ci --prefix examples --ignore-scripts")
     with atomic_directory(args.out, replaced=LAST, own=OWN) as page:
-        for path in (*PAGE, *(runtime / name for name in RUNTIME), *(models / name for name in MODELS)):
+        for path in PAGE:
+            (page / path.name).write_text(beside(path.read_text()))
+        for path in (*(runtime / name for name in RUNTIME), *(models / name for name in MODELS)):
             shutil.copyfile(path, page / path.name)
         names = []
         for path in examples_in(models):
@@ -43,6 +46,11 @@ def main():
             names.append(f"{path.parent.name}/{path.name}")
         (page / LAST).write_text(json.dumps(names, indent=2) + "\n")
     print(f"{args.out}: the page with the models of {models} and {len(names)} examples")
+
+
+def beside(text):
+    """A source of the page whose imports of other folders, such as '../formats.mjs', lie beside it."""
+    return re.sub(r"'\.\./(?:[\w-]+/)*", "'./", text)
 
 
 def folder_with_models(folders):

@@ -36,6 +36,17 @@ def build(models, out):
     return out
 
 
+def in_place(models, out):
+    """The sources of the page, as `examples/` has them, with the models of a folder beside them."""
+    examples = PAGE.parent
+    shutil.copytree(examples / "web", out)
+    shutil.copy(examples / "formats.mjs", out.parent)
+    (out.parent / "node_modules").symlink_to(examples / "node_modules")
+    for path in [*models.glob("*.npy"), *models.glob("*.onnx")]:
+        shutil.copy(path, out)
+    return out
+
+
 def with_metadata(path, **more):
     proto = onnx.load(path)
     known = {p.key: p.value for p in proto.metadata_props}
@@ -174,9 +185,10 @@ def free_port():
 
 
 @needs_chromium
-def test_the_page_takes_what_was_replaced_and_doubts_maps_of_other_data(site, tmp_path):  # noqa: F811
+@pytest.mark.parametrize("made", [build, in_place])
+def test_the_page_takes_what_was_replaced_and_doubts_maps_of_other_data(made, site, tmp_path):  # noqa: F811
     """A browser takes a file of 30 days as fresh for three: the old model went on answering."""
-    folder, port = build(site[0], tmp_path / "page"), free_port()
+    folder, port = made(site[0], tmp_path / "page"), free_port()
     for path in folder.glob("*.*"):
         os.utime(path, (time.time() - 30 * 86400,) * 2)
     with opened(folder, tmp_path / "profile", ["0.npy"], port) as (page, _):

@@ -191,6 +191,7 @@ function prepareTable() {
 
 async function offerExamples() {
   const response = await fetch('examples.json', { cache: 'no-cache' });
+  if (!response.ok) return; // page.py writes it: this page is served from its sources
   const files = (await response.json()).map((name) => ({ name, file: `examples/${name}` }));
   const offers = [['all', files], ...files.map((file) => [file.name.split('/').at(-1), [file]])];
   element('examples').append(...offers.map(([name, chosen]) => {

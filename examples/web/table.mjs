@@ -1,6 +1,6 @@
 // The results: pictures, the rows of the table that are in sight, and the CSV.
 
-import { UNFAMILIAR } from './formats.mjs';
+import { UNFAMILIAR } from '../formats.mjs';
 
 const LINEAR_SIGMAS = 3; // as in lib/plots.py
 const MOST_SIGMAS = 50;

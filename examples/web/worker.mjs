@@ -1,10 +1,10 @@
 // onnxruntime in a thread of its own: opens the models beside the page, reads files and classifies
 // their images, one request of app.mjs after the other.
 
-import * as ort from './ort.wasm.bundle.min.mjs';
+import * as ort from '../node_modules/onnxruntime-web/dist/ort.wasm.bundle.min.mjs';
 import {
   checkAnswers, checkImage, dataOf, describe, judge, readImages, requireOutput, smoothRms,
-} from './formats.mjs';
+} from '../formats.mjs';
 
 let classifier;
 let maps;
@@ -46,7 +46,7 @@ function describeMaps(session, content, name) {
 const actions = {
   async models() {
     ort.env.wasm.numThreads = 1; // more need headers that a static host may not send
-    ort.env.wasm.wasmBinary = await fetchBytes('ort-wasm-simd-threaded.wasm');
+    ort.env.wasm.wasmBinary = await fetchBytes('../node_modules/onnxruntime-web/dist/ort-wasm-simd-threaded.wasm');
     classifier = await openModel('classifier.onnx', describe);
     maps = await openModel('reconstruction.onnx', describeMaps);
     const { session, ...stated } = classifier;
