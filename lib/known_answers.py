@@ -70,21 +70,22 @@ def thinned(answers):
     return {name: _thinned(np.asarray(answer)) for name, answer in answers.items()}
 
 
-def differences(right, got):
+def differences(right, got, steps=None):
     """{output: `difference`} between right answers {output: (n, ...)} and those of a runtime.
 
     A familiarity is a rank among the images of the predicted class, so it is compared where the
-    classes agree. They may differ where two are nearly as probable.
+    classes agree. They may differ where two are nearly as probable. It may differ by `steps` (n,).
     """
     found = {name: difference(got[name], answer) for name, answer in right.items() if name != "familiarity"}
     if "familiarity" in right:
         same = right["probabilities"].argmax(axis=1) == got["probabilities"].argmax(axis=1)
-        found["familiarity"] = difference(got["familiarity"][same], right["familiarity"][same])
+        allowed = 0 if steps is None else steps[same]
+        found["familiarity"] = difference(got["familiarity"][same], right["familiarity"][same], allowed)
     return found
 
 
-def difference(got, right):
-    """Largest difference of two arrays; of numbers above one, relative to the largest that is right.
+def difference(got, right, allowed=0):
+    """Largest difference of two arrays beyond `allowed`; of numbers above one, relative to the largest that is right.
 
     Infinite if they cannot be compared.
     """
@@ -92,7 +93,7 @@ def difference(got, right):
         return math.inf
     if not got.size:
         return 0.0
-    found = float(np.abs(got - right).max()) / max(1.0, float(np.abs(right).max()))
+    found = float(np.maximum(np.abs(got - right) - allowed, 0).max()) / max(1.0, float(np.abs(right).max()))
     return math.inf if math.isnan(found) else found
 
 

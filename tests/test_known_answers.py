@@ -3,13 +3,16 @@
 import base64
 import json
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from conftest import assert_user_error, run_script
 
+import export
 from lib import known_answers, onnxfile
 from lib.errors import UserError
 
@@ -122,6 +125,47 @@ def test_a_familiarity_is_compared_where_the_predicted_classes_agree():
     assert found == {"probabilities": pytest.approx(0.01), "familiarity": pytest.approx(0.1)}
     alone = [{name: answer[:1] for name, answer in answers.items()} for answers in (right, got)]
     assert known_answers.differences(*alone)["familiarity"] == 0
+
+
+@pytest.fixture
+def ranked(monkeypatch):
+    """(model, images, metadata that are stored) of a file whose familiarity is one rank from PyTorch's.
+
+    The classifier was calibrated on 199 images of one class and 4 of another.
+    """
+    seen = torch.tensor([0] * 199 + [1] * 4)
+    model = SimpleNamespace(familiarity=SimpleNamespace(class_seen=seen), outputs=("probabilities", "familiarity"))
+    predicted = np.arange(256) % 2
+    right = {"probabilities": np.eye(2, dtype="f4")[predicted], "familiarity": np.full(256, 0.2, "f4")}
+    got = [right["probabilities"], right["familiarity"] + np.where(predicted, 1 / 5, 1 / 200).astype("f4")]
+    stored = {}
+    monkeypatch.setattr(export, "answers_of", lambda *_: dict(right))
+    monkeypatch.setattr(export, "run_session", lambda _, images, *__: [answer[: len(images)] for answer in got])
+    monkeypatch.setattr(export, "save_proto", lambda _, __, metadata: stored.update(metadata))
+    for module, name in ((onnx, "load"), (export, "open_session")):
+        monkeypatch.setattr(module, name, lambda *_: None)
+    return model, np.random.default_rng(0).random((256, 1, 16, 16)).astype("f4"), stored
+
+
+def test_one_rank_in_a_small_class_is_rounding(ranked):
+    """It is 0.2 of the familiarity among 4 images: such a classifier was not exported."""
+    model, images, _ = ranked
+    found = export.differences(model, None, images)
+    export.require_agreement(found, "x.onnx")
+    model.familiarity.class_seen = torch.tensor([0] * 199 + [1] * 99)
+    with pytest.raises(UserError, match="its familiarity is 1"):
+        export.require_agreement(export.differences(model, None, images), "x.onnx")
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_no_familiarity_is_stored_that_another_machine_may_change(large, ranked):
+    model, images, stored = ranked
+    if not large:
+        model.familiarity.class_seen = torch.tensor([0] * 9 + [1] * 4)
+    export.store_known_answers(None, SimpleNamespace(precision="float32", out="x"), model, images, {})
+    _, answers = known_answers.read(stored[known_answers.KEY], 16)
+    assert ("familiarity" in answers) == large
+    assert {row.argmax() for row in answers["probabilities"]} == ({0} if large else {0, 1})
 
 
 def test_the_stored_images_are_of_several_classes(runs):
