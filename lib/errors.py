@@ -9,6 +9,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+# Variables with which torch and its libraries round float32 products, choose other kernels, or load files
+# otherwise than the scripts ask for.
+OVERRIDING = ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE",
+              "PYTORCH_TUNABLEOP_ENABLED", "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")  # fmt: skip
 
 
 class UserError(Exception):
@@ -19,11 +24,25 @@ def starting(name):
     """Let the script of this `__name__` end in one line if its imports are interrupted or miss a package.
 
     SIGINT ends it at once: half-imported packages would turn KeyboardInterrupt into other exceptions.
+    What the environment asks of numerical libraries must make sense, and does not change results.
     """
     if name == "__main__":
+        _settle_environment()
         sys.excepthook = _tell_what_is_missing
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as after nohup
             signal.signal(signal.SIGINT, _stop_at_once)
+
+
+def _settle_environment():
+    """End the script at a number of threads that is none: torch would take another one without a word."""
+    for name in THREADS:
+        value = os.environ.get(name, "")
+        if value and not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", value):
+            _say(f"error: {name}={value} in the environment is no number of threads: unset it, or give one from 1")
+            sys.exit(2)
+    for name in OVERRIDING:
+        os.environ.pop(name, None)
+    os.environ["NVIDIA_TF32_OVERRIDE"] = "0"  # of cuBLAS and cuDNN: no products of 11 bits, see device.py
 
 
 def _stop_at_once(*_):

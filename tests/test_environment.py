@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import HUNG, ROOT, assert_user_error, run_script
 
-from lib import distributed
+from lib import distributed, errors
 from lib.errors import UserError, path_argument
 
 SCRIPTS = [
@@ -34,6 +34,26 @@ def test_flags_of_python_change_nothing(flags, tmp_path):
     process = run_in({}, *flags, ROOT / "predict.py", "--help", folder=tmp_path)
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""
+
+
+@pytest.mark.parametrize("script", ["pretrain.py", "predict.py"])
+@pytest.mark.parametrize("value", ["abc", "0", "-1", "1.5", "4,", "99999999", "$N"])
+@pytest.mark.parametrize("name", errors.THREADS)
+def test_a_number_of_threads_that_is_none_is_one_line(name, value, script):
+    process = run_in({name: value}, script, "--help")
+    assert_user_error(process, f"{name}={value} ", "unset it")
+    assert process.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("threads", ["", "1", "2,1"])
+def test_variables_that_change_results_are_without_effect(threads):
+    """The libraries read them when they are loaded."""
+    ours = {"OMP_NUM_THREADS": threads, "NVIDIA_TF32_OVERRIDE": "1", **dict.fromkeys(errors.OVERRIDING, "1")}
+    code = "import os; from lib.errors import starting; starting('__main__'); os.execvp('env', ['env'])"
+    left = dict(line.split("=", 1) for line in run_in(ours, "-c", code).stdout.splitlines() if "=" in line)
+    assert left["NVIDIA_TF32_OVERRIDE"] == "0"
+    assert left.keys().isdisjoint(errors.OVERRIDING)
+    assert left["OMP_NUM_THREADS"] == threads
 
 
 @pytest.mark.parametrize(
