@@ -41,6 +41,19 @@ def test_what_tells_a_class_apart_is_named(what, label):
         assert " times): another unit?" in named[0]
 
 
+def test_what_several_figures_tell_together_is_named_with_its_auc():
+    """Units and zero levels vary from image to image; in one class the level is lower than its unit lets expect."""
+    dataset = simulated("Model_II")
+    dataset.images[:] *= np.exp(np.random.default_rng(0).normal(0, 0.5, len(dataset.labels)))[:, None, None]
+    peaks = dataset.images.max(axis=(1, 2))
+    levels = 0.3 * np.where(dataset.labels == 1, peaks, peaks + 0.6 * np.median(peaks))
+    dataset.images[:] += levels[:, None, None]
+    (line,) = shortcuts.differences(dataset)
+    assert "class b" in line
+    assert "linear classifier" in line
+    assert float(line.rsplit(" ", 1)[1]) > shortcuts.TOLD_APART
+
+
 def test_packing_and_data_py_name_classes_in_other_units(tmp_path):
     root = write_classes(tmp_path / "d", {"new": 40, "old": 40})
     for path in (root / "new").iterdir():
