@@ -54,6 +54,7 @@ def export(args):
         raise UserError(f"--out {args.out} has the suffix of another kind of file: name an .onnx file")
     check_outputs({"--out": args.out}, args.weights)
     require_own(args.out, b"weights_sha256")
+    say("reading weights and images")
     model, opened = load_model(args)
     dataset, parts = load_images(args, opened.content, model.img_size)
     images = some_images(dataset, parts["validation"], max(CHECKED_BATCHES), args.seed)
@@ -64,13 +65,16 @@ def export(args):
         print(f"already up to date: {args.out}")
         return
     with atomic_write(args.out) as temporary:
-        say("exporting")
+        say("tracing the network")
         write_onnx(model, temporary, metadata)
+        say(f"comparing it with PyTorch on {len(images)} images")
         found = differences(model, temporary, images)
         require_agreement(found, args.out)
+        say("measuring its time")
         print(f"{described('float32', temporary, images)}; {as_text(found)}")
         if args.precision != "float32":
             lower_precision(temporary, args, model, dataset, order, parts, images, metadata)
+        say("storing images with known answers")
         store_known_answers(temporary, args, model, images, metadata)
     print(f"{opened.path} -> {args.out}")
 
@@ -116,8 +120,9 @@ No image processor resizes or rescales (preprocessor_config.json).
 
 
 def say(step):
-    """Name a step that takes long before it starts."""
-    print(f"{step} ...", flush=True)
+    """Name a step that takes long before it starts, on a terminal alone."""
+    if sys.stderr.isatty():
+        print(f"{step} ...", file=sys.stderr, flush=True)
 
 
 # What is exported, and the images that it is checked with

@@ -18,7 +18,6 @@ from lib.errors import UserError, one_line, path_argument, run_main, starting
 
 starting(__name__)
 
-import contextlib
 from typing import NamedTuple
 
 import numpy as np
@@ -54,13 +53,22 @@ def batches_of(images, batch_size):
         yield names, np.stack(batch)[:, None]
 
 
-def progress(files):
-    """Show a bar if tqdm is installed; prediction works without it."""
-    with contextlib.suppress(ImportError):
-        from tqdm import tqdm
+def progress(answers, files, said):
+    """Pass on the answers and, if tqdm is installed, count them on a terminal.
 
-        return tqdm(files, unit="file", disable=None)
-    return files
+    The total is right for `files` of one image each; a file of more raises it when it is opened.
+    """
+    try:
+        from tqdm import tqdm
+    except ImportError:  # prediction works without it
+        yield from answers
+        return
+    before = len(said.errors)
+    with tqdm(total=files, unit="image", disable=None) as bar:
+        for answer in answers:
+            bar.total = files + sum(said.more) + before - len(said.errors)
+            bar.update()
+            yield answer
 
 
 class Answer(NamedTuple):
@@ -84,14 +92,14 @@ def predict(args):
         raise UserError("no .npy, .npz or FITS files found under the given paths")
     others = check_paths(args, files, others)
 
-    said = Said(errors, others, [])
+    said = Said(errors, others, [], [])
     how = reading.how_to_read(args, session)
-    images = scaled(read_images(progress(files), img_size, said, how), reading.factor_of(args, session))
+    images = scaled(read_images(files, img_size, said, how), reading.factor_of(args, session))
     batches = batches_of(guard.readable(images, errors), args.batch_size)
     answers = answers_to(batches, args.model, session, class_names, guard, maps, errors)
     counts = dict.fromkeys([*class_names, *([UNFAMILIAR] if guard.can_refuse else [])], 0)
     strange = []
-    answers = watched(answers, counts, choice, strange)
+    answers = watched(progress(answers, len(files), said), counts, choice, strange)
     header = ["file", *class_names, "prediction", *(["familiarity"] if guard.calibration is not None else []),
               *(["residual"] if maps else [])]  # fmt: skip
 

@@ -19,7 +19,7 @@ def main():
         raise UserError("give a model and files: python classify.py MODEL.onnx FILE ...")
     model, *files = map(Path, sys.argv[1:])
     session, class_names, img_size = open_classifier(model)
-    guard, said = Guard.of(session), Said([], [], [])
+    guard, said = Guard.of(session), Said([], [], [], [])
     if not guard.can_refuse:
         print(one_line(guard.weakness(model)), file=sys.stderr)
     images = guard.readable(read_images(files, img_size, said), said.errors)

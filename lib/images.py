@@ -131,11 +131,13 @@ class Said(NamedTuple):
     errors : [(name, reason)] of what cannot be read.
     others : names of arrays and files that hold no images.
     notes : [(kind of NOTES, name)] of what was read, but may not be what the user means.
+    more : how many images more than one each file has and each stack.
     """
 
     errors: list
     others: list
     notes: list
+    more: list
 
     def about_notes(self):
         """A line on each kind of note."""
@@ -181,6 +183,7 @@ def read_images(files, img_size, said, how=How()):
         except UserError as error:
             said.errors.append((str(path), str(error)))
             continue
+        said.more.append(sum(found.array is not None for found in arrays) - 1)
         for found in arrays:
             if found.array is None:
                 said.others.append(found.name)
@@ -216,6 +219,7 @@ def _images_in(found, img_size, said, how):
         return
     if how.planes is None and 1 < len(stack) <= FEW_PLANES and name.lower().endswith(".npy"):
         said.notes.append(("planes", name))
+    said.more.append(len(stack) - 1)
     for i, whole in enumerate(stack):
         image_name = name if len(stack) == 1 else f"{name}[{i}]"
         try:

@@ -193,6 +193,13 @@ def no_pictures(monkeypatch):
         monkeypatch.setattr(plots, name, lambda *_: None)
 
 
+class Terminal(io.StringIO):
+    """What a script writes to a terminal, for `contextlib.redirect_stderr`."""
+
+    def isatty(self):
+        return True
+
+
 @pytest.fixture
 def rows_read(monkeypatch):
     """The set of rows that any training or computation of residuals reads from now on."""

@@ -73,7 +73,7 @@ def write_files(folder, contents):
 def read_in_python(path):
     """The images of a file as predict.py reads them (n, SIDE, SIDE), or None if it refuses any."""
     errors = []
-    images = [image for _, image in predict.read_images([path], SIDE, predict.Said(errors, [], []))]
+    images = [image for _, image in predict.read_images([path], SIDE, predict.Said(errors, [], [], []))]
     return None if errors else np.array(images)
 
 

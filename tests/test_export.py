@@ -1,5 +1,6 @@
 """export.py and lib/onnxfile.py: the exported file is the network, or it is not written."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import CLASSIFIER, ROOT, TINY_NETWORK, assert_user_error, run_script
+from conftest import CLASSIFIER, ROOT, TINY_NETWORK, Terminal, assert_user_error, run_script
 
 import export
 import mae
@@ -117,6 +118,18 @@ def test_an_export_uses_the_packed_copy_that_the_training_made(runs, folder, tmp
     finally:
         (runs / "elsewhere").rename(runs / "cache")
     assert (folder / ".packed").exists()
+
+
+def test_each_step_is_named_on_a_terminal_alone(runs, folder, tmp_path, capsys):
+    arguments = ["--weights", runs / "full" / CLASSIFIER, "--data", folder, "--cache-dir", runs / "cache"]
+    with contextlib.redirect_stderr(Terminal()) as terminal:
+        export.main([*map(str, arguments), "--out", str(tmp_path / "x.onnx")])
+    steps = terminal.getvalue().splitlines()
+    assert len(steps) >= 4
+    assert all(step.endswith(" ...") for step in steps)
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    process = run_script("export.py", *arguments, "--out", tmp_path / "y.onnx")
+    assert process.stderr == ""
 
 
 def test_exported_maps_are_those_of_pytorch(runs, folder):

@@ -30,7 +30,7 @@ IMAGE = IMAGES[0]
 
 def predicted(*paths, **how):
     """({name: image} that prediction gets of these paths, errors, others)."""
-    said = Said([], [], [])
+    said = Said([], [], [], [])
     return dict(read_images(paths, SIDE, said, How(**how))), said.errors, said.others
 
 
@@ -551,7 +551,7 @@ def test_the_planes_of_a_cube_are_what_the_user_says(fits, tmp_path):
     np.save(tmp_path / "last.npy", np.moveaxis(IMAGES, 0, -1))
     assert "--planes" in predicted(path)[1][0][1]
     assert "--planes" in predicted(tmp_path / "last.npy")[1][0][1]
-    said = Said([], [], [])
+    said = Said([], [], [], [])
     assert len(list(read_images([tmp_path / "planes.npy"], SIDE, said))) == 3
     assert "bands of one lens" in next(said.about_notes())
     assert len(predicted(path, planes="lenses")[0]) == 3
@@ -565,7 +565,7 @@ def test_the_planes_of_a_cube_are_what_the_user_says(fits, tmp_path):
 
 
 def test_pixels_that_fpack_has_rounded_are_named(fits, tmp_path):
-    said = Said([], [], [])
+    said = Said([], [], [], [])
     for name, options in {"rounded": {}, "exact": {"compression_type": "GZIP_2", "quantize_level": 0}}.items():
         unit = fits.CompImageHDU(np.random.default_rng(0).normal(size=(64, 64)), **options)
         (tmp_path / f"{name}.fits").write_bytes(fits_bytes(fits.PrimaryHDU(), unit))
@@ -615,7 +615,7 @@ def test_the_pixel_scale_of_a_header_is_used_if_the_user_asks_for_it(fits, tmp_p
         assert np.allclose(given, blocks, rtol=1e-6)
         found, errors, _ = predicted(path, pixel_scale="wcs", wanted_scale=0.1)
         assert "no WCS" in errors[0][1] if name == "none" else np.allclose(found[str(path)], blocks, rtol=1e-6)
-    said = Said([], [], [])
+    said = Said([], [], [], [])
     list(read_images([tmp_path / "cd.fits"], SIDE, said, How(crop=True, wanted_scale=0.1)))
     assert "--pixel-scale wcs" in next(said.about_notes())
 
@@ -700,7 +700,7 @@ def test_tiles_that_hold_more_than_their_image_are_refused(fits, tmp_path):
         for key in [k for k in header if k.startswith("Z")]:
             table.header[key] = header[key]
         fits.HDUList([fits.PrimaryHDU(), table]).writeto(tmp_path / "bomb.fits")
-    said = Said([], [], [])
+    said = Said([], [], [], [])
     assert len(list(read_images([tmp_path / "sound.fits"], 64, said))) == 1
     errors = said.errors
     assert not errors and not list(read_images([tmp_path / "bomb.fits"], 64, said))

@@ -1,5 +1,6 @@
 """predict.py: every kind of file is read, and what cannot be read is listed."""
 
+import contextlib
 import csv
 import os
 import shutil
@@ -7,7 +8,7 @@ import shutil
 import numpy as np
 import onnx
 import pytest
-from conftest import assert_user_error, run_code, run_script
+from conftest import Terminal, assert_user_error, run_code, run_script
 
 import predict
 from lib import plots, sheet
@@ -74,6 +75,15 @@ def test_prediction_reads_npz_and_crops_when_asked(runs, tmp_path, lens_image):
     assert len(rows) == 4
     same = [float(row["axion"]) for row in rows]  # all are the same image
     assert max(same) - min(same) < 1e-5
+
+
+def test_a_terminal_counts_images_of_all_that_there_are(runs, tmp_path, lens_image):
+    np.savez(tmp_path / "two.npz", first=lens_image, second=np.stack([lens_image] * 5), text=np.array("no image"))
+    np.save(tmp_path / "single.npy", lens_image)
+    np.save(tmp_path / "small.npy", lens_image[:32, :32])
+    with contextlib.redirect_stderr(Terminal()) as terminal:
+        predict.main(["--model", str(runs / "classifier.onnx"), "--out", str(tmp_path / "p.csv"), str(tmp_path)])
+    assert "| 7/7 [" in terminal.getvalue()
 
 
 def test_names_reach_the_sheet_as_they_are(monkeypatch, tmp_path):
