@@ -36,13 +36,17 @@ def content(out):
     return {path: path.read_bytes() for path in files}
 
 
+@pytest.mark.parametrize("time", [1, 4e9], ids=["old", "from a clock ahead"])
 @pytest.mark.parametrize("call", SCRIPTS, indirect=True)
-def test_a_result_is_made_once_and_replaced_by_that_of_other_options_or_code(call, capsys, monkeypatch):
+def test_a_result_is_made_once_and_replaced_by_that_of_other_options_or_code(call, time, capsys, monkeypatch):
+    """Whenever its files were written."""
     call, out, other = call
 
     def update(*options):
         """Whether anything was made."""
         before = content(out)
+        for path in before:
+            os.utime(path, (time, time))
         call("--update", *options)
         if f"already up to date: {out}" in capsys.readouterr().out:
             assert content(out) == before

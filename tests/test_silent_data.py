@@ -46,6 +46,18 @@ def test_other_pixels_with_the_same_names_sizes_and_times_are_packed_again(tmp_p
     assert load(first, tmp_path / "cache").fingerprint != one.fingerprint
 
 
+@pytest.mark.parametrize("time", [1, 4e9])
+def test_images_of_any_time_are_the_same_data_with_the_same_split(time, tmp_path):
+    root = write_classes(tmp_path / "lenses", {"a": 40, "b": 40})
+    before = load(root)
+    for path in (root, *root.rglob("*")):
+        os.utime(path, (time, time))
+    after = load(root)
+    assert after.fingerprint == before.fingerprint
+    for part, rows in datasets.split(before).items():
+        assert np.array_equal(datasets.split(after)[part], rows)
+
+
 def test_images_far_outside_the_rest_are_named(tmp_path, capsys):
     root = write_classes(tmp_path, {"a": 50, "b": 50})
     for name, value in (("a/007.npy", -99.0), ("b/003.npy", 1e9)):
