@@ -24,7 +24,13 @@ RESIDUAL = "residual (image − prediction), in the network's scale"
 SIGMAS = "residual (image − prediction), in σ of smooth lenses"
 MOST_SIGMAS, LINEAR_SIGMAS = 50, 3  # where the colours of a map end, and up to where they are linear
 
-plt.rcParams.update({"figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9})
+# A run has one colour in every picture, whichever others stand beside it.
+RUN_COLOURS = {"head": "C0", "layernorm": "C1", "full": "C2", "residual": "C3", "scratch": "C4"}
+OTHER_COLOURS = ("C6", "C8", "C9", "C5", "C7")
+
+plt.rcParams.update({
+    "axes.formatter.useoffset": False, "figure.dpi": 110, "axes.grid": True, "grid.alpha": 0.3, "font.size": 9,
+})  # fmt: skip
 
 
 def attempt(show, *what):
@@ -64,28 +70,46 @@ def save(figure, path):
     plt.close(figure)
 
 
+def run_styles(runs):
+    """{run: colour and width of its line}; each line is thinner than those below it, so that none is hidden."""
+    others = [run for run in runs if run not in RUN_COLOURS]
+    colours = RUN_COLOURS | {run: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, run in enumerate(others)}
+    return {
+        run: {"color": colours[run], "linewidth": 1.2 + 1.3 * (len(runs) - 1 - i)}
+        for i, run in enumerate(runs)
+    }
+
+
 def _curves(axes, history, name, label):
+    """A line for each part; the legend has the last values, which are all that one validation gives.
+
+    Several losses have a logarithmic axis; a share is drawn up to 1, its best.
+    """
     epochs = [line["epoch"] for line in history]
-    for part in ("train", "validation"):
-        key = f"{part}_{name}"
-        if key in history[0]:
-            axes.plot(epochs, [line[key] for line in history], marker=".", label=part)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel(label)
+    parts = {part: [line[f"{part}_{name}"] for line in history]
+             for part in ("train", "validation") if f"{part}_{name}" in history[0]}  # fmt: skip
+    for part, values in parts.items():
+        marker, colour = ("s", "0.45") if part == "train" else ("o", "black")
+        axes.plot(epochs, values, marker=marker, ms=4, color=colour, label=f"{part}, last {values[-1]:.6g}")
+    axes.set(xlim=(0, 1.04 * epochs[-1]), xlabel="epoch", ylabel=label)
+    missing = 1 - min(map(min, parts.values()))
+    if name == "loss" and len(history) > 1:
+        axes.set_yscale("log")
+    elif name != "loss":
+        axes.set_ylim(1 - 1.4 * (missing or 0.1), 1 + 0.1 * (missing or 0.1))
     axes.legend()
 
 
 def loss_curves(path, history, label):
-    """Training and validation loss over the epochs, logarithmic."""
-    figure, axes = plt.subplots(figsize=(5, 3.5))
+    """Training and validation loss over the epochs."""
+    figure, axes = plt.subplots(figsize=(4.2, 3.4))
     _curves(axes, history, "loss", label)
-    axes.set_yscale("log")
     save(figure, path)
 
 
 def classifier_curves(path, history):
     """Loss, accuracy and macro AUC over the epochs."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.5))
+    figure, axes = plt.subplots(3, 1, figsize=(4.2, 8.4))
     _curves(axes[0], history, "loss", "cross-entropy")
     _curves(axes[1], history, "accuracy", "accuracy")
     _curves(axes[2], history, "macro_auc", "macro one-vs-rest AUC")
@@ -282,18 +306,19 @@ def series(path, lines, x_label, y_label, logarithmic):
 
 
 def roc_curves(path, curves):
-    """One panel a class; `curves`: {run: {class: (false positive, true positive, AUC)}}.
+    """One panel a class, one above the other, for narrow screens; `curves`: {run: {class: (false positive, true positive, AUC)}}.
 
     The false positive rate is logarithmic: good classifiers differ near zero only.
     """
-    class_names = list(next(iter(curves.values())))
+    class_names, styles = list(next(iter(curves.values()))), run_styles(curves)
     figure, axes = plt.subplots(
-        1, len(class_names), figsize=(4 * len(class_names), 3.8), squeeze=False
+        len(class_names), 1, figsize=(4.2, 3.4 * len(class_names)), squeeze=False
     )
-    for panel, class_name in zip(axes[0], class_names, strict=True):
-        for run_name, by_class in curves.items():
+    for panel, class_name in zip(axes[:, 0], class_names, strict=True):
+        for run, by_class in curves.items():
             false_positive, true_positive, auc = by_class[class_name]
-            panel.plot(false_positive, true_positive, label=f"{label_of(run_name)} {auc:.4f}")
+            label = f"{label_of(run)} {auc:.4f}"
+            panel.plot(false_positive, true_positive, label=label, **styles[run])
         chance = np.geomspace(1e-4, 1)
         panel.plot(chance, chance, color="0.7", linestyle=":")
         panel.set(
@@ -311,11 +336,13 @@ def roc_curves(path, curves):
 def reliability(path, runs):
     """Accuracy against confidence; `runs`: {run: [(confidence, accuracy, images), ...]}."""
     figure, axes = plt.subplots(figsize=(4.2, 3.8))
+    styles = run_styles(runs)
     axes.plot([0, 1], [0, 1], color="0.7", linestyle=":")
     for name, table in runs.items():
         confidence, correct, images = np.transpose(table)
-        (line,) = axes.plot(confidence, correct, label=label_of(name))
-        axes.scatter(confidence, correct, 4 + 60 * images / images.sum(), color=line.get_color())
+        colour = styles[name]["color"]
+        axes.plot(confidence, correct, label=label_of(name), color=colour)
+        axes.scatter(confidence, correct, 4 + 60 * images / images.sum(), color=colour)
     axes.set(xlabel="confidence", ylabel="accuracy (size: share of the images)")
     axes.legend()
     save(figure, path)
@@ -327,12 +354,12 @@ def familiarity(path, values, least):
     Images like the training images lie on the diagonal; `least` is where predictions end.
     """
     figure, axes = plt.subplots(figsize=(4.5, 4))
-    diagonal = np.array([1e-4, 1])
+    diagonal, styles = np.array([1e-4, 1]), run_styles(values)
     axes.plot(diagonal, diagonal, color="0.7", linestyle=":", label="like the training images")
-    axes.axvline(least, color="crimson", linewidth=1, label=f"refused below {least:g}")
+    axes.axvline(least, color="black", linewidth=1, label=f"refused below {least:g}")
     for run_name, own in values.items():
         share = np.arange(1, len(own) + 1) / len(own)
-        axes.step(np.sort(own), share, where="post", label=label_of(run_name))
+        axes.step(np.sort(own), share, where="post", label=label_of(run_name), **styles[run_name])
     axes.set(xscale="log", yscale="log", xlabel="familiarity", ylabel="share of images below")
     axes.legend()
     save(figure, path)
@@ -340,7 +367,7 @@ def familiarity(path, values, least):
 
 def mistakes(path, images, chosen, class_names):
     """Images (N, H, W) at `chosen`: [(row, true class, predicted class, probability), ...]."""
-    columns = 6
+    columns = 3
     rows = max(1, -(-len(chosen) // columns))
     figure, axes = plt.subplots(
         rows, columns, figsize=(1.8 * columns, 2.1 * rows), squeeze=False, layout="constrained"
@@ -353,15 +380,15 @@ def mistakes(path, images, chosen, class_names):
         panel.imshow(_stretched(images[row]), cmap="magma", origin="lower")
         taken, given = label_of(class_names[true]), label_of(class_names[predicted])
         title = f"{taken} taken for\n{given} ({probability:.3f})"
-        panel.set_title(title, fontsize=7)
+        panel.set_title(title, fontsize=8)
     save(figure, path)
 
 
 def confusion_matrices(path, matrices, class_names):
     """One panel a run; `matrices`: {run: (classes, classes) counts, true class in rows}."""
-    figure, axes = plt.subplots(1, len(matrices), figsize=(3.6 * len(matrices), 3.6), squeeze=False)
+    figure, axes = plt.subplots(len(matrices), 1, figsize=(4.2, 3.6 * len(matrices)), squeeze=False)
     ticks, labels = range(len(class_names)), [label_of(name) for name in class_names]
-    for panel, (run_name, matrix) in zip(axes[0], matrices.items(), strict=True):
+    for panel, (run_name, matrix) in zip(axes[:, 0], matrices.items(), strict=True):
         share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
         panel.imshow(share, vmin=0, vmax=1, cmap="Blues")
         for (row, column), count in np.ndenumerate(matrix):

@@ -18,6 +18,7 @@ th, td { border-bottom: 1px solid var(--line); padding: .3rem .7rem; text-align:
 tr.best { background: var(--soft); font-weight: 600; }
 tr.published { opacity: .75; }
 small { opacity: .75; }
+figure { display: inline-block; vertical-align: top; margin: .5rem 1rem .5rem 0; max-width: 100%; }
 img { max-width: 100%; background: #fff; border-radius: 4px; }
 pre { overflow-x: auto; background: var(--soft); padding: .7rem; border-radius: 4px; }
 """

@@ -1,0 +1,71 @@
+"""lib/plots.py: a run keeps its colour, little data misleads nobody, and a phone shows the pictures."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+
+from lib import plots
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """{path: figure} of what is drawn, in place of files."""
+    figures = {}
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.update({path: figure}))
+    yield figures
+    plt.close("all")
+
+
+def draw_runs(runs):
+    rates = np.array([0.0, 1.0])
+    plots.roc_curves("roc", {run: {"a": (rates, rates, 0.5), "b": (rates, rates, 0.5)} for run in runs})
+    plots.reliability("reliability", {run: [(0.5, 0.5, 3), (0.9, 0.9, 4)] for run in runs})
+    plots.familiarity("familiarity", {run: np.array([0.1, 0.5]) for run in runs}, 0.01)
+
+
+def colours(figure, run):
+    lines = [line for axes in figure.axes for line in axes.get_lines()]
+    return {to_hex(line.get_color()) for line in lines if str(line.get_label()).split(" ")[0] == run}
+
+
+def test_a_run_has_one_colour_whichever_others_are_drawn(drawn):
+    found = set()
+    for runs in (["residual"], ["head", "mine", "full", "residual"], ["residual", "theirs"]):
+        draw_runs(runs)
+        for figure in drawn.values():
+            found |= colours(figure, "residual")
+            every = [colour for run in runs for colour in colours(figure, run)]
+            assert len(every) == len(set(every)) == len(runs)
+    assert len(found) == 1
+
+
+def test_lines_that_agree_are_all_seen(drawn):
+    draw_runs(["full", "residual"])
+    for name in ("roc", "familiarity"):
+        below, above = (line.get_linewidth() for line in drawn[name].axes[0].get_lines()
+                        if str(line.get_label()).startswith(("full", "residual")))  # fmt: skip
+        assert below > above + 1
+
+
+@pytest.mark.parametrize("auc", [0.99974, 1.0])
+def test_one_validation_has_its_figures_in_words_and_no_axis_far_above_one(drawn, auc):
+    line = {"epoch": 1.0, "train_loss": 0.5, "validation_loss": 0.25, "train_accuracy": 0.75,
+            "validation_accuracy": 0.875, "validation_macro_auc": auc}  # fmt: skip
+    plots.classifier_curves("curves", [line])
+    loss, accuracy, macro = drawn["curves"].axes
+    texts = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in (loss, accuracy, macro)]
+    assert texts == [["train, last 0.5", "validation, last 0.25"], ["train, last 0.75", "validation, last 0.875"],
+                     [f"validation, last {auc:g}"]]  # fmt: skip
+    for axes in (accuracy, macro):
+        assert 1 < axes.get_ylim()[1] <= 1.05
+        assert axes.get_xlim()[0] == 0
+
+
+def test_the_pictures_of_a_report_fit_a_narrow_screen(drawn):
+    draw_runs(["full", "residual"])
+    plots.confusion_matrices("confusion", {run: np.eye(2, dtype=int) for run in "abcd"}, ["a", "b"])
+    image = np.ones((12, 8, 8))
+    plots.mistakes("mistakes", image, [(i, 0, 1, 0.9) for i in range(12)], ["a", "b"])
+    for figure in drawn.values():
+        assert figure.get_figwidth() <= 5.4  # inches, in which the text has 8 points and more
