@@ -3,7 +3,8 @@
 A classifier gives calibrated probabilities and the familiarity of an image; `--what reconstruction`
 exports an MAE, which gives residual maps and scores. The intensity transform is in the graph; class
 names and origin are in the metadata. The file is compared with PyTorch on images of the data before
-it is written. A file that differs, or that loses AUC or accuracy in lower precision, is not written.
+it is written. A file that differs, or that loses AUC or accuracy in lower precision, is not
+written.
 """
 
 import sys

@@ -3,9 +3,10 @@
 Every patch of an image is predicted from others, under several masks; the score of an image says
 how much is left of it (`mae.residual_scores`). --clusters also sorts the images into kinds, by
 their residual maps alone.
-Leaves in --out: scores.csv (row of the data set, class, score, cluster, file of a folder), metrics.json (AUC of the score
-against the classes that the MAE was trained on, agreement of clusters and classes), scores.png and
-maps.png (images above their residuals; the true point masses are marked in data that simulate.py made).
+Leaves in --out: scores.csv (row of the data set, class, score, cluster, file of a folder),
+metrics.json (AUC of the score against the classes that the MAE was trained on, agreement of
+clusters and classes), scores.png and maps.png (images above their residuals; the true point masses
+are marked in data that simulate.py made).
 """
 
 import sys
@@ -36,7 +37,8 @@ from lib.residuals import (
 
 EXAMPLE = """examples:
   python reconstruct.py --data lenses --weights runs/pretrain/vit-mae-wt.pth --out runs/residuals
-  python reconstruct.py --data lenses --weights runs/pretrain/vit-mae-wt.pth --clusters 3 --out kinds"""
+  python reconstruct.py --data lenses --weights runs/pretrain/vit-mae-wt.pth --clusters 3 \\
+      --out runs/kinds"""
 
 LEFT = {"metrics.json": rb'"(masks|made_from)"', "scores.csv": rb"\Arow,class,score\b", "scores.png": PICTURE,
         "maps.png": PICTURE}  # fmt: skip

@@ -3,7 +3,8 @@
 Both sides of a row run in turn, on the same threads and images, and the medians are compared; of
 several forms of a peer the fastest counts. Hugging Face's training steps run in a process of their
 own, with the C library's default memory management, and in this one. Peers come from
-requirements-bench.txt; without a peer its row has no ratio. Leaves bench.json and bench.md in --out.
+requirements-bench.txt; without a peer its row has no ratio.
+Leaves bench.json and bench.md in --out.
 """
 
 import sys
@@ -363,7 +364,9 @@ def table(rows):
 def parse_args(argv=None):
     parser = options.new_parser(__doc__, EXAMPLE)
     parser.add_argument("--out", type=path_argument, required=True, help="folder of the results")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="what to time")
+    parser.add_argument(
+        "--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help="what to time"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="of every pair")
     parser.add_argument(
         "--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of our steps"

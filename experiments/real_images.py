@@ -212,7 +212,7 @@ def parse_args(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add(function, help):
-        command = commands.add_parser(function.__name__, help=help)
+        command = commands.add_parser(function.__name__, help=help, formatter_class=options.HelpFormatter)
         command.set_defaults(function=function)
         return command.add_argument
 

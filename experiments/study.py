@@ -375,7 +375,7 @@ def parse_args(argv=None):
     options.add_data_arguments(parser)
     add = parser.add_argument
     add("--out", type=path_argument, required=True, help="folder of the runs and of results/")
-    add("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), help="experiments")
+    add("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), metavar="EXPERIMENT", help="experiments")
     add("--unseen", type=path_argument, default=None,
         help="lenstronomy's images, to test on as well (see tests/reference/make_lenstronomy.py)")  # fmt: skip
     add("--cutouts", type=path_argument, default=None, metavar="FOLDER",

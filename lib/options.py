@@ -30,8 +30,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows the default of each option, unless its help does, and the example as it was written."""
 
     def _get_help_string(self, action):
-        said = action.default in (None, False) or "default:" in action.help
-        return action.help if said else super()._get_help_string(action)
+        if action.default is None or action.default is False or "default:" in action.help:
+            return action.help
+        if isinstance(action.default, list | tuple):
+            return f"{action.help} (default: {' '.join(map(str, action.default))})"
+        return super()._get_help_string(action)
 
 
 class StoreOnce(argparse.Action):

@@ -47,3 +47,15 @@ def test_an_option_given_twice_is_refused(script, monkeypatch):
 def test_the_second_of_two_lists_is_not_taken_for_both():
     given = ("--data", "d", "--out", "o", "--classes", "a", "--classes", "b")
     assert_refused("pretrain.py", given, "--classes")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_fits_100_columns_and_shows_every_default_that_is_a_value(script, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    for parser in parsers_of(script, monkeypatch):
+        text = parser.format_help()
+        assert [line for line in text.splitlines() if len(line) > 100] == []
+        assert "['" not in text
+        for action in parser._actions:
+            if action.option_strings and type(action.default) in (int, float):
+                assert "default" in parser._get_formatter()._expand_help(action), action.option_strings
