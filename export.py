@@ -26,12 +26,12 @@ from lib import compatibility, datasets, known_answers, options, traits, weights
 from lib.convert import to_hugging_face
 from lib.files import atomic_directory, atomic_write, check_outputs, require_own, write_json, write_text
 from lib.known_answers import difference
-from lib.lenses import measures_of
 from lib.metrics import accuracy, auc_by_class
 from lib.onnxfile import open_session
 from lib.onnxwrite import Probabilities, Residuals, reduce_precision, save_proto, write_onnx
 from lib.provenance import LIBRARY, circumstances, made_from
 from lib.residuals import mask_ratio_of
+from lib.simulated import measures_of
 
 EXAMPLE = """examples:
   python export.py --weights runs/full/vit-mae-classifier-wt.pth --out lens.onnx

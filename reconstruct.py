@@ -20,7 +20,7 @@ starting(__name__)
 import numpy as np
 import torch
 
-from lib import clusters, compatibility, datasets, lenses, options, plots
+from lib import clusters, compatibility, datasets, options, plots, simulated
 from lib.device import resolve_device
 from lib.files import PICTURE, make_folder, sha256_of, write_csv, write_json
 from lib.metrics import about_intervals
@@ -167,7 +167,7 @@ def draw_maps(path, dataset, rows, scores, transformed, residuals, content):
         maps,
         smooth_rms_of(content, maps),
         [f"{dataset.class_names[labels[i]]}, score {scores[i]:.2g}" for i in chosen],
-        lenses.marks_of(dataset, rows[chosen]),
+        simulated.marks_of(dataset, rows[chosen]),
     )
 
 

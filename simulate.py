@@ -1,20 +1,22 @@
-"""Simulate lens images of the classes no_sub, cdm and axion, as the DeepLense benchmark has them.
+"""Simulate lens images as the DeepLense benchmark has them.
 
-Model_I has its own camera with photon noise, Model_II models Euclid and Model_III the Hubble
-Space Telescope. The physics is in lib/lenses.py.
+Model_I has its own camera with photon noise, Model_II models Euclid and Model_III the Hubble Space
+Telescope. These have one lens, and the classes no_sub, cdm and axion. Many_Lenses has another lens in
+every image, photon noise, and the classes no, sphere and vort (the Common Test). Pairs are images without
+substructure of the same kind, sharp and reduced (Specific Test VI.B). The physics is in lib/raytracing.py.
 """
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # which python -P leaves out
-from lib.errors import path_argument, run_main, starting
+from lib.errors import UserError, path_argument, run_main, starting
 
 starting(__name__)
 
 import numpy as np
 
-from lib import copies, datasets, lenses, options
+from lib import copies, datasets, lenses, many_lenses, options, pairs, raytracing, simulated
 from lib.datasets import PACKED_FILES, PackedWriter, require_space
 from lib.files import atomic_directory, make_folder
 from lib.provenance import is_current, made_from, require_origin, sign
@@ -22,46 +24,94 @@ from lib.provenance import is_current, made_from, require_origin, sign
 EXAMPLE = "example: python simulate.py --model Model_II --per-class 1000 --out lenses"
 # The file of each layout that says what the images were made from.
 DESCRIPTIONS = {"packed": "dataset.json", "folder": ".simulated.json"}
-OWN_FILES = r"(axion|cdm|no_sub)(/\1_sim_\d+\.npy)?|\.simulated\.json|\.packed(/.*)?"  # of the public layout
+# Paths inside the public layouts: class folders, with parts or without, and pairs.
+OWN_FILES = (
+    r"((train|val)(/|$))?((axion|cdm|no_sub)(/\w+_sim_\d+\.npy)?|(no|sphere|vort)(/\d+\.npy)?)?"
+    r"|(HR|LR)(/sample\d+\.npy)?|\.simulated\.json|\.packed(/.*)?"
+)
 
 
-def write_folder(out, batches, whole=False, made=None, replaced=None):
-    """Write the public folder layout: one .npy an image, axion as object array [image, mass].
+def write_folder(out, batches, model="Model_II", train=None, made=None, replaced=None):
+    """Write the public layout: one .npy an image, in class folders.
 
-    Images are float64, and int64 where they are counts (`whole`). `made` is kept beside them, for
-    `replaced` see `atomic_directory`.
+    train : the first so many images of a class go into `train`, the others into `val`; None: there are no
+        such folders.
+    made : is kept beside the images. For `replaced` see `atomic_directory`.
     """
-    counts = dict.fromkeys(lenses.CLASS_NAMES, 0)
+    class_names = simulated.MODELS[model].class_names
+    counts = dict.fromkeys(class_names, 0)
     with atomic_directory(out, replaced, OWN_FILES) as folder:
-        for class_name in lenses.CLASS_NAMES:
-            (folder / class_name).mkdir()
+        for part in ("",) if train is None else ("train", "val"):
+            for class_name in class_names:
+                (folder / part / class_name).mkdir(parents=True)
         for class_name, images, axion_mass in batches:
             for i, image in enumerate(images):
-                content = image.astype(np.int64 if whole else np.float64)
-                if axion_mass is not None:
-                    content = np.array([content, axion_mass[i]], dtype=object)
-                name = f"{class_name}_sim_{counts[class_name]}.npy"
-                np.save(folder / class_name / name, content, allow_pickle=True)
+                place, part = counts[class_name], ""
+                if train is not None:
+                    part, place = ("train", place) if place < train else ("val", place - train)
+                name, content = file_of(model, class_name, place, image, axion_mass[i] if axion_mass is not None else None)
+                np.save(folder / part / class_name / name, content, allow_pickle=True)
                 counts[class_name] += 1
         sign(folder / DESCRIPTIONS["folder"], made)
 
 
-def write_packed(out, batches, per_class, model, origin, made=None, replaced=None):
-    """Write the packed layout that training maps into memory; more as for `write_folder`."""
-    pixels = lenses.INSTRUMENTS[model].pixels
+def file_of(model, class_name, place, image, axion_mass):
+    """Name and content of a public file. `place` counts from 0 in its folder.
+
+    Many_Lenses: (1, H, W) float32. Others: (H, W) float64, or int64 where they are counts; with an axion
+    mass, an object array [image, mass].
+    """
+    if model == simulated.MANY_LENSES:
+        return f"{place + 1}.npy", image[None]
+    content = image.astype(np.int64 if simulated.MODELS[model].always_noisy else np.float64)
+    if axion_mass is not None:
+        content = np.array([content, axion_mass], dtype=object)
+    return f"{class_name}_sim_{place}.npy", content
+
+
+def write_pairs(out, pairs, made=None, replaced=None):
+    """Write pairs (HR (b, H, W), LR (b, H/2, W/2), ...) as `{HR,LR}/sampleN.npy`, (1, H, W), N from 1."""
+    count = 0
+    with atomic_directory(out, replaced, OWN_FILES) as folder:
+        for name in ("HR", "LR"):
+            (folder / name).mkdir()
+        for sharp, coarse, *_ in pairs:
+            for one, other in zip(sharp, coarse, strict=True):
+                count += 1
+                np.save(folder / "HR" / f"sample{count}.npy", one[None])
+                np.save(folder / "LR" / f"sample{count}.npy", other[None])
+        sign(folder / DESCRIPTIONS["folder"], made)
+
+
+def write_packed(out, batches, per_class, model, origin, made=None, replaced=None, train=None):
+    """Write the packed layout that training maps into memory; more as for `write_folder`.
+
+    With `train`, the split keeps the first so many images of a class for training and validation, and
+    the others are the test part, as of a folder with `train` and `val`.
+    """
+    class_names, pixels = simulated.MODELS[model].class_names, simulated.MODELS[model].camera.pixels
+    places = np.tile([0.0, 1.0], (per_class, 1))
+    if train is not None:
+        places[:train, 1] = places[train:, 0] = datasets.BOUNDS[1]
+    counts = dict.fromkeys(class_names, 0)
     with atomic_directory(out, replaced, PACKED_FILES) as folder:
-        shape = (len(lenses.CLASS_NAMES) * per_class, pixels, pixels)
-        writer = PackedWriter(folder, shape, lenses.CLASS_NAMES, origin)
+        writer = PackedWriter(folder, (len(class_names) * per_class, pixels, pixels), class_names, origin)
         for class_name, images, _ in batches:
-            writer.append(images, lenses.CLASS_NAMES.index(class_name))
+            first, counts[class_name] = counts[class_name], counts[class_name] + len(images)
+            writer.append(images, class_names.index(class_name), places[first : first + len(images)])
         writer.close()
         sign(folder / DESCRIPTIONS["packed"], made)
 
 
 def parse_args(argv=None):
     parser = options.new_parser(__doc__, EXAMPLE)
-    parser.add_argument("--model", choices=lenses.INSTRUMENTS, default="Model_II", help="data model")
-    parser.add_argument("--per-class", type=int, default=10000, help="images of each class")
+    parser.add_argument("--model", choices=simulated.MODELS, default="Model_II", help="data model")
+    parser.add_argument("--per-class", type=int, default=10000, help="images of each class, or pairs")
+    parser.add_argument(
+        "--val-per-class", type=int,
+        help="images of each class in `val` beside those in `train`; 0: without these two folders "
+        "(default: a quarter of --per-class for Many_Lenses, 0 for others)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same images")
     parser.add_argument("--out", type=path_argument, required=True, help="folder to create")
     parser.add_argument(
@@ -71,7 +121,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--noise", action="store_true",
         help="Model_II and Model_III: an observation with sky, read-out and photon noise in place "
-        "of the noise-free files that are published (Model_I has its noise always)",
+        "of the noise-free files that are published (the others have their noise always)",
     )  # fmt: skip
     options.add_update_argument(parser)
     return options.parsed(parser, argv)
@@ -79,24 +129,34 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    made, replaced = made_from(args, [lenses.__file__, datasets.__file__, copies.__file__, __file__]), None
+    code = [module.__file__ for module in (lenses, many_lenses, pairs, raytracing, simulated, datasets, copies)]
+    made, replaced = made_from(args, [*code, __file__]), None
     if args.update:
         replaced = DESCRIPTIONS[args.layout]
         if is_current(args.out / replaced, made):
             return
         if args.layout == "packed":
             require_origin(args.out / replaced, "simulate.py ")
-    instrument = lenses.INSTRUMENTS[args.model]
-    batches = lenses.simulate(args.model, args.per_class, args.seed, args.noise)
+    val = args.val_per_class
+    if val is None:
+        val = args.per_class // 4 if args.model == simulated.MANY_LENSES else 0
+    total, train = args.per_class + val, args.per_class if val else None
+    model = simulated.MODELS[args.model]
     if args.layout == "folder":
         make_folder(args.out.parent)
-        pixels = len(lenses.CLASS_NAMES) * args.per_class * instrument.pixels**2
-        require_space(args.out.parent, 8 * pixels)
-        write_folder(args.out, batches, instrument.counts, made, replaced)
+        require_space(args.out.parent, 8 * len(model.class_names) * total * model.camera.pixels**2)
+    if args.layout == "folder" and args.model == simulated.PAIRS:
+        if val:
+            raise UserError("--val-per-class: the public pairs have no such parts; leave it out")
+        write_pairs(args.out, many_lenses.simulate_pairs(total, args.seed), made, replaced)
     else:
-        origin = lenses.origin_of(args.model, args.per_class, args.seed, args.noise)
-        write_packed(args.out, batches, args.per_class, args.model, origin, made, replaced)
-    print(f"{len(lenses.CLASS_NAMES) * args.per_class} images of {args.model} in {args.out}")
+        batches = simulated.simulate(args.model, total, args.seed, args.noise)
+        if args.layout == "folder":
+            write_folder(args.out, batches, args.model, train, made, replaced)
+        else:
+            origin = simulated.origin_of(args.model, total, args.seed, args.noise)
+            write_packed(args.out, batches, total, args.model, origin, made, replaced, train)
+    print(f"{len(model.class_names) * total} images of {args.model} in {args.out}")
 
 
 if __name__ == "__main__":

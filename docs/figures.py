@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from evaluate import predict_probabilities
-from lib import compatibility, datasets, lenses, options, plots, weights
+from lib import compatibility, datasets, options, plots, simulated, weights
 from lib.device import resolve_device
 from lib.files import PICTURE, require_own
 from lib.loader import batch_reader
@@ -50,7 +50,7 @@ def overview_of(args):
     residual = mae.residual(images, complementary_masks(mae.num_patches, 0.75, rounds=2))
     pictures = [t[:, 0].cpu().numpy() for t in (images, masked, reconstruction, residual)]
     probabilities = predict_probabilities(classifier, dataset.images, rows, device)
-    sigma, marks = smooth_rms_of(trained, pictures[3]), lenses.marks_of(dataset, rows)
+    sigma, marks = smooth_rms_of(trained, pictures[3]), simulated.marks_of(dataset, rows)
     return (*pictures, sigma, probabilities, dataset.class_names, marks)
 
 

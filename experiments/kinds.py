@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from scipy.special import logsumexp, softmax
 from sklearn.metrics import roc_auc_score
 
-from lib import fits, lenses
+from lib import fits, lenses, raytracing
 from lib.errors import UserError
 from lib.guard import Guard
 from lib.images import find_files, read_arrays
@@ -162,7 +162,7 @@ def galaxies(count, peak, rng):
     """Galaxies that nothing lenses: an exponential disk and a Sérsic bulge, as Euclid sees them."""
     axis = ((np.arange(OVERSAMPLING * SIDE) + 0.5) / OVERSAMPLING - SIDE / 2) * EUCLID.pixel_scale
     y, x = np.meshgrid(axis, axis, indexing="ij")
-    blur = lenses.psf_matrix(EUCLID).numpy()
+    blur = raytracing.psf_matrix(EUCLID.camera).numpy()
     images = np.empty((count, SIDE, SIDE))
     for image in images:
         x0, y0 = rng.uniform(-lenses.SOURCE_RANGE, lenses.SOURCE_RANGE, 2)
@@ -178,9 +178,9 @@ def galaxies(count, peak, rng):
 
 def sersic(x, y, radius, index, ratio, angle):
     """Brightness of an elliptical Sérsic profile, 1 at the effective `radius`."""
-    u, v = lenses.rotate(x, y, angle)
-    distance = np.sqrt(ratio * u**2 + v**2 / ratio).clip(lenses.SMALLEST_RADIUS)
-    return np.exp(-lenses.sersic_b(index) * ((distance / radius) ** (1 / index) - 1))
+    u, v = np.cos(angle) * x + np.sin(angle) * y, -np.sin(angle) * x + np.cos(angle) * y
+    distance = np.sqrt(ratio * u**2 + v**2 / ratio).clip(raytracing.SMALLEST_RADIUS)
+    return np.exp(-raytracing.sersic_b(index) * ((distance / radius) ** (1 / index) - 1))
 
 
 WITHOUT_ANSWER = {

@@ -15,20 +15,17 @@ is reproduced, oddities included, and marked "quirk" with its source.
 """
 
 import math
-import re
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from lib import raytracing
+
 CLASS_NAMES = ("axion", "cdm", "no_sub")  # sorted, as folders are
 
-# Flat ΛCDM, and CODATA / IAU constants in SI units (G·M☉ as astropy has it).
-HUBBLE_KM_S_MPC, OMEGA_MATTER = 70.0, 0.3
 Z_LENS, Z_SOURCE = 0.5, 1.0
-G, C, SOLAR_MASS, MEGAPARSEC = 6.6743e-11, 299_792_458.0, 1.98840987e30, 3.0856775814913673e22
-ARCSEC_PER_RADIAN = 206265  # quirk: as rounded in DeepLenseSim's mass_to_radius
 
 # Quirk of Model_II and Model_III: DeepLenseSim hands SimAPI deflections that are meant for a source
 # at z = 1, and says that they are meant for one at 2.5 (z_source_convention). lenstronomy rescales
@@ -38,9 +35,8 @@ Z_SOURCE_CONVENTION, OMEGA_MATTER_OF_PYHALO = 2.5, 0.2814
 LENS_MASS = 1e12  # M☉
 LENS_ELLIPTICITY = (0.1, 0.0)
 SHEAR = (0.05, 0.0)
-SOURCE_RADIUS, SERSIC_INDEX, SOURCE_ELLIPTICITY = 0.25, 1.0, (-0.1, 0.1)  # `render` needs 1
+SOURCE_RADIUS, SERSIC_INDEX, SOURCE_ELLIPTICITY = 0.25, 1.0, (-0.1, 0.1)
 SOURCE_RANGE = 0.35  # arcsec, half the side of the square that source centres fill
-SMALLEST_RADIUS = 0.001  # arcsec; quirk: lenstronomy's LightModel flattens a profile inside it
 PSF_TRUNCATION = 4  # σ; quirk: lenstronomy 1.9.2 cuts here whatever truncation it is given
 
 CDM_SUBHALOS, CDM_MASS_RANGE, CDM_RADIUS_RANGE = 25, (1e6, 1e10), (0.25, 2.0)
@@ -49,7 +45,6 @@ AXION_LOG_MASS_RANGE = (-24.0, -22.0)  # log10 of eV
 VORTEX_LENGTH, VORTEX_REFERENCE_MASS = 0.06, 1e-22  # arcsec (de Broglie wavelength) at eV
 
 BATCH = 1000  # images per random stream
-CHUNK = 32  # images rendered at once: few enough that the temporaries stay in the CPU's cache
 
 
 class Instrument(NamedTuple):
@@ -74,6 +69,12 @@ class Instrument(NamedTuple):
     def counts(self):
         """Whether images are whole numbers of photons, with noise always."""
         return self.exposure_time is None
+
+    @property
+    def camera(self):
+        sigma = self.psf_fwhm / (2 * math.sqrt(2 * math.log(2)))
+        radius = int(PSF_TRUNCATION * (sigma / self.pixel_scale) + 0.5)
+        return raytracing.Camera(self.pixels, self.pixel_scale, sigma, radius)
 
 
 INSTRUMENTS = {
@@ -104,23 +105,9 @@ def instrument_of(model):
     return INSTRUMENTS[model]
 
 
-def comoving_distance(z, omega_matter=OMEGA_MATTER):
-    """Comoving distance to redshift z in Mpc, flat ΛCDM, by Gauss-Legendre quadrature of 1/E(z)."""
-    nodes, weights = np.polynomial.legendre.leggauss(32)
-    grid = 0.5 * z * (nodes + 1)
-    inverse_e = 1 / np.sqrt(omega_matter * (1 + grid) ** 3 + 1 - omega_matter)
-    return C / 1000 / HUBBLE_KM_S_MPC * 0.5 * z * float(weights @ inverse_e)
-
-
 def einstein_radius(mass):
-    """Nominal Einstein radius in arcsec of a point mass in M☉ (a number or an array).
-
-    Quirk: DeepLenseSim's mass_to_radius puts luminosity distances where angular-diameter distances
-    belong, and their difference for the distance from lens to source.
-    """
-    d_lens, d_source = ((1 + z) * comoving_distance(z) for z in (Z_LENS, Z_SOURCE))
-    distance = (d_source - d_lens) / (d_lens * d_source) / MEGAPARSEC
-    return np.sqrt(4 * G * SOLAR_MASS / C**2 * distance * mass) * ARCSEC_PER_RADIAN
+    """Nominal Einstein radius in arcsec of a point mass in M☉ (a number or an array)."""
+    return raytracing.einstein_radius(mass, Z_LENS, Z_SOURCE)
 
 
 def deflection_factor():
@@ -131,98 +118,26 @@ def deflection_factor():
     """
 
     def efficiency(z):  # D_ls/D_s, which in a flat universe is a ratio of comoving distances
-        lens, source = (comoving_distance(d, OMEGA_MATTER_OF_PYHALO) for d in (Z_LENS, z))
+        lens, source = (raytracing.comoving_distance(d, OMEGA_MATTER_OF_PYHALO) for d in (Z_LENS, z))
         return (source - lens) / source
 
     return efficiency(Z_SOURCE) / efficiency(Z_SOURCE_CONVENTION)
 
 
-def axis_ratio_and_angle(e1, e2):
-    """Axis ratio and position angle (radian) of an ellipticity (e1, e2)."""
-    c = math.hypot(e1, e2)
-    return (1 - c) / (1 + c), math.atan2(e2, e1) / 2
-
-
-def rotate(x, y, angle):
-    """Coordinates (x, y) in axes turned by `angle`."""
-    cos, sin = math.cos(angle), math.sin(angle)
-    return cos * x + sin * y, -sin * x + cos * y
-
-
-def pixel_axis(instrument):
-    """Pixel centres along one axis, arcsec, float64 (pixels,)."""
-    half = (instrument.pixels - 1) / 2
-    return (torch.arange(instrument.pixels, dtype=torch.float64) - half) * instrument.pixel_scale
-
-
-def main_lens_deflection(x, y):
-    """Deflection (α_x, α_y) in arcsec of the ellipsoid (Kormann et al. 1994) and the shear."""
-    q, angle = axis_ratio_and_angle(*LENS_ELLIPTICITY)
-    theta_e = float(einstein_radius(LENS_MASS))
-    b = theta_e / math.sqrt((1 + q**2) / (2 * q)) * math.sqrt((1 + q**2) / 2)
-    f = math.sqrt(1 - q**2)
-    x_rot, y_rot = rotate(x, y, angle)
-    psi = torch.sqrt(q**2 * x_rot**2 + y_rot**2).clamp_min(1e-12)
-    alpha_x = b / f * torch.atan(f * x_rot / psi)
-    alpha_y = b / f * torch.atanh(f * y_rot / psi)
-    alpha_x, alpha_y = rotate(alpha_x, alpha_y, -angle)
-    gamma1, gamma2 = SHEAR
-    return alpha_x + gamma1 * x + gamma2 * y, alpha_y + gamma2 * x - gamma1 * y
-
-
-def subtract_point_masses(beta_x, beta_y, point_masses, axis, factor=1.0):
-    """Take `factor` × the deflection of point masses (B, P, 3) off β (B, H, W), in place.
-
-    A point mass at p deflects by θ²·(x - p)/|x - p|². On the pixel of its own centre the direction
-    is undefined: a tiny softening makes the deflection zero there instead of dividing by zero.
-    """
-    squared_radius = factor * point_masses[..., 0].square()[..., None]  # (B, P, 1)
-    dx = axis - point_masses[..., 1, None]  # (B, P, W)
-    dy = axis - point_masses[..., 2, None]  # (B, P, H)
-    dx_squared, dy_squared = dx.square(), dy.square() + 1e-12
-    strength_x, strength_y = squared_radius * dx, squared_radius * dy
-    distance = torch.empty_like(beta_x)
-    for p in range(point_masses.shape[1]):
-        torch.add(dy_squared[:, p, :, None], dx_squared[:, p, None, :], out=distance)
-        beta_x.addcdiv_(strength_x[:, p, None, :], distance, value=-1)
-        beta_y.addcdiv_(strength_y[:, p, :, None], distance, value=-1)
-
-
-def sersic_b(index):
-    """b_n of a Sérsic profile (Graham & Driver 2005, eq. 6)."""
-    return 1.9992 * index - 0.3271
-
-
-def sersic_constants(instrument):
-    """Counts/s/pixel at the source's effective radius, and b_n."""
+def amplitude_of(instrument):
+    """Counts/s/pixel at the source's effective radius."""
     n = SERSIC_INDEX
-    b_n = sersic_b(n)
+    b_n = raytracing.sersic_b(n)
     amplitude = instrument.amplitude
     if amplitude is None:
         flux = 10 ** (-0.4 * (instrument.magnitude - instrument.zero_point))
         profile = 2 * math.pi * n * math.exp(b_n) * b_n ** (-2 * n) * math.gamma(2 * n)
         amplitude = flux / (instrument.source_radius**2 * profile)
-    return amplitude * instrument.pixel_scale**2, b_n
-
-
-def psf_matrix(instrument):
-    """Banded matrix (pixels, pixels) that convolves one axis with the PSF.
-
-    The edge pixel continues outside, as in scipy.ndimage.gaussian_filter (mode "nearest").
-    """
-    sigma = instrument.psf_fwhm / (2 * math.sqrt(2 * math.log(2))) / instrument.pixel_scale
-    radius = int(PSF_TRUNCATION * sigma + 0.5)
-    kernel = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=torch.float64) / sigma) ** 2)
-    kernel /= kernel.sum()
-    matrix = torch.zeros(instrument.pixels, instrument.pixels, dtype=torch.float64)
-    rows = torch.arange(instrument.pixels)
-    for offset, weight in zip(range(-radius, radius + 1), kernel.tolist(), strict=True):
-        matrix[rows, (rows + offset).clamp(0, instrument.pixels - 1)] += weight
-    return matrix
+    return amplitude * instrument.pixel_scale**2
 
 
 def render(source, point_masses, model="Model_II", dtype=torch.float64):
-    """Noise-free images of one exposure.
+    """Noise-free images of one exposure: the one lens, shear and source shape of the benchmark.
 
     Parameters
     ----------
@@ -238,34 +153,18 @@ def render(source, point_masses, model="Model_II", dtype=torch.float64):
     """
     instrument = instrument_of(model)
     source, point_masses = torch.as_tensor(source), torch.as_tensor(point_masses)
-    device, b = source.device, source.shape[0]
+    b = source.shape[0]
     if source.shape != (b, 2) or point_masses.dim() != 3 or point_masses.shape[::2] != (b, 3):
         raise ValueError(
             "expected source (B, 2) and point_masses (B, P, 3), "
             f"got {tuple(source.shape)} and {tuple(point_masses.shape)}"
         )
-    axis = pixel_axis(instrument).to(device)
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    alpha_x, alpha_y = main_lens_deflection(x, y)
-    factor = deflection_factor() if instrument.rescaled else 1.0
-    smooth_x, smooth_y = (x - factor * alpha_x).to(dtype), (y - factor * alpha_y).to(dtype)
-    amplitude, b_n = sersic_constants(instrument)
-    q, angle = axis_ratio_and_angle(*SOURCE_ELLIPTICITY)
-    blur = psf_matrix(instrument).to(device, dtype)
-    axis, source, point_masses = (t.to(device, dtype) for t in (axis, source, point_masses))
-
-    images = torch.empty(b, instrument.pixels, instrument.pixels, dtype=dtype, device=device)
-    for start in range(0, b, CHUNK):
-        part = slice(start, start + CHUNK)
-        beta_x = smooth_x - source[part, 0, None, None]  # (chunk, H, W)
-        beta_y = smooth_y - source[part, 1, None, None]
-        subtract_point_masses(beta_x, beta_y, point_masses[part], axis, factor)
-        major, minor = rotate(beta_x, beta_y, angle)
-        radius = (major.square().mul_(q) + minor.square().mul_(1 / q)).sqrt_()
-        radius.clamp_min_(SMALLEST_RADIUS).div_(instrument.source_radius)
-        brightness = radius.sub_(1).mul_(-b_n).exp_().mul_(amplitude)
-        torch.matmul(blur @ brightness, blur.T, out=images[part])
-    return images
+    scene = raytracing.Scene(
+        *source.T, point_masses, float(einstein_radius(LENS_MASS)), *LENS_ELLIPTICITY, *SHEAR,
+        instrument.source_radius, SERSIC_INDEX, *SOURCE_ELLIPTICITY, amplitude_of(instrument),
+        deflection_factor() if instrument.rescaled else 1.0,
+    )  # fmt: skip
+    return raytracing.render(scene, instrument.camera, dtype)
 
 
 def sample(class_name, count, rng):
@@ -359,53 +258,6 @@ def draw(class_name, per_class, seed):
         yield rng, sample(class_name, min(BATCH, per_class - start), rng)
 
 
-def origin_of(model, per_class, seed, noise):
-    """What a packed data set says of where its images came from; `point_masses_of` reads it."""
-    kind = "noise" if noise or INSTRUMENTS[model].counts else "noise-free"
-    return f"simulate.py {model}, {per_class} a class, seed {seed}, {kind}"
-
-
-def measures_of(origin):
-    """{"pixel_scale": arcsec, "unit": text, "zero_point"} of images whose `origin` names a data model, else {}.
-
-    An image of magnitude `zero_point` has pixels with the sum one; counts have none.
-    """
-    match = re.search(r"(?<!pictures of )simulate\.py (\w+), .* noise(-free)?$", origin)
-    if not match or match[1] not in INSTRUMENTS:
-        return {}
-    instrument = INSTRUMENTS[match[1]]
-    if instrument.counts:
-        return {"pixel_scale": instrument.pixel_scale, "unit": "counts"}
-    unit, copies = f"counts per second, zero point {instrument.zero_point}", 1
-    if match[2] and instrument.copies > 1:  # noise-free
-        copies = instrument.copies
-        unit = f"{copies} × {unit}"
-    zero_point = instrument.zero_point + 2.5 * math.log10(copies)
-    return {"pixel_scale": instrument.pixel_scale, "unit": unit, "zero_point": zero_point}
-
-
-def point_masses_of(origin, rows):
-    """True point masses behind rows of a data set: a list of (P, 3), Einstein radius, x, y, arcsec.
-
-    They are drawn once more from the seed that `origin` names. Returns (list, `Instrument`), or
-    None for a data set that was not simulated here.
-    """
-    match = re.fullmatch(r"simulate\.py (\w+), (\d+) a class, seed (\d+), noise(-free)?", origin)
-    if not match or match[1] not in INSTRUMENTS:
-        return None
-    per_class, seed = int(match[2]), int(match[3])
-    batches, masses = {}, []
-    for row in rows:
-        label, place = divmod(int(row), per_class)
-        start = place - place % BATCH
-        if (label, start) not in batches:
-            rng = batch_rng(seed, label, start)
-            count = min(BATCH, per_class - start)
-            batches[label, start] = sample(CLASS_NAMES[label], count, rng)[1]
-        masses.append(batches[label, start][place - start])
-    return masses, INSTRUMENTS[match[1]]
-
-
 def simulate(model, per_class, seed, noise=False, progress=True):
     """Yield (class name, images (b, H, W) float32, axion mass (b,) or None) in batches."""
     with tqdm(
@@ -417,14 +269,3 @@ def simulate(model, per_class, seed, noise=False, progress=True):
                 images = render(source, point_masses, model, torch.float32)
                 yield class_name, observe(images, model, noise, rng).numpy(), axion_mass
                 bar.update(len(images))
-
-
-def marks_of(dataset, rows):
-    """True point masses in pixels, a list of (P, 3): x, y and Einstein radius; None if unknown."""
-    known = point_masses_of(dataset.origin, rows)
-    if known is None:
-        return None
-    masses, instrument = known
-    centre = (instrument.pixels - 1) / 2
-    in_pixels = [m / instrument.pixel_scale for m in masses]
-    return [np.column_stack([m[:, 1:] + centre, m[:, 0]]) for m in in_pixels]

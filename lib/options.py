@@ -15,7 +15,7 @@ LIMITS = (
     (("resamples",), lambda value: value <= 1_000_000, "at most 1,000,000"),
     (("rounds",), lambda value: value <= 100, "at most 100"),
     (("seed",), lambda value: 0 <= value <= LARGEST_SEED, f"from 0 to {LARGEST_SEED}"),
-    (("depth", "decoder_depth"), lambda value: value >= 0, "at least 0"),
+    (("depth", "decoder_depth", "val_per_class"), lambda value: value >= 0, "at least 0"),
     (("weight_decay",), lambda value: 0 <= value < math.inf, "at least 0"),
     (("lr", "mlp_ratio", "scale", "exposure"), lambda value: 0 < value < math.inf, "positive"),
     (("mask_ratio",), lambda value: 0 < value < 1, "between 0 and 1"),

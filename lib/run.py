@@ -13,8 +13,8 @@ import torch
 from lib import datasets, distributed, weights
 from lib.errors import UserError, one_line
 from lib.files import is_hidden, make_folder, write_json, write_text
-from lib.lenses import measures_of
 from lib.provenance import circumstances
+from lib.simulated import measures_of
 
 # Options that do not change the weights: a run may be resumed under others.
 FREE_OPTIONS = {

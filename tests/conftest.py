@@ -23,7 +23,7 @@ import export
 import finetune
 import pretrain
 import simulate
-from lib import errors, lenses, loader, loop, plots, residuals, strategies
+from lib import errors, lenses, loader, loop, plots, residuals, simulated, strategies
 
 # Seconds after which a process hangs for sure, however slow the machine and whatever runs beside.
 HUNG = 900
@@ -226,7 +226,7 @@ def packed(tmp_path_factory):
     """Packed data set of 100 Model_II images a class."""
     out = tmp_path_factory.mktemp("data") / "packed"
     batches = lenses.simulate("Model_II", 100, seed=3, progress=False)
-    origin = lenses.origin_of("Model_II", 100, 3, False)
+    origin = simulated.origin_of("Model_II", 100, 3, False)
     simulate.write_packed(out, batches, 100, "Model_II", origin)
     return out
 

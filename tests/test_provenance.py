@@ -10,7 +10,7 @@ import evaluate
 import export
 import reconstruct
 import simulate
-from lib import lenses, provenance
+from lib import provenance, simulated
 
 SCRIPTS = ("simulate", "simulate a folder", "evaluate", "reconstruct", "export")
 
@@ -141,10 +141,10 @@ def test_what_a_result_was_made_from_holds_no_path():
 
 
 def test_data_that_simulate_made_says_its_pixel_scale_and_unit():
-    told = lenses.measures_of(lenses.origin_of("Model_II", 10, 0, noise=False))
+    told = simulated.measures_of(simulated.origin_of("Model_II", 10, 0, noise=False))
     assert told.pop("zero_point") == pytest.approx(24.7526, abs=1e-4)
     assert told == {"pixel_scale": 0.101, "unit": "2 × counts per second, zero point 24.0"}
-    assert lenses.measures_of(lenses.origin_of("Model_I", 10, 0, noise=False)) == {"pixel_scale": 0.05, "unit": "counts"}
-    assert "2 ×" not in lenses.measures_of(lenses.origin_of("Model_III", 10, 0, noise=True))["unit"]
+    assert simulated.measures_of(simulated.origin_of("Model_I", 10, 0, noise=False)) == {"pixel_scale": 0.05, "unit": "counts"}
+    assert "2 ×" not in simulated.measures_of(simulated.origin_of("Model_III", 10, 0, noise=True))["unit"]
     for origin in ("folder lenses", "8-bit pictures of simulate.py Model_II, 10 a class, seed 0, noise-free", ""):
-        assert lenses.measures_of(origin) == {}
+        assert simulated.measures_of(origin) == {}

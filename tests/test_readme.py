@@ -17,7 +17,7 @@ from conftest import HUNG, ROOT, TINY_DECODER, TINY_NETWORK, replacing
 import finetune
 import pretrain
 import simulate
-from lib import datasets, lenses, strategies, weights
+from lib import datasets, lenses, simulated, strategies, weights
 
 README = ROOT / "README.md"
 TEXTS = {path: path.read_text() for path in (README, *sorted((ROOT / "docs").glob("*.md")))}
@@ -235,7 +235,7 @@ def test_commands_in_a_row_give_the_weights_of_the_functions(tmp_path, monkeypat
         assert not ended.value.code
 
     monkeypatch.chdir(tmp_path / "called")
-    origin = lenses.origin_of("Model_II", 60, 0, False)
+    origin = simulated.origin_of("Model_II", 60, 0, False)
     batches = lenses.simulate("Model_II", 60, 0, progress=False)
     simulate.write_packed("images", batches, 60, "Model_II", origin)
     torch.rand(3)  # the state of random numbers from before must not matter

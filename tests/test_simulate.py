@@ -8,7 +8,7 @@ import torch
 from conftest import assert_refused
 
 import simulate
-from lib import datasets, lenses
+from lib import datasets, lenses, raytracing, simulated
 
 REFERENCE = np.load(Path(__file__).parent / "reference" / "lenstronomy.npz")
 TOLERANCE = 1e-6  # of an image's maximum
@@ -78,7 +78,7 @@ def test_zero_einstein_radii_change_nothing_and_a_mass_on_a_pixel_gives_finite_p
     alone = lenses.render(source, masses)
     assert torch.equal(lenses.render(source, torch.cat([masses, zeros], 1)), alone)
     assert not torch.equal(lenses.render(source, zeros), alone)
-    centre = lenses.pixel_axis(lenses.INSTRUMENTS["Model_II"])[40].item()
+    centre = raytracing.pixel_axis(lenses.INSTRUMENTS["Model_II"].camera)[40].item()
     masses = torch.tensor([[[0.1, centre, centre]]], dtype=torch.float64)
     for dtype in (torch.float32, torch.float64):
         image = lenses.render(torch.zeros(1, 2), masses, dtype=dtype)
@@ -86,7 +86,7 @@ def test_zero_einstein_radii_change_nothing_and_a_mass_on_a_pixel_gives_finite_p
 
 
 def test_an_image_does_not_depend_on_the_batch_around_it():
-    source, masses, _ = lenses.sample("cdm", 2 * lenses.CHUNK + 1, np.random.default_rng(0))
+    source, masses, _ = lenses.sample("cdm", 2 * raytracing.CHUNK + 1, np.random.default_rng(0))
     together = lenses.render(source, masses)
     alone = lenses.render(source[-1:], masses[-1:])
     assert torch.allclose(together[-1:], alone, rtol=1e-12)
@@ -147,16 +147,15 @@ def test_both_layouts_hold_the_same_images(packed, folder):
 def test_true_masses_are_those_of_the_images(packed):
     dataset = datasets.load(packed)
     rows = [3, 107, 199, 250]
-    masses, instrument = lenses.point_masses_of(dataset.origin, rows)
+    masses, _ = simulated.point_masses_of(dataset.origin, rows)
     assert [len(m) for m in masses] == [100, 25, 25, 0]
     for row, own in zip(rows, masses, strict=True):
         label, place = divmod(row, 100)
         _, (sources, _, _) = next(lenses.draw(lenses.CLASS_NAMES[label], 100, seed=3))
-        image = lenses.render(sources[[place]], own[None], instrument)[0].numpy()
-        image *= instrument.copies
+        image = 2 * lenses.render(sources[[place]], own[None], "Model_II")[0].numpy()
         assert np.abs(image - dataset.images[row]).max() < 1e-5 * image.max()
     for origin in ("folder lenses", "simulate.py Model_IX, 9 a class, seed 0, noise"):
-        assert lenses.point_masses_of(origin, [0]) is None  # of images from elsewhere
+        assert simulated.point_masses_of(origin, [0]) is None  # of images from elsewhere
 
 
 def test_folder_layout_is_the_published_one(folder):
