@@ -1,9 +1,10 @@
 """Simulate lens images as the DeepLense benchmark has them.
 
-Model_I has its own camera with photon noise, Model_II models Euclid and Model_III the Hubble Space
-Telescope. These have one lens, and the classes no_sub, cdm and axion. Many_Lenses has another lens in
-every image, photon noise, and the classes no, sphere and vort (the Common Test). Pairs are images without
-substructure of the same kind, sharp and reduced (Specific Test VI.B). The physics is in lib/raytracing.py.
+Model_I has its own camera with photon noise, Model_II models Euclid and Model_III the Hubble
+Space Telescope. These have one lens, and the classes no_sub, cdm and axion. Many_Lenses (the Common
+Test) has another lens in every image, photon noise, and the classes no, sphere and vort. Pairs
+(Specific Test VI.B) are such images without substructure, sharp and reduced. The physics is in
+lib/raytracing.py.
 """
 
 import sys
