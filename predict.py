@@ -18,14 +18,16 @@ from lib.errors import UserError, one_line, path_argument, run_main, starting
 
 starting(__name__)
 
+import contextlib
 from typing import NamedTuple
 
 import numpy as np
 
+from lib import maps as saved_maps
 from lib import options, reading, sheet, traits
 from lib.files import PICTURE, check_outputs, identity, require_own, write_csv
 from lib.guard import LEAST_FAMILIARITY, UNFAMILIAR, Guard
-from lib.images import Said, find_files, read_images
+from lib.images import Said, find_files, read_placed_images
 from lib.onnxfile import classify, number_in, open_classifier, open_maps
 from lib.outputs import STANDARD_OUTPUT, require_writable, write_table
 
@@ -41,16 +43,20 @@ NAMED_OTHERS = 5  # of the files that are not read
 
 
 def batches_of(images, batch_size):
-    """Collect (name, image) pairs: yield (names, images (b, 1, H, W))."""
-    names, batch = [], []
-    for name, image in images:
-        names.append(name)
-        batch.append(image)
-        if len(names) == batch_size:
-            yield names, np.stack(batch)[:, None]
-            names, batch = [], []
-    if names:
-        yield names, np.stack(batch)[:, None]
+    """Collect (name, image, WCS) triples: yield (names, images (b, 1, H, W), WCS of each)."""
+    batch = []
+    for found in images:
+        batch.append(found)
+        if len(batch) == batch_size:
+            yield _together(batch)
+            batch = []
+    if batch:
+        yield _together(batch)
+
+
+def _together(batch):
+    names, images, skies = zip(*batch, strict=True)
+    return names, np.stack(images)[:, None], skies
 
 
 def progress(answers, files, said):
@@ -72,7 +78,10 @@ def progress(answers, files, said):
 
 
 class Answer(NamedTuple):
-    """What is said of one image (1, H, W); `familiarity` and `residual` are None without a source."""
+    """What is said of one image (1, H, W).
+
+    `familiarity`, `residual` and `residual_map` (H, W) are None without a source, `wcs` unless it is of a FITS file.
+    """
 
     name: str
     image: np.ndarray
@@ -80,6 +89,8 @@ class Answer(NamedTuple):
     prediction: str
     familiarity: float | None
     residual: float | None
+    residual_map: np.ndarray | None = None
+    wcs: dict | None = None
 
 
 def predict(args):
@@ -90,11 +101,10 @@ def predict(args):
     files, others, errors = find_files(reading.paths_named(args.paths))
     if not files and not errors:
         raise UserError("no .npy, .npz or FITS files found under the given paths")
-    others = check_paths(args, files, others)
+    others = check_paths(args, files, others, maps)
 
     said = Said(errors, others, [], [])
-    how = reading.how_to_read(args, session)
-    images = scaled(read_images(files, img_size, said, how), reading.factor_of(args, session))
+    images = read_placed_images(files, img_size, said, reading.how_to_read(args, session))
     batches = batches_of(guard.readable(images, errors), args.batch_size)
     answers = answers_to(batches, args.model, session, class_names, guard, maps, errors)
     counts = dict.fromkeys([*class_names, *([UNFAMILIAR] if guard.can_refuse else [])], 0)
@@ -104,7 +114,9 @@ def predict(args):
               *(["residual"] if maps else [])]  # fmt: skip
 
     # All results are written before anything is printed.
-    write_table(args.out, rows_of(header, answers))
+    saved = []
+    with saved_maps.saving(args.save_maps, maps.sigma) if args.save_maps else contextlib.nullcontext() as save:
+        write_table(args.out, rows_of(header, passed_to(save, answers, saved) if save else answers))
     write_errors(args.out, errors)
     shown = choice.answers() if choice else []
     sheet_error = None
@@ -116,9 +128,12 @@ def predict(args):
     if args.sheet and not sheet_error:
         say(args, f"{len(shown)} of them in {args.sheet}, {sheet.ORDERS[args.sheet_by]}"
                   if shown else f"nothing to draw in {args.sheet}")  # fmt: skip
+    if args.save_maps:
+        say(args, f"{len(saved)} substructure maps in {args.save_maps}, {sum(map(bool, saved))} of them with a WCS")
     doubts = [maps.doubt] if maps and maps.doubt else []
     reference = traits.reference_in(session.get_modelmeta().custom_metadata_map)
-    told = warnings_of(args, guard, counts, others, errors, strange, reference)
+    unit_known = (args.scale, args.zero_point) != (None, None) or any(kind == "unit" for kind, *_ in said.notes)
+    told = warnings_of(args, guard, counts, others, errors, advice_on(strange, reference, unit_known))
     for line in (*doubts, *said.about_notes(), *told):
         print(one_line(line), file=sys.stderr)
     if sheet_error:
@@ -141,7 +156,7 @@ def sheet_choice(args, guard):
     return sheet.Choice(args.sheet_by, args.sheet_images)
 
 
-def check_paths(args, files, others):
+def check_paths(args, files, others, maps):
     """Those of `others` that this call neither reads nor writes; UserError if an output is an input."""
     require_writable(args.out)
     outputs = {}
@@ -154,6 +169,8 @@ def check_paths(args, files, others):
     check_outputs(outputs, [*files, *models])
     if args.sheet:
         require_own(args.sheet, PICTURE)
+    if args.save_maps:
+        saved_maps.require_usable(args.save_maps, maps, [*files, *models, *outputs.values()])
     ours = {identity(path) for path in (*outputs.values(), *models)}
     return [str(path) for path in others if identity(path) not in ours]
 
@@ -163,11 +180,11 @@ def answers_to(batches, path, session, class_names, guard, maps, errors):
 
     Images without finite probabilities are appended to `errors` instead.
     """
-    for names, images in batches:
+    for names, images, skies in batches:
         probabilities, familiarity = classify(session, images, path)
         predicted = probabilities.argmax(axis=1)
         answered = guard.answers(predicted, familiarity)
-        residuals = maps.of(images)[1] if maps else None
+        residual_maps, residuals = maps.of(images) if maps else (None, None)
         for i, name in enumerate(names):
             if not np.isfinite(probabilities[i]).all():
                 reason = "the network gives no finite probabilities for such pixels"
@@ -177,6 +194,7 @@ def answers_to(batches, path, session, class_names, guard, maps, errors):
                 name, images[i], probabilities[i], class_names[predicted[i]] if answered[i] else UNFAMILIAR,
                 None if familiarity is None else familiarity[i],
                 None if residuals is None else residuals[i],
+                None if residual_maps is None else residual_maps[i, 0], skies[i],
             )  # fmt: skip
 
 
@@ -194,6 +212,14 @@ def watched(answers, counts, choice, strange):
         yield answer
 
 
+def passed_to(save, answers, saved):
+    """Pass on the answers that `save` has saved; their WCS are appended to `saved`."""
+    for answer in answers:
+        save(answer)
+        saved.append(bool(answer.wcs))
+        yield answer
+
+
 def rows_of(header, answers):
     """The rows of the CSV."""
     yield header
@@ -203,13 +229,13 @@ def rows_of(header, answers):
         yield row + ([] if answer.residual is None else [f"{answer.residual:.6g}"])
 
 
-def warnings_of(args, guard, counts, others, errors, strange, reference):
+def warnings_of(args, guard, counts, others, errors, advice):
     """What a user should know of the predictions, a line each."""
     if not guard.can_refuse:
         yield guard.weakness(args.model)
     elif counts[UNFAMILIAR]:
         images = sum(counts.values())
-        yield about_unfamiliar(counts[UNFAMILIAR], images, args.least_familiarity, strange, reference)
+        yield about_unfamiliar(counts[UNFAMILIAR], images, args.least_familiarity, advice)
     if others:
         yield not_read(others)
     if errors and args.out == STANDARD_OUTPUT:
@@ -219,27 +245,19 @@ def warnings_of(args, guard, counts, others, errors, strange, reference):
         yield f"{len(errors)} could not be read, see {where}; the first: {first}"
 
 
-def scaled(images, factor):
-    """The (name, image) pairs with their pixels multiplied by `factor`."""
-    for name, image in images:
-        with np.errstate(over="ignore", invalid="ignore"):  # the network makes no sense of it
-            image = image * factor
-        yield name, image
+def advice_on(strange, reference, unit_known):
+    """What is measurably unlike the training images in unfamiliar ones, [text]; see `traits`."""
+    return traits.advice(np.array(strange), reference, unit_known) if strange and reference is not None else []
 
 
-def about_unfamiliar(count, total, least, strange, reference):
-    """One line on images that are unlike the training images: what is measurably so, else what may be.
-
-    strange : `traits.figures_of` some of them.
-    reference : see `traits.reference_in`.
-    """
+def about_unfamiliar(count, total, least, advice):
+    """One line on images that are unlike the training images: what is measurably so, else what may be."""
     are = "is" if count == 1 else "are"
     line = f"{count} of {total} images {are} unlike the training images: the probabilities mean nothing. "
     if count <= 3 * least * total:
         line += f"Of images like the training images, {100 * least:g} % count as unlike them, too. "
-    found = traits.advice(np.array(strange), reference) if reference is not None else []
-    if found:
-        return f"{line}In the median image {'; '.join(found)}."
+    if advice:
+        return f"{line}In the median image {'; '.join(advice)}."
     return (
         f"{line}Another unit? Use --scale. Noise, PSF, orientation, centre, another lens? Train with --augment "
         "halfturn,noise,shift,rotate (see docs/training.md)."
@@ -289,6 +307,11 @@ def parse_args(argv=None):
         "--maps", type=path_argument, metavar="FILE.onnx",
         help="file of export.py --what reconstruction: adds the column residual, what an MAE "
         "leaves unexplained of an image, and puts substructure maps on the sheet",
+    )  # fmt: skip
+    group.add_argument(
+        "--save-maps", type=path_argument, metavar="FOLDER",
+        help="folder for the substructure map of every image, in sigma of smooth lenses: FITS with the image's WCS "
+        "for FITS files, .npy for others, and maps.csv, which says which is whose",
     )  # fmt: skip
     group.add_argument(
         "--sheet", type=path_argument, metavar="PNG", help="picture of some predictions"

@@ -10,8 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from lib.errors import UserError, one_line, run_main
 from lib.guard import UNFAMILIAR, Guard
-from lib.images import Said, read_images
-from lib.onnxfile import classify, open_classifier
+from lib.images import How, Said, read_images
+from lib.onnxfile import classify, number_in, open_classifier
 
 
 def main():
@@ -22,7 +22,8 @@ def main():
     guard, said = Guard.of(session), Said([], [], [], [])
     if not guard.can_refuse:
         print(one_line(guard.weakness(model)), file=sys.stderr)
-    images = guard.readable(read_images(files, img_size, said), said.errors)
+    how = How(zero_point=number_in(session, "zero_point"))  # FITS headers say their unit
+    images = guard.readable(read_images(files, img_size, said, how), said.errors)
     for name, image in images:  # (64, 64), raw pixels
         probabilities, familiarity = classify(session, image[None, None], model)
         if not all(0 <= p <= 1 for p in probabilities[0]):

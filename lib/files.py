@@ -38,7 +38,7 @@ def atomic_write(path):
     check_output(path)
     temporary = _temporary_name(path)
     try:
-        with _named_errors(path):
+        with naming_full_disk(path):
             yield temporary
             _flush_to_disk(temporary)
             os.replace(temporary, path)
@@ -68,7 +68,7 @@ def atomic_directory(path, replaced=None, own=""):
     temporary = _temporary_name(path)
     make_folder(temporary)
     try:
-        with _named_errors(path):
+        with naming_full_disk(path):
             yield temporary
             if replaces:
                 (path / replaced).unlink()  # first: half a folder must not look complete
@@ -79,7 +79,7 @@ def atomic_directory(path, replaced=None, own=""):
 
 
 @contextlib.contextmanager
-def _named_errors(path):
+def naming_full_disk(path):
     """A UserError that names `path` if its disk fills up."""
     try:
         yield

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lib import wcs
 from lib.errors import UserError, named_errors
 
 SUFFIXES = (
@@ -34,12 +35,14 @@ class FitsImage(NamedTuple):
     hdu : name or number of its HDU; "" where the file has one image only.
     rounded : the step to which compression has rounded the pixels; 0 if it has not.
     pixel_scale : arcsec, of its WCS; None without one.
+    cards : {name: number or text} of its header, and of the first one where that has no image.
     """
 
     pixels: np.ndarray
     hdu: str
     rounded: float
     pixel_scale: float | None
+    cards: dict
 
 
 def read_fits(path, hdu=None):
@@ -58,7 +61,8 @@ def read_fits(path, hdu=None):
             raise UserError(f"{path}: {_why_none_is_chosen(chosen, images, hdu)}; its HDUs: {listed}")
         (i,) = chosen
         where = "" if len(images) == 1 else units[i].name or str(i)
-        return FitsImage(np.array(units[i].data).reshape(shapes[i]), where, steps[i], _scale_of(units[i]))
+        pixels = np.array(units[i].data).reshape(shapes[i])
+        return FitsImage(pixels, where, steps[i], _scale_of(units[i]), _cards_of(units, i))
 
 
 def all_images(path):
@@ -136,7 +140,7 @@ def _scale_of(unit):
     """Arcsec of a pixel's side (FITS WCS papers I and II); None without square pixels of the sky."""
     header = unit.header
     try:
-        if str(header.get("CTYPE1", ""))[:4].strip("-") not in ("RA", "DEC", "GLON", "GLAT", "ELON", "ELAT"):
+        if str(header.get("CTYPE1", ""))[:4].strip("-") not in wcs.SKY:
             return None
         steps = [float(header.get(f"CDELT{i}", 1)) for i in (1, 2)]
         matrix = [[float(header.get(f"CD{i}_{j}", header.get(f"PC{i}_{j}", float(i == j)) * steps[i - 1]))
@@ -146,6 +150,12 @@ def _scale_of(unit):
         return None
     is_square = math.isfinite(width) and width > 0 and abs(width - height) < 0.01 * width
     return 3600 * float(width + height) / 2 if is_square else None
+
+
+def _cards_of(units, i):
+    """The cards of an HDU; what it does not say, the first may say of all, if it has no pixels itself."""
+    shared = {} if units[0].shape else wcs.plain(units[0].header)
+    return shared | wcs.plain(units[i].header)
 
 
 def _without_unit_axes(shape):

@@ -53,16 +53,17 @@ class Guard(NamedTuple):
         return familiarity >= np.float32(self.least_familiarity)
 
     def readable(self, images, errors):
-        """Pass on the (name, image) pairs that may be classified.
+        """Pass on the images, tuples (name, image, ...), that may be classified.
 
         Where the familiarity cannot refuse, those outside the range of pixels are appended to
         `errors`, [(name, reason)].
         """
         low, high, faintest = self.pixel_range
-        for name, image in images:
+        for found in images:
+            name, image = found[:2]
             smallest, largest = float(image.min()), float(image.max())
             if self.can_refuse or (low <= smallest and faintest <= largest <= high):
-                yield name, image
+                yield found
                 continue
             reason = (
                 f"pixels from {smallest:.3g} to {largest:.3g}, far outside those of the training images "

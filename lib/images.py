@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib import fits
+from lib import fits, units, wcs
 from lib.errors import UserError, named_errors
 from lib.files import is_hidden
 
@@ -102,6 +102,7 @@ class Found(NamedTuple):
     array: np.ndarray | None
     rounded: float = 0.0
     pixel_scale: float | None = None
+    cards: dict | None = None
 
 
 class How(NamedTuple):
@@ -115,6 +116,9 @@ class How(NamedTuple):
     pixel_scale : arcsec of the files' pixels, or "wcs" for what their headers say; without it images are
         not resampled.
     wanted_scale : arcsec of the network's pixels, None if it is unknown.
+    factor : what pixels are multiplied by.
+    zero_point : magnitude of one of the network's unit, to which the headers of FITS files bring pixels; without
+        it headers do not say the unit.
     """
 
     hdu: str | None = None
@@ -123,6 +127,8 @@ class How(NamedTuple):
     centre: tuple | str | None = None
     pixel_scale: float | str | None = None
     wanted_scale: float | None = None
+    factor: float = 1.0
+    zero_point: float | None = None
 
 
 class Said(NamedTuple):
@@ -130,7 +136,7 @@ class Said(NamedTuple):
 
     errors : [(name, reason)] of what cannot be read.
     others : names of arrays and files that hold no images.
-    notes : [(kind of NOTES, name)] of what was read, but may not be what the user means.
+    notes : [(kind of NOTES, name, detail)] of what was read, but may not be what the user means.
     more : how many images more than one each file has and each stack.
     """
 
@@ -140,16 +146,21 @@ class Said(NamedTuple):
     more: list
 
     def about_notes(self):
-        """A line on each kind of note."""
+        """A line on each kind of note, with the name and the detail of the first."""
         for kind, text in NOTES.items():
-            names = [name for found, name in self.notes if found == kind]
-            if names:
-                yield f"read {len(names)} file{'s' * (len(names) > 1)}, such as {names[0]}, {text}"
+            found = [(name, detail) for of_kind, name, detail in self.notes if of_kind == kind]
+            if found:
+                name, detail = found[0]
+                count = f"{len(found)} file{'s' * (len(found) > 1)}"
+                yield f"read {count}, such as {name}, {text.format(detail)}"
 
 
 NOTES = {
     "scale": "whose WCS says another pixel scale than the network's: --pixel-scale wcs resamples them",
     "planes": "and took its planes for lenses: for bands of one lens give --planes bands or a band's number",
+    "unit": "whose pixels were brought from the unit that the header says to the network's ({}); --scale or "
+    "--zero-point says another unit",
+    "no unit": "with the pixels as they are, since the header does not say their unit: {}",
     "rounded": "compressed by fpack with rounding (quantised floats): a network that learned from exact "
     "pixels takes the rounding for noise; use the original file, or compress it with quantize_level=0 and GZIP_2",
 }  # fmt: skip
@@ -173,8 +184,15 @@ def read_image(path):
 
 
 def read_images(files, img_size, said, how=How()):
-    """Yield (name, image (H, H) float32) of every image in the files, to predict; H is `img_size`.
+    """Yield (name, image (H, H) float32) of every image in the files, see `read_placed_images`."""
+    for name, image, _ in read_placed_images(files, img_size, said, how):
+        yield name, image
 
+
+def read_placed_images(files, img_size, said, how=How()):
+    """Yield (name, image (H, H) float32, WCS) of every image in the files, to predict; H is `img_size`.
+
+    The WCS is that of the part that was taken: cards as `wcs.cards_of` gives them, None for other files than FITS.
     What cannot be read, or may be misread, is appended to the lists of `said`.
     """
     for path in files:
@@ -194,14 +212,14 @@ def read_images(files, img_size, said, how=How()):
 def _images_in(found, img_size, said, how):
     name, array = found.name, found.array
     if found.rounded:
-        said.notes.append(("rounded", name))
+        said.notes.append(("rounded", name, ""))
     scale = found.pixel_scale if how.pixel_scale == "wcs" else how.pixel_scale
     if how.pixel_scale and not scale:
         said.errors.append((name, f"{name}: no WCS says its pixel scale; give --pixel-scale in arcsec"))
         return
     if not scale and found.pixel_scale and how.wanted_scale:
         if not 0.95 < found.pixel_scale / how.wanted_scale < 1.05:
-            said.notes.append(("scale", name))
+            said.notes.append(("scale", name, ""))
     size = 1.0 if not scale else scale / how.wanted_scale  # of a pixel, in the network's pixels
     try:
         stack = _stack_of(array, how.planes)
@@ -218,16 +236,43 @@ def _images_in(found, img_size, said, how):
                                   f"{img_size}×{img_size}; --crop takes the centre"))  # fmt: skip
         return
     if how.planes is None and 1 < len(stack) <= FEW_PLANES and name.lower().endswith(".npy"):
-        said.notes.append(("planes", name))
+        said.notes.append(("planes", name, ""))
     said.more.append(len(stack) - 1)
+    factor = how.factor * _factor_of(found, said, how)
+    sky = _sky_of(found, stack.shape[1:])
     for i, whole in enumerate(stack):
         image_name = name if len(stack) == 1 else f"{name}[{i}]"
         try:
-            yield image_name, _cropped(resampled(whole, size), img_size, how.centre)
+            image, corner = _cropped(resampled(whole, size), img_size, how.centre)
         except ValueError as error:
             said.errors.append((image_name, f"{image_name}: {error}"))
+        else:
+            with np.errstate(over="ignore", invalid="ignore"):  # the network makes no sense of it
+                image = image * np.float32(factor)
+            yield image_name, image, None if sky is None else wcs.moved(sky, whole.shape, size, corner)
         if i % 256 == 255:
             forget_pages(array)
+
+
+def _factor_of(found, said, how):
+    """What brings the pixels of a FITS file to the network's unit; what the header says of it is noted."""
+    if found.cards is None or how.zero_point is None:
+        return 1.0
+    zero_point, detail = units.zero_point_of(found.cards, found.pixel_scale)
+    if zero_point is None:
+        if detail:
+            said.notes.append(("no unit", found.name, detail))
+        return 1.0
+    factor = 10 ** (0.4 * (how.zero_point - zero_point))
+    said.notes.append(("unit", found.name, f"{detail}: factor {factor:.4g}"))
+    return factor
+
+
+def _sky_of(found, shape):
+    """The cards of the WCS of images of `shape`, {} if their axes are not the first of the file; None if no FITS."""
+    if found.cards is None:
+        return None
+    return wcs.cards_of(found.cards) if found.array.shape[-2:] == shape else {}
 
 
 def resampled(image, size):
@@ -251,7 +296,7 @@ def resampled(image, size):
 
 
 def _cropped(image, size, centre):
-    """The part (size, size) of an image around its centre, or around another pixel, as float32."""
+    """The part (size, size) of an image around its centre or another pixel, as float32, and its (top, left)."""
     top, left = ((side - size) // 2 for side in image.shape)
     if centre == "brightest":
         row, column = np.unravel_index(np.nanargmax(image), image.shape)
@@ -264,7 +309,7 @@ def _cropped(image, size, centre):
     image = _finite_float32(image[top : top + size, left : left + size])
     if image is None:
         raise ValueError("NaN or infinite pixels")
-    return image
+    return image, (int(top), int(left))
 
 
 def read_arrays(path, how=How()):
@@ -279,7 +324,7 @@ def read_arrays(path, how=How()):
                 "are, lenses or bands; training needs one image a file"
             )
         name = f"{path}[{image.hdu}]" if image.hdu else str(path)
-        return [Found(name, image.pixels, image.rounded, image.pixel_scale)]
+        return [Found(name, image.pixels, image.rounded, image.pixel_scale, image.cards)]
     arrays = _read_npz(path) if name.endswith(".npz") else [(str(path), read_npy(path))]
     return [Found(name, array) for name, array in arrays]
 

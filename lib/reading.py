@@ -41,9 +41,9 @@ def add_arguments(parser):
         "the band to use. By default the planes of a .npy file are lenses, and a FITS cube is refused",
     )  # fmt: skip
     group.add_argument(
-        "--scale", type=float, default=1.0, metavar="FACTOR",
-        help="multiply all pixels by it: for images in another unit than the training images "
-        "(0.00392 for 1/255)",
+        "--scale", type=float, metavar="FACTOR",
+        help="multiply all pixels by it: for images in another unit than the training images (0.00392 for 1/255); "
+        "1 leaves FITS images as they are. Without it their headers say the unit, where they are unambiguous",
     )  # fmt: skip
     group.add_argument(
         "--zero-point", type=float, metavar="MAG", help="magnitude of one count per second in the images, which "
@@ -71,7 +71,10 @@ def how_to_read(args, session):
     wanted = number_in(session, "pixel_scale")
     if args.pixel_scale and not wanted:
         raise UserError(f"--pixel-scale: {args.model} does not say the scale of its own pixels")
-    return How(args.hdu, args.planes, args.crop, args.centre, args.pixel_scale, wanted)
+    how = How(args.hdu, args.planes, args.crop, args.centre, args.pixel_scale, wanted)
+    if args.scale is None and args.zero_point is None:
+        return how._replace(zero_point=number_in(session, "zero_point"))
+    return how._replace(factor=factor_of(args, session))
 
 
 def factor_of(args, session):

@@ -58,8 +58,11 @@ def reference_in(metadata):
     return reference if sound else None
 
 
-def advice(figures, reference):
-    """What is measurably unlike the training images in most of some images, [text]; see `figures_of`."""
+def advice(figures, reference, unit_known=False):
+    """What is measurably unlike the training images in most of some images, [text]; see `figures_of`.
+
+    Without `unit_known`, it says which --scale would make them as bright.
+    """
     peak, darkest, step, zeros, saturated, row, column = np.median(figures, axis=0)
     low, usual, high = reference.T
     light = max(usual[0] - usual[1], np.finfo(float).tiny)  # of a training image
@@ -68,8 +71,8 @@ def advice(figures, reference):
     if factor <= 0:
         return ["all pixels are equal"]
     if not 0.8 * (low[0] - usual[1]) <= peak - darkest <= 1.25 * (high[0] - usual[1]):
-        found.append(f"the brightest pixel is {factor:.3g} times that of the training images (--scale "
-                     f"{1 / factor:.3g}, if that is the unit)")  # fmt: skip
+        remedy = "" if unit_known else f" (--scale {1 / factor:.3g}, if that is the unit)"
+        found.append(f"the brightest pixel is {factor:.3g} times that of the training images{remedy}")
     if abs(darkest / factor - usual[1]) > 0.01 * light:
         found.append(f"the darkest pixel is {darkest:.3g}, {usual[1]:.3g} in the training images: another zero "
                      "level, or noise")  # fmt: skip

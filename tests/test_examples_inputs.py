@@ -15,6 +15,7 @@ from test_predict_inputs import FEW, GUARD, image_of, write_classifier, write_mo
 from test_images import BROKEN, HOSTILE, MIXED, ONE_IMAGE, STACKS, npy, objects
 
 import predict
+from lib.images import Said, read_images
 
 EXAMPLES = ROOT / "examples"
 SIDE = 8
@@ -73,7 +74,7 @@ def write_files(folder, contents):
 def read_in_python(path):
     """The images of a file as predict.py reads them (n, SIDE, SIDE), or None if it refuses any."""
     errors = []
-    images = [image for _, image in predict.read_images([path], SIDE, predict.Said(errors, [], [], []))]
+    images = [image for _, image in read_images([path], SIDE, Said(errors, [], [], []))]
     return None if errors else np.array(images)
 
 

@@ -1,0 +1,77 @@
+"""The folder of substructure maps that predict.py saves: FITS files with the sky's coordinates, or .npy."""
+
+import contextlib
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+
+from lib.errors import UserError, readable
+from lib.files import CREATOR, atomic_directory, naming_full_disk, require_own, write_csv
+
+INDEX = "maps.csv"
+OWN = r"maps\.csv|[\w.-]+\.map\.(fits|npy)"
+SUFFIX = r"\.(npy|npz|fits?|fts|fz|png)(\.(gz|bz2|fz))?(?=$|[\[:])"  # of an image's file, before [HDU] or :array
+MOST_LETTERS = 100  # of a file's name
+
+
+def require_usable(folder, maps, others):
+    """UserError unless maps can be saved into a folder, in which none of the paths `others` lies."""
+    if maps is None:
+        raise UserError("--save-maps needs --maps")
+    if maps.sigma is None:
+        raise UserError("--save-maps: the file of --maps does not say what smooth lenses leave: export it again")
+    inside = os.path.realpath(folder)
+    for path in others:
+        if Path(os.path.realpath(path)).is_relative_to(inside):
+            raise UserError(f"--save-maps {folder}: {path} is in it; choose another folder")
+    require_own(folder / INDEX, rb"\Afile,map\s")
+
+
+@contextlib.contextmanager
+def saving(folder, sigma):
+    """Yield a function that saves one `predict.Answer`, and returns its map's file; the folder appears at the end.
+
+    An earlier folder of maps is replaced. Maps are in units of `sigma`. UserError as `atomic_directory` raises it.
+    """
+    with atomic_directory(folder, INDEX, OWN) as temporary:
+        rows, taken = [("file", "map")], set()
+
+        def save(answer):
+            name = _free_name(answer.name, taken) + (".map.npy" if answer.wcs is None else ".map.fits")
+            pixels = (answer.residual_map / sigma).astype(np.float32)
+            with naming_full_disk(folder):
+                if answer.wcs is None:
+                    np.save(temporary / name, pixels)
+                else:
+                    _write_fits(temporary / name, pixels, answer, sigma)
+            rows.append((answer.name, name))
+
+        yield save
+        write_csv(temporary / INDEX, rows)
+
+
+def _free_name(name, taken):
+    """A file name of plain letters after an image's name, of which `taken` has none in any case; it is added."""
+    stem = re.sub(SUFFIX, "", os.path.basename(name), flags=re.IGNORECASE)
+    stem = re.sub(r"[^\w.-]+", "_", stem, flags=re.ASCII).strip("._-")
+    stem = stem[-MOST_LETTERS:].lstrip("._-") or "image"
+    free, count = stem, 1
+    while free.lower() in taken:
+        count += 1
+        free = f"{stem}-{count}"
+    taken.add(free.lower())
+    return free
+
+
+def _write_fits(path, pixels, answer, sigma):
+    from astropy.io import fits
+
+    header = fits.Header()
+    header.update(answer.wcs)
+    header["CREATOR"] = CREATOR
+    header["SIGMA"] = (sigma, "rms over smooth lenses, model's unit")
+    header["COMMENT"] = "Substructure map: the residual of the MAE in units of SIGMA"
+    header["COMMENT"] = "of " + readable(answer.name).encode("ascii", "backslashreplace").decode()
+    fits.PrimaryHDU(pixels, header).writeto(path)
