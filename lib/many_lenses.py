@@ -40,7 +40,8 @@ def sample(class_name, count, rng):
     theta_e = raytracing.einstein_radius(lenses.LENS_MASS, z_lens, z_source)
     shear, ratio = rng.uniform(*SHEAR_RANGE, count), rng.uniform(*AXIS_RATIO_RANGE, count)
     # Quirk: both angles were drawn in radian and used in degrees, so that all are nearly horizontal.
-    shear_angle, source_angle = np.deg2rad(rng.uniform(0, 2 * np.pi, (2, count)))
+    # They are negative since the generator's y axis points up, and rows are counted downwards.
+    shear_angle, source_angle = np.deg2rad(rng.uniform(-2 * np.pi, 0, (2, count)))
     offset, direction = rng.uniform(*OFFSET_RANGE, count), rng.uniform(0, 2 * np.pi, count)
     return scene_of(
         theta_e, shear * np.cos(2 * shear_angle), shear * np.sin(2 * shear_angle),

@@ -73,8 +73,8 @@ def test_parameters_fill_the_measured_ranges():
     assert scene.theta_e.mean() == pytest.approx(1.27, abs=0.02)
     for values, low, high in (
         (np.hypot(scene.gamma1, scene.gamma2), 0, 0.3), (np.hypot(scene.x, scene.y), 0, 0.5),
-        (np.arctan2(scene.y, scene.x), -np.pi, np.pi), (np.arctan2(scene.gamma2, scene.gamma1) / 2, 0, np.deg2rad(2 * np.pi)),
-        (np.arctan2(scene.source_e2, scene.source_e1) / 2, 0, np.deg2rad(2 * np.pi)),
+        (np.arctan2(scene.y, scene.x), -np.pi, np.pi), (np.arctan2(scene.gamma2, scene.gamma1) / 2, -np.deg2rad(2 * np.pi), 0),
+        (np.arctan2(scene.source_e2, scene.source_e1) / 2, -np.deg2rad(2 * np.pi), 0),
     ):  # fmt: skip
         assert stats.kstest(values, "uniform", (low, high - low)).pvalue > 0.01
     c = np.hypot(scene.source_e1, scene.source_e2)
