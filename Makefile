@@ -7,6 +7,7 @@
 #   PER_CLASS                    simulated images of a class, without DATA
 #   CLUSTERS                     kinds to sort images into without labels; 3 without DATA, none with it
 #   PRETRAINING, FINETUNING      more options for pretrain.py and finetune.py, such as "--seed 1"
+# make mass [DATA=folder]        what estimates the mass of the axion, its figures and runs/mass.onnx
 # make study [DATA=folder]       the experiments of docs/results/, in runs/study/results; hours
 #   SEEDS="0 1 2"                with -j its parts run side by side
 #   UNSEEN, CUTOUTS              folders: images of another simulator to test on; real cutouts
@@ -62,6 +63,7 @@ LAYERNORM := $(RUNS)/layernorm/vit-mae-classifier-wt.pth
 FULL := $(RUNS)/full/vit-mae-classifier-wt.pth
 RESIDUAL := $(RUNS)/residual/vit-mae-classifier-wt.pth
 STRATEGIES := $(HEAD) $(LAYERNORM) $(FULL) $(RESIDUAL)
+MASS := $(RUNS)/mass/vit-mae-mass-wt.pth
 SCRATCH := $(RUNS)/scratch/vit-mae-classifier-wt.pth
 EVALUATION := $(RUNS)/evaluation/metrics.json
 RESIDUALS := $(RUNS)/residuals/metrics.json
@@ -82,7 +84,7 @@ THREADS = $(shell jobs=$(JOBS:-j%=%); threads=$$(($$(getconf _NPROCESSORS_ONLN) 
 SHARE = $(if $(JOBS),$(if $(OMP_NUM_THREADS),,OMP_NUM_THREADS=$(THREADS)))
 
 # make only puts the stages into order: each of them is called, and knows what is left to do.
-.PHONY: demo reproduce packed models page study real bench test test-heavy clean $(RUNS)/.made-by-make \
+.PHONY: demo reproduce mass $(MASS) $(RUNS)/mass.onnx $(RUNS)/mass-evaluation/metrics.json packed models page study real bench test test-heavy clean $(RUNS)/.made-by-make \
   $(RUNS)/data/dataset.json $(RUNS)/samples $(PRETRAINED) $(STRATEGIES) $(SCRATCH) $(EVALUATION) $(RESIDUALS) \
   $(MODEL) $(MAPS) $(PREDICTIONS) $(STUDY_PARTS:%=study-%) $(REAL_ANSWERS) $(PICTURES)/dataset.json \
   $(PICTURES)-pretrain/vit-mae-wt.pth $(PICTURES)-full/vit-mae-classifier-wt.pth \
@@ -96,6 +98,18 @@ demo: $(SMALL)/ready $(RUNS)/.made-by-make
 
 reproduce: $(EVALUATION) $(RESIDUALS) $(PREDICTIONS)
 	@cat $(RUNS)/evaluation/comparison.md
+
+mass: $(RUNS)/mass-evaluation/metrics.json $(RUNS)/mass.onnx
+
+$(MASS): $(PRETRAINED)
+	$(SHARE) $(PY) finetune.py $(INPUT) --task mass --strategy residual --pretrained $(PRETRAINED) --out $(@D) --update \
+	  $(FINETUNING)
+
+$(RUNS)/mass-evaluation/metrics.json: $(MASS)
+	$(SHARE) $(PY) evaluate.py $(INPUT) --weights $(MASS) --out $(@D) --update
+
+$(RUNS)/mass.onnx: $(MASS)
+	$(SHARE) $(PY) export.py $(INPUT) --what mass --weights $(MASS) --out $@ --update
 
 $(RUNS)/data/dataset.json: $(READY) $(RUNS)/.made-by-make
 	$(PY) simulate.py --model Model_II --per-class $(call quoted,$(PER_CLASS)) --out $(@D) --update
@@ -210,7 +224,7 @@ test-heavy: test
 
 # In a folder that make created itself, what the stages leave there.
 MADE := demo data samples cache pretrain head layernorm full residual scratch evaluation residuals classifier.onnx \
-  reconstruction.onnx predictions.csv predictions.csv.errors.csv sheet.png study pictures pictures-pretrain \
+  mass mass-evaluation mass.onnx reconstruction.onnx predictions.csv predictions.csv.errors.csv sheet.png study pictures pictures-pretrain \
   pictures-full pictures-residual real-full.csv real-residual.csv bench
 clean:
 	@if [ ! -e $(RUNS)/.made-by-make ]; then echo 'nothing removed: make did not create a folder $(RUNS)'; exit; fi; \

@@ -2,7 +2,8 @@
 
 Leaves in --out: metrics.json, comparison.md (the table, beside the published rows), roc.png,
 confusion_matrix.png, reliability.png, familiarity.png, mistakes.png, and report.html with all of it
-in one file.
+in one file. Of weights of --task mass: metrics.json, comparison.md and masses.png (errors, and how many of
+the intervals hold the true mass).
 """
 
 import sys
@@ -20,7 +21,7 @@ import torch
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, roc_curve
 
-from lib import compatibility, datasets, metrics, options, plots, report, tables, weights
+from lib import compatibility, datasets, mass_evaluation, metrics, options, plots, report, tables, weights
 from lib import predictions as written
 from lib.device import resolve_device
 from lib.files import PICTURE, check_outputs, make_folder, require_own, sha256_of, write_json, write_text
@@ -35,8 +36,8 @@ EXAMPLE = """example:
 SHOWN_MISTAKES = 12
 PREDICTIONS = "predictions.csv"
 LEFT = {
-    "metrics.json": rb'"calibration_error"', "comparison.md": rb"\A\| run ", "report.html": rb"<title>Lens classification",
-    **dict.fromkeys(("roc.png", "confusion_matrix.png", "reliability.png", "familiarity.png", "mistakes.png"), PICTURE),
+    "metrics.json": rb'"(calibration_error|coverage)"', "comparison.md": rb"\A\| run ", "report.html": rb"<title>Lens classification",
+    **dict.fromkeys(("roc.png", "confusion_matrix.png", "reliability.png", "familiarity.png", "mistakes.png", "masses.png"), PICTURE),
 }  # fmt: skip
 SIGNIFICANCE = 0.01  # of the test whether more images of a class are unfamiliar than should be
 
@@ -86,8 +87,13 @@ def evaluate(args):
     made = made_from(
         args, [*LIBRARY, __file__], data=identity_of(dataset), weights=hashes, theirs=theirs
     )
-    beside = ["comparison.md", "report.html", "roc.png", *([PREDICTIONS] if args.save_predictions else [])]
+    of_masses = is_of_masses(paths, args)
+    beside = ["comparison.md", *(["masses.png"] if of_masses else ["report.html", "roc.png"])]
+    beside += [PREDICTIONS] if args.save_predictions else []
     if args.update and is_current(args.out / "metrics.json", made, *map(args.out.joinpath, beside)):
+        return
+    if of_masses:
+        mass_evaluation.evaluate(args, paths, dataset, resolve_device(args.device), made)
         return
     ours = predictions_of(paths, dataset, resolve_device(args.device), args.split == "all")
     class_names = list(dataset.class_names)
@@ -118,6 +124,19 @@ def evaluate(args):
     reported = plots.attempt(report.write, args.out, paths, results, dataset, best, published, remarks)
     if drawn and reported:  # else --update tries again
         sign(args.out / "metrics.json", made)
+
+
+def is_of_masses(paths, args):
+    """Whether the weights are of --task mass; UserError if only some are, or for options of classifiers."""
+    kinds = {weights.read(path).kind for path in paths.values()}
+    if "mass" not in kinds:
+        return False
+    if len(kinds) > 1:
+        raise UserError("--weights: classes and masses have different tables: evaluate them in two calls")
+    for name in ("save_predictions", "predictions"):
+        if getattr(args, name):
+            raise UserError(f"--{name.replace('_', '-')} is for classifiers; these weights estimate masses")
+    return True
 
 
 def predictions_of(paths, dataset, device, whole):

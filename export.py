@@ -1,7 +1,7 @@
 """Export to one ONNX file, raw images in, with everything needed in it.
 
 A classifier gives calibrated probabilities and the familiarity of an image; `--what reconstruction`
-exports an MAE, which gives residual maps and scores. The intensity transform is in the graph; class
+exports an MAE, which gives residual maps and scores; `--what mass` what estimates the mass of an axion. The intensity transform is in the graph; class
 names and origin are in the metadata. The file is compared with PyTorch on images of the data before
 it is written. A file that differs, or that loses AUC or accuracy in lower precision, is not
 written.
@@ -28,7 +28,7 @@ from lib.files import atomic_directory, atomic_write, check_outputs, require_own
 from lib.known_answers import difference
 from lib.metrics import accuracy, auc_by_class
 from lib.onnxfile import open_session
-from lib.onnxwrite import Probabilities, Residuals, reduce_precision, save_proto, write_onnx
+from lib.onnxwrite import Masses, Probabilities, Residuals, reduce_precision, save_proto, write_onnx
 from lib.provenance import LIBRARY, circumstances, made_from
 from lib.residuals import mask_ratio_of
 from lib.simulated import measures_of
@@ -42,6 +42,7 @@ LICENCE = "MIT"
 # among the validation images, which rounding changes a little, beyond `rank_steps`; it is computed in
 # float32 always.
 TOLERANCES = {"probabilities": 1e-4, "familiarity": 0.03, "residual": 1e-4, "score": 1e-4}
+TOLERANCES |= {"log10_mass": 1e-4, "low": 1e-4, "high": 1e-4}
 CHECKED_BATCHES = (1, 7, 256)
 DESCRIBED_IMAGES = 1000  # training images whose figures are kept, see `traits`
 JUDGED_IMAGES = 3000  # validation images on which lower precision is judged
@@ -135,6 +136,8 @@ def load_model(args):
     if args.what == "reconstruction":
         mae, transform = weights.mae_of(opened[0])
         return Residuals(mae, transform, mask_ratio_of(opened[0].content)).eval(), opened[0]
+    if args.what == "mass":
+        return Masses(weights.mass_estimator_of(opened[0])).eval(), opened[0]
     classifiers = [weights.classifier_of(file) for file in opened]
     best = best_on_validation(opened) if len(opened) > 1 else 0
     known = weights.familiarity_in(opened[best].path, opened[best].content)
@@ -213,6 +216,7 @@ def metadata_of(args, model, opened, dataset, train):
         "familiarity_images": str(len(familiarity.strangeness_seen) if familiarity else 0),
         **{name: json.dumps(measures.get(name)) for name in ("pixel_scale", "unit", "zero_point")},
         "smooth_rms": json.dumps(trained.get("smooth_rms")),
+        "mass_classes": json.dumps(trained.get("mass_classes")),
         "figures": figures,
         "made": json.dumps(circumstances()),
         "run": json.dumps(trained),
@@ -395,9 +399,9 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--what",
-        choices=("classifier", "reconstruction", "huggingface"),
+        choices=("classifier", "reconstruction", "mass", "huggingface"),
         default="classifier",
-        help="classifier, residual maps of an MAE, or a folder with an MAE for transformers",
+        help="classifier, residual maps of an MAE, masses of axions, or a folder with an MAE for transformers",
     )
     parser.add_argument(
         "--precision", choices=("float32", "float16", "int8"), default="float32",

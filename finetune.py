@@ -2,9 +2,11 @@
 
 The strategies `head`, `layernorm` and `full` put a head on the pre-trained encoder. `residual`
 keeps the whole MAE as it is and trains a small network on what it does not explain of an image.
+With --task mass that network estimates the mass of the axion, with an interval, from the images whose files
+hold it.
 
 Leaves in --out: vit-mae-classifier-wt.pth (weights of the best validation macro AUC; for `residual`
-the last ones), config.json, metrics.jsonl and curves.png (loss, accuracy and AUC).
+the last ones) or vit-mae-mass-wt.pth, config.json, metrics.jsonl and curves.png.
 """
 
 import sys
@@ -24,8 +26,8 @@ from lib.guard import LEAST_FAMILIARITY
 from lib.loader import in_batches
 from lib.loop import Learner, check_batch, fit, precision_of
 from lib.run import open_run
-from lib.strategies import DEFAULT_POOL, STRATEGIES, freeze_others, reestimate_batchnorm
-from lib.tasks import classification
+from lib.strategies import DEFAULT_POOL, STRATEGIES, freeze_others, reestimate_batchnorm, strategy_of
+from lib.tasks import TASKS
 from mae import POOLINGS, set_attention_form
 
 EXAMPLE = """examples:
@@ -33,29 +35,31 @@ EXAMPLE = """examples:
       --pretrained runs/pretrain/vit-mae-wt.pth
   python finetune.py --data lenses --strategy full --out runs/full \\
       --pretrained runs/pretrain/vit-mae-wt.pth
-  python finetune.py --data lenses --strategy full --out runs/scratch --pretrained none"""
+  python finetune.py --data lenses --strategy full --out runs/scratch --pretrained none
+  python finetune.py --data lenses --task mass --strategy residual --out runs/mass \\
+      --pretrained runs/pretrain/vit-mae-wt.pth"""
 
 
 def finetune(args):
     with distributed.main_process_first():
         dataset = datasets.load(args.data, args.cache_dir)
-    if len(dataset.class_names) < 2:
-        raise UserError(f"{args.data} has one class only: a classifier needs at least two")
     parts = datasets.split(dataset)
+    task = TASKS[args.task](dataset, parts["train"])
+    parts = {part: rows[task.known[rows]] for part, rows in parts.items()}
     rows = parts["train"]
     if args.labels < 1:
         rows = datasets.fraction_of_each_class(dataset.labels, rows, args.labels, args.seed)
     start = open_start(args)
-    strategy = STRATEGIES[args.strategy]
+    strategy = strategy_of(args)
     chosen = strategy.recipe(args, start, len(rows))
-    about = {**network.described(args, start), "pretrained_sha256": start.sha256 if start else "none"}
-    with open_run(args, dataset, "vit-mae-classifier-wt.pth", chosen, **about) as run:
+    about = {**network.described(args, start), "pretrained_sha256": start.sha256 if start else "none", **task.about}
+    with open_run(args, dataset, task.file, chosen, **about) as run:
         if run.is_finished:
             return
         if distributed.is_main():
             few = " (few)" if strategy.defaults_from(start).are_few(len(rows)) else ""
             print(f"{args.strategy}, {len(rows):,} training images{few}: {chosen}")
-        train(args, strategy, start, chosen, dataset, rows, parts, run)
+        train(args, task, strategy, start, chosen, dataset, rows, parts, run)
 
 
 def open_start(args):
@@ -68,11 +72,10 @@ def open_start(args):
     return start
 
 
-def train(args, strategy, start, chosen, dataset, rows, parts, run):
+def train(args, task, strategy, start, chosen, dataset, rows, parts, run):
     """Train on the labelled `rows` of the training part by the `chosen` recipe; save the weights."""
     check_batch(chosen, rows)
     device, validation = resolve_device(args.device), parts["validation"]
-    task = classification(dataset)
     torch.manual_seed(chosen.seed)
     model, config = strategy.build(args, start, chosen, task, dataset, rows)
     model.to(device)
@@ -105,14 +108,14 @@ def train(args, strategy, start, chosen, dataset, rows, parts, run):
     state, history, kept = fit(learner, chosen, rows, run, device, precision)
     computation.trained.load_state_dict(state)
     outputs = validation_outputs()  # in float32, apart from what is stored
-    fitted = familiarity_of(start, dataset, parts, config, chosen, args)
+    fitted = familiarity_of(start, dataset, parts, config, chosen, args) if strategy.judges_images else None
     if fitted:
         fitted[0].class_seen.copy_(outputs.argmax(dim=1))
         say_small_classes(fitted[0].class_seen, dataset.class_names)
     if not distributed.is_main():
         return
     for name, value in task.calibrated(outputs.numpy(), task.targets[validation].numpy()).items():
-        model.get_buffer(name).fill_(value)
+        model.get_buffer(name).copy_(torch.as_tensor(value))
     seen = dataset.hashes[np.concatenate([parts["train"], validation])]
     if start:
         seen = np.concatenate([seen, start.content["seen"]])
@@ -120,7 +123,7 @@ def train(args, strategy, start, chosen, dataset, rows, parts, run):
         model.state_dict(), config, seen, fitted, number_format=precision.name,
         pixel_range=datasets.pixel_range(datasets.extremes_of(dataset, rows)), best=kept,
     )  # fmt: skip
-    plots.attempt(plots.classifier_curves, args.out / "curves.png", history)
+    plots.attempt(task.picture, args.out / "curves.png", history)
 
 
 def familiarity_of(start, dataset, parts, config, chosen, args):
@@ -173,6 +176,10 @@ def parse_args(argv=None):
         "maps. The defaults below are those of a start from an MAE; random weights, a classifier and "
         "few images have others, which the run prints",
     )  # fmt: skip
+    parser.add_argument(
+        "--task", choices=TASKS, default="classes",
+        help="what is learned: the class of an image, or (--strategy residual) the mass of its axion",
+    )  # fmt: skip
     recipe.add_arguments(parser, {name: strategy.defaults for name, strategy in STRATEGIES.items()})
     group = parser.add_argument_group("classifier")
     group.add_argument(
@@ -185,7 +192,7 @@ def parse_args(argv=None):
     )
     network.add_arguments(parser)
     args = options.parsed(parser, argv)
-    STRATEGIES[args.strategy].check(args)
+    strategy_of(args).check(args)
     return args
 
 

@@ -30,6 +30,8 @@ LARGEST_MASK_RATIO = 0.99  # of residual maps, which need a mask for every part 
 MAP_SIDE = 64  # pixels of a residual map; one at least twice as wide is averaged over squares
 SCORE_GRID = 8  # squares a side that a map is averaged over for its score
 MAP_WIDTHS = (24, 48, 96, 96)  # channels of the stages that look at a residual map
+MASS_WIDTHS = (32, 64, 96)  # channels of the stages of a `MassNetwork`
+LOG_SPREADS = (-8.0, 3.0)  # natural logarithms of the spreads in dex that it may give
 
 
 def sincos_positions(dim, grid_size):
@@ -606,3 +608,91 @@ class ResidualClassifier(nn.Module):
 
     def forward(self, images):
         return self.logits(self.maps(images)) / self.temperature
+
+
+class MassNetwork(nn.Module):
+    """Images and residual maps (B, channels, H, H) to an estimate and the logarithm of its spread (B, 2).
+
+    It keeps where things are: what tells a short vortex are a few pixels at the centre, and an average over
+    the image would lose them. They differ by a thousandth, so nothing is normalised over a batch, whose
+    other images would disturb that. Raises ValueError for an odd number of pixels a side.
+    """
+
+    def __init__(self, channels, img_size):
+        super().__init__()
+        if img_size % 2:
+            raise ValueError(f"images must have an even number of pixels a side, not {img_size}")
+        stages, side, before = [nn.PixelUnshuffle(2)], img_size // 2, 4 * channels
+        for stage, width in enumerate(MASS_WIDTHS):
+            stride = 2 if stage else 1
+            stages += [nn.Conv2d(before, width, 3, stride, padding=1), nn.GELU()]
+            side, before = -(-side // stride), width
+        self.stages = nn.Sequential(*stages).to(memory_format=torch.channels_last)
+        layers, before = [], before * side**2
+        for _ in range(3):
+            layers += [nn.Linear(before, 256), nn.GELU()]
+            before = 256
+        self.fc = nn.Sequential(*layers, nn.Linear(before, 2))
+
+    def forward(self, x):
+        return self.fc(self.stages(x).flatten(1))
+
+
+class MassEstimator(nn.Module):
+    """log10 of the axion's mass in eV from raw images (B, 1, H, H) of vortices, with an interval.
+
+    A `MassNetwork` sees each image, turned so that its brighter half is right, beside what the frozen MAE
+    of smooth lenses does not explain of it. Without an MAE it sees the image alone.
+
+    Parameters
+    ----------
+    transform : arguments of `IntensityTransform`, a dict.
+    centre : log10 of a mass in eV that estimates are relative to.
+    edges : increasing log10 of masses. Each group of estimates between two of them has a width of its own.
+    mae : arguments of the `MAE`, a dict; None for none. Then `img_size` says how large images are.
+    mask_ratio, rounds : of `complementary_masks`.
+
+    Raises ValueError for images with an odd number of pixels a side and for impossible masks.
+    """
+
+    def __init__(self, transform, centre, edges=(), mae=None, img_size=64, mask_ratio=0.75, rounds=1):
+        super().__init__()
+        self.mae, self.img_size = (MAE(**mae) if mae else None), (mae or {}).get("img_size", img_size)
+        if not 0 < mask_ratio <= LARGEST_MASK_RATIO or rounds < 1:
+            raise ValueError(f"no residual maps at mask ratio {mask_ratio} and {rounds} rounds")
+        if not all(low < high for low, high in zip(edges, edges[1:], strict=False)):
+            raise ValueError(f"edges that do not increase: {edges}")
+        if mae:
+            self.mae.requires_grad_(False)
+            self.masks = complementary_masks(self.mae.num_patches, mask_ratio, rounds)
+        self.transform, self.centre = IntensityTransform(**transform), float(centre)
+        self.network = MassNetwork(2 if mae else 1, self.img_size)
+        self.register_buffer("edges", torch.tensor(edges, dtype=torch.float32), persistent=False)
+        self.register_buffer("widths", torch.full((len(edges) + 1,), math.log(20.0)))
+
+    def seen(self, images):
+        """What the networks see of raw images."""
+        return brighter_half_right(self.transform(images))
+
+    def maps(self, images):
+        """Residual maps (B, 1, H, H) of raw images, turned as `seen` turns them."""
+        return self.mae.residual(self.seen(images), self.masks)
+
+    def estimates(self, images, maps=None):
+        """log10 of the mass, and of its spread the natural logarithm, (B, 2), of raw images and their maps."""
+        seen = self.seen(images)
+        if maps is not None:
+            seen = torch.cat([seen, torch.asinh(maps.float() / MAP_SCALE)], dim=1)
+        estimate, log_spread = self.network(seen).unbind(1)
+        return torch.stack([self.centre + estimate, log_spread.clamp(*LOG_SPREADS)], dim=1)
+
+    def forward(self, images):
+        """(log10 of the mass, low, high), each (B,): 90 of 100 intervals hold the true mass.
+
+        An interval reaches `widths` spreads to either side. The widths are log(20), which would be right
+        for Laplace's distribution, until they are fitted.
+        """
+        estimate, log_spread = self.estimates(images, self.maps(images) if self.mae else None).unbind(1)
+        group = (estimate.unsqueeze(1) > self.edges).sum(dim=1)
+        half = self.widths[group] * log_spread.exp()
+        return estimate, estimate - half, estimate + half

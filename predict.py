@@ -28,7 +28,7 @@ from lib import options, reading, sheet, traits
 from lib.files import PICTURE, check_outputs, identity, require_own, write_csv
 from lib.guard import LEAST_FAMILIARITY, UNFAMILIAR, Guard
 from lib.images import Said, find_files, read_placed_images
-from lib.onnxfile import classify, number_in, open_classifier, open_maps
+from lib.onnxfile import classify, number_in, open_classifier, open_maps, open_masses
 from lib.outputs import STANDARD_OUTPUT, require_writable, write_table
 
 EXAMPLE = """examples:
@@ -81,6 +81,7 @@ class Answer(NamedTuple):
     """What is said of one image (1, H, W).
 
     `familiarity`, `residual` and `residual_map` (H, W) are None without a source, `wcs` unless it is of a FITS file.
+    mass : log10 of the axion's mass in eV, low and high; NaN for a prediction without one, () without a source.
     """
 
     name: str
@@ -91,12 +92,14 @@ class Answer(NamedTuple):
     residual: float | None
     residual_map: np.ndarray | None = None
     wcs: dict | None = None
+    mass: tuple = ()
 
 
 def predict(args):
     session, class_names, img_size = open_classifier(args.model, args.device)
     guard = Guard.of(session, args.least_familiarity)
     maps = open_maps(args.maps, session, img_size, args.device) if args.maps else None
+    masses = open_masses(args.mass, session, img_size, args.device) if args.mass else None
     choice = sheet_choice(args, guard) if args.sheet else None
     files, others, errors = find_files(reading.paths_named(args.paths))
     if not files and not errors:
@@ -106,12 +109,12 @@ def predict(args):
     said = Said(errors, others, [], [])
     images = read_placed_images(files, img_size, said, reading.how_to_read(args, session))
     batches = batches_of(guard.readable(images, errors), args.batch_size)
-    answers = answers_to(batches, args.model, session, class_names, guard, maps, errors)
+    answers = answers_to(batches, args.model, session, class_names, guard, maps, masses, errors)
     counts = dict.fromkeys([*class_names, *([UNFAMILIAR] if guard.can_refuse else [])], 0)
     strange = []
     answers = watched(progress(answers, len(files), said), counts, choice, strange)
     header = ["file", *class_names, "prediction", *(["familiarity"] if guard.calibration is not None else []),
-              *(["residual"] if maps else [])]  # fmt: skip
+              *(["residual"] if maps else []), *(("log10_mass", "low", "high") if masses else [])]  # fmt: skip
 
     # All results are written before anything is printed.
     saved = []
@@ -130,7 +133,7 @@ def predict(args):
                   if shown else f"nothing to draw in {args.sheet}")  # fmt: skip
     if args.save_maps:
         say(args, f"{len(saved)} substructure maps in {args.save_maps}, {sum(map(bool, saved))} of them with a WCS")
-    doubts = [maps.doubt] if maps and maps.doubt else []
+    doubts = [source.doubt for source in (maps, masses) if source and source.doubt]
     reference = traits.reference_in(session.get_modelmeta().custom_metadata_map)
     unit_known = (args.scale, args.zero_point) != (None, None) or any(kind == "unit" for kind, *_ in said.notes)
     told = warnings_of(args, guard, counts, others, errors, advice_on(strange, reference, unit_known))
@@ -165,7 +168,7 @@ def check_paths(args, files, others, maps):
         require_own(errors_path_of(args.out), rb"\Afile,error\s")
     if args.sheet:
         outputs["--sheet"] = args.sheet
-    models = [args.model, *([args.maps] if args.maps else [])]
+    models = [path for path in (args.model, args.maps, args.mass) if path]
     check_outputs(outputs, [*files, *models])
     if args.sheet:
         require_own(args.sheet, PICTURE)
@@ -175,7 +178,7 @@ def check_paths(args, files, others, maps):
     return [str(path) for path in others if identity(path) not in ours]
 
 
-def answers_to(batches, path, session, class_names, guard, maps, errors):
+def answers_to(batches, path, session, class_names, guard, maps, masses, errors):
     """The `Answer` to each image of the batches, by the classifier at `path`.
 
     Images without finite probabilities are appended to `errors` instead.
@@ -185,16 +188,20 @@ def answers_to(batches, path, session, class_names, guard, maps, errors):
         predicted = probabilities.argmax(axis=1)
         answered = guard.answers(predicted, familiarity)
         residual_maps, residuals = maps.of(images) if maps else (None, None)
+        of_axions = np.stack(masses.of(images), axis=1) if masses else np.empty((len(images), 0))
         for i, name in enumerate(names):
             if not np.isfinite(probabilities[i]).all():
                 reason = "the network gives no finite probabilities for such pixels"
                 errors.append((name, f"{name}: {reason}"))
                 continue
+            prediction = class_names[predicted[i]] if answered[i] else UNFAMILIAR
+            has_mass = masses and prediction in masses.classes
             yield Answer(
-                name, images[i], probabilities[i], class_names[predicted[i]] if answered[i] else UNFAMILIAR,
+                name, images[i], probabilities[i], prediction,
                 None if familiarity is None else familiarity[i],
                 None if residuals is None else residuals[i],
                 None if residual_maps is None else residual_maps[i, 0], skies[i],
+                tuple(of_axions[i] if has_mass else np.full_like(of_axions[i], np.nan)),
             )  # fmt: skip
 
 
@@ -226,7 +233,8 @@ def rows_of(header, answers):
     for answer in answers:
         row = [answer.name, *(f"{p:.6f}" for p in answer.probabilities), answer.prediction]
         row += [] if answer.familiarity is None else [f"{answer.familiarity:.6f}"]
-        yield row + ([] if answer.residual is None else [f"{answer.residual:.6g}"])
+        row += [] if answer.residual is None else [f"{answer.residual:.6g}"]
+        yield row + [f"{number:.4f}" for number in answer.mass]
 
 
 def warnings_of(args, guard, counts, others, errors, advice):
@@ -301,6 +309,11 @@ def parse_args(argv=None):
         "--least-familiarity", type=float, default=LEAST_FAMILIARITY, metavar="SHARE",
         help=f'predict "{UNFAMILIAR}" for images of less familiarity; it is also the share of '
         "ordinary images that get this prediction; 0: for none",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mass", type=path_argument, metavar="FILE.onnx",
+        help="file of export.py --what mass: adds log10 of the axion's mass in eV, and low and high, which "
+        "hold it in 90 of 100 images; nan where another class, or none, is predicted",
     )  # fmt: skip
     group = parser.add_argument_group("pictures")
     group.add_argument(

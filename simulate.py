@@ -97,9 +97,10 @@ def write_packed(out, batches, per_class, model, origin, made=None, replaced=Non
     counts = dict.fromkeys(class_names, 0)
     with atomic_directory(out, replaced, PACKED_FILES) as folder:
         writer = PackedWriter(folder, (len(class_names) * per_class, pixels, pixels), class_names, origin)
-        for class_name, images, _ in batches:
+        for class_name, images, masses in batches:
             first, counts[class_name] = counts[class_name], counts[class_name] + len(images)
-            writer.append(images, class_names.index(class_name), places[first : first + len(images)])
+            masses = np.nan if masses is None else masses
+            writer.append(images, class_names.index(class_name), places[first : first + len(images)], masses)
         writer.close()
         sign(folder / DESCRIPTIONS["packed"], made)
 

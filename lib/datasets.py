@@ -2,7 +2,8 @@
 
 Folder layout:  <root>/<class>/, .npy, .npz or FITS files of one square image; the folders name the classes.
                 Also <root>/train/<class>/ and <root>/val/<class>/ (or test), whose parts are kept, see `Listing`.
-Packed layout:  images.npy (N, H, H) float32, labels.npy (N,), hashes.npy (2, N), dataset.json.
+Packed layout:  images.npy (N, H, H) float32, labels.npy (N,), hashes.npy (2, N), dataset.json; where files hold
+                the mass of an axion beside their image, masses.npy (N,).
 
 A folder is packed once, into a cache whose name is a fingerprint of the folder's files (names,
 sizes, inodes and times), so a changed folder is packed again. Old packed copies are not deleted.
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from lib import copies, shortcuts
 from lib.errors import UserError, one_line
 from lib.files import atomic_directory, is_hidden, make_folder, read_json, write_json
-from lib.images import forget_pages, may_hold_images, read_image, read_npy
+from lib.images import MASSES, forget_pages, may_hold_images, read_image_and_numbers, read_npy
 from lib.names import check_class_names
 
 FORMAT = 3
@@ -32,8 +33,9 @@ OUTLYING = 30  # see `pixel_range`
 RANGE_IMAGES = 2000  # that a range of pixels is computed from
 SHOWN_NAMES = 3  # of files that are not read
 PARTS = ("train", "validation", "test")
+MASS_RANGE = (1e-35, 1e-10)  # eV; a number outside is no mass of an axion, but a label or an index
 BOUNDS = (0.8, 0.9)  # where training ends and the test part begins, see `split`
-PACKED_FILES = r"dataset\.json|(images|labels|hashes)\.npy"  # of the packed layout
+PACKED_FILES = r"dataset\.json|(images|labels|hashes|masses)\.npy"  # of the packed layout
 NAMES_OF_PARTS = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
                   "validation": "validation", "dev": "validation", "test": "test", "testing": "test"}  # fmt: skip
 SPLIT = "copies-80-10-10"  # the rule of `split`; weights carry the rule they were trained under
@@ -49,6 +51,7 @@ class Dataset(NamedTuple):
     class_names : names of the classes, sorted as the folders are.
     fingerprint : identity of images, labels, hashes and class names.
     origin : description of the images' source.
+    masses : (N,) float64 mass of the axion in eV, NaN where it is unknown; None if no file has one.
     """
 
     images: np.ndarray
@@ -58,6 +61,7 @@ class Dataset(NamedTuple):
     class_names: tuple
     fingerprint: str
     origin: str
+    masses: np.ndarray | None = None
 
     @property
     def img_size(self):
@@ -81,19 +85,23 @@ class PackedWriter:
         self.labels = np.empty(shape[0], dtype=np.int64)
         self.hashes = np.empty((2, shape[0]), dtype=np.uint64)
         self.places = np.empty((shape[0], 2))
+        self.masses = np.full(shape[0], np.nan)
         self.figures = []
         self.digest = hashlib.sha256()
         self.count = 0
 
-    def append(self, images, labels, places=(0.0, 1.0)):
-        """Add images (b, H, H), their labels (b,), or the one label of all, and the `Listing.places` (b, 2)."""
+    def append(self, images, labels, places=(0.0, 1.0), masses=np.nan):
+        """Add images (b, H, H).
+
+        labels (b,), or the one label of all; places (b, 2), see `Listing`; masses (b,), see `Dataset`.
+        """
         images = np.ascontiguousarray(images, dtype="<f4")
         self.file.write(images)
         self.digest.update(images)
         figures = copies.figures_of(images)
         added = slice(self.count, self.count + len(images))
         self.labels[added], self.hashes[0, added] = labels, copies.hashes_of(images, figures)
-        self.places[added] = places
+        self.places[added], self.masses[added] = places, masses
         self.figures.append(figures)
         self.count = added.stop
 
@@ -107,13 +115,16 @@ class PackedWriter:
         forget_pages(images)
         np.save(self.folder / "labels.npy", self.labels)
         np.save(self.folder / "hashes.npy", self.hashes)
-        digests = digests_of(self.digest, self.labels, self.hashes)
+        digests, masses = digests_of(self.digest, self.labels, self.hashes), {}
+        if not np.isnan(self.masses).all():
+            np.save(self.folder / MASSES, self.masses)
+            masses = {"masses": hashlib.sha256(self.masses).hexdigest()}
         # Written last: readers take the layout as complete once this file exists.
         description = {
             "format": FORMAT,
             "class_names": self.class_names,
             "fingerprint": fingerprint_of(digests, self.class_names),
-            "sha256": digests,
+            "sha256": digests | masses,
             "origin": self.origin,
         }
         write_json(self.folder / "dataset.json", description)
@@ -243,7 +254,7 @@ def _pack(listing, packed, origin, progress):
     """Pack a folder; images far outside the rest are named. UserError as `load` raises it."""
     paths = [(p, label) for label, files in enumerate(listing.files.values()) for p in files]
     places = np.concatenate(list(listing.places.values()))
-    first, first_path = read_image(paths[0][0]), paths[0][0]
+    (first, _), first_path = read_image_and_numbers(paths[0][0]), paths[0][0]
     extremes, together = [], max(1, BLOCK_BYTES // first.nbytes)
     try:
         make_folder(packed.parent)
@@ -252,28 +263,35 @@ def _pack(listing, packed, origin, progress):
     try:
         with atomic_directory(packed) as folder:
             writer = PackedWriter(folder, (len(paths), *first.shape), listing.files, origin)
-            images = []
+            images, masses = [], []
             for i, (path, _) in enumerate(
                 tqdm(paths, desc="pack", unit="img", disable=None if progress else True), 1
             ):
-                image = read_image(path)
+                image, numbers = read_image_and_numbers(path)
                 if image.shape != first.shape:
                     raise UserError(
                         f"{path} is {image.shape[0]} pixels wide and {first_path} "
                         f"{first.shape[0]}: all images must have one size"
                     )
                 images.append(image)
+                masses.append(mass_among(numbers))
                 extremes.append((image.min(), image.max()))
                 if len(images) == together or i == len(paths):
                     rows = slice(i - len(images), i)
-                    writer.append(np.stack(images), [label for _, label in paths[rows]], places[rows])
-                    images = []
+                    writer.append(np.stack(images), [label for _, label in paths[rows]], places[rows], masses)
+                    images, masses = [], []
             writer.close()
     except (OSError, UserError):
         if not (packed / "dataset.json").exists():
             raise
         return  # another process packed the same folder
     warn_of_images([path for path, _ in paths], writer.hashes[1], writer.labels, np.array(extremes))
+
+
+def mass_among(numbers):
+    """The mass of the axion in eV that the numbers beside an image begin with, or NaN."""
+    low, high = MASS_RANGE
+    return numbers[0] if numbers and low < numbers[0] < high else np.nan
 
 
 def warn_of_images(paths, originals, labels, extremes):
@@ -339,7 +357,7 @@ def extremes_of(dataset, rows):
 
 
 def _folder_fingerprint(listing):
-    digest = hashlib.sha256(f"format {FORMAT}\n".encode())
+    digest = hashlib.sha256(f"format {FORMAT}, masses\n".encode())
     for class_name, paths in listing.files.items():
         digest.update(np.ascontiguousarray(listing.places[class_name]))
         for path in paths:
@@ -422,12 +440,19 @@ def _open_packed(folder):
         digest.update(block)
         forget_pages(images)
     known, digests = description.get("sha256"), digests_of(digest, labels, hashes)
+    masses = None
+    if isinstance(known, dict) and "masses" in known:
+        masses = read_npy(folder / MASSES)
+        if masses.shape != (n,) or masses.dtype != np.float64:
+            raise UserError(f"{folder}/{MASSES} does not match images.npy: rebuild the data set")
+        digests["masses"] = hashlib.sha256(masses).hexdigest()
     changed = [f"{name}.npy" for name in digests if isinstance(known, dict) and known.get(name) != digests[name]]
+    digests.pop("masses", None)  # whatever is known of them, the images are the same
     if changed or fingerprint_of(digests, class_names) != fingerprint:
         names = " and ".join(changed or ["dataset.json"])
         raise UserError(f"{folder}/{names}: changed after packing; rebuild the data set")
     origin = str(description.get("origin", ""))
-    return Dataset(images, labels, *hashes, tuple(class_names), fingerprint, origin)
+    return Dataset(images, labels, *hashes, tuple(class_names), fingerprint, origin, masses)
 
 
 # Choosing rows

@@ -24,7 +24,8 @@ from lib.errors import UserError, named_errors
 from lib.files import is_hidden
 
 SUFFIXES = (".npy", ".npz", *fits.SUFFIXES)
-PACKED_FILES = {"dataset.json", "images.npy", "labels.npy", "hashes.npy"}  # of a packed data set
+PACKED_FILES = {"dataset.json", "images.npy", "labels.npy", "hashes.npy"}  # of a packed data set; more may be there
+MASSES = "masses.npy"
 MAP_ABOVE_BYTES = 8 * 2**20  # larger arrays are mapped into memory, not read
 MAX_DIMENSIONS = 8
 MAX_PICKLE_BYTES = 64 * 2**20  # an axion file is one image and a number
@@ -85,7 +86,7 @@ def _walk(root, errors):
             listed.add(os.path.realpath(folder))
             subfolders[:] = [name for name in subfolders if not is_hidden(name)]
             links += filter(os.path.islink, (Path(folder, name) for name in subfolders))
-            no_images = PACKED_FILES - {"images.npy"} if PACKED_FILES.issubset(names) else ()
+            no_images = PACKED_FILES - {"images.npy"} | {MASSES} if PACKED_FILES.issubset(names) else ()
             for path in (Path(folder, name) for name in names if not is_hidden(name)):
                 regular = path.is_file() or not path.exists()  # a dangling link becomes an error
                 found.append((path, regular and may_hold_images(path) and path.name not in no_images))
@@ -96,13 +97,17 @@ def _walk(root, errors):
 
 
 class Found(NamedTuple):
-    """An array of a file (None: no image), and what a FITS file says of it, see `fits.FitsImage`."""
+    """An array of a file (None: no image), and what a FITS file says of it, see `fits.FitsImage`.
+
+    numbers : those of an object array [image, number, ...].
+    """
 
     name: str
     array: np.ndarray | None
     rounded: float = 0.0
     pixel_scale: float | None = None
     cards: dict | None = None
+    numbers: tuple = ()
 
 
 class How(NamedTuple):
@@ -171,16 +176,21 @@ def read_image(path):
 
     Raises UserError, naming the file and the remedy, for anything else.
     """
-    arrays = [found.array for found in read_arrays(Path(path)) if found.array is not None]
+    return read_image_and_numbers(path)[0]
+
+
+def read_image_and_numbers(path):
+    """(`read_image`, the numbers that stand beside the image in an object array [image, number, ...])."""
+    arrays = [found for found in read_arrays(Path(path)) if found.array is not None]
     if len(arrays) > 1:
         raise UserError(f"{path}: expected one square image, got {len(arrays)} arrays; give one a file")
-    stack = _stack_of(arrays[0])
+    stack = _stack_of(arrays[0].array)
     if stack.ndim != 3 or len(stack) != 1 or stack.shape[1] != stack.shape[2] or not stack.size:
-        raise UserError(f"{path}: expected one square image, got shape {arrays[0].shape}; remove it")
+        raise UserError(f"{path}: expected one square image, got shape {arrays[0].array.shape}; remove it")
     image = _finite_float32(stack[0])
     if image is None:
         raise UserError(f"{path}: NaN or infinite pixels; repair or remove it")
-    return image
+    return image, arrays[0].numbers
 
 
 def read_images(files, img_size, said, how=How()):
@@ -325,8 +335,10 @@ def read_arrays(path, how=How()):
             )
         name = f"{path}[{image.hdu}]" if image.hdu else str(path)
         return [Found(name, image.pixels, image.rounded, image.pixel_scale, image.cards)]
-    arrays = _read_npz(path) if name.endswith(".npz") else [(str(path), read_npy(path))]
-    return [Found(name, array) for name, array in arrays]
+    if name.endswith(".npz"):
+        return _read_npz(path)
+    array, numbers = _read_npy(path)
+    return [Found(str(path), array, numbers=numbers)]
 
 
 def require_known_kind(path):
@@ -387,7 +399,10 @@ def read_npy(path):
     image of [image, number, ...], or the stack (n, H, W) of [image, image, ...] and of rows [image, number,
     ...]. Raises UserError, naming the file, for anything else.
     """
-    path = Path(path)
+    return _read_npy(Path(path))[0]
+
+
+def _read_npy(path):
     with named_errors(path, ".npy image"), path.open("rb") as file:
         return _read_array(file, os.fstat(file.fileno()).st_size, path)
 
@@ -410,21 +425,22 @@ def _read_npz(path):
         if sum(info.file_size for info in members) > MAX_NPZ_BYTES:
             raise ValueError("its arrays are too large together; store them as .npy")
         for info in members:
-            array = None
+            array, numbers = None, ()
             if info.filename.endswith(".npy"):
                 # Read only as much as was announced, whatever the compressed stream holds.
                 with archive.open(info) as member, contextlib.suppress(_NoImageError):
                     content = member.read(info.file_size)
-                    array = _read_array(BytesIO(content), len(content), None)
+                    array, numbers = _read_array(BytesIO(content), len(content), None)
             is_image = array is not None and array.ndim >= 2
-            arrays.append((f"{path}:{info.filename.removesuffix('.npy')}", array if is_image else None))
-        if all(array is None for _, array in arrays):
+            name = f"{path}:{info.filename.removesuffix('.npy')}"
+            arrays.append(Found(name, array if is_image else None, numbers=numbers))
+        if all(found.array is None for found in arrays):
             raise ValueError("there is no image in it")
     return arrays
 
 
 def _read_array(file, size, path):
-    """The array in an open `.npy` file of `size` bytes; mapped into memory if there is a path."""
+    """The array in an open `.npy` file of `size` bytes, mapped into memory if there is a path; see `_images_of`."""
     shape, order, dtype = _read_header(file)
     if dtype.kind == "O":
         if size > MAX_PICKLE_BYTES:
@@ -437,8 +453,8 @@ def _read_array(file, size, path):
             f"{size - offset} bytes of data where shape {shape} needs {expected}; is it truncated?"
         )
     if path and expected > MAP_ABOVE_BYTES:
-        return np.memmap(path, dtype, mode="r", offset=offset, shape=shape, order=order)
-    return np.frombuffer(file.read(), dtype).reshape(shape, order=order)
+        return np.memmap(path, dtype, mode="r", offset=offset, shape=shape, order=order), ()
+    return np.frombuffer(file.read(), dtype).reshape(shape, order=order), ()
 
 
 def _read_header(file):
@@ -573,7 +589,7 @@ def _unpickle(content):
 
 
 def _images_of(unpickled):
-    """The images of an object array: one (H, W), or a stack (n, H, W)."""
+    """(image (H, W), the numbers beside it) of an object array, or (stack (n, H, W), ())."""
     if not isinstance(unpickled, _Made) or not isinstance(unpickled.value, list):
         raise ValueError("its pickle is not an object array")
     elements = _values(unpickled.value)
@@ -584,24 +600,24 @@ def _images_of(unpickled):
             raise ValueError("the object array has too many rows")
         rows = map(_values, elements)
     else:
-        return _image_and_numbers(elements)[0]
+        return _image_and_numbers(elements)
     images = [_image_and_numbers(row)[0] for row in rows]
     if len({image.shape for image in images}) > 1:
         raise ValueError("the images of the object array have different shapes")
     if sum(image.nbytes for image in images) > MAX_PICKLE_BYTES:  # one image may be there often
         raise ValueError("the object array has too many images; store them as plain numbers")
-    return np.stack(images)
+    return np.stack(images), ()
 
 
 def _image_and_numbers(row):
-    """(image (H, W), [number, ...]) of a row [image, number, ...]."""
+    """(image (H, W), (number, ...)) of a row [image, number, ...]."""
     if not row or not _is_image(row[0]):
         is_list = any(isinstance(element, np.ndarray | list | tuple) for element in row)
         raise (ValueError if is_list else _NoImageError)("the object array does not begin with an image")
     numbers = [e.item() if isinstance(e, np.ndarray) and e.shape in ((), (1,)) else e for e in row[1:]]
     if not all(isinstance(number, int | float) for number in numbers):
         raise ValueError("the object array holds more than an image and numbers")
-    return row[0], numbers
+    return row[0], tuple(numbers)
 
 
 def _values(elements):

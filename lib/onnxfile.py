@@ -133,18 +133,49 @@ def open_maps(path, classifier, img_size, device="auto"):
     `classifier` is a session of one for images of `img_size`. Raises UserError for anything but a file of
     `export.py --what reconstruction` for images of this size.
     """
-    session, map_size = open_session(path, device)
-    if [output.name for output in session.get_outputs()] != ["residual", "score"]:
-        raise UserError(f"--maps {path}: export it with --what reconstruction")
-    if map_size != img_size:
-        raise UserError(f"--maps {path} is for images of {map_size} pixels, not {img_size}")
+    session, doubt = _open_beside(path, classifier, img_size, device, "--maps", ["residual", "score"],
+                                  "reconstruction", "residuals and maps")  # fmt: skip
+    return Maps(lambda images: run_model(session, images, path), number_in(session, "smooth_rms"), doubt)
+
+
+class Masses(NamedTuple):
+    """What an exported file says of the axions of images.
+
+    of : function from images (b, 1, H, H) to (log10 of the mass in eV, low, high), each (b,).
+    classes : names of the classes whose images have such a mass.
+    doubt : see `Maps`.
+    """
+
+    of: Callable
+    classes: list
+    doubt: str | None
+
+
+def open_masses(path, classifier, img_size, device="auto"):
+    """The `Masses` of a file of `export.py --what mass`; as `open_maps`."""
+    session, doubt = _open_beside(path, classifier, img_size, device, "--mass", ["log10_mass", "low", "high"],
+                                  "mass", "masses")  # fmt: skip
+    with _named_errors(path):
+        classes = json.loads(session.get_modelmeta().custom_metadata_map["mass_classes"])
+        if not isinstance(classes, list):
+            raise ValueError("no classes that have a mass")
+    return Masses(lambda images: run_model(session, images, path), classes, doubt)
+
+
+def _open_beside(path, classifier, img_size, device, flag, outputs, what, answers):
+    """(session of a file that stands beside a classifier, see `Maps.doubt`); UserError if it does not fit."""
+    session, side = open_session(path, device)
+    if [output.name for output in session.get_outputs()] != outputs:
+        raise UserError(f"{flag} {path}: export it with --what {what}")
+    if side != img_size:
+        raise UserError(f"{flag} {path} is for images of {side} pixels, not {img_size}")
     doubt = None
     if _data_of(session) is None or _data_of(session) != _data_of(classifier):
         doubt = (
-            f"--maps {path} was trained on other data than the classifier, or one of them does not say on "
-            "which: residuals and maps may mean nothing"
+            f"{flag} {path} was trained on other data than the classifier, or one of them does not say on "
+            f"which: {answers} may mean nothing"
         )
-    return Maps(lambda images: run_model(session, images, path), number_in(session, "smooth_rms"), doubt)
+    return session, doubt
 
 
 def _data_of(session):

@@ -67,6 +67,20 @@ class Residuals(nn.Module):
         return residual + unknown, residual_scores(residual) + unknown.flatten()
 
 
+class Masses(nn.Module):
+    """Raw images (B, 1, H, W) to log10 of the axion's mass in eV and its interval, low and high, each (B,)."""
+
+    outputs = ("log10_mass", "low", "high")
+
+    def __init__(self, estimator):
+        super().__init__()
+        self.estimator, self.img_size = estimator, estimator.img_size
+
+    def forward(self, images):
+        unknown = zero_or_nan(images).flatten()
+        return tuple(answer + unknown for answer in self.estimator(images))
+
+
 def zero_or_nan(images):
     """(B, 1, 1, 1): NaN for an image (1, H, W) with a NaN or infinite pixel, zero for others.
 

@@ -117,6 +117,38 @@ def classifier_curves(path, history):
     save(figure, path)
 
 
+def mass_curves(path, history):
+    """Loss and mean error of the axion's mass over the epochs."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.5))
+    _curves(axes[0], history, "loss", "negative log-likelihood")
+    _curves(axes[1], history, "error", "mean error of log10 mass, dex")
+    axes[1].set_yscale("log")
+    figure.tight_layout()
+    save(figure, path)
+
+
+def masses(path, truth, estimates, low, high, shares, coverage):
+    """Estimates against true log10 masses (n,), the widths of the intervals, and how many hold the truth.
+
+    shares : {half decade: (share of its intervals that hold the truth, low, high of its 95 % interval)}.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
+    limits = [truth.min(), truth.max()]
+    axes[0].plot(limits, limits, color="black", linewidth=0.8)
+    axes[0].scatter(truth, estimates, s=4, alpha=0.4)
+    axes[0].set(xlabel="true log10 mass / eV", ylabel="estimate")
+    axes[1].scatter(truth, high - low, s=4, alpha=0.4)
+    axes[1].set(xlabel="true log10 mass / eV", ylabel="width of the interval, dex", yscale="log")
+    names, bounds = list(shares), np.array(list(shares.values()))
+    reach = np.abs(bounds[:, 1:].T - bounds[:, 0])
+    axes[2].errorbar(range(len(names)), bounds[:, 0], reach, fmt="o", capsize=3)
+    axes[2].axhline(coverage, color="black", linewidth=0.8)
+    axes[2].set(xlabel="true log10 mass / eV", ylabel="share of intervals that hold the truth")
+    axes[2].set_xticks(range(len(names)), names, fontsize=8)
+    figure.tight_layout()
+    save(figure, path)
+
+
 def reconstructions(path, original, masked, reconstruction, class_names):
     """Rows of (original, masked, reconstruction, residual); arrays (classes, examples, H, W)."""
     classes, examples = original.shape[:2]

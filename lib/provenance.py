@@ -51,7 +51,8 @@ def made_from(args, code, **content):
 
 def identity_of(dataset):
     """What decides a result of a `data.Dataset`."""
-    return [dataset.fingerprint, dataset.class_names, dataset.origin]
+    masses = None if dataset.masses is None else hashlib.sha256(dataset.masses).hexdigest()
+    return [dataset.fingerprint, dataset.class_names, dataset.origin, masses]
 
 
 def is_current(path, made, *others):

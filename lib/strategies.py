@@ -25,7 +25,7 @@ from lib.loader import (
 )
 from lib.recipe import Defaults
 from lib.residuals import mask_ratio_of, stored_maps
-from mae import MAE, Classifier, ResidualClassifier, random_masking, default_map_pool
+from mae import MAE, Classifier, MassEstimator, ResidualClassifier, random_masking, default_map_pool
 
 ALL_PATCHES_FROM = 0.5  # of the steps: patch dropout ends here
 BATCHNORM_IMAGES = 2048  # training images that BatchNorm's statistics are computed from
@@ -61,6 +61,7 @@ class Strategy:
     continuing : what differs when it continues from a classifier, whose head is already trained.
     augmentations : the kinds of `augment.KINDS` that it can use.
     drops_patches, has_pool, decays_layers : whether these options mean something to it.
+    judges_images : whether its weights hold a familiarity.
     """
 
     name, kind = None, Classifier
@@ -68,6 +69,7 @@ class Strategy:
     from_scratch, continuing = None, {}
     augmentations, no_augmentation = KINDS, ""
     drops_patches, has_pool, decays_layers = True, True, False
+    judges_images = True
 
     # Options
 
@@ -117,7 +119,7 @@ class Strategy:
 
         if start is None:
             sizes = {name: value for name, value in options.items() if name != "transform"}
-            config = {"img_size": dataset.img_size, **sizes, "num_classes": task.width,
+            config = {"img_size": dataset.img_size, **sizes, **task.config,
                       "pool": recipe.pool, "transform": new_transform()}  # fmt: skip
             return network.build(self.kind, config), config
         compatibility.check_unit(dataset, rows, start.content["run"])
@@ -130,7 +132,7 @@ class Strategy:
         else:
             compatibility.check_split(start.content["run"])
             constants = start.content["config"]["transform"]
-        return self.around(start, pretrained, recipe, {"num_classes": task.width, "transform": constants})
+        return self.around(start, pretrained, recipe, {**task.config, "transform": constants})
 
     def continued(self, start, recipe, dataset):
         """The classifier of opened `Weights`, to be trained further; UserError if it does not fit."""
@@ -279,24 +281,30 @@ class Residual(Strategy):
     def learning(self, model):
         return list(model.network.named_parameters())
 
-    def computation(self, model, recipe, dataset, rows, run, device):
-        read = batch_reader(dataset.images, device)
+    def reader_of_maps(self, model, read, dataset, rows, run, device, side):
+        """(function from some of the `rows` to maps (b, 1, side, side), whether it needs the device alone).
+
+        The maps are computed by the `model` from what `read` gives, and stored.
+        """
         model.eval()
-        maps = stored_maps(
-            lambda batch: model.maps(read(batch)), rows, run.maps_path, model.map_side, run.quiet
-        )
+        maps = stored_maps(lambda batch: model.maps(read(batch)), rows, run.maps_path, side, run.quiet)
         read_maps = batch_reader(maps, device)
         on_device = isinstance(read_maps, StoredImages)
         place = np.full(len(dataset.labels), -1)
         place[rows] = np.arange(len(rows))
         if on_device:
             place = torch.from_numpy(place).to(device)
+        return lambda batch: read_maps(place[batch]), on_device
+
+    def computation(self, model, recipe, dataset, rows, run, device):
+        read = batch_reader(dataset.images, device)
+        maps, on_device = self.reader_of_maps(model, read, dataset, rows, run, device, model.map_side)
 
         def training_outputs(batch, progress):
-            return model.network(augment(read_maps(place[batch]), recipe.augment))
+            return model.network(augment(maps(batch), recipe.augment))
 
         def outputs(batch):
-            return model.logits(read_maps(place[batch]))
+            return model.logits(maps(batch))
 
         return Computation(
             model.network, self.learning(model), training_outputs, outputs, on_device,
@@ -304,7 +312,70 @@ class Residual(Strategy):
         )  # fmt: skip
 
 
+class Mass(Residual):
+    """Train a network on images beside the frozen MAE's residual maps, or on images alone, see `MassEstimator`.
+
+    It computes in float32 by default: short vortices differ by a thousandth.
+    """
+
+    kind, judges_images = MassEstimator, False
+    defaults = Defaults(epochs=10, fewest_steps=2000, batch_size=64, lr=3e-3, augment=(), keep="last")
+    from_scratch = {}
+    augmentations, no_augmentation = (), "the mass is learned from images as they are"
+
+    def check(self, args):
+        super().check(args)
+        if args.strategy != Residual.name:
+            raise UserError(f"--task mass: --strategy {args.strategy} learns classes; use --strategy residual")
+
+    def recipe(self, args, start, images):
+        if start is not None and start.kind != "mae":
+            raise UserError(f"--pretrained {start.path}: --task mass starts from an MAE of pretrain.py, or none")
+        recipe = super().recipe(args, start, images)
+        return recipe._replace(precision="float32") if args.precision == "auto" else recipe
+
+    def build(self, args, start, recipe, task, dataset, rows):
+        if start is not None:
+            return super().build(args, start, recipe, task, dataset, rows)
+        kind = network.described(args)["transform"]
+        config = {"img_size": dataset.img_size, "transform": fit_transform(dataset.images, rows, kind), **task.config}
+        return self.new(config, "--task mass"), config
+
+    def around(self, start, pretrained, recipe, more):
+        if not isinstance(pretrained, MAE):
+            raise UserError(f"{start.path} is from elsewhere: --task mass needs the decoder of an MAE of pretrain.py")
+        sizes = {k: v for k, v in start.content["config"].items() if k != "transform"}
+        config = {"mae": sizes, "mask_ratio": mask_ratio_of(start.content), **more}
+        model = self.new(config, f"--pretrained {start.path}")
+        model.mae.load_state_dict(pretrained.state_dict())
+        return model, config
+
+    def new(self, config, what):
+        try:
+            return self.kind(**config)
+        except ValueError as error:
+            raise UserError(f"{what}: {error}") from None
+
+    def computation(self, model, recipe, dataset, rows, run, device):
+        read = batch_reader(dataset.images, device)
+        maps, on_device = None, isinstance(read, StoredImages)
+        if model.mae is not None:
+            maps, map_on_device = self.reader_of_maps(model, read, dataset, rows, run, device, model.img_size)
+            on_device = on_device and map_on_device
+
+        def outputs(batch, progress=None):
+            return model.estimates(read(batch), maps and maps(batch))
+
+        return Computation(model.network, self.learning(model), outputs, outputs, on_device,
+                           in_blocks=larger_than_memory(dataset.images))  # fmt: skip
+
+
 STRATEGIES = {strategy.name: strategy for strategy in (Head(), LayerNorm(), Full(), Residual())}
+
+
+def strategy_of(args):
+    """The `Strategy` that parsed options name."""
+    return Mass() if args.task == "mass" else STRATEGIES[args.strategy]
 
 
 # Parts of a training
@@ -366,6 +437,8 @@ def reestimate_batchnorm(model, forward, rows):
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     model.eval()
+    if not norms:
+        return
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # an average over all batches

@@ -1,5 +1,6 @@
 """What a network is trained for: targets, loss, validation figures and calibration."""
 
+import hashlib
 import math
 from typing import NamedTuple
 
@@ -7,35 +8,86 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lib import metrics
+from lib import masses, metrics, plots
+from lib.errors import UserError
 
 
 class Task(NamedTuple):
     """What the outputs of a network mean for the rows of one data set.
 
-    width : number of outputs for an image.
+    file : name of the weights file that a training leaves.
+    config : arguments of the network's constructor that are the task's.
     targets : (N, ...) tensor, what is right for every row.
+    known : (N,) bool, the rows that have a target.
     training_figures : (outputs (b, width), targets (b, ...)) -> {"loss": scalar tensor, ...}.
     validation_figures : (outputs (n, width), targets (n, ...)) -> {"loss": number, ...}.
-    score : the validation figure whose largest value is the best.
+    score : the validation figure whose largest value is the best; None where the last weights are kept.
     calibrated : (outputs, targets) of the validation images -> {name of a buffer: its value}.
+    picture : (path, lines of metrics.jsonl) -> draws the training's curves.
+    about : what else decides the weights, beside images and options.
     """
 
-    width: int
+    file: str
+    config: dict
     targets: torch.Tensor
+    known: np.ndarray
     training_figures: callable
     validation_figures: callable
-    score: str
+    score: str | None
     calibrated: callable
+    picture: callable
+    about: dict = {}  # noqa: RUF012
 
 
-def classification(dataset):
+def classification(dataset, rows):
     """Which class an image is of: logits, cross-entropy, macro AUC and a temperature."""
-    targets = torch.from_numpy(np.array(dataset.labels))
+    if len(dataset.class_names) < 2:
+        raise UserError(f"{dataset.origin} has one class only: a classifier needs at least two")
     return Task(
-        len(dataset.class_names), targets, cross_entropy_and_accuracy, classification_figures,
-        "macro_auc", lambda logits, labels: {"temperature": metrics.fit_temperature(logits, labels)},
+        "vit-mae-classifier-wt.pth", {"num_classes": len(dataset.class_names)},
+        torch.from_numpy(np.array(dataset.labels)), np.ones(len(dataset.labels), bool),
+        cross_entropy_and_accuracy, classification_figures, "macro_auc",
+        lambda logits, labels: {"temperature": metrics.fit_temperature(logits, labels)},
+        plots.classifier_curves,
     )  # fmt: skip
+
+
+def mass(dataset, rows):
+    """log10 of the axion's mass, and its spread: Laplace's distribution, and intervals that hold 90 %.
+
+    `rows` are those of the training part. Raises UserError if too few files of the data hold a mass.
+    """
+    if dataset.masses is None:
+        raise UserError(f"{dataset.origin}: no file holds the mass of an axion: --task mass needs object arrays "
+                        "[image, mass in eV], as the benchmark's axion files are")  # fmt: skip
+    targets = np.log10(dataset.masses)
+    own = targets[rows][np.isfinite(targets[rows])]
+    if len(own) < 2:
+        raise UserError(f"{dataset.origin}: {len(own)} training images have a mass: --task mass needs more")
+    edges = masses.half_decades(own)
+    with_mass = np.unique(dataset.labels[np.isfinite(targets)])
+    classes = [dataset.class_names[label] for label in with_mass]
+    return Task(
+        "vit-mae-mass-wt.pth", {"centre": float(np.mean(own)), "edges": edges},
+        torch.from_numpy(targets).float(), np.isfinite(targets), laplace, laplace_figures, None,
+        lambda outputs, log_masses: {"widths": masses.fit_widths(outputs, log_masses, edges)},
+        plots.mass_curves,
+        {"masses_sha256": hashlib.sha256(dataset.masses).hexdigest(), "mass_classes": classes},
+    )  # fmt: skip
+
+
+TASKS = {"classes": classification, "mass": mass}
+
+
+def laplace(outputs, target):
+    """Loss of Laplace's distribution, of outputs (b, 2), and the mean error in dex from targets (b,)."""
+    estimate, log_spread = outputs.unbind(1)
+    error = (estimate - target).abs()
+    return {"loss": (log_spread + error * torch.exp(-log_spread)).mean(), "error": error.detach().mean()}
+
+
+def laplace_figures(outputs, target):
+    return {name: value.item() for name, value in laplace(outputs, target).items()}
 
 
 def cross_entropy_and_accuracy(logits, target):

@@ -23,7 +23,7 @@ from lib.familiarity import Familiarity
 from lib.errors import UserError
 from lib.files import atomic_write, read_json, sha256_of
 from lib.names import check_class_names
-from mae import MAE, Classifier, Encoder, IntensityTransform, ResidualClassifier
+from mae import MAE, Classifier, Encoder, IntensityTransform, MassEstimator, ResidualClassifier
 
 LARGEST = {"embed_dim": 4096, "decoder_embed_dim": 4096, "depth": 64, "decoder_depth": 64}
 LARGEST |= {"img_size": 4096, "patch_size": 512, "mlp_ratio": 16}
@@ -43,8 +43,14 @@ class Weights(NamedTuple):
     content: dict
 
     @property
+    def kind(self):
+        """"classifier", "mass" (of a `MassEstimator`) or "mae"."""
+        config = self.content["config"]
+        return "classifier" if "num_classes" in config else "mass" if "centre" in config else "mae"
+
+    @property
     def is_classifier(self):
-        return "num_classes" in self.content["config"]
+        return self.kind == "classifier"
 
 
 # Writing
@@ -235,8 +241,9 @@ def mae_of(opened):
     Raises UserError, naming the file, if tensors are missing, not finite or of another shape than
     the configuration says, or if it has no transform.
     """
-    if opened.is_classifier:
-        raise UserError(f"{opened.path} is a classifier: give the weights of pretrain.py")
+    if opened.kind != "mae":
+        what = "is a classifier" if opened.is_classifier else "estimates masses"
+        raise UserError(f"{opened.path} {what}: give the weights of pretrain.py")
     arguments = {k: v for k, v in opened.content["config"].items() if k != "transform"}
     model = _build(opened.path, MAE, arguments, opened.content["model"])
     try:
@@ -280,6 +287,14 @@ def classifier_of(opened):
     if len(opened.content["class_names"]) != config.get("num_classes"):
         raise UserError(f"{opened.path}: the number of class names is wrong; train again")
     return model
+
+
+def mass_estimator_of(opened):
+    """The `MassEstimator` of opened `Weights`; UserError as in `mae_of`."""
+    if opened.kind != "mass":
+        raise UserError(f"{opened.path} estimates no masses: give the weights of finetune.py --task mass")
+    transform_in(opened)
+    return _build(opened.path, MassEstimator, opened.content["config"], opened.content["model"])
 
 
 def familiarity_in(path, content):

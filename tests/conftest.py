@@ -29,8 +29,9 @@ from lib import errors, lenses, loader, loop, plots, residuals, simulated, strat
 HUNG = 900
 TINY_NETWORK = ["--patch-size", "16", "--embed-dim", "32", "--depth", "2", "--num-heads", "2"]
 TINY_DECODER = ["--decoder-embed-dim", "16", "--decoder-num-heads", "2"]
-PICTURES = ("loss_curves", "reconstructions", "classifier_curves")  # of lib/plots.py, in training
-PRETRAINED, CLASSIFIER = "vit-mae-wt.pth", "vit-mae-classifier-wt.pth"  # weights files of the scripts
+PICTURES = ("loss_curves", "reconstructions", "classifier_curves", "mass_curves")  # of lib/plots.py, in training
+# Weights files of the scripts.
+PRETRAINED, CLASSIFIER, MASS = "vit-mae-wt.pth", "vit-mae-classifier-wt.pth", "vit-mae-mass-wt.pth"
 
 
 def run_script(name, *arguments, check=True, folder=ROOT):
@@ -241,7 +242,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory, folder):
-    """Folder of runs on the folder data set: pretrain, each strategy, scratch, and ONNX files."""
+    """Folder of runs on the folder data set: pretrain, each strategy, scratch, mass, and ONNX files."""
     out = tmp_path_factory.mktemp("runs")
     cache = ("--data", folder, "--cache-dir", out / "cache")
 
@@ -260,6 +261,9 @@ def runs(tmp_path_factory, folder):
     start(export, "--weights", *files, "--out", out / "classifier.onnx")
     maps = out / "reconstruction.onnx"
     start(export, "--what", "reconstruction", "--weights", pretrained, "--out", maps)
+    start(finetune, "--pretrained", pretrained, "--task", "mass", "--strategy", "residual", "--out", out / "mass",
+          "--epochs", 2)  # fmt: skip
+    start(export, "--what", "mass", "--weights", out / "mass" / MASS, "--out", out / "mass.onnx")
     return out
 
 

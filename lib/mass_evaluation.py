@@ -1,0 +1,66 @@
+"""What evaluate.py does with weights of --task mass: estimates of the test images beside their true masses."""
+
+import numpy as np
+import torch
+
+from lib import compatibility, masses, plots, tables, weights
+from lib.errors import UserError
+from lib.files import write_json, write_text
+from lib.loader import batch_reader, in_batches
+from lib.provenance import sign
+
+HEADER = ["run", "mean error, dex", "median error, dex", "intervals that hold the mass %", "mean width, dex", "images"]
+
+
+def evaluate(args, paths, dataset, device, made):
+    """Leave metrics.json, comparison.md and masses.png of weights {run: path} in --out, and print the table.
+
+    Raises UserError as `compatibility.rows_to_evaluate` does, and if none of the images has a mass.
+    """
+    results, found = {}, {}
+    for name, path in paths.items():
+        found[name] = estimates_of(weights.read(path), dataset, device, args.split == "all")
+        results[name] = masses.figures(*found[name], args.resamples, args.seed)
+    table = tables.markdown(table_of(results))
+    write_json(args.out / "metrics.json", {
+        "data": {"origin": dataset.origin, "fingerprint": dataset.fingerprint}, "task": "mass",
+        "weights": {name: str(path) for name, path in paths.items()}, "split": args.split,
+        "intervals": f"95 %; errors: {args.resamples} bootstrap resamples, seed {args.seed}; shares: Wilson",
+        "results": results,
+    })  # fmt: skip
+    write_text(args.out / "comparison.md", table + "\n")
+    plots.attempt(print, table)
+    best = min(results, key=lambda name: results[name]["error"]["value"])
+    parts = results[best]["half_decades"]
+    shares = {name: list(part["coverage"].values()) for name, part in parts.items()}
+    if plots.attempt(plots.masses, args.out / "masses.png", *found[best], shares, masses.COVERAGE):
+        sign(args.out / "metrics.json", made)
+
+
+def estimates_of(opened, dataset, device, whole):
+    """(true log10 masses, estimates, low, high), each (n,), of the rows to evaluate that have a mass."""
+    model = weights.mass_estimator_of(opened).to(device)
+    compatibility.check_size(opened.path, model, dataset)
+    rows = compatibility.rows_to_evaluate(dataset, opened.content, whole)
+    known = rows[[]] if dataset.masses is None else rows[np.isfinite(dataset.masses[rows])]
+    if not len(known):
+        raise UserError("none of the images to evaluate has the mass of an axion beside it")
+    read = batch_reader(dataset.images, device, once=True)
+    answers = in_batches(lambda batch: torch.stack(model(read(batch)), dim=1), known, bar="evaluation")
+    return np.log10(dataset.masses[known]), *answers.numpy().astype(np.float64).T
+
+
+def table_of(results):
+    """Rows of text, the header first: each run on all images, and in each half decade."""
+
+    def cells(name, result, error, median=""):
+        share = "{value:.1f} ({low:.1f}–{high:.1f})".format(**{k: 100 * v for k, v in result["coverage"].items()})
+        return [name, error, median, share, f"{result['width']:.4f}", str(result["images"])]
+
+    rows = [HEADER]
+    for name, result in results.items():
+        error = "{value:.4f} ({low:.4f}–{high:.4f})".format(**result["error"])
+        rows.append(cells(name, result, error, f"{result['median_error']:.4f}"))
+        for part, own in result["half_decades"].items():
+            rows.append(cells(f"{name}, {part}", own, f"{own['error']['value']:.4f}"))
+    return rows
