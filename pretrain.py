@@ -116,7 +116,8 @@ def mae_config(args, img_size):
 
 def rows_to_learn_from(dataset, rows, classes):
     """Those of `rows` whose class is among `classes`, or all of them for ["all"]."""
-    return rows if classes == ["all"] else datasets.rows_of_classes(dataset, rows, classes)
+    whole = datasets.means_every_class(classes, dataset.class_names)
+    return rows if whole else datasets.rows_of_classes(dataset, rows, classes)
 
 
 def validation_noise(count, num_patches, seed):
@@ -160,7 +161,7 @@ def parse_args(argv=None):
     )
     group.add_argument(
         "--classes", nargs="+", type=datasets.normal_name, default=["no_sub"], metavar="CLASS",
-        help="classes to learn from, without their labels; all for every class",
+        help="classes to learn from, without their labels; all for every class, unless one is called so",
     )  # fmt: skip
     return options.parsed(parser, argv)
 

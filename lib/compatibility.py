@@ -41,7 +41,7 @@ def check_unit(dataset, rows, run):
     """UserError if most of some rows have pixels far outside the training images of weights."""
     low, high, faintest = run.get("pixel_range") or (-np.inf, np.inf, -np.inf)
     names = run.get("classes", ["all"])  # that an MAE was trained on
-    if names != ["all"]:
+    if not datasets.means_every_class(names, run.get("class_names", ())):
         rows = rows[np.isin(np.array(dataset.class_names)[dataset.labels[rows]], names)]
     if not len(rows):
         return

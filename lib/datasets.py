@@ -503,6 +503,11 @@ def without_copies(dataset, rows):
     return rows[np.sort(np.unique(which, axis=1, return_index=True)[1])]
 
 
+def means_every_class(given, class_names):
+    """Whether the classes `given` to an option are every one: ["all"], unless a class is called so."""
+    return given == ["all"] and "all" not in class_names
+
+
 def rows_of_classes(dataset, rows, names):
     """Those of `rows` whose class is among `names`; UserError for an unknown class."""
     for name in names:

@@ -30,7 +30,7 @@ def check_class_names(names, where, remedy="rename its folder"):
 
 def _objection_to(name):
     """Why no class should have this name; None if one may."""
-    if name.casefold() in TAKEN:
+    if name.casefold() in TAKEN and name != "all":  # `--classes all` is then this class
         return "the scripts and their tables use this word otherwise"
     if name != name.strip() or not name:
         return "a name must not be empty, or begin or end with a space"

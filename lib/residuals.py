@@ -132,7 +132,7 @@ def unlike_training(content, labels, class_names):
     `content` is that of its weights file.
     """
     trained_on = content["run"].get("classes", [])
-    if trained_on == ["all"]:
+    if datasets.means_every_class(trained_on, content["class_names"]):
         trained_on = list(class_names)
     return trained_on, ~np.isin(np.array(class_names)[labels], trained_on)
 

@@ -24,7 +24,7 @@ from predict import Answer
 
 NAMES = ("accuracy", "macro", "images", "calibration_error", "a|b 'c' \"d\"", "$x^{$", "frac$1", "2",
          "_under <b>", "Ünï 透鏡", "long " * 40 + "name")  # fmt: skip
-REFUSED = ("all", "All", "none", "unfamiliar", "FILE", "prediction", "familiarity", "residual", "row", "label",
+REFUSED = ("All", "ALL", "none", "unfamiliar", "FILE", "prediction", "familiarity", "residual", "row", "label",
            "class", "score", "cluster", "nan", "NA", "", " ", " a", "a ", "a,b", "a/b", "a\\b", "=1+1", "+a",
            "-a", "@a", "two\nlines", "return\r", "tab\t", "\x1b[31m", "a\0b", "a\u200bb", "\udce9", "B", "b")  # fmt: skip
 NETWORK = ("--patch-size", 16, "--embed-dim", 16, "--depth", 1, "--num-heads", 2)
@@ -98,6 +98,22 @@ def test_scores_and_residual_figures_keep_the_names(place):
     assert set(auc["classes"]) == set(NAMES) - {"macro"}
     assert (out / "scores.png").exists()
     assert (out / "maps.png").exists()
+
+
+def test_a_class_called_all_is_the_one_that_the_option_means(tmp_path):
+    """Without such a class, `--classes all` means every class."""
+    counts = {}
+    for first in ("all", "axion"):
+        data = write_classes(tmp_path / first / "data", {first: 30, "cdm": 30, "no_sub": 30})
+        run_script("pretrain.py", "--data", data, *NETWORK, *RUN, "--classes", "all", "--out", tmp_path / first / "mae",
+                   "--decoder-embed-dim", 16, "--decoder-num-heads", 2)  # fmt: skip
+        opened = weights.read(tmp_path / first / "mae" / "vit-mae-wt.pth")
+        counts[first] = len(opened.content["seen"])
+        run_script("reconstruct.py", "--data", data, "--weights", opened.path, "--out", tmp_path / first / "maps",
+                   "--resamples", 5)  # fmt: skip
+        said = json.loads((tmp_path / first / "maps" / "metrics.json").read_text())
+        assert ("auc" in said) == (first == "all"), "smooth lenses are compared with the others"
+    assert counts["all"] <= 30 < counts["axion"]
 
 
 def test_all_is_the_figure_of_all_whatever_the_classes_are_called():
