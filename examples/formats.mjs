@@ -343,11 +343,17 @@ function stackOf(images) {
 export const LEAST_FAMILIARITY = 0.01; // below it an image is unlike the training images
 export const UNFAMILIAR = 'unfamiliar'; // the prediction for such an image
 
+/** The names of the classes that a classifier, the content of its file, tells apart. */
+export function classNames(content) {
+  const stated = metadata(content, 'class_names');
+  if (stated === null) throw new Error('the model has no class names: export it with export.py');
+  return JSON.parse(stated);
+}
+
 /** A session of onnxruntime-web with the content of its file (Uint8Array): what `judge` needs. */
 export function describe(session, content, path) {
   requireOutput(session, 'probabilities');
-  const stated = metadata(content, 'class_names');
-  if (stated === null) throw new Error('the model has no class names: export it with export.py');
+  const labels = classNames(content);
   const range = pixelRange(content);
   const hasFamiliarity = session.outputNames.includes('familiarity');
   const images = Number(metadata(content, 'familiarity_images') ?? 0);
@@ -357,7 +363,6 @@ export function describe(session, content, path) {
     ? `was calibrated on too few images to refuse any below ${LEAST_FAMILIARITY}`
     : 'gives no familiarity (fewer than 100 validation images, or an old file)';
   const guard = range ? 'only the range of pixels' : 'nothing';
-  const labels = JSON.parse(stated);
   const weights = metadata(content, 'weights_sha256')?.slice(0, 8) ?? 'unknown';
   return {
     session,

@@ -1,6 +1,7 @@
 // The page's logic: files from the visitor, one after the other to worker.mjs, results into the table.
 // ?files=a.npy,b.npy classifies files that lie beside the page. start.mjs imports it.
 
+import { classNames } from '../formats.mjs';
 import { droppedFiles } from './files.mjs';
 import { columnsOf, csvOf, drawScale, medianRms, newElement, picturesOf, rowOf, tableOrder } from './table.mjs';
 
@@ -189,6 +190,23 @@ function prepareTable() {
     : 'residual in units of the median rms of the maps shown';
 }
 
+/** The content (Uint8Array) of a model beside the page. */
+async function fetchModel(name) {
+  // Else the browser may go on with a file that has been replaced since.
+  const response = await fetch(name, { cache: 'no-cache' });
+  if (!response.ok) throw new Error(`there is no ${name} beside this page`);
+  return new Uint8Array(await response.arrayBuffer());
+}
+
+/** What is said while the worker opens the models; it also says what is wrong with them. */
+function opening(classifier) {
+  try {
+    return `Opening the models, which tell ${classNames(classifier).join(', ')} apart…`;
+  } catch {
+    return 'Opening the models…';
+  }
+}
+
 async function offerExamples() {
   const response = await fetch('examples.json', { cache: 'no-cache' });
   if (!response.ok) return; // page.py writes it: this page is served from its sources
@@ -240,7 +258,9 @@ const asked = new URLSearchParams(location.search).get('files');
 if (asked) classifyFiles(asked.split(',').map((name) => ({ name, file: name })));
 try {
   await offerExamples();
-  model = await ask('models');
+  const contents = await Promise.all(['classifier.onnx', 'reconstruction.onnx'].map(fetchModel));
+  element('status').textContent = opening(contents[0]);
+  model = await ask('models', contents);
   element('warning').textContent = model.warning;
   element('doubt').textContent = model.doubt;
   element('status').textContent = `Ready. ${model.identity}`;

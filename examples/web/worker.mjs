@@ -18,9 +18,8 @@ async function fetchBytes(name) {
   return response.arrayBuffer();
 }
 
-/** Returns what `use` makes of a session, its file's content and name. */
-async function openModel(name, use) {
-  const content = new Uint8Array(await fetchBytes(name));
+/** Returns what `use` makes of a session, its file's content (Uint8Array) and name. */
+async function openModel(name, content, use) {
   try {
     const session = await ort.InferenceSession.create(content);
     const model = use(session, content, name);
@@ -44,11 +43,12 @@ function describeMaps(session, content, name) {
 }
 
 const actions = {
-  async models() {
+  /** `contents` are those of the two files, which the page has fetched. */
+  async models(contents) {
     ort.env.wasm.numThreads = 1; // more need headers that a static host may not send
     ort.env.wasm.wasmBinary = await fetchBytes('../node_modules/onnxruntime-web/dist/ort-wasm-simd-threaded.wasm');
-    classifier = await openModel('classifier.onnx', describe);
-    maps = await openModel('reconstruction.onnx', describeMaps);
+    classifier = await openModel('classifier.onnx', contents[0], describe);
+    maps = await openModel('reconstruction.onnx', contents[1], describeMaps);
     const { session, ...stated } = classifier;
     const hasFamiliarity = session.outputNames.includes('familiarity');
     return { ...stated, hasFamiliarity, sigma: maps.sigma, doubt: maps.doubt };
