@@ -52,8 +52,7 @@ def build(kind, config):
     patch_size, img_size = config["patch_size"], config["img_size"]
     if img_size % patch_size:
         raise UserError(
-            f"--patch-size {patch_size} does not divide the image size {img_size}: "
-            "choose one that does"
+            f"--patch-size {patch_size} does not divide the image size {img_size}: {sizes_for(img_size)}"
         )
     if img_size // patch_size > MOST_PATCHES_A_SIDE:
         raise UserError(
@@ -67,3 +66,12 @@ def build(kind, config):
         return kind(**config)
     except ValueError as error:
         raise UserError(f"these network options do not fit together: {error}") from None
+
+
+def sizes_for(img_size):
+    """What to do where a patch size does not divide `img_size`: the sizes that do, or to crop."""
+    sizes = [n for n in range(2, min(img_size // 2, LARGEST["patch_size"]) + 1)
+             if img_size % n == 0 and img_size // n <= MOST_PATCHES_A_SIDE]  # fmt: skip
+    if sizes:
+        return f"choose one that does ({', '.join(map(str, sizes))}), or crop the images"
+    return "no patch size does; crop the images, for example to a side that is a multiple of 8"

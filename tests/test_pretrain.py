@@ -70,6 +70,17 @@ def test_more_patches_than_weights_may_have_are_refused_before_training(packed, 
     assert_refused("pretrain.py", arguments, "--patch-size 8 cuts", "more than 4×4")
 
 
+@pytest.mark.parametrize(("side", "remedy"), [
+    (65, "choose one that does (5, 13), or crop"), (61, "no patch size does; crop the images")
+])  # fmt: skip
+def test_a_side_that_the_patches_do_not_divide_is_refused_with_the_patch_sizes_that_do(side, remedy, tmp_path):
+    data = write_classes(tmp_path / "data", {"no_sub": 10, "other": 10}, size=side)
+    named = f"--patch-size 8 does not divide the image size {side}: {remedy}"
+    assert_refused("pretrain.py", ["--data", data, "--out", tmp_path / "run"], named)
+    scratch = ["--data", data, "--out", tmp_path / "run", "--pretrained", "none", "--strategy", "full"]
+    assert_refused("finetune.py", scratch, named)
+
+
 def test_an_augmentation_that_does_not_exist_is_named(packed, tmp_path):
     refused = pretrain_on(packed, tmp_path / "run", "--augment", "noise,blur", check=False)
     assert refused.returncode == 2
