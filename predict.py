@@ -1,8 +1,8 @@
 """Classify images with an exported model; needs the folder lib, onnxruntime and numpy only.
 
-Reads .npy, .npz and (with astropy) FITS files, single images or stacks (N, H, W). Writes a CSV
-with one row per image: file, the probability of each class, prediction and, if the model gives it,
-familiarity: the share of the validation images of the predicted class that are at least as strange.
+Reads .npy, .npz, FITS (with astropy) and grey PNG files (with matplotlib), single images or stacks
+(N, H, W). Writes a CSV with one row per image: file, the probability of each class, prediction and,
+if the model gives it, familiarity: the share of the validation images of the predicted class that are at least as strange.
 An image that is stranger than nearly all of them is "unfamiliar": its probabilities mean nothing.
 Files that cannot be read are listed in <out>.errors.csv; then the exit code is 1, and the others
 are predicted. In folders, hidden files do not count, and files of other kinds are named at the end.
@@ -103,7 +103,7 @@ def predict(args):
     choice = sheet_choice(args, guard) if args.sheet else None
     files, others, errors = find_files(reading.paths_named(args.paths))
     if not files and not errors:
-        raise UserError("no .npy, .npz or FITS files found under the given paths")
+        raise UserError("no .npy, .npz, FITS or PNG files found under the given paths")
     others = check_paths(args, files, others, maps)
 
     said = Said(errors, others, [], [])

@@ -1,6 +1,6 @@
 """From a folder of images to one memory-mapped array, its split and its rows; without torch.
 
-Folder layout:  <root>/<class>/, .npy, .npz or FITS files of one square image; the folders name the classes.
+Folder layout:  <root>/<class>/, .npy, .npz, FITS or PNG files of one square image; the folders name the classes.
                 Also <root>/train/<class>/ and <root>/val/<class>/ (or test), whose parts are kept, see `Listing`.
 Packed layout:  images.npy (N, H, H) float32, labels.npy (N,), hashes.npy (2, N), dataset.json; where files hold
                 the mass of an axion beside their image, masses.npy (N,).
@@ -21,10 +21,10 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from lib import copies, shortcuts
+from lib import copies, png, shortcuts
 from lib.errors import UserError, one_line
 from lib.files import atomic_directory, is_hidden, make_folder, read_json, write_json
-from lib.images import MASSES, forget_pages, may_hold_images, read_image_and_numbers, read_npy
+from lib.images import MASSES, forget_pages, images_among, is_png, read_image_and_numbers, read_npy
 from lib.names import check_class_names
 
 FORMAT = 3
@@ -219,7 +219,7 @@ def list_classes(root):
     folders = [f for f in Path(root).iterdir() if f.is_dir() and not is_hidden(f.name)]
     folders.sort(key=lambda folder: normal_name(folder.name))
     if not folders:
-        raise UserError(f"{root} has no class folders: expected {root}/<class>/*.npy (or .npz, FITS)")
+        raise UserError(f"{root} has no class folders: expected {root}/<class>/*.npy (or .npz, FITS, PNG)")
     check_class_names([folder.name for folder in folders], root)
     class_files, others = {}, []
     for folder in folders:
@@ -227,15 +227,15 @@ def list_classes(root):
         for entry in entries:
             if entry.exists() and not entry.is_file() and not entry.is_dir():
                 raise UserError(f"{entry} is no regular file: remove it")
-            if entry.is_dir() and any(map(may_hold_images, entry.rglob("*"))):
+            if entry.is_dir() and not (inside := set(entry.rglob("*"))).isdisjoint(images_among([*entries, *inside])):
                 raise UserError(
                     f"class folder {folder} has images in its sub-folder {entry.name}: put the "
                     f"images of a class directly into its folder, or give another folder than {root}"
                 )
-        files = [entry for entry in entries if may_hold_images(entry)]
-        others += [entry for entry in entries if not may_hold_images(entry)]
+        files = images_among(entries)
+        others += sorted({*entries}.difference(files))
         if not files:
-            raise UserError(f"class folder {folder} has no .npy, .npz or FITS files: fill it or remove it")
+            raise UserError(f"class folder {folder} has no .npy, .npz, FITS or PNG files: fill it or remove it")
         name = normal_name(folder.name)
         if name in class_files:
             raise UserError(f"{root} has two folders {name}, their accents written in two ways: put them together")
@@ -296,6 +296,10 @@ def mass_among(numbers):
 
 def warn_of_images(paths, originals, labels, extremes):
     """Lines on stderr on copies, on images in several classes, and on those far outside the rest."""
+    coarse = [path for path in paths if is_png(path) and png.bits_of(path) <= 8]
+    if coarse:
+        print(f"{len(coarse)} images are pictures of 8 bits, such as {coarse[0]}: so few steps of brightness hide weak "
+              "substructure; use the original files if there are any", file=sys.stderr)  # fmt: skip
     _, first, which = np.unique(originals, return_index=True, return_inverse=True)
     again = np.flatnonzero(first[which] != np.arange(len(paths)))
     if len(again):

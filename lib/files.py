@@ -149,6 +149,14 @@ def require_own(path, pattern):
         raise UserError(f"{path} exists, and is no earlier output of this script: remove it or name another file")
 
 
+def is_own_picture(path):
+    """Whether a picture says that it was drawn here."""
+    if path.is_file():
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            return PICTURE in file.read(4096)
+    return False
+
+
 def identity(path):
     """What two paths have in common if they name one file."""
     try:

@@ -1,4 +1,6 @@
-"""Images from files: .npy, .npz and FITS, for training and prediction; numpy alone, astropy for FITS.
+"""Images from files: .npy, .npz, FITS and PNG, for training and prediction.
+
+It needs numpy alone, astropy for FITS and matplotlib for PNG.
 
 The files may come from strangers: nothing in them is executed, and headers are checked before they cost
 memory.
@@ -19,11 +21,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib import fits, units, wcs
+from lib import fits, png, units, wcs
 from lib.errors import UserError, named_errors
-from lib.files import is_hidden
+from lib.files import is_hidden, is_own_picture
 
-SUFFIXES = (".npy", ".npz", *fits.SUFFIXES)
+SUFFIXES = (".npy", ".npz", *fits.SUFFIXES, png.SUFFIX)
 PACKED_FILES = {"dataset.json", "images.npy", "labels.npy", "hashes.npy"}  # of a packed data set; more may be there
 MASSES = "masses.npy"
 MAP_ABOVE_BYTES = 8 * 2**20  # larger arrays are mapped into memory, not read
@@ -44,9 +46,19 @@ KINDS_OF_FILES = {
 # Finding files
 
 
-def may_hold_images(path):
-    """Whether a file of this name is read; its content decides what it is."""
-    return Path(path).name.lower().endswith(SUFFIXES)
+def images_among(paths):
+    """Those of the paths in a folder that hold images, by their names; the content decides what each is.
+
+    PNG files count where there are no others, since beside them they are pictures of them. Those that the scripts
+    have drawn never count.
+    """
+    named = [path for path in paths if path.name.lower().endswith(SUFFIXES)]
+    others = [path for path in named if not is_png(path)]
+    return others or [path for path in named if not is_own_picture(path)]
+
+
+def is_png(path):
+    return Path(path).name.lower().endswith(png.SUFFIX)
 
 
 def find_files(paths):
@@ -87,9 +99,11 @@ def _walk(root, errors):
             subfolders[:] = [name for name in subfolders if not is_hidden(name)]
             links += filter(os.path.islink, (Path(folder, name) for name in subfolders))
             no_images = PACKED_FILES - {"images.npy"} | {MASSES} if PACKED_FILES.issubset(names) else ()
-            for path in (Path(folder, name) for name in names if not is_hidden(name)):
+            paths = [Path(folder, name) for name in names if not is_hidden(name)]
+            images = set(images_among([path for path in paths if path.name not in no_images]))
+            for path in paths:
                 regular = path.is_file() or not path.exists()  # a dangling link becomes an error
-                found.append((path, regular and may_hold_images(path) and path.name not in no_images))
+                found.append((path, regular and path in images))
     return sorted(found)
 
 
@@ -168,6 +182,8 @@ NOTES = {
     "no unit": "with the pixels as they are, since the header does not say their unit: {}",
     "rounded": "compressed by fpack with rounding (quantised floats): a network that learned from exact "
     "pixels takes the rounding for noise; use the original file, or compress it with quantize_level=0 and GZIP_2",
+    "picture": "a picture: its pixels are from 0 to 1, which --scale brings to the network's unit, and 8 bits hide "
+    "weak substructure; use the original file if there is one",
 }  # fmt: skip
 
 
@@ -223,6 +239,8 @@ def _images_in(found, img_size, said, how):
     name, array = found.name, found.array
     if found.rounded:
         said.notes.append(("rounded", name, ""))
+    if is_png(name):
+        said.notes.append(("picture", name, ""))
     scale = found.pixel_scale if how.pixel_scale == "wcs" else how.pixel_scale
     if how.pixel_scale and not scale:
         said.errors.append((name, f"{name}: no WCS says its pixel scale; give --pixel-scale in arcsec"))
@@ -337,6 +355,8 @@ def read_arrays(path, how=How()):
         return [Found(name, image.pixels, image.rounded, image.pixel_scale, image.cards)]
     if name.endswith(".npz"):
         return _read_npz(path)
+    if name.endswith(png.SUFFIX):
+        return [Found(str(path), png.read_png(path))]
     array, numbers = _read_npy(path)
     return [Found(str(path), array, numbers=numbers)]
 
@@ -346,8 +366,9 @@ def require_known_kind(path):
     with named_errors(path, "image"), path.open("rb") as file:
         start = file.read(32)
     for beginning, kind in KINDS_OF_FILES.items():
-        if start.startswith(beginning):
-            raise UserError(f"{path} is {kind}: give .npy, .npz or FITS files")
+        if start.startswith(beginning) and not (is_png(path) and start.startswith(png.BEGINNING)):
+            remedy = f"name it {path.stem}.png" if start.startswith(png.BEGINNING) else "give .npy, .npz, FITS or PNG files"
+            raise UserError(f"{path} is {kind}: {remedy}")
 
 
 def _stack_of(array, planes=None):

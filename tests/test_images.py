@@ -474,7 +474,7 @@ def test_a_class_folder_with_a_cube_or_without_images_is_named_with_the_kinds(fi
         datasets.load(tmp_path, progress=False)
     for path in (tmp_path / "b").iterdir():
         path.rename(path.with_suffix(".txt"))
-    with pytest.raises(UserError, match=r"b has no \.npy, \.npz or FITS files"):
+    with pytest.raises(UserError, match=r"b has no \.npy, \.npz, FITS or PNG files"):
         datasets.load(tmp_path, progress=False)
 
 
