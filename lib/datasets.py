@@ -2,6 +2,7 @@
 
 Folder layout:  <root>/<class>/, .npy, .npz, FITS or PNG files of one square image; the folders name the classes.
                 Also <root>/train/<class>/ and <root>/val/<class>/ (or test), whose parts are kept, see `Listing`.
+                Or <root>/labels.csv, whose columns file and label name the files and their classes.
 Packed layout:  images.npy (N, H, H) float32, labels.npy (N,), hashes.npy (2, N), dataset.json; where files hold
                 the mass of an axion beside their image, masses.npy (N,).
 
@@ -9,9 +10,11 @@ A folder is packed once, into a cache whose name is a fingerprint of the folder'
 sizes, inodes and times), so a changed folder is packed again. Old packed copies are not deleted.
 """
 
+import csv
 import hashlib
 import json
 import math
+import os
 import shutil
 import sys
 import unicodedata
@@ -24,13 +27,15 @@ from tqdm import tqdm
 from lib import copies, png, shortcuts
 from lib.errors import UserError, one_line
 from lib.files import atomic_directory, is_hidden, make_folder, read_json, write_json
-from lib.images import MASSES, forget_pages, images_among, is_png, read_image_and_numbers, read_npy
+from lib.images import MASSES, SUFFIXES, forget_pages, images_among, is_png, read_image_and_numbers, read_npy
 from lib.names import check_class_names
 
 FORMAT = 3
 BLOCK_BYTES = 2**22  # of images that are read or written together
 OUTLYING = 30  # see `pixel_range`
 RANGE_IMAGES = 2000  # that a range of pixels is computed from
+LABELS = "labels.csv"  # in place of class folders
+MAX_LABELS_BYTES = 256 * 2**20
 SHOWN_NAMES = 3  # of files that are not read
 PARTS = ("train", "validation", "test")
 MASS_RANGE = (1e-35, 1e-10)  # eV; a number outside is no mass of an axion, but a label or an index
@@ -188,7 +193,7 @@ def listing_of(root):
     """The `Listing` of a folder, with or without folders of parts. Raises UserError as `list_classes` does."""
     folders = [f for f in Path(root).iterdir() if f.is_dir() and not is_hidden(f.name)]
     named = {f: NAMES_OF_PARTS.get(f.name.lower()) for f in folders}
-    if not folders or not all(named.values()):
+    if not folders or not all(named.values()) or (Path(root) / LABELS).is_file():
         files, others = list_classes(root)
         return Listing(files, {name: np.tile([0.0, 1.0], (len(own), 1)) for name, own in files.items()}, others)
     parts = sorted(named, key=lambda folder: PARTS.index(named[folder]))
@@ -213,13 +218,16 @@ def listing_of(root):
 def list_classes(root):
     """{class name: sorted paths of its images} of the folder layout, and the list of other files.
 
-    Hidden files and `__MACOSX` do not count. Raises UserError, naming the folder and the remedy,
+    A table LABELS names the classes in place of folders, see `labelled_files`. Hidden files and `__MACOSX` do not count. Raises UserError, naming the folder and the remedy,
     for a class without images, images in sub-folders, and names that a class must not have.
     """
+    if (Path(root) / LABELS).is_file():
+        return labelled_files(Path(root))
     folders = [f for f in Path(root).iterdir() if f.is_dir() and not is_hidden(f.name)]
     folders.sort(key=lambda folder: normal_name(folder.name))
     if not folders:
-        raise UserError(f"{root} has no class folders: expected {root}/<class>/*.npy (or .npz, FITS, PNG)")
+        raise UserError(f"{root} has no class folders: expected {root}/<class>/*.npy (or .npz, FITS, PNG), or a table "
+                        f"{root}/{LABELS}")  # fmt: skip
     check_class_names([folder.name for folder in folders], root)
     class_files, others = {}, []
     for folder in folders:
@@ -241,6 +249,54 @@ def list_classes(root):
             raise UserError(f"{root} has two folders {name}, their accents written in two ways: put them together")
         class_files[name] = files
     return class_files, others
+
+
+def labelled_files(root):
+    """{class name: sorted paths of its images} of the table LABELS in `root`, and the list of other files there.
+
+    Raises UserError, naming the line, for files that are missing, outside the folder, no images or there twice, and
+    for a label that no class must have.
+    """
+    table, labels = root / LABELS, {}
+    for line, (name, label) in _lines_of(table):
+        path = root / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{table}, line {line}: {name} is outside {root}: give paths inside it, without ..")
+        if not os.path.isfile(path):
+            raise UserError(f"{table}, line {line}: there is no file {path}")
+        if not path.name.lower().endswith(SUFFIXES):
+            raise UserError(f"{table}, line {line}: {name} is no .npy, .npz, FITS or PNG file")
+        if path in labels:
+            raise UserError(f"{table}, line {line}: {name} is there twice; leave one line")
+        labels[path] = normal_name(label)
+    class_files = {name: [] for name in sorted(set(labels.values()))}
+    check_class_names(class_files, table, "give these files another label")
+    for path in sorted(labels):
+        class_files[labels[path]].append(path)
+    inside = (path for path in root.rglob("*") if not is_hidden(path.relative_to(root)))
+    return class_files, sorted(path for path in inside if path.is_file() and path not in labels and path != table)
+
+
+def _lines_of(table):
+    """[(number of the line, (file, label))] of the table LABELS; UserError if it is not one."""
+    try:
+        if table.stat().st_size > MAX_LABELS_BYTES:
+            raise UserError(f"{table} has more than {MAX_LABELS_BYTES // 2**20} MiB: is it a table of files and labels?")
+        with table.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark in front
+            reader = csv.reader(file, strict=True)
+            lines = [(reader.line_num, row) for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {table}, which must be a table in UTF-8: {error}") from None
+    columns = lines[0][1] if lines else []
+    if sorted(columns) != ["file", "label"]:
+        raise UserError(f"{table} has the columns {', '.join(columns)[:200] or '(none)'}: expected file,label. If folders name the "
+                        "classes, give the table another name")  # fmt: skip
+    for line, row in lines:
+        if len(row) != 2:
+            raise UserError(f"{table}, line {line}: expected a file and its label, got {len(row)} cells")
+    if len(lines) == 1:
+        raise UserError(f"{table} lists no files")
+    return [(line, (row[columns.index("file")], row[columns.index("label")])) for line, row in lines[1:]]
 
 
 def files_of(path):
@@ -517,7 +573,7 @@ def rows_of_classes(dataset, rows, names):
     for name in names:
         if name not in dataset.class_names:
             found = ", ".join(dataset.class_names)
-            raise UserError(f"--classes {name}: no such class folder in the data (found: {found})")
+            raise UserError(f"--classes {name}: no such class in the data (found: {found})")
     labels = [dataset.class_names.index(name) for name in names]
     return rows[np.isin(dataset.labels[rows], labels)]
 

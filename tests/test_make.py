@@ -192,6 +192,16 @@ def test_options_reach_their_scripts(make, tmp_path):
         assert (option(words, "--clusters") if "--clusters" in words else None) == clusters
 
 
+def test_a_folder_without_class_folders_of_numbers_is_predicted_whole(make, tmp_path):
+    """Pictures, or images that a table labels."""
+    for name in ("a/1.png", "b/1.png", "labels.csv", "1.npy"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / name).touch()
+    _, calls = make(f"DATA={tmp_path / 'data'}")
+    (words,) = (words for script, words, _ in calls if script == "predict.py")
+    assert words[words.index("--") + 1 :] == [str(tmp_path / "data")]
+
+
 @pytest.mark.parametrize("name", ["my data", "it's", 'a "b"', "a$HOME", "a;b&c", "tab\tand  two", "é"])
 @pytest.mark.parametrize("relative", [False, True])
 def test_paths_may_hold_anything(name, relative, make, tmp_path):
