@@ -50,6 +50,7 @@ ELSEWHERE = {
     ".venv-bench/bin/python": "minutes of timing; test_bench.py runs its parts",
     "python evaluate.py --data lenstronomy-test": "needs lenstronomy's images",
     "python experiments/real_images.py": "needs real images; see test_real_images.py",
+    "python experiments/smooth_fits.py": "needs real images; see test_real_lenses.py",
     "python experiments/study.py": "hours; test_study.py runs every experiment",
     "python experiments/results.py": "test_study.py puts results together",
     "python experiments/bench.py": "minutes of timing; test_bench.py runs its parts",

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_refused
+from conftest import assert_refused, run_script
 
 from experiments import smooth_fits
 from lib import many_lenses
@@ -101,3 +101,12 @@ def test_files_that_hold_no_such_images_are_named(tmp_path):
     for content in ({"images": image}, {"images": image[:, :9, :9], **more}, {"images": image, **more, "labels": np.array(["x"])}):
         np.savez(path, **content)
         assert_refused("experiments/smooth_fits.py", ("--images", path), path)
+
+
+def test_the_command_prints_three_figures_of_each_class_and_way_of_decoding(tmp_path):
+    like = [UNDISTURBED._replace(exact=True), UNDISTURBED]
+    images = [picture.image for picture in smooth_fits.simulated("no", 4, 8, like)]
+    np.savez(tmp_path / "x.npz", HR=np.array(images), exact=[True, False] * 2, hr_error=np.full(4, 1e-3),
+             edge_unknown=np.zeros(4, int))  # fmt: skip
+    said = run_script("experiments/smooth_fits.py", "--images", tmp_path / "x.npz", "--per-class", 2).stdout
+    assert [line.split(":")[0] for line in said.splitlines()] == ["no, 2 exact pictures"] * 3 + ["no, 2 solved pictures"] * 3
