@@ -1,5 +1,7 @@
-// What the examples read: .npy files as predict.py reads them, and what an exported model says of
+// What the examples read: .npy and plain FITS files as predict.py reads them, and what an exported model says of
 // itself. The pickles in numpy's object arrays are read as data: nothing in a file is executed.
+
+import { isFits, parseFits } from './fits.mjs';
 
 const MAX_PICKLE_BYTES = 64 * 2 ** 20;
 const MAX_PICKLE_OPCODES = 100_000;
@@ -30,9 +32,9 @@ function half(bits) {
   return sign * (1 + fraction / 1024) * 2 ** (exponent - 15);
 }
 
-/** The images of a .npy file (ArrayBuffer): [Float32Array of side² pixels]; throws Error. */
+/** The images of a .npy or FITS file (ArrayBuffer): [Float32Array of side² pixels]; throws Error. */
 export function readImages(buffer, side) {
-  const { shape, data } = parseNpy(buffer);
+  const { shape, data } = isFits(new Uint8Array(buffer)) ? parseFits(buffer) : parseNpy(buffer);
   let sizes = shape;
   if (sizes.length === 4 && sizes[1] === 1) sizes = [sizes[0], sizes[2], sizes[3]];
   else if ([3, 4].includes(sizes.length) && sizes.at(-1) === 1) sizes = sizes.slice(0, -1);
@@ -56,7 +58,7 @@ function parseNpy(buffer) {
   const bytes = new Uint8Array(buffer);
   const view = new DataView(buffer);
   if (bytes.length < 12 || latin1(bytes.subarray(0, 6)) !== '\x93NUMPY') {
-    throw new Error('not a .npy file');
+    throw new Error('not a .npy or FITS file');
   }
   const [major, minor] = bytes.subarray(6, 8);
   if (![1, 2].includes(major) || minor !== 0) throw new Error('not an array of plain numbers');

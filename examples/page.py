@@ -16,7 +16,7 @@ sys.path.insert(0, str(EXAMPLES.parent))
 from lib.errors import UserError, run_main
 from lib.files import atomic_directory, is_hidden
 
-PAGE = [EXAMPLES / "web" / "index.html", *sorted((EXAMPLES / "web").glob("*.mjs")), EXAMPLES / "formats.mjs"]
+PAGE = [EXAMPLES / "web" / "index.html", *sorted((EXAMPLES / "web").glob("*.mjs")), EXAMPLES / "formats.mjs", EXAMPLES / "fits.mjs"]
 RUNTIME = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
 MODELS = ("classifier.onnx", "reconstruction.onnx")
 LAST = "examples.json"  # a folder that has it is complete

@@ -40,7 +40,8 @@ def in_place(models, out):
     """The sources of the page, as `examples/` has them, with the models of a folder beside them."""
     examples = PAGE.parent
     shutil.copytree(examples / "web", out)
-    shutil.copy(examples / "formats.mjs", out.parent)
+    for name in ("formats.mjs", "fits.mjs"):
+        shutil.copy(examples / name, out.parent)
     (out.parent / "node_modules").symlink_to(examples / "node_modules")
     for path in [*models.glob("*.npy"), *models.glob("*.onnx")]:
         shutil.copy(path, out)
@@ -265,17 +266,21 @@ def test_what_is_no_image_is_named_in_a_sentence(small, tmp_path):
                 "evil": objects(image_of(0.5), print), "small": image_of(0.5)[:4]}  # fmt: skip
     for name, array in contents.items():
         np.save(tmp_path / f"{name}.npy", array, allow_pickle=True)
+    fits = pytest.importorskip("astropy.io.fits")
+    fits.PrimaryHDU(image_of(0.7)).writeto(tmp_path / "plain.fits")
     (tmp_path / "image.fits").write_bytes(b"SIMPLE  =                    T")
     with opened(small, tmp_path / "profile", ["gone.npy"]) as (page, _):
-        page.pick("#pick", [*(tmp_path / f"{name}.npy" for name in contents), tmp_path / "image.fits"])
-        page.until("document.getElementById('progress').textContent === '3 images'")
+        page.pick("#pick", [*(tmp_path / f"{name}.npy" for name in contents), tmp_path / "image.fits",
+                           tmp_path / "plain.fits"])  # fmt: skip
+        page.until("document.getElementById('progress').textContent === '4 images'")
         assert [row[:2] for row in rows_of(page)] == [
-            ["pickled.npy", "bright"], ["stack.npy[0]", "bright"], ["stack.npy[1]", "unfamiliar"]]  # fmt: skip
+            ["pickled.npy", "bright"], ["stack.npy[0]", "bright"], ["stack.npy[1]", "unfamiliar"],
+            ["plain.fits", "bright"]]  # fmt: skip
         errors = errors_of(page)
     for error, start in zip(errors, (
         "gone.npy: there is no gone.npy beside this page", "stack.npy[2]: NaN or infinite pixels",
         "text.npy: not an array", "evil.npy: not a pickle", "small.npy: not an image of 8×8 pixels or a stack",
-        "image.fits: not a .npy file",
+        "image.fits: not a whole FITS header",
     ), strict=True):  # fmt: skip
         assert error.startswith(start)
 

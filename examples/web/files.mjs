@@ -1,8 +1,8 @@
-// What a visitor drops: files, and the .npy files of folders.
+// What a visitor drops: files, and the .npy and FITS files of folders.
 
 const isHidden = (name) => name.startsWith('.') || name === '__MACOSX';
 
-/** {files: [{name, file}] in the order of their names, others: names of no .npy files in folders}. */
+/** {files: [{name, file}] in the order of their names, others: names of other files in folders}. */
 export async function droppedFiles(items) {
   const found = { files: [], others: [] };
   // All entries first: the list is emptied as soon as the handler of the drop waits.
@@ -16,7 +16,7 @@ async function collect(entry, found, isDropped) {
   const name = entry.fullPath.replace(/^\//, '');
   if (entry.isDirectory) {
     for (const child of await childrenOf(entry)) await collect(child, found, false);
-  } else if (isDropped || /\.npy$/i.test(name)) {
+  } else if (isDropped || /\.(npy|fits?|fts)$/i.test(name)) {
     found.files.push({ name, file: await new Promise((...done) => entry.file(...done)) });
   } else {
     found.others.push(name);
