@@ -8,6 +8,8 @@
 #   CLUSTERS                     kinds to sort images into without labels; 3 without DATA, none with it
 #   PRETRAINING, FINETUNING      more options for pretrain.py and finetune.py, such as "--seed 1"
 # make mass [DATA=folder]        what estimates the mass of the axion, its figures and runs/mass.onnx
+# make sharpen [DATA=folder]     what sharpens images, its figures and runs/sharpen.onnx; DATA has pairs in HR and LR
+#   PAIRS                        simulated pairs, without DATA
 # make study [DATA=folder]       the experiments of docs/results/, in runs/study/results; hours
 #   SEEDS="0 1 2"                with -j its parts run side by side
 #   UNSEEN, CUTOUTS              folders: images of another simulator to test on; real cutouts
@@ -25,6 +27,7 @@
 PYTHON := python3
 RUNS := runs
 PER_CLASS := 30000
+PAIRS := 8000
 SEEDS := 0 1 2
 BASELINE :=
 PRETRAINING :=
@@ -63,6 +66,15 @@ LAYERNORM := $(RUNS)/layernorm/vit-mae-classifier-wt.pth
 FULL := $(RUNS)/full/vit-mae-classifier-wt.pth
 RESIDUAL := $(RUNS)/residual/vit-mae-classifier-wt.pth
 STRATEGIES := $(HEAD) $(LAYERNORM) $(FULL) $(RESIDUAL)
+ifeq ($(origin DATA),command line)
+PAIR_INPUT = $(INPUT)
+PAIR_IMAGES := packed
+else
+PAIR_INPUT := --data $(RUNS)/pairs
+PAIR_IMAGES := $(RUNS)/pairs/dataset.json
+endif
+SHARP_MAE := $(RUNS)/sharpen-pretrain/vit-mae-wt.pth
+SHARPENER := $(RUNS)/sharpen/vit-mae-sharpen-wt.pth
 MASS := $(RUNS)/mass/vit-mae-mass-wt.pth
 SCRATCH := $(RUNS)/scratch/vit-mae-classifier-wt.pth
 EVALUATION := $(RUNS)/evaluation/metrics.json
@@ -84,7 +96,8 @@ THREADS = $(shell jobs=$(JOBS:-j%=%); threads=$$(($$(getconf _NPROCESSORS_ONLN) 
 SHARE = $(if $(JOBS),$(if $(OMP_NUM_THREADS),,OMP_NUM_THREADS=$(THREADS)))
 
 # make only puts the stages into order: each of them is called, and knows what is left to do.
-.PHONY: demo reproduce mass $(MASS) $(RUNS)/mass.onnx $(RUNS)/mass-evaluation/metrics.json packed models page study real bench test test-heavy clean $(RUNS)/.made-by-make \
+.PHONY: sharpen $(RUNS)/pairs/dataset.json $(SHARP_MAE) $(SHARPENER) $(RUNS)/sharpen.onnx $(RUNS)/sharpen-evaluation/metrics.json \
+  demo reproduce mass $(MASS) $(RUNS)/mass.onnx $(RUNS)/mass-evaluation/metrics.json packed models page study real bench test test-heavy clean $(RUNS)/.made-by-make \
   $(RUNS)/data/dataset.json $(RUNS)/samples $(PRETRAINED) $(STRATEGIES) $(SCRATCH) $(EVALUATION) $(RESIDUALS) \
   $(MODEL) $(MAPS) $(PREDICTIONS) $(STUDY_PARTS:%=study-%) $(REAL_ANSWERS) $(PICTURES)/dataset.json \
   $(PICTURES)-pretrain/vit-mae-wt.pth $(PICTURES)-full/vit-mae-classifier-wt.pth \
@@ -110,6 +123,24 @@ $(RUNS)/mass-evaluation/metrics.json: $(MASS)
 
 $(RUNS)/mass.onnx: $(MASS)
 	$(SHARE) $(PY) export.py $(INPUT) --what mass --weights $(MASS) --out $@ --update
+
+sharpen: $(RUNS)/sharpen-evaluation/metrics.json $(RUNS)/sharpen.onnx
+
+$(RUNS)/pairs/dataset.json: $(READY) $(RUNS)/.made-by-make
+	$(PY) simulate.py --model Pairs --per-class $(call quoted,$(PAIRS)) --out $(@D) --update
+
+$(SHARP_MAE): $(PAIR_IMAGES)
+	$(PY) pretrain.py $(PAIR_INPUT) --coarse --classes all --patch-size 5 --transform sqrt --out $(@D) --update $(PRETRAINING)
+
+$(SHARPENER): $(SHARP_MAE)
+	$(PY) finetune.py $(PAIR_INPUT) --task sharpen --strategy full --pretrained $(SHARP_MAE) --out $(@D) --update \
+	  $(FINETUNING)
+
+$(RUNS)/sharpen-evaluation/metrics.json: $(SHARPENER)
+	$(SHARE) $(PY) evaluate.py $(PAIR_INPUT) --weights $(SHARPENER) --out $(@D) --update
+
+$(RUNS)/sharpen.onnx: $(SHARPENER)
+	$(SHARE) $(PY) export.py $(PAIR_INPUT) --what sharpen --weights $(SHARPENER) --out $@ --update
 
 $(RUNS)/data/dataset.json: $(READY) $(RUNS)/.made-by-make
 	$(PY) simulate.py --model Model_II --per-class $(call quoted,$(PER_CLASS)) --out $(@D) --update
@@ -223,7 +254,7 @@ test-heavy: export PREDICT_IMAGES := 200000
 test-heavy: test
 
 # In a folder that make created itself, what the stages leave there.
-MADE := demo data samples cache pretrain head layernorm full residual scratch evaluation residuals classifier.onnx \
+MADE := pairs sharpen-pretrain sharpen sharpen-evaluation sharpen.onnx demo data samples cache pretrain head layernorm full residual scratch evaluation residuals classifier.onnx \
   mass mass-evaluation mass.onnx reconstruction.onnx predictions.csv predictions.csv.errors.csv sheet.png study pictures pictures-pretrain \
   pictures-full pictures-residual real-full.csv real-residual.csv bench
 clean:

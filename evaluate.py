@@ -3,7 +3,7 @@
 Leaves in --out: metrics.json, comparison.md (the table, beside the published rows), roc.png,
 confusion_matrix.png, reliability.png, familiarity.png, mistakes.png, and report.html with all of it
 in one file. Of weights of --task mass: metrics.json, comparison.md and masses.png (errors, and how many of
-the intervals hold the true mass).
+the intervals hold the true mass); of --task sharpen: metrics.json, comparison.md and sharpened.png.
 """
 
 import sys
@@ -21,7 +21,8 @@ import torch
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, roc_curve
 
-from lib import compatibility, datasets, mass_evaluation, metrics, options, plots, report, tables, weights
+from lib import compatibility, datasets, mass_evaluation, metrics, options, plots, report, sharp_evaluation
+from lib import tables, weights
 from lib import predictions as written
 from lib.device import resolve_device
 from lib.files import PICTURE, check_outputs, make_folder, require_own, sha256_of, write_json, write_text
@@ -36,8 +37,9 @@ EXAMPLE = """example:
 SHOWN_MISTAKES = 12
 PREDICTIONS = "predictions.csv"
 LEFT = {
-    "metrics.json": rb'"(calibration_error|coverage)"', "comparison.md": rb"\A\| run ", "report.html": rb"<title>Lens classification",
-    **dict.fromkeys(("roc.png", "confusion_matrix.png", "reliability.png", "familiarity.png", "mistakes.png", "masses.png"), PICTURE),
+    "metrics.json": rb'"(calibration_error|coverage|psnr_of_mean)"', "comparison.md": rb"\A\| run ", "report.html": rb"<title>Lens classification",
+    **dict.fromkeys(("roc.png", "confusion_matrix.png", "reliability.png", "familiarity.png", "mistakes.png",
+                     "masses.png", "sharpened.png"), PICTURE),
 }  # fmt: skip
 SIGNIFICANCE = 0.01  # of the test whether more images of a class are unfamiliar than should be
 
@@ -70,6 +72,9 @@ class Prediction(NamedTuple):
     probabilities: np.ndarray
     familiarity: np.ndarray | None
     guard: Guard | None
+OTHER_TASKS = {"mass": mass_evaluation.evaluate, "sharpener": sharp_evaluation.evaluate}
+# What is left beside metrics.json and comparison.md, by kind of weights; other pictures may fail.
+BESIDE = {"classifier": ["report.html", "roc.png"], "mass": ["masses.png"], "sharpener": ["sharpened.png"]}
 
 
 def evaluate(args):
@@ -87,13 +92,13 @@ def evaluate(args):
     made = made_from(
         args, [*LIBRARY, __file__], data=identity_of(dataset), weights=hashes, theirs=theirs
     )
-    of_masses = is_of_masses(paths, args)
-    beside = ["comparison.md", *(["masses.png"] if of_masses else ["report.html", "roc.png"])]
+    kind = kind_of(paths, args)
+    beside = ["comparison.md", *BESIDE[kind]]
     beside += [PREDICTIONS] if args.save_predictions else []
     if args.update and is_current(args.out / "metrics.json", made, *map(args.out.joinpath, beside)):
         return
-    if of_masses:
-        mass_evaluation.evaluate(args, paths, dataset, resolve_device(args.device), made)
+    if kind in OTHER_TASKS:
+        OTHER_TASKS[kind](args, paths, dataset, resolve_device(args.device), made)
         return
     ours = predictions_of(paths, dataset, resolve_device(args.device), args.split == "all")
     class_names = list(dataset.class_names)
@@ -126,17 +131,19 @@ def evaluate(args):
         sign(args.out / "metrics.json", made)
 
 
-def is_of_masses(paths, args):
-    """Whether the weights are of --task mass; UserError if only some are, or for options of classifiers."""
+def kind_of(paths, args):
+    """The `weights.Weights.kind` of weights; UserError if they have several, or for options of classifiers."""
     kinds = {weights.read(path).kind for path in paths.values()}
-    if "mass" not in kinds:
-        return False
+    if not kinds & OTHER_TASKS.keys():
+        return "classifier"
     if len(kinds) > 1:
-        raise UserError("--weights: classes and masses have different tables: evaluate them in two calls")
+        raise UserError("--weights: each task has a table of its own: evaluate one of them in a call")
+    (kind,) = kinds
+    does = "estimate masses" if kind == "mass" else "sharpen images"
     for name in ("save_predictions", "predictions"):
         if getattr(args, name):
-            raise UserError(f"--{name.replace('_', '-')} is for classifiers; these weights estimate masses")
-    return True
+            raise UserError(f"--{name.replace('_', '-')} is for classifiers; these weights {does}")
+    return kind
 
 
 def predictions_of(paths, dataset, device, whole):

@@ -1,7 +1,8 @@
 """Export to one ONNX file, raw images in, with everything needed in it.
 
 A classifier gives calibrated probabilities and the familiarity of an image; `--what reconstruction`
-exports an MAE, which gives residual maps and scores; `--what mass` what estimates the mass of an axion. The intensity transform is in the graph; class
+exports an MAE, which gives residual maps and scores; `--what mass` what estimates the mass of an axion,
+`--what sharpen` what sharpens images. The intensity transform is in the graph; class
 names and origin are in the metadata. The file is compared with PyTorch on images of the data before
 it is written. A file that differs, or that loses AUC or accuracy in lower precision, is not
 written.
@@ -22,13 +23,13 @@ import numpy as np
 import onnx
 import torch
 
-from lib import compatibility, datasets, known_answers, options, traits, weights
+from lib import compatibility, datasets, known_answers, options, pairs, traits, weights
 from lib.convert import to_hugging_face
 from lib.files import atomic_directory, atomic_write, check_outputs, require_own, write_json, write_text
 from lib.known_answers import difference
 from lib.metrics import accuracy, auc_by_class
 from lib.onnxfile import open_session
-from lib.onnxwrite import Masses, Probabilities, Residuals, reduce_precision, save_proto, write_onnx
+from lib.onnxwrite import Masses, Probabilities, Residuals, Sharpened, reduce_precision, save_proto, write_onnx
 from lib.provenance import LIBRARY, circumstances, made_from
 from lib.residuals import mask_ratio_of
 from lib.simulated import measures_of
@@ -42,7 +43,7 @@ LICENCE = "MIT"
 # among the validation images, which rounding changes a little, beyond `rank_steps`; it is computed in
 # float32 always.
 TOLERANCES = {"probabilities": 1e-4, "familiarity": 0.03, "residual": 1e-4, "score": 1e-4}
-TOLERANCES |= {"log10_mass": 1e-4, "low": 1e-4, "high": 1e-4}
+TOLERANCES |= {"log10_mass": 1e-4, "low": 1e-4, "high": 1e-4, "sharpened": 1e-4, "rms_error": 1e-4}
 CHECKED_BATCHES = (1, 7, 256)
 DESCRIBED_IMAGES = 1000  # training images whose figures are kept, see `traits`
 JUDGED_IMAGES = 3000  # validation images on which lower precision is judged
@@ -138,6 +139,8 @@ def load_model(args):
         return Residuals(mae, transform, mask_ratio_of(opened[0].content)).eval(), opened[0]
     if args.what == "mass":
         return Masses(weights.mass_estimator_of(opened[0])).eval(), opened[0]
+    if args.what == "sharpen":
+        return Sharpened(weights.sharpener_of(opened[0])).eval(), opened[0]
     classifiers = [weights.classifier_of(file) for file in opened]
     best = best_on_validation(opened) if len(opened) > 1 else 0
     known = weights.familiarity_in(opened[best].path, opened[best].content)
@@ -180,6 +183,8 @@ def load_images(args, content, img_size):
     if not where or not Path(where).is_dir():
         raise UserError(f"the training data ({where}) is not here: name images with --data")
     dataset = datasets.load(where, cache_dir)
+    if args.what == "sharpen":
+        dataset = pairs.coarse_of(dataset)
     if dataset.img_size != img_size:
         raise UserError(f"{where} has images of {dataset.img_size} pixels, not {img_size}")
     compatibility.check_split(trained)
@@ -399,9 +404,9 @@ def parse_args(argv=None):
     )
     parser.add_argument(
         "--what",
-        choices=("classifier", "reconstruction", "mass", "huggingface"),
+        choices=("classifier", "reconstruction", "mass", "sharpen", "huggingface"),
         default="classifier",
-        help="classifier, residual maps of an MAE, masses of axions, or a folder with an MAE for transformers",
+        help="classifier, residual maps of an MAE, masses of axions, sharp images, or a folder with an MAE for transformers",
     )
     parser.add_argument(
         "--precision", choices=("float32", "float16", "int8"), default="float32",

@@ -3,10 +3,10 @@
 The strategies `head`, `layernorm` and `full` put a head on the pre-trained encoder. `residual`
 keeps the whole MAE as it is and trains a small network on what it does not explain of an image.
 With --task mass that network estimates the mass of the axion, with an interval, from the images whose files
-hold it.
+hold it. With --task sharpen the MAE of coarse images (pretrain.py --coarse) learns to make them sharp.
 
 Leaves in --out: vit-mae-classifier-wt.pth (weights of the best validation macro AUC; for `residual`
-the last ones) or vit-mae-mass-wt.pth, config.json, metrics.jsonl and curves.png.
+the last ones), vit-mae-mass-wt.pth or vit-mae-sharpen-wt.pth, config.json, metrics.jsonl and curves.png.
 """
 
 import sys
@@ -59,7 +59,7 @@ def finetune(args):
         if distributed.is_main():
             few = " (few)" if strategy.defaults_from(start).are_few(len(rows)) else ""
             print(f"{args.strategy}, {len(rows):,} training images{few}: {chosen}")
-        train(args, task, strategy, start, chosen, dataset, rows, parts, run)
+        train(args, task, strategy, start, chosen, task.inputs or dataset, rows, parts, run)
 
 
 def open_start(args):
@@ -73,7 +73,10 @@ def open_start(args):
 
 
 def train(args, task, strategy, start, chosen, dataset, rows, parts, run):
-    """Train on the labelled `rows` of the training part by the `chosen` recipe; save the weights."""
+    """Train on the labelled `rows` of the training part by the `chosen` recipe; save the weights.
+
+    `dataset` is what the network sees.
+    """
     check_batch(chosen, rows)
     device, validation = resolve_device(args.device), parts["validation"]
     torch.manual_seed(chosen.seed)
@@ -178,7 +181,8 @@ def parse_args(argv=None):
     )  # fmt: skip
     parser.add_argument(
         "--task", choices=TASKS, default="classes",
-        help="what is learned: the class of an image, or (--strategy residual) the mass of its axion",
+        help="what is learned: the class of an image, (--strategy residual) the mass of its axion, or (--strategy "
+        "full) to sharpen an image",
     )  # fmt: skip
     recipe.add_arguments(parser, {name: strategy.defaults for name, strategy in STRATEGIES.items()})
     group = parser.add_argument_group("classifier")

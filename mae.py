@@ -31,6 +31,7 @@ MAP_SIDE = 64  # pixels of a residual map; one at least twice as wide is average
 SCORE_GRID = 8  # squares a side that a map is averaged over for its score
 MAP_WIDTHS = (24, 48, 96, 96)  # channels of the stages that look at a residual map
 MASS_WIDTHS = (32, 64, 96)  # channels of the stages of a `MassNetwork`
+REFINEMENT_WIDTH, TOKEN_FEATURES = 32, 8  # channels of the convolutions of a `Sharpener`, and of them from the MAE
 LOG_SPREADS = (-8.0, 3.0)  # natural logarithms of the spreads in dex that it may give
 
 
@@ -457,11 +458,21 @@ def brighter_half_right(images):
     Lens, shear and source are symmetric under half a turn, so both orientations are the same lens;
     a network that always sees the same one of them has half as much to learn.
     """
+    return turned(images, brighter_half_is_left(images))
+
+
+def brighter_half_is_left(images):
+    """Whether the left half of the images (B, C, H, W) is brighter than the right one: (B, 1, 1, 1) bool."""
     half = images.shape[-1] // 2
     left, right = (
         part.sum(dim=(1, 2, 3), keepdim=True) for part in (images[..., :half], images[..., -half:])
     )
-    return torch.where(left > right, images.flip(2, 3), images)
+    return left > right
+
+
+def turned(images, which):
+    """Images (B, C, H, W), those of `which` (B, 1, 1, 1) turned by half."""
+    return torch.where(which, images.flip(2, 3), images)
 
 
 def new_head(width, num_classes):
@@ -696,3 +707,100 @@ class MassEstimator(nn.Module):
         group = (estimate.unsqueeze(1) > self.edges).sum(dim=1)
         half = self.widths[group] * log_spread.exp()
         return estimate, estimate - half, estimate + half
+
+
+def reduction_matrices(side, factor):
+    """b (side, factor·side) of the bicubic reduction b·image·bᵀ, see `pairs.reduced`, and g = bᵀ(bbᵀ)⁻¹."""
+    columns = torch.eye(factor * side, dtype=torch.float64)[:, None, :, None]  # images of one column
+    b = F.interpolate(columns, size=(side, 1), mode="bicubic", antialias=False)[:, 0, :, 0].T
+    return b.float().contiguous(), torch.linalg.solve(b @ b.T, b).T.float().contiguous()
+
+
+def noise_from(shown, variance, b, g):
+    """The most probable noise of sharp images (..., fH, fH) whose reduction is `shown` (..., H, H).
+
+    For noise without correlation between pixels it is ΣBᵀ(BΣBᵀ)⁻¹shown, with Σ the `variance`
+    (..., fH, fH), at least one, whose ratios count. For white noise this is g·shown·gᵀ =: G shown. The
+    answer is x + G(shown - B x) with x = ΣG(shown/BΣ): its reduction is exactly `shown`, and on lenses
+    it agrees with the formula to 10⁻⁴ dB.
+    """
+    x = variance * (g @ (shown / (b @ variance @ b.T).clamp_min(0.5)) @ g.T)
+    return x + g @ (shown - b @ x @ b.T) @ g.T
+
+
+class Sharpener(nn.Module):
+    """Sharp images (B, 1, fH, fH) from coarse ones (B, 1, H, H) that show a part of their noise.
+
+    A sharp image is t + n, a noise-free lens and its noise, and the coarse image is B(t + n), where B is the
+    bicubic reduction. If t is known, the best estimate of the sharp image is
+
+        t + ΣBᵀ(BΣBᵀ)⁻¹(coarse - B t)
+
+    with the variance Σ of the noise (the mean of a Gaussian under a condition). A network predicts t, and
+    `with_noise` adds the rest. The network is the whole MAE, which sees all patches, and convolutions that
+    see the coarse image at its full resolution beside what the MAE says.
+
+    Parameters
+    ----------
+    mae : arguments of the `MAE`, a dict. Its `img_size` is H.
+    transform : arguments of `IntensityTransform`, a dict.
+    factor : f.
+    unit : rms of sharp images minus interpolated coarse ones.
+    adds_noise : whether the coarse images are bicubic reductions; otherwise the answer is t.
+
+    Raises ValueError for another factor than 2, 3 or 4.
+    """
+
+    def __init__(self, mae, transform, factor=2, unit=1.0, adds_noise=True):
+        super().__init__()
+        if factor not in (2, 3, 4) or not 0 < unit < math.inf:
+            raise ValueError(f"images cannot be made {factor!r} times as sharp, in units of {unit!r}")
+        self.mae, self.transform = MAE(**mae), IntensityTransform(**transform)
+        self.img_size, self.factor = self.mae.img_size, factor
+        self.unit, self.offset, self.adds_noise = float(unit), self.transform.offset.item(), adds_noise
+        width, patch_size = REFINEMENT_WIDTH, self.mae.patch_size
+        self.features = nn.Linear(self.mae.decoder_pred.in_features, patch_size**2 * TOKEN_FEATURES)
+        self.refinement = nn.Sequential(
+            nn.Conv2d(1 + TOKEN_FEATURES, width, 3, padding=1), nn.GELU(),
+            nn.Conv2d(width, width, 3, padding=1), nn.GELU(),
+            nn.Conv2d(width, width, 3, padding=1), nn.GELU(),
+            nn.Conv2d(width, factor**2, 3, padding=1), nn.PixelShuffle(factor),
+        ).to(memory_format=torch.channels_last)  # fmt: skip
+        nn.init.zeros_(self.refinement[-2].weight)
+        self.log_photon_noise = nn.Parameter(torch.zeros(()))
+        for name, matrix in zip("bg", reduction_matrices(self.img_size, factor), strict=True):
+            self.register_buffer(name, matrix, persistent=False)
+        self.register_buffer("error_scale", torch.ones(()))
+
+    def clean(self, images):
+        """The noise-free sharp images (B, 1, fH, fH) behind raw coarse ones (B, 1, H, H)."""
+        self.mae.check_images(images)
+        seen = self.transform(images)
+        is_turned = brighter_half_is_left(seen)
+        seen = turned(seen, is_turned)
+        mae, p = self.mae, self.mae.patch_size
+        tokens = mae.decoder_embed(mae.encode(patchify(seen, p))) + mae.decoder_pos_embed
+        for block in mae.decoder_blocks:
+            tokens = block(tokens)
+        features = unpatchify(self.features(mae.decoder_norm(tokens[:, 1:])), p, TOKEN_FEATURES)
+        both = torch.cat([seen.to(features.dtype), features], dim=1)
+        change = self.refinement(both.contiguous(memory_format=torch.channels_last)).float()
+        interpolated = F.interpolate(images, scale_factor=self.factor, mode="bilinear", align_corners=False)
+        return interpolated + self.unit * turned(change, is_turned)
+
+    def with_noise(self, images, clean):
+        """(sharp images (B, 1, fH, fH), estimate of their rms error (B,)) of coarse and clean ones; in float32.
+
+        Only the ratio of variances matters: white noise, and photon noise in proportion to the clean image. What
+        the clean images leave of the coarse ones is the noise that these show; the error is in proportion to it.
+        """
+        shown = images - self.b @ clean @ self.b.T
+        error = self.error_scale * shown.square().mean(dim=(1, 2, 3)).sqrt()
+        if not self.adds_noise:
+            return clean, error
+        bright = (clean - self.offset).clamp_min(0) / self.unit
+        variance = 1 + self.log_photon_noise.exp() * bright
+        return clean + noise_from(shown, variance, self.b, self.g), error
+
+    def forward(self, images):
+        return self.with_noise(images, self.clean(images))

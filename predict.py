@@ -1,4 +1,4 @@
-"""Classify images with an exported model; needs the folder lib, onnxruntime and numpy only.
+"""Classify (or sharpen) images with an exported model; needs the folder lib, onnxruntime and numpy only.
 
 Reads .npy, .npz, FITS (with astropy) and grey PNG files (with matplotlib), single images or stacks
 (N, H, W). Writes a CSV with one row per image: file, the probability of each class, prediction and,
@@ -28,7 +28,7 @@ from lib import options, reading, sheet, traits
 from lib.files import PICTURE, check_outputs, identity, require_own, write_csv
 from lib.guard import LEAST_FAMILIARITY, UNFAMILIAR, Guard
 from lib.images import Said, find_files, read_placed_images
-from lib.onnxfile import classify, number_in, open_classifier, open_maps, open_masses
+from lib.onnxfile import classify, number_in, open_classifier, open_maps, open_masses, open_sharpener, run_model
 from lib.outputs import STANDARD_OUTPUT, require_writable, write_table
 
 EXAMPLE = """examples:
@@ -144,6 +144,39 @@ def predict(args):
     return 1 if errors else 0
 
 
+def sharpen(args):
+    """Write the sharp image of each coarse one, and a table of their files and rms errors."""
+    session, img_size = open_sharpener(args.model, args.device)
+    guard = Guard.of(session)
+    files, others, errors = find_files(reading.paths_named(args.paths))
+    if not files and not errors:
+        raise UserError("no .npy, .npz or FITS files found under the given paths")
+    others = check_paths(args, files, others, None)
+    said = Said(errors, others, [], [])
+    images = read_placed_images(files, img_size, said, reading.how_to_read(args, session))
+    batches = batches_of(guard.readable(images, errors), args.batch_size)
+    rows = []
+    with saved_maps.saving_sharp(args.sharpened) as save:
+        for name, sharp, error in progress(sharpened(batches, session, args.model, errors), len(files), said):
+            rows.append([name, save(name, sharp), f"{error:.6g}"])
+        write_table(args.out, [["file", "sharpened", "rms_error"], *rows])
+    write_errors(args.out, errors)
+    say(args, f"{len(rows)} sharp images in {args.sharpened}, their rms errors in {args.out}")
+    for line in (*said.about_notes(), *about_files(args, others, errors)):
+        print(one_line(line), file=sys.stderr)
+    return 1 if errors else 0
+
+
+def sharpened(batches, session, path, errors):
+    """Yield (name, sharp image (H, H), its rms error); images without a finite answer go to `errors` instead."""
+    for names, images, _ in batches:
+        for name, sharp, error in zip(names, *run_model(session, images, path), strict=True):
+            if np.isfinite(sharp).all() and np.isfinite(error):
+                yield name, sharp[0], error
+            else:
+                errors.append((name, f"{name}: the network gives no finite answer for such pixels"))
+
+
 def say(args, line):
     """Print a line, on stderr if the table is on stdout."""
     print(one_line(line), file=sys.stderr if args.out == STANDARD_OUTPUT else sys.stdout)
@@ -174,6 +207,9 @@ def check_paths(args, files, others, maps):
         require_own(args.sheet, PICTURE)
     if args.save_maps:
         saved_maps.require_usable(args.save_maps, maps, [*files, *models, *outputs.values()])
+    if args.sharpened:
+        saved_maps.require_apart("--sharpened", args.sharpened, [*files, *models, *outputs.values()])
+        require_own(args.sharpened / saved_maps.SHARP_INDEX, rb"\Afile,sharpened\s")
     ours = {identity(path) for path in (*outputs.values(), *models)}
     return [str(path) for path in others if identity(path) not in ours]
 
@@ -244,6 +280,11 @@ def warnings_of(args, guard, counts, others, errors, advice):
     elif counts[UNFAMILIAR]:
         images = sum(counts.values())
         yield about_unfamiliar(counts[UNFAMILIAR], images, args.least_familiarity, advice)
+    yield from about_files(args, others, errors)
+
+
+def about_files(args, others, errors):
+    """Lines on files that were not read."""
     if others:
         yield not_read(others)
     if errors and args.out == STANDARD_OUTPUT:
@@ -294,6 +335,20 @@ def not_read(others):
     return f"{len(others)} other files were not read: {names}"
 
 
+def add_other_tasks(parser):
+    """The options for files of export.py that hold no classifier."""
+    parser.add_argument(
+        "--mass", type=path_argument, metavar="FILE.onnx",
+        help="file of export.py --what mass: adds log10 of the axion's mass in eV, and low and high, which "
+        "hold it in 90 of 100 images; nan where another class, or none, is predicted",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sharpened", type=path_argument, metavar="FOLDER",
+        help="sharpen images in place of classifying them: --model is a file of export.py --what sharpen, the folder "
+        "gets an .npy for each image, and --out its name and an estimate of its rms error",
+    )  # fmt: skip
+
+
 def parse_args(argv=None):
     parser = options.new_parser(__doc__, EXAMPLE)
     reading.add_paths(parser)
@@ -310,11 +365,7 @@ def parse_args(argv=None):
         help=f'predict "{UNFAMILIAR}" for images of less familiarity; it is also the share of '
         "ordinary images that get this prediction; 0: for none",
     )  # fmt: skip
-    parser.add_argument(
-        "--mass", type=path_argument, metavar="FILE.onnx",
-        help="file of export.py --what mass: adds log10 of the axion's mass in eV, and low and high, which "
-        "hold it in 90 of 100 images; nan where another class, or none, is predicted",
-    )  # fmt: skip
+    add_other_tasks(parser)
     group = parser.add_argument_group("pictures")
     group.add_argument(
         "--maps", type=path_argument, metavar="FILE.onnx",
@@ -347,6 +398,11 @@ def parse_args(argv=None):
     reading.refuse_unused(args, argv)
     if not args.sheet:
         options.refuse_unused(argv, ("sheet_images", "sheet_by"), "there is no --sheet")
+    if args.sharpened:
+        unused = ("maps", "save_maps", "mass", "sheet", "least_familiarity")
+        options.refuse_unused(argv, unused, "--sharpened classifies no images")
+        if args.model is None:
+            raise UserError("--sharpened needs --model, a file of export.py --what sharpen")
     if args.model is None:
         if args.maps is None and (MODELS / "reconstruction.onnx").exists():
             args.maps = MODELS / "reconstruction.onnx"
@@ -355,7 +411,8 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    return predict(parse_args(argv))
+    args = parse_args(argv)
+    return sharpen(args) if args.sharpened else predict(args)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ starting(__name__)
 import numpy as np
 import torch
 
-from lib import datasets, distributed, familiarity, network, options, plots, recipe
+from lib import datasets, distributed, familiarity, network, options, pairs, plots, recipe
 from lib.augment import augment
 from lib.device import resolve_device
 from lib.intensity import fit_transform
@@ -32,6 +32,8 @@ DEFAULTS = recipe.Defaults(epochs=8, fewest_steps=1500, batch_size=64, lr=2e-3, 
 def pretrain(args):
     with distributed.main_process_first():
         dataset = datasets.load(args.data, args.cache_dir)
+        if args.coarse:
+            dataset = pairs.coarse_of(dataset)
     parts = datasets.split(dataset)
     rows, validation = (
         rows_to_learn_from(dataset, parts[part], args.classes) for part in ("train", "validation")
@@ -162,6 +164,10 @@ def parse_args(argv=None):
     group.add_argument(
         "--classes", nargs="+", type=datasets.normal_name, default=["no_sub"], metavar="CLASS",
         help="classes to learn from, without their labels; all for every class, unless one is called so",
+    )  # fmt: skip
+    group.add_argument(
+        "--coarse", action="store_true",
+        help="learn from the coarse images of pairs, or from images reduced by two: for finetune.py --task sharpen",
     )  # fmt: skip
     return options.parsed(parser, argv)
 

@@ -3,8 +3,10 @@
 Folder layout:  <root>/<class>/, .npy, .npz, FITS or PNG files of one square image; the folders name the classes.
                 Also <root>/train/<class>/ and <root>/val/<class>/ (or test), whose parts are kept, see `Listing`.
                 Or <root>/labels.csv, whose columns file and label name the files and their classes.
+                Two folders of pairs, such as HR and LR, whose files have the same names: images of one are 2, 3 or 4
+                times as wide as those of the other. Its sharp images are the data set, see `Dataset.coarse`.
 Packed layout:  images.npy (N, H, H) float32, labels.npy (N,), hashes.npy (2, N), dataset.json; where files hold
-                the mass of an axion beside their image, masses.npy (N,).
+                the mass of an axion beside their image, masses.npy (N,); of pairs, coarse.npy (N, h, h) float32.
 
 A folder is packed once, into a cache whose name is a fingerprint of the folder's files (names,
 sizes, inodes and times), so a changed folder is packed again. Old packed copies are not deleted.
@@ -38,9 +40,11 @@ LABELS = "labels.csv"  # in place of class folders
 MAX_LABELS_BYTES = 256 * 2**20
 SHOWN_NAMES = 3  # of files that are not read
 PARTS = ("train", "validation", "test")
+COARSE = "coarse.npy"
 MASS_RANGE = (1e-35, 1e-10)  # eV; a number outside is no mass of an axion, but a label or an index
 BOUNDS = (0.8, 0.9)  # where training ends and the test part begins, see `split`
-PACKED_FILES = r"dataset\.json|(images|labels|hashes|masses)\.npy"  # of the packed layout
+FACTORS = (2, 3, 4)  # by which sharp images of pairs may be wider than coarse ones
+PACKED_FILES = r"dataset\.json|(images|labels|hashes|masses|coarse)\.npy"  # of the packed layout
 NAMES_OF_PARTS = {"train": "train", "training": "train", "val": "validation", "valid": "validation",
                   "validation": "validation", "dev": "validation", "test": "test", "testing": "test"}  # fmt: skip
 SPLIT = "copies-80-10-10"  # the rule of `split`; weights carry the rule they were trained under
@@ -57,6 +61,7 @@ class Dataset(NamedTuple):
     fingerprint : identity of images, labels, hashes and class names.
     origin : description of the images' source.
     masses : (N,) float64 mass of the axion in eV, NaN where it is unknown; None if no file has one.
+    coarse : (N, h, h) float32, of pairs the coarse images of files, whose sharp ones are `images`; else None.
     """
 
     images: np.ndarray
@@ -67,6 +72,7 @@ class Dataset(NamedTuple):
     fingerprint: str
     origin: str
     masses: np.ndarray | None = None
+    coarse: np.ndarray | None = None
 
     @property
     def img_size(self):
@@ -110,7 +116,8 @@ class PackedWriter:
         self.figures.append(figures)
         self.count = added.stop
 
-    def close(self):
+    def close(self, coarse=None):
+        """Finish the layout; `coarse` (n, h, h) float32 are the coarse images of pairs, if they are."""
         if self.count != self.shape[0]:
             raise ValueError(f"{self.count} images written, {self.shape[0]} announced")
         self.file.close()
@@ -124,6 +131,9 @@ class PackedWriter:
         if not np.isnan(self.masses).all():
             np.save(self.folder / MASSES, self.masses)
             masses = {"masses": hashlib.sha256(self.masses).hexdigest()}
+        if coarse is not None:
+            np.save(self.folder / COARSE, coarse)
+            masses["coarse"] = hashlib.sha256(coarse).hexdigest()
         # Written last: readers take the layout as complete once this file exists.
         description = {
             "format": FORMAT,
@@ -182,11 +192,13 @@ class Listing(NamedTuple):
         BOUNDS. Without folders for parts they are 0 and 1. With train and one other folder, the images of train
         are in (0, 0.9), where a ninth becomes the validation part, and the others in (0.9, 1), the test part.
     others : paths of files that are no images.
+    coarse : paths of the coarse images of pairs, in the order of the sharp ones in `files`; empty for others.
     """
 
     files: dict
     places: dict
     others: list
+    coarse: list = []  # noqa: RUF012
 
 
 def listing_of(root):
@@ -195,7 +207,9 @@ def listing_of(root):
     named = {f: NAMES_OF_PARTS.get(f.name.lower()) for f in folders}
     if not folders or not all(named.values()) or (Path(root) / LABELS).is_file():
         files, others = list_classes(root)
-        return Listing(files, {name: np.tile([0.0, 1.0], (len(own), 1)) for name, own in files.items()}, others)
+        sharp, coarse = pairs_among(files) or (files, [])
+        places = {name: np.tile([0.0, 1.0], (len(own), 1)) for name, own in sharp.items()}
+        return Listing(sharp, places, others, coarse)
     parts = sorted(named, key=lambda folder: PARTS.index(named[folder]))
     found = [named[folder] for folder in parts]
     if len(set(found)) < len(found) or found[0] != "train" or len(found) < 2:
@@ -213,6 +227,22 @@ def listing_of(root):
             places.setdefault(name, []).extend([(low, high)] * len(paths))
         others += more
     return Listing(files, {name: np.array(each) for name, each in places.items()}, others)
+
+
+def pairs_among(files):
+    """({name of the folder of sharp images: paths}, paths of the coarse ones) of {folder: paths}; None for no pairs.
+
+    They are pairs if there are two folders with the same file names, and the first images say so.
+    """
+    if len(files) != 2:
+        return None
+    (one, own), (other, others) = files.items()
+    if [path.name for path in own] != [path.name for path in others]:
+        return None
+    sides = [len(read_image_and_numbers(paths[0])[0]) for paths in (own, others)]
+    if max(sides) not in [factor * min(sides) for factor in FACTORS]:
+        return None
+    return ({one: own}, others) if sides[0] > sides[1] else ({other: others}, own)
 
 
 def list_classes(root):
@@ -336,12 +366,24 @@ def _pack(listing, packed, origin, progress):
                     rows = slice(i - len(images), i)
                     writer.append(np.stack(images), [label for _, label in paths[rows]], places[rows], masses)
                     images, masses = [], []
-            writer.close()
+            writer.close(coarse_images(listing.coarse) if listing.coarse else None)
     except (OSError, UserError):
         if not (packed / "dataset.json").exists():
             raise
         return  # another process packed the same folder
     warn_of_images([path for path, _ in paths], writer.hashes[1], writer.labels, np.array(extremes))
+
+
+def coarse_images(paths):
+    """The images (n, h, h) of files; UserError if one is of another size than the first."""
+    images = []
+    for path in paths:
+        image, _ = read_image_and_numbers(path)
+        images.append(image)
+        if image.shape != images[0].shape:
+            raise UserError(f"{path} is {len(image)} pixels wide and {paths[0]} {len(images[0])}: all coarse images of "
+                            "pairs must have one size")  # fmt: skip
+    return np.stack(images)
 
 
 def mass_among(numbers):
@@ -418,8 +460,8 @@ def extremes_of(dataset, rows):
 
 def _folder_fingerprint(listing):
     digest = hashlib.sha256(f"format {FORMAT}, masses\n".encode())
-    for class_name, paths in listing.files.items():
-        digest.update(np.ascontiguousarray(listing.places[class_name]))
+    for class_name, paths in {**listing.files, "": listing.coarse}.items():
+        digest.update(np.ascontiguousarray(listing.places.get(class_name, ())))
         for path in paths:
             status = path.stat()
             # Tools that restore modification times cannot restore inodes and change times.
@@ -456,6 +498,9 @@ def load(path, cache_dir=None, progress=True):
     packed = cache_dir / _folder_fingerprint(listing)[:32]
     if not (packed / "dataset.json").exists():
         _pack(listing, packed, origin=f"folder {path.name}", progress=progress)
+        if listing.coarse:
+            print(f"pairs: sharp images in {next(iter(listing.files))}, coarse ones in {listing.coarse[0].parent.name}",
+                  file=sys.stderr)  # fmt: skip
         if listing.others:
             names = ", ".join(str(other.relative_to(path)) for other in listing.others[:SHOWN_NAMES])
             print(f"{len(listing.others)} other files were not read: {names}"
@@ -506,13 +551,20 @@ def _open_packed(folder):
         if masses.shape != (n,) or masses.dtype != np.float64:
             raise UserError(f"{folder}/{MASSES} does not match images.npy: rebuild the data set")
         digests["masses"] = hashlib.sha256(masses).hexdigest()
+    coarse = None
+    if isinstance(known, dict) and "coarse" in known:
+        coarse = read_npy(folder / COARSE)
+        if coarse.ndim != 3 or len(coarse) != n or coarse.dtype != np.float32 or not np.isfinite(coarse).all():
+            raise UserError(f"{folder}/{COARSE} does not match images.npy: rebuild the data set")
+        digests["coarse"] = hashlib.sha256(coarse).hexdigest()
     changed = [f"{name}.npy" for name in digests if isinstance(known, dict) and known.get(name) != digests[name]]
-    digests.pop("masses", None)  # whatever is known of them, the images are the same
+    for name in ("masses", "coarse"):  # whatever is known of them, the images are the same
+        digests.pop(name, None)
     if changed or fingerprint_of(digests, class_names) != fingerprint:
         names = " and ".join(changed or ["dataset.json"])
         raise UserError(f"{folder}/{names}: changed after packing; rebuild the data set")
     origin = str(description.get("origin", ""))
-    return Dataset(images, labels, *hashes, tuple(class_names), fingerprint, origin, masses)
+    return Dataset(images, labels, *hashes, tuple(class_names), fingerprint, origin, masses, coarse)
 
 
 # Choosing rows

@@ -1,4 +1,4 @@
-"""The folder of substructure maps that predict.py saves: FITS files with the sky's coordinates, or .npy."""
+"""The folders that predict.py saves: substructure maps, FITS files with the sky's coordinates or .npy; sharp images."""
 
 import contextlib
 import os
@@ -11,6 +11,7 @@ from lib.errors import UserError, readable
 from lib.files import CREATOR, atomic_directory, naming_full_disk, require_own, write_csv
 
 INDEX = "maps.csv"
+SHARP_INDEX, OWN_SHARP = "sharp.csv", r"sharp\.csv|[\w.-]+\.sharp\.npy"
 OWN = r"maps\.csv|[\w.-]+\.map\.(fits|npy)"
 SUFFIX = r"\.(npy|npz|fits?|fts|fz|png)(\.(gz|bz2|fz))?(?=$|[\[:])"  # of an image's file, before [HDU] or :array
 MOST_LETTERS = 100  # of a file's name
@@ -22,11 +23,16 @@ def require_usable(folder, maps, others):
         raise UserError("--save-maps needs --maps")
     if maps.sigma is None:
         raise UserError("--save-maps: the file of --maps does not say what smooth lenses leave: export it again")
+    require_apart("--save-maps", folder, others)
+    require_own(folder / INDEX, rb"\Afile,map\s")
+
+
+def require_apart(flag, folder, others):
+    """UserError, naming the flag, if one of the paths `others` lies in a folder that is replaced."""
     inside = os.path.realpath(folder)
     for path in others:
         if Path(os.path.realpath(path)).is_relative_to(inside):
-            raise UserError(f"--save-maps {folder}: {path} is in it; choose another folder")
-    require_own(folder / INDEX, rb"\Afile,map\s")
+            raise UserError(f"{flag} {folder}: {path} is in it; choose another folder")
 
 
 @contextlib.contextmanager
@@ -50,6 +56,23 @@ def saving(folder, sigma):
 
         yield save
         write_csv(temporary / INDEX, rows)
+
+
+@contextlib.contextmanager
+def saving_sharp(folder):
+    """Yield a function that saves the sharp image (H, H) of a name as .npy, and returns its file; as `saving`."""
+    with atomic_directory(folder, SHARP_INDEX, OWN_SHARP) as temporary:
+        rows, taken = [("file", "sharpened")], set()
+
+        def save(name, image):
+            file = f"{_free_name(name, taken)}.sharp.npy"
+            with naming_full_disk(folder):
+                np.save(temporary / file, image)
+            rows.append((name, file))
+            return file
+
+        yield save
+        write_csv(temporary / SHARP_INDEX, rows)
 
 
 def _free_name(name, taken):

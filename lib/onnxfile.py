@@ -162,6 +162,14 @@ def open_masses(path, classifier, img_size, device="auto"):
     return Masses(lambda images: run_model(session, images, path), classes, doubt)
 
 
+def open_sharpener(path, device="auto"):
+    """(session, pixels of a coarse image) of a file of `export.py --what sharpen`; UserError as `open_session`."""
+    session, img_size = open_session(path, device)
+    if [output.name for output in session.get_outputs()] != ["sharpened", "rms_error"]:
+        raise UserError(f"--model {path}: it sharpens no images; export one with --what sharpen")
+    return session, img_size
+
+
 def _open_beside(path, classifier, img_size, device, flag, outputs, what, answers):
     """(session of a file that stands beside a classifier, see `Maps.doubt`); UserError if it does not fit."""
     session, side = open_session(path, device)

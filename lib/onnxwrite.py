@@ -81,6 +81,21 @@ class Masses(nn.Module):
         return tuple(answer + unknown for answer in self.estimator(images))
 
 
+class Sharpened(nn.Module):
+    """Raw coarse images (B, 1, H, H) to sharp ones (B, 1, fH, fH), and an estimate of their rms error (B,)."""
+
+    outputs = ("sharpened", "rms_error")
+
+    def __init__(self, sharpener):
+        super().__init__()
+        self.sharpener, self.img_size = sharpener, sharpener.img_size
+
+    def forward(self, images):
+        sharp, error = self.sharpener(images)
+        unknown = zero_or_nan(images)
+        return sharp + unknown, error + unknown.flatten()
+
+
 def zero_or_nan(images):
     """(B, 1, 1, 1): NaN for an image (1, H, W) with a NaN or infinite pixel, zero for others.
 

@@ -10,7 +10,7 @@ from lib.files import atomic_write, require_own, write_csv, write_csv_to
 STANDARD_OUTPUT = Path("-")
 CSV = ("", ".csv", ".txt", ".dat")
 OTHERS = {".fits": "fits", ".vot": "votable", ".xml": "votable"}  # as astropy calls them
-OWN = rb"\Afile,.*\bprediction\b|\A(SIMPLE|<\?xml)[\s\S]*\bprediction\b"
+OWN = rb"\Afile,.*\b(prediction|rms_error)\b|\A(SIMPLE|<\?xml)[\s\S]*\b(prediction|rms_error)\b"
 
 
 def require_writable(path):

@@ -127,6 +127,33 @@ def mass_curves(path, history):
     save(figure, path)
 
 
+def sharpening_curves(path, history):
+    """PSNR over the epochs, and the loss in units of what interpolation leaves."""
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.5))
+    for panel, name, label in zip(axes, ("train_loss", "validation_psnr"), ("loss", "PSNR, dB"), strict=True):
+        values = [line[name] for line in history]
+        panel.plot([line["epoch"] for line in history], values, "o-", ms=4, color="black")
+        panel.set(xlabel="epoch", ylabel=label, title=f"{name.split('_')[0]}, last {values[-1]:.6g}")
+    figure.tight_layout()
+    save(figure, path)
+
+
+def sharpened(path, coarse, ours, sharp, sigmas):
+    """Rows of (coarse image, ours, sharp image, error in σ of the noise), each (n, pixels, pixels)."""
+    titles = ("coarse", "ours", "sharp", "(sharp − ours) / σ")
+    figure, axes = plt.subplots(len(ours), 4, figsize=(9, 2.2 * len(ours)), squeeze=False, layout="constrained")
+    for row, *images, error in zip(axes, coarse, ours, sharp, sigmas, strict=True):
+        low, high = images[-1].min(), images[-1].max()
+        for panel, image in zip(row, images, strict=False):
+            shown = panel.imshow(image, vmin=low, vmax=high, cmap="magma", origin="lower")
+        figure.colorbar(shown, ax=row[2])
+        figure.colorbar(row[3].imshow(error, vmin=-4, vmax=4, cmap="RdBu_r", origin="lower"), ax=row[3])
+        for panel, title in zip(row, titles, strict=True):
+            panel.set(xticks=[], yticks=[], title=title)
+            panel.grid(visible=False)
+    save(figure, path)
+
+
 def masses(path, truth, estimates, low, high, shares, coverage):
     """Estimates against true log10 masses (n,), the widths of the intervals, and how many hold the truth.
 

@@ -51,8 +51,8 @@ def made_from(args, code, **content):
 
 def identity_of(dataset):
     """What decides a result of a `data.Dataset`."""
-    masses = None if dataset.masses is None else hashlib.sha256(dataset.masses).hexdigest()
-    return [dataset.fingerprint, dataset.class_names, dataset.origin, masses]
+    more = [each if each is None else hashlib.sha256(each).hexdigest() for each in (dataset.masses, dataset.coarse)]
+    return [dataset.fingerprint, dataset.class_names, dataset.origin, *more]
 
 
 def is_current(path, made, *others):

@@ -25,7 +25,7 @@ from lib.loader import (
 )
 from lib.recipe import Defaults
 from lib.residuals import mask_ratio_of, stored_maps
-from mae import MAE, Classifier, MassEstimator, ResidualClassifier, random_masking, default_map_pool
+from mae import MAE, Classifier, MassEstimator, ResidualClassifier, Sharpener, default_map_pool, random_masking
 
 ALL_PATCHES_FROM = 0.5  # of the steps: patch dropout ends here
 BATCHNORM_IMAGES = 2048  # training images that BatchNorm's statistics are computed from
@@ -370,12 +370,71 @@ class Mass(Residual):
                            in_blocks=larger_than_memory(dataset.images))  # fmt: skip
 
 
+class Sharpen(Strategy):
+    """Train the whole MAE, decoder included, and convolutions to sharpen images, see `Sharpener`.
+
+    Data sets are those of the coarse images. Of several processes each takes the whole step.
+    """
+
+    name, kind, judges_images = "full", Sharpener, False
+    defaults = Defaults(epochs=4, fewest_steps=2000, batch_size=16, lr=3e-3, beta2=0.95, augment=(), keep="last")
+    from_scratch = {}
+    augmentations, no_augmentation = (), "coarse and sharp images belong together as they are"
+    drops_patches, has_pool, decays_layers = False, False, False
+
+    def check(self, args):
+        if args.strategy != self.name:
+            raise UserError(f"--task sharpen: --strategy {args.strategy} learns something else; use --strategy full")
+        super().check(args)
+
+    def recipe(self, args, start, images):
+        if start is not None and start.kind != "mae":
+            raise UserError(f"--pretrained {start.path}: --task sharpen starts from an MAE of pretrain.py, or none")
+        return super().recipe(args, start, images)
+
+    def build(self, args, start, recipe, task, dataset, rows):
+        if start is not None:
+            return super().build(args, start, recipe, task, dataset, rows)
+        options = network.described(args)
+        transform = fit_transform(dataset.images, rows, options.pop("transform"))
+        mae = {"img_size": dataset.img_size, **options}
+        network.build(MAE, mae)  # names the flag of a size that does not fit
+        config = {"mae": mae, "transform": transform, **task.config}
+        return self.kind(**config), config
+
+    def around(self, start, pretrained, recipe, more):
+        if not isinstance(pretrained, MAE):
+            raise UserError(f"{start.path} is from elsewhere: --task sharpen needs an MAE of pretrain.py")
+        sizes = {k: v for k, v in start.content["config"].items() if k != "transform"}
+        config = {"mae": sizes, **more}
+        model = self.kind(**config)
+        model.mae.load_state_dict(pretrained.state_dict())
+        return model, config
+
+    def learning(self, model):
+        unused = ("mae.mask_token", "mae.decoder_pred", "mae.pos_embed", "mae.decoder_pos_embed")
+        return [(name, p) for name, p in model.named_parameters() if not name.startswith(unused)]
+
+    def computation(self, model, recipe, dataset, rows, run, device):
+        read = batch_reader(dataset.images, device)
+
+        def outputs(batch, progress=None):
+            images = read(batch)
+            clean = model.clean(images)
+            with torch.autocast(device.type, enabled=False):
+                sharp, error = model.with_noise(images, clean)
+            return torch.cat([sharp.flatten(1), error.unsqueeze(1)], dim=1)
+
+        return Computation(model, self.learning(model), outputs, outputs, on_device=isinstance(read, StoredImages),
+                           in_blocks=larger_than_memory(dataset.images))  # fmt: skip
+
+
 STRATEGIES = {strategy.name: strategy for strategy in (Head(), LayerNorm(), Full(), Residual())}
 
 
 def strategy_of(args):
     """The `Strategy` that parsed options name."""
-    return Mass() if args.task == "mass" else STRATEGIES[args.strategy]
+    return {"mass": Mass(), "sharpen": Sharpen()}.get(args.task) or STRATEGIES[args.strategy]
 
 
 # Parts of a training

@@ -2,14 +2,18 @@
 
 import hashlib
 import math
+import sys
+import warnings
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lib import masses, metrics, plots
+from lib import datasets, masses, metrics, pairs, plots
 from lib.errors import UserError
+
+UNIT_PAIRS = 200  # training pairs that the unit of the loss comes from
 
 
 class Task(NamedTuple):
@@ -25,6 +29,7 @@ class Task(NamedTuple):
     calibrated : (outputs, targets) of the validation images -> {name of a buffer: its value}.
     picture : (path, lines of metrics.jsonl) -> draws the training's curves.
     about : what else decides the weights, beside images and options.
+    inputs : the `Dataset` whose images the network sees; None: that of the targets.
     """
 
     file: str
@@ -37,6 +42,7 @@ class Task(NamedTuple):
     calibrated: callable
     picture: callable
     about: dict = {}  # noqa: RUF012
+    inputs: datasets.Dataset | None = None
 
 
 def classification(dataset, rows):
@@ -76,7 +82,53 @@ def mass(dataset, rows):
     )  # fmt: skip
 
 
-TASKS = {"classes": classification, "mass": mass}
+def sharpening(dataset, rows):
+    """The sharp images of pairs, from the coarse ones.
+
+    Outputs (b, H·H + 1) are the pixels and an estimate of their rms error, see `strategies.Sharpen`. The loss
+    is the mean squared error in units of what interpolation leaves, and in validation as it is.
+    """
+    inputs = pairs.coarse_of(dataset)
+    config = {"factor": pairs.factor_of(dataset, inputs), "adds_noise": pairs.are_reductions(dataset, inputs, rows)}
+    if not config["adds_noise"]:
+        print(f"{dataset.origin}: coarse images are not the bicubic reductions of sharp ones, so the noise that "
+              "they show is not put back", file=sys.stderr)  # fmt: skip
+    some = rows[np.linspace(0, len(rows) - 1, min(len(rows), UNIT_PAIRS)).astype(int)]
+    sharp, coarse = (torch.from_numpy(each.images[some]).unsqueeze(1) for each in (dataset, inputs))
+    left = mean_square(pairs.interpolated(coarse, config["factor"], "bilinear"), sharp).sqrt().item()
+    unit = left or 1.0  # of blank images
+
+    def training_figures(outputs, sharp):
+        return {"loss": mean_square(outputs[:, :-1], sharp) / unit**2}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tensor must not be written to, and is not
+        targets = torch.from_numpy(dataset.images)
+    return Task(
+        "vit-mae-sharpen-wt.pth", {**config, "unit": unit}, targets, np.ones(len(dataset.labels), bool),
+        training_figures, sharpening_figures, None, lambda outputs, sharp: {"error_scale": error_scale(outputs, sharp)},
+        plots.sharpening_curves, {"coarse_sha256": hashlib.sha256(inputs.images).hexdigest()}, inputs,
+    )  # fmt: skip
+
+
+def mean_square(images, others):
+    """Mean squared difference of tensors of equally many pixels."""
+    return (images.flatten(1) - others.flatten(1)).square().mean()
+
+
+def sharpening_figures(outputs, sharp):
+    """Mean squared error of outputs (n, H·H + 1) from sharp images (n, H, H), and its PSNR at a range of one."""
+    loss = mean_square(outputs[:, :-1], sharp).item()
+    return {"loss": loss, "psnr": -10 * math.log10(max(loss, 1e-30)) if math.isfinite(loss) else loss}
+
+
+def error_scale(outputs, sharp):
+    """What the last of outputs (n, H·H + 1) must be multiplied by to be the rms error, in the mean square."""
+    errors = np.square(outputs[:, :-1] - sharp.reshape(len(sharp), -1)).mean(axis=1, dtype=np.float64)
+    return float(np.sqrt(errors.mean() / max(np.square(outputs[:, -1], dtype=np.float64).mean(), 1e-30)))
+
+
+TASKS = {"classes": classification, "mass": mass, "sharpen": sharpening}
 
 
 def laplace(outputs, target):

@@ -23,7 +23,7 @@ from lib.familiarity import Familiarity
 from lib.errors import UserError
 from lib.files import atomic_write, read_json, sha256_of
 from lib.names import check_class_names
-from mae import MAE, Classifier, Encoder, IntensityTransform, MassEstimator, ResidualClassifier
+from mae import MAE, Classifier, Encoder, IntensityTransform, MassEstimator, ResidualClassifier, Sharpener
 
 LARGEST = {"embed_dim": 4096, "decoder_embed_dim": 4096, "depth": 64, "decoder_depth": 64}
 LARGEST |= {"img_size": 4096, "patch_size": 512, "mlp_ratio": 16}
@@ -44,9 +44,10 @@ class Weights(NamedTuple):
 
     @property
     def kind(self):
-        """"classifier", "mass" (of a `MassEstimator`) or "mae"."""
+        """"classifier", "mass" (of a `MassEstimator`), "sharpener" or "mae"."""
         config = self.content["config"]
-        return "classifier" if "num_classes" in config else "mass" if "centre" in config else "mae"
+        kinds = {"num_classes": "classifier", "centre": "mass", "factor": "sharpener"}
+        return next((kind for name, kind in kinds.items() if name in config), "mae")
 
     @property
     def is_classifier(self):
@@ -242,7 +243,7 @@ def mae_of(opened):
     the configuration says, or if it has no transform.
     """
     if opened.kind != "mae":
-        what = "is a classifier" if opened.is_classifier else "estimates masses"
+        what = {"classifier": "is a classifier", "mass": "estimates masses"}.get(opened.kind, "sharpens images")
         raise UserError(f"{opened.path} {what}: give the weights of pretrain.py")
     arguments = {k: v for k, v in opened.content["config"].items() if k != "transform"}
     model = _build(opened.path, MAE, arguments, opened.content["model"])
@@ -295,6 +296,14 @@ def mass_estimator_of(opened):
         raise UserError(f"{opened.path} estimates no masses: give the weights of finetune.py --task mass")
     transform_in(opened)
     return _build(opened.path, MassEstimator, opened.content["config"], opened.content["model"])
+
+
+def sharpener_of(opened):
+    """The `Sharpener` of opened `Weights`; UserError as in `mae_of`."""
+    if opened.kind != "sharpener":
+        raise UserError(f"{opened.path} sharpens no images: give the weights of finetune.py --task sharpen")
+    transform_in(opened)
+    return _build(opened.path, Sharpener, opened.content["config"], opened.content["model"])
 
 
 def familiarity_in(path, content):

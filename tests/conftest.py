@@ -29,9 +29,10 @@ from lib import errors, lenses, loader, loop, plots, residuals, simulated, strat
 HUNG = 900
 TINY_NETWORK = ["--patch-size", "16", "--embed-dim", "32", "--depth", "2", "--num-heads", "2"]
 TINY_DECODER = ["--decoder-embed-dim", "16", "--decoder-num-heads", "2"]
-PICTURES = ("loss_curves", "reconstructions", "classifier_curves", "mass_curves")  # of lib/plots.py, in training
+PICTURES = ("loss_curves", "reconstructions", "classifier_curves", "mass_curves", "sharpening_curves")  # of lib/plots.py, in training
 # Weights files of the scripts.
 PRETRAINED, CLASSIFIER, MASS = "vit-mae-wt.pth", "vit-mae-classifier-wt.pth", "vit-mae-mass-wt.pth"
+SHARPENER = "vit-mae-sharpen-wt.pth"
 
 
 def run_script(name, *arguments, check=True, folder=ROOT):
@@ -152,6 +153,12 @@ def finetune_on(data, out, pretrained, strategy, *more, check=True):
     return run_script("finetune.py", *finetuning(data, out, pretrained, strategy, *more), check=check)
 
 
+def sharpen_on(data, out, pretrained, *more, check=True):
+    """Run finetune.py --task sharpen for an epoch."""
+    given = ("--data", data, "--out", out, "--pretrained", pretrained, "--task", "sharpen", "--epochs", 1)
+    return run_script("finetune.py", *given, "--strategy", "full", "--precision", "float32", *more, check=check)
+
+
 def history_of(out):
     """The lines of a run's metrics.jsonl, but for the seconds it took."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -264,6 +271,28 @@ def runs(tmp_path_factory, folder):
     start(finetune, "--pretrained", pretrained, "--task", "mass", "--strategy", "residual", "--out", out / "mass",
           "--epochs", 2)  # fmt: skip
     start(export, "--what", "mass", "--weights", out / "mass" / MASS, "--out", out / "mass.onnx")
+    return out
+
+
+@pytest.fixture(scope="session")
+def public(tmp_path_factory):
+    """Sixty simulated pairs in the public layout."""
+    out = tmp_path_factory.mktemp("pairs") / "public"
+    run_script("simulate.py", "--model", "Pairs", "--per-class", 60, "--layout", "folder", "--out", out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def sharp_runs(tmp_path_factory):
+    """Folder with sixty packed pairs, an MAE of the coarse images, a sharpener and its ONNX file."""
+    out = tmp_path_factory.mktemp("sharp")
+    run_script("simulate.py", "--model", "Pairs", "--per-class", 60, "--out", out / "pairs")
+    pretrain_on(
+        out / "pairs", out / "sharpen-pretrain", "--coarse", "--classes", "all", "--epochs", 1, "--patch-size", 15,
+        "--embed-dim", 32, "--depth", 1, "--num-heads", 2, "--transform", "sqrt", *TINY_DECODER,
+    )  # fmt: skip
+    sharpen_on(out / "pairs", out / "sharpen", out / "sharpen-pretrain" / PRETRAINED)
+    run_script("export.py", "--what", "sharpen", "--weights", out / "sharpen" / SHARPENER, "--out", out / "sharpen.onnx")
     return out
 
 

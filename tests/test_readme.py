@@ -51,6 +51,7 @@ ELSEWHERE = {
     "python evaluate.py --data lenstronomy-test": "needs lenstronomy's images",
     "python experiments/real_images.py": "needs real images; see test_real_images.py",
     "python experiments/smooth_fits.py": "needs real images; see test_real_lenses.py",
+    "python experiments/real_pairs.py": "needs real pairs; see test_sharpen.py",
     "python experiments/study.py": "hours; test_study.py runs every experiment",
     "python experiments/results.py": "test_study.py puts results together",
     "python experiments/bench.py": "minutes of timing; test_bench.py runs its parts",
@@ -93,17 +94,18 @@ RUN_HERE = {
 
 
 @pytest.fixture(scope="module")
-def place(runs, folder, packed, tmp_path_factory):
+def place(runs, sharp_runs, public, folder, packed, tmp_path_factory):
     """A copy of the project with a data set, trained runs and cutouts, as the README has them."""
     place = tmp_path_factory.mktemp("readme")
     for path in ROOT.iterdir():
         if path.suffix == ".py" or path.name in NEEDED:
             (place / path.name).symlink_to(path)
     (place / "runs").mkdir()
-    for path in runs.iterdir():
+    for path in (*runs.iterdir(), *sharp_runs.iterdir()):
         (place / "runs" / path.name).symlink_to(path)
     (place / "runs" / "data").symlink_to(packed)
     (place / "runs" / "samples").symlink_to(folder)
+    (place / "coarse").symlink_to(public / "LR")
     (place / "own").symlink_to(place / "runs")  # the reader's own training
     (place / "lenses").symlink_to(folder)
     (place / "million").symlink_to(packed)
@@ -117,7 +119,7 @@ def test_every_script_is_among_the_commands():
     words = {word for command in COMMANDS + EXAMPLES for word in command.split()}
     assert SCRIPTS.keys() | EXPERIMENTS.keys() <= words
     assert len(SCRIPTS) == 8
-    assert len(EXPERIMENTS) == 5
+    assert len(EXPERIMENTS) == 6
     in_readme = {word for command in commands_of(TEXTS[README]) for word in command.split()}
     assert SCRIPTS.keys() - in_readme <= {"simulate.py"}  # which `make reproduce` runs
 
