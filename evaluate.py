@@ -2,8 +2,9 @@
 
 Leaves in --out: metrics.json, comparison.md (the table, beside the published rows), roc.png,
 confusion_matrix.png, reliability.png, familiarity.png, mistakes.png, and report.html with all of it
-in one file. Of weights of --task mass: metrics.json, comparison.md and masses.png (errors, and how many of
-the intervals hold the true mass); of --task sharpen: metrics.json, comparison.md and sharpened.png.
+in one file. Of weights of --task mass: metrics.json, comparison.md and masses.png (errors, and how
+many of the intervals hold the true mass); of --task sharpen: metrics.json, comparison.md and
+sharpened.png.
 """
 
 import sys

@@ -2,11 +2,13 @@
 
 The strategies `head`, `layernorm` and `full` put a head on the pre-trained encoder. `residual`
 keeps the whole MAE as it is and trains a small network on what it does not explain of an image.
-With --task mass that network estimates the mass of the axion, with an interval, from the images whose files
-hold it. With --task sharpen the MAE of coarse images (pretrain.py --coarse) learns to make them sharp.
+With --task mass that network estimates the mass of the axion, with an interval, from the images
+whose files hold it. With --task sharpen the MAE of coarse images (pretrain.py --coarse) learns to
+make them sharp.
 
 Leaves in --out: vit-mae-classifier-wt.pth (weights of the best validation macro AUC; for `residual`
-the last ones), vit-mae-mass-wt.pth or vit-mae-sharpen-wt.pth, config.json, metrics.jsonl and curves.png.
+the last ones), vit-mae-mass-wt.pth or vit-mae-sharpen-wt.pth, config.json, metrics.jsonl and
+curves.png.
 """
 
 import sys

@@ -1,13 +1,15 @@
-"""Classify (or sharpen) images with an exported model; needs the folder lib, onnxruntime and numpy only.
+"""Classify (or sharpen) images with an exported model; needs the folder lib, onnxruntime and numpy
+only.
 
 Reads .npy, .npz, FITS (with astropy) and grey PNG files (with matplotlib), single images or stacks
 (N, H, W). Writes a CSV with one row per image: file, the probability of each class, prediction and,
-if the model gives it, familiarity: the share of the validation images of the predicted class that are at least as strange.
-An image that is stranger than nearly all of them is "unfamiliar": its probabilities mean nothing.
-Files that cannot be read are listed in <out>.errors.csv; then the exit code is 1, and the others
-are predicted. In folders, hidden files do not count, and files of other kinds are named at the end.
-The CSV is UTF-8; bytes of file names that are not UTF-8 are written as escapes such as \\xff, and a
-name that a spreadsheet would take for a formula has ./ in front, which names the same file.
+if the model gives it, familiarity: the share of the validation images of the predicted class that
+are at least as strange. An image that is stranger than nearly all of them is "unfamiliar": its
+probabilities mean nothing. Files that cannot be read are listed in <out>.errors.csv; then the exit
+code is 1, and the others are predicted. In folders, hidden files do not count, and files of other
+kinds are named at the end. The CSV is UTF-8; bytes of file names that are not UTF-8 are written as
+escapes such as \\xff, and a name that a spreadsheet would take for a formula has ./ in front, which
+names the same file.
 """
 
 import sys

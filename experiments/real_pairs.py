@@ -1,7 +1,8 @@
 """How well an exported file sharpens real pairs of Specific Test VI.B, beside interpolation.
 
-The pairs are an .npz with HR (N, 2H, 2H), LR (N, H, H) and edge_unknown (N,): so many pixels of HR at each border are
-not known. They are replaced by their neighbours, LR is reduced again, and no figure counts them.
+The pairs are an .npz with HR (N, 2H, 2H), LR (N, H, H) and edge_unknown (N,): so many pixels of HR
+at each border are not known. They are replaced by their neighbours, LR is reduced again, and no
+figure counts them.
 """
 
 import sys
@@ -65,11 +66,15 @@ def compare(model, path):
     return figures, float((true / errors).mean())
 
 
-def main(argv=None):
+def parse_args(argv=None):
     parser = options.new_parser(__doc__, EXAMPLE)
     parser.add_argument("--model", type=path_argument, required=True, help="file of export.py --what sharpen")
     parser.add_argument("--pairs", type=path_argument, required=True, help=".npz of real pairs")
-    args = options.parsed(parser, argv)
+    return options.parsed(parser, argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
     figures, ratio = compare(args.model, args.pairs)
     rows = [["", "mean MSE", "PSNR, dB", "PSNR of the mean MSE, dB", "SSIM"]]
     rows += [[name, f"{a:.4e}", f"{b:.3f}", f"{c:.3f}", f"{d:.4f}"] for name, (a, b, c, d) in figures.items()]
