@@ -107,7 +107,6 @@ demo: $(SMALL)/ready $(RUNS)/.made-by-make
 	@mkdir -p $(RUNS)/demo
 	@$(SMALL)/bin/python predict.py --sheet $(RUNS)/demo/sheet.png --out $(RUNS)/demo/predictions.csv models/examples
 	@cat $(RUNS)/demo/predictions.csv
-	@echo 'the table is in $(RUNS)/demo/predictions.csv, a picture in $(RUNS)/demo/sheet.png'
 
 reproduce: $(EVALUATION) $(RESIDUALS) $(PREDICTIONS)
 	@cat $(RUNS)/evaluation/comparison.md
@@ -266,14 +265,16 @@ $(RUNS)/.made-by-make:
 	@[ -e $(RUNS) ] || { mkdir -p $(RUNS) && touch $@; }
 
 $(READY): requirements.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	touch $@
+	@echo 'making $(VENV) from requirements.txt; torch takes minutes'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
 
 $(SMALL)/ready: requirements-predict.txt
-	$(PYTHON) -m venv $(SMALL)
-	$(SMALL)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-predict.txt
-	touch $@
+	@echo 'making $(SMALL) from requirements-predict.txt: half a minute'
+	@$(PYTHON) -m venv $(SMALL)
+	@$(SMALL)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-predict.txt
+	@touch $@
 
 $(PEERS)/ready: requirements.txt experiments/requirements-bench.txt
 	$(PYTHON) -m venv $(PEERS)

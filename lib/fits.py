@@ -50,15 +50,16 @@ def read_fits(path, hdu=None):
 
     Maps of weights, errors, masks and PSFs do not count; they are known by name and content. Axes of length
     one do not count either. The file may be compressed by gzip, bzip2 or fpack, whatever its name says.
-    Raises UserError, listing the HDUs, if no image or several are left.
+    Raises UserError if no image is left, listing the HDUs, or several are, listing these.
     """
     with _opened(path) as (units, steps):
         shapes = _shapes_of(units)
         images = [i for i, shape in enumerate(shapes) if len(shape) >= 2]
         chosen = _named(units, hdu, images) if hdu is not None else _showing_the_sky(units, images)
         if len(chosen) != 1:
-            listed = ", ".join(f"{i} {unit.name} {shapes[i] or 'no image'}" for i, unit in enumerate(units))
-            raise UserError(f"{path}: {_why_none_is_chosen(chosen, images, hdu)}; its HDUs: {listed}")
+            listed = ", ".join(f"{i} {units[i].name} {shapes[i] or 'no image'}" for i in chosen or range(len(units)))
+            whose = "they are" if chosen else "its HDUs"
+            raise UserError(f"{path}: {_why_none_is_chosen(chosen, images, hdu)}; {whose}: {listed}")
         (i,) = chosen
         where = "" if len(images) == 1 else units[i].name or str(i)
         pixels = np.array(units[i].data).reshape(shapes[i])

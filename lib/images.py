@@ -176,7 +176,7 @@ class Said(NamedTuple):
 
 NOTES = {
     "scale": "whose WCS says another pixel scale than the network's: --pixel-scale wcs resamples them",
-    "planes": "and took its planes for lenses: for bands of one lens give --planes bands or a band's number",
+    "planes": "and took their planes for lenses: for bands of one lens give --planes bands or a band's number",
     "unit": "whose pixels were brought from the unit that the header says to the network's ({}); --scale or "
     "--zero-point says another unit",
     "no unit": "with the pixels as they are, since the header does not say their unit: {}",

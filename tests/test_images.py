@@ -532,7 +532,7 @@ def test_of_several_images_none_is_taken_until_the_user_names_it(fits, tmp_path)
     """Of a file with eight bands the first was classified, which may show nothing but noise."""
     path = tmp_path / "x.fits"
     path.write_bytes(sky_and(fits, ("DES_G_BGSUB", 2 * IMAGE), ("DES_G_RMS", 3 * IMAGE)))
-    assert_refused(path, r"several images.*--hdu.*2 DES_G_BGSUB \(8, 8\).*4 VIS_BGSUB")
+    assert_refused(path, r"several images.*--hdu.*they are: 2 DES_G_BGSUB \(8, 8\), 4 VIS_BGSUB \(8, 8\)$")
     for hdu in ("VIS_BGSUB", "vis_bgsub", "4"):
         ((name, image),) = predicted(path, hdu=hdu)[0].items()
         assert np.array_equal(image, IMAGE) and name == f"{path}[VIS_BGSUB]"
