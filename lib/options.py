@@ -67,7 +67,8 @@ def add_data_arguments(parser):
     """The options with which every script names its data."""
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--data", type=path_argument, required=True, help="data set: folder of class folders, or packed"
+        "--data", type=path_argument, required=True,
+        help="data set: folder of class folders or with a table labels.csv, or packed",
     )
     group.add_argument(
         "--cache-dir", type=path_argument, default=None,

@@ -148,8 +148,8 @@ def test_make_calls_scripts_with_options_that_they_have(goal, expected, tmp_path
 def test_every_goal_makes_the_environment_that_it_needs(goal, tmp_path):
     said = run_make("-n", goal, f"READY={tmp_path / 'ready'}", f"PEERS={tmp_path / 'peers'}",
                     "REAL=Makefile").stdout  # fmt: skip
-    first, *_ = said.splitlines()
-    assert first == "python3 -m venv .venv"
+    notice, first, *_ = said.splitlines()
+    assert notice.startswith("echo 'making .venv") and first == "python3 -m venv .venv"  # pip is silent for minutes
 
 
 @pytest.mark.parametrize("jobs", [(), ("-j2",), ("-kj8",), ("-j",)])
@@ -282,3 +282,10 @@ def test_a_path_that_make_cannot_take_is_one_line(option, make):
     (line,) = process.stderr.strip().splitlines()
     assert option.split("=")[0] in line
     assert calls == []
+
+
+def test_the_demo_says_what_takes_its_time_first_and_names_no_file_after_predict(tmp_path):
+    small = tmp_path / "small"
+    said = run_make("-n", "demo", f"SMALL={small}", f"RUNS={tmp_path / 'runs'}").stdout.splitlines()
+    assert said[0].startswith(f"echo 'making {small}") and said[1] == f"python3 -m venv {small}"
+    assert not [line for line in said[1:] if line.startswith("echo")]
