@@ -129,7 +129,8 @@ def predict(args):
         sheet_error = sheet.draw(args.sheet, shown, class_names, maps, number_in(session, "pixel_scale"))
 
     summary = ", ".join(f"{count} {name}" for name, count in counts.items())
-    say(args, f"{sum(counts.values())} images in {args.out}: {summary}")
+    where = "" if args.out == STANDARD_OUTPUT else f" in {args.out}"
+    say(args, f"{sum(counts.values())} images{where}: {summary}")
     if args.sheet and not sheet_error:
         say(args, f"{len(shown)} of them in {args.sheet}, {sheet.ORDERS[args.sheet_by]}"
                   if shown else f"nothing to draw in {args.sheet}")  # fmt: skip
@@ -308,7 +309,7 @@ def about_unfamiliar(count, total, least, advice):
     if count <= 3 * least * total:
         line += f"Of images like the training images, {100 * least:g} % count as unlike them, too. "
     if advice:
-        return f"{line}In the median image {'; '.join(advice)}."
+        return f"{line}In the median image {'; '.join(advice)}{'' if advice[-1].endswith('?') else '.'}"
     return (
         f"{line}Another unit? Use --scale. Noise, PSF, orientation, centre, another lens? Train with --augment "
         "halfturn,noise,shift,rotate (see docs/training.md)."

@@ -41,8 +41,9 @@ export function readImages(buffer, side) {
   if (sizes.length === 2) sizes = [1, ...sizes];
   const [count, height, width] = sizes;
   if (sizes.length !== 3 || count === 0 || height !== side || width !== side) {
+    const isLarger = height >= side && width >= side && count > 0;
     throw new Error(`not an image of ${side}×${side} pixels or a stack of them, but of shape ` +
-      `(${shape.join(', ')})`);
+      `(${shape.join(', ')})${isLarger ? '; predict.py --crop takes the centre of larger ones' : ''}`);
   }
   const pixels = side * side;
   return Array.from({ length: count }, (_, i) => data.subarray(i * pixels, (i + 1) * pixels));

@@ -39,11 +39,11 @@ def main():
         for path in (*(runtime / name for name in RUNTIME), *(models / name for name in MODELS)):
             shutil.copyfile(path, page / path.name)
         names = []
-        for path in examples_in(models):
-            target = page / "examples" / path.parent.name / path.name
+        for root, path in examples_in(models):
+            names.append(path.relative_to(root).as_posix())
+            target = page / "examples" / names[-1]
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-            names.append(f"{path.parent.name}/{path.name}")
         (page / LAST).write_text(json.dumps(names, indent=2) + "\n")
     print(f"{args.out}: the page with the models of {models} and {len(names)} examples")
 
@@ -65,11 +65,11 @@ def folder_with_models(folders):
 
 
 def examples_in(models):
-    """The first .npy files of each folder of examples beside the models."""
+    """(folder of examples beside the models, path) of the first .npy files in each folder below it."""
     for root in (models / "examples", models / "samples"):
         for folder in sorted(path for path in root.rglob("*") if path.is_dir()):
             files = [path for path in sorted(folder.glob("*.npy")) if not is_hidden(path.name)]
-            yield from files[:EXAMPLES_OF_A_FOLDER]
+            yield from ((root, path) for path in files[:EXAMPLES_OF_A_FOLDER])
 
 
 if __name__ == "__main__":

@@ -90,6 +90,8 @@ def small(tmp_path_factory):
     for i, mean in enumerate((0.5, 0.2, 0.9)):
         (models / "examples" / "kind").mkdir(parents=True, exist_ok=True)
         np.save(models / "examples" / "kind" / f"{i}.npy", image_of(mean))
+    (models / "examples" / "noisy" / "kind").mkdir(parents=True, exist_ok=True)
+    np.save(models / "examples" / "noisy" / "kind" / "0.npy", image_of(0.1))
     return build(models, models / "page")
 
 
@@ -129,7 +131,7 @@ def test_the_page_takes_the_first_folder_with_both_models_and_says_what_is_missi
     assert process.stderr == f"error: {tmp_path} has no reconstruction.onnx: make reproduce makes both\n"
     assert not (tmp_path / "page").exists()
     process = subprocess.run([*command, small.parent], capture_output=True, text=True)
-    assert process.stdout == f"{tmp_path / 'page'}: the page with the models of {small.parent} and 3 examples\n"
+    assert process.stdout == f"{tmp_path / 'page'}: the page with the models of {small.parent} and 4 examples\n"
 
 
 @needs_chromium
@@ -140,7 +142,10 @@ def test_the_page_runs_under_any_prefix_and_asks_its_own_folder_alone(small, tmp
         page.until("document.getElementById('status')?.textContent.startsWith('Ready')")
         page.click("#examples button")  # all
         until_finished(page)
-        assert [row[:2] for row in rows_of(page)] == [[f"kind/{i}.npy", "bright"] for i in range(3)]
+        assert [row[:2] for row in rows_of(page)] == [
+            *([f"kind/{i}.npy", "bright"] for i in range(3)), ["noisy/kind/0.npy", "bright"]]  # fmt: skip
+        buttons = page.evaluate("[...document.querySelectorAll('#examples button')].map((each) => each.textContent)")
+        assert buttons == ["all", "0.npy", "1.npy", "2.npy", "noisy/0.npy"]
         assert all(method == "GET" and path.startswith("/any/prefix/page/") for method, path in requests)
         sent = page.evaluate("fetch('https://example.org/').then(() => 'sent', () => 'refused')")
         assert sent == "refused"

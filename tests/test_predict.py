@@ -169,3 +169,9 @@ def test_a_model_that_is_none_is_named(content, tmp_path, lens_image):
     )  # fmt: skip
     assert_user_error(process, model)
     assert not (tmp_path / "x.csv").exists()
+
+
+@pytest.mark.parametrize(("advice", "end"), [("zeros: masked?", "masked?"), ("it is bright", "bright.")])
+def test_advice_ends_like_a_sentence(advice, end):
+    line = predict.about_unfamiliar(9, 10, 0.01, [advice])
+    assert line.endswith(end) and not line.endswith("?.")

@@ -207,11 +207,17 @@ function opening(classifier) {
   }
 }
 
+/** The name of an example, without the folder of its class but with one above it. */
+function shortName(path) {
+  const parts = path.split('/');
+  return [...parts.slice(0, -2), parts.at(-1)].join('/');
+}
+
 async function offerExamples() {
   const response = await fetch('examples.json', { cache: 'no-cache' });
   if (!response.ok) return; // page.py writes it: this page is served from its sources
   const files = (await response.json()).map((name) => ({ name, file: `examples/${name}` }));
-  const offers = [['all', files], ...files.map((file) => [file.name.split('/').at(-1), [file]])];
+  const offers = [['all', files], ...files.map((file) => [shortName(file.name), [file]])];
   element('examples').append(...offers.map(([name, chosen]) => {
     const button = newElement('button', name);
     button.addEventListener('click', () => classifyFiles(chosen));
