@@ -91,12 +91,12 @@ def write_packed(out, batches, per_class, model, origin, made=None, replaced=Non
     the others are the test part, as of a folder with `train` and `val`.
     """
     class_names, pixels = simulated.MODELS[model].class_names, simulated.MODELS[model].camera.pixels
-    places = np.tile([0.0, 1.0], (per_class, 1))
-    if train is not None:
-        places[:train, 1] = places[train:, 0] = datasets.BOUNDS[1]
     counts = dict.fromkeys(class_names, 0)
     with atomic_directory(out, replaced, PACKED_FILES) as folder:
         writer = PackedWriter(folder, (len(class_names) * per_class, pixels, pixels), class_names, origin)
+        places = np.tile([0.0, 1.0], (per_class, 1))  # now that there is known to be space for so many
+        if train is not None:
+            places[:train, 1] = places[train:, 0] = datasets.BOUNDS[1]
         for class_name, images, masses in batches:
             first, counts[class_name] = counts[class_name], counts[class_name] + len(images)
             masses = np.nan if masses is None else masses
