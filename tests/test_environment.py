@@ -117,6 +117,7 @@ def test_an_interrupt_during_the_imports_is_one_line(script, package, tmp_path):
     """It comes when the package is about to be imported, not after some seconds, which a busy machine makes longer."""
     (tmp_path / "sitecustomize.py").write_text(
         "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore it
         "class Interrupting:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         f"        if name == {package!r}:\n"
