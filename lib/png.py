@@ -10,7 +10,8 @@ from lib.errors import UserError, named_errors
 SUFFIX = ".png"
 BEGINNING = b"\x89PNG\r\n\x1a\n"
 MAX_BYTES = 256 * 2**20
-MOST_PIXELS = 4096**2  # of a picture; four floats each when colours are read
+LARGEST_SIDE = 4096
+NEEDED = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")  # chunks that say what the pixels are
 PLANES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of each type of colour; Pillow keeps 8 bits of several planes
 
 
@@ -26,8 +27,7 @@ def read_png(path):
         raise UserError(f"{path}: PNG pictures need matplotlib: pip install matplotlib") from None
     with named_errors(path, "PNG picture"), path.open("rb") as file:
         content = file.read(MAX_BYTES + 1)
-        _check(content)
-        pixels = imread(BytesIO(content), format="png")
+        pixels = imread(BytesIO(_checked(content)), format="png")
     if pixels.ndim == 3:
         if pixels.shape[2] == 4 and not (pixels[..., 3] == 1).all():
             raise UserError(f"{path}: a picture with transparent pixels; save it as a greyscale PNG")
@@ -44,32 +44,36 @@ def bits_of(path):
     return start[24] if start.startswith(BEGINNING) and len(start) == 25 else 0
 
 
-def _check(content):
-    """ValueError unless this is a whole PNG of a cutout's size (PNG specification, sections 5, 9 and 11.2)."""
+def _checked(content):
+    """The PNG without the chunks that its pixels do not need: texts and profiles may unpack to any size.
+
+    Raises ValueError unless it is whole and of a cutout's size (PNG specification, sections 5, 9 and 11.2).
+    """
     if not content.startswith(BEGINNING) or content[12:16] != b"IHDR" or len(content) < 33:
         raise ValueError("its first bytes are not those of a PNG")
     if len(content) > MAX_BYTES:
         raise ValueError("it is too large for a cutout")
     width, height = (int.from_bytes(content[i : i + 4]) for i in (16, 20))
     bits, planes, is_interlaced = content[24], PLANES.get(content[25], 0), content[28]
-    if width * height > MOST_PIXELS:
-        raise ValueError(f"{width}×{height} pixels are too many for a cutout")
+    if not 0 < min(width, height) <= max(width, height) <= LARGEST_SIDE:
+        raise ValueError(f"{width}×{height} pixels are no cutout; {LARGEST_SIDE} is the largest side")
     if bits * planes not in (1, 2, 4, 8, 16, 24, 32) or (bits == 16 and planes > 1) or is_interlaced:
         raise ValueError("interlaced, or of 16 bits in several planes; save it as a plain greyscale PNG")
-    packed = []
-    for kind, data in _chunks(content):
-        if kind == b"acTL":
-            raise ValueError("it is an animation; save one picture")
-        if kind == b"IDAT":
-            packed.append(data)
+    chunks = list(_chunks(content))
+    if any(kind == b"acTL" for kind, _ in chunks):
+        raise ValueError("it is an animation; save one picture")
+    if [kind for kind, _ in chunks].count(b"IHDR") > 1:  # Pillow would believe the last
+        raise ValueError("it has two headers")
+    packed = [chunk[8:-4] for kind, chunk in chunks if kind == b"IDAT"]
     # Pillow takes rows that are missing for black ones.
     size = height * (1 + -(-width * bits * planes // 8))
     if len(zlib.decompressobj().decompress(b"".join(packed), size + 1)) != size:
         raise ValueError(f"it does not hold the {width}×{height} pixels that it announces")
+    return BEGINNING + b"".join(chunk for kind, chunk in chunks if kind in NEEDED)
 
 
 def _chunks(content):
-    """Yield (kind, data) of each chunk up to the last; ValueError if one is damaged or missing."""
+    """Yield (kind, bytes) of each chunk up to the last; ValueError if one is damaged or missing."""
     kind, at = b"", len(BEGINNING)
     while kind != b"IEND":
         end = at + 12 + int.from_bytes(content[at : at + 4])
@@ -78,5 +82,5 @@ def _chunks(content):
             raise ValueError("it is truncated")
         if zlib.crc32(memoryview(content)[at + 4 : end - 4]) != int.from_bytes(content[end - 4 : end]):
             raise ValueError("it is damaged: a checksum is wrong")
-        yield kind, content[at + 8 : end - 4]
+        yield kind, content[at:end]
         at = end
