@@ -29,11 +29,16 @@ def picture(pixels, colour=0, bits=8, sizes=None, more=b""):
     return png.BEGINNING + header + more + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
+def header(width, height):
+    return chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+
+
 def planes(*given):
     return np.stack(np.broadcast_arrays(*given), axis=-1)
 
 
 GREY = picture(GREYS)
+SHADES = np.repeat(np.arange(256, dtype=np.uint8), 3).tobytes()
 GOOD = {
     "8 bits": (GREY, 255),
     "16 bits": (picture(GREYS * 257 - (GREYS > 99), bits=16), None),
@@ -41,7 +46,7 @@ GOOD = {
     "opaque": (picture(planes(GREYS, GREYS, GREYS, 255), colour=6), 255),
     "grey and opaque": (picture(planes(GREYS, 255), colour=4), 255),
     "texts that unpack to much": (picture(GREYS, more=chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**7)))), 255),
-    "grey palette": (picture(GREYS, colour=3, more=chunk(b"PLTE", np.repeat(np.arange(256, dtype=np.uint8), 3).tobytes())), 255),
+    "grey palette": (picture(GREYS, colour=3, more=chunk(b"PLTE", SHADES)), 255),
 }
 BAD = {
     "colours": (picture(planes(GREYS, GREYS, 255 - GREYS), colour=2), "a picture in colours"),
@@ -54,7 +59,7 @@ BAD = {
     "fewer pixels than announced": (picture(GREYS, sizes=(SIDE, 2 * SIDE)), "does not hold the 8×16 pixels"),
     "more pixels than announced": (picture(np.zeros((2000, 2000)), sizes=(SIDE, SIDE)), "does not hold the 8×8 pixels"),
     "animation": (picture(GREYS, more=chunk(b"acTL", bytes(8))), "animation"),
-    "a second header": (picture(GREYS, more=chunk(b"IHDR", struct.pack(">IIBBBBB", 30000, 30000, 8, 0, 0, 0, 0))), "two headers"),
+    "a second header": (picture(GREYS, more=header(30000, 30000)), "two headers"),
     "no chunks": (png.BEGINNING, "not those of a PNG"),
     "text": (b"hello", "not those of a PNG"),
     "JPEG": (b"\xff\xd8\xff" + bytes(99), "is a JPEG picture"),
