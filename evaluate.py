@@ -74,8 +74,25 @@ class Prediction(NamedTuple):
     familiarity: np.ndarray | None
     guard: Guard | None
 OTHER_TASKS = {"mass": mass_evaluation.evaluate, "sharpener": sharp_evaluation.evaluate}
+TASK_OF = {"mass": "mass", "sharpener": "sharpen"}  # by kind of weights
 # What is left beside metrics.json and comparison.md, by kind of weights; other pictures may fail.
 BESIDE = {"classifier": ["report.html", "roc.png"], "mass": ["masses.png"], "sharpener": ["sharpened.png"]}
+
+
+def leave(args, paths, dataset, kind, outcome, made):
+    """Leave metrics.json, comparison.md and the picture of a `tables.Outcome` in --out, and print its table."""
+    table = tables.markdown(outcome.rows)
+    write_json(args.out / "metrics.json", {
+        "data": {"origin": dataset.origin, "fingerprint": dataset.fingerprint}, "task": TASK_OF[kind],
+        "weights": {name: str(path) for name, path in paths.items()}, "split": args.split,
+        "intervals": outcome.intervals, "results": outcome.results,
+    })  # fmt: skip
+    write_text(args.out / "comparison.md", table + "\n")
+    plots.attempt(print, table)
+    show, *what = outcome.picture
+    (name,) = BESIDE[kind]
+    if plots.attempt(show, args.out / name, *what):
+        sign(args.out / "metrics.json", made)
 
 
 def evaluate(args):
@@ -99,7 +116,7 @@ def evaluate(args):
     if args.update and is_current(args.out / "metrics.json", made, *map(args.out.joinpath, beside)):
         return
     if kind in OTHER_TASKS:
-        OTHER_TASKS[kind](args, paths, dataset, resolve_device(args.device), made)
+        leave(args, paths, dataset, kind, OTHER_TASKS[kind](args, paths, dataset, resolve_device(args.device)), made)
         return
     ours = predictions_of(paths, dataset, resolve_device(args.device), args.split == "all")
     class_names = list(dataset.class_names)

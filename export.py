@@ -1,10 +1,11 @@
 """Export to one ONNX file, raw images in, with everything needed in it.
 
-A classifier gives calibrated probabilities and the familiarity of an image; `--what reconstruction`
-exports an MAE, which gives residual maps and scores; `--what mass` what estimates the mass of an
-axion, `--what sharpen` what sharpens images. The intensity transform is in the graph; class names
-and origin are in the metadata. The file is compared with PyTorch on images of the data before it is
-written. A file that differs, or that loses AUC or accuracy in lower precision, is not written.
+A classifier gives calibrated probabilities and the familiarity of an image. `--what
+reconstruction` exports an MAE, which gives residual maps and scores; `--what mass` exports a
+network that estimates the mass of an axion; `--what sharpen` exports one that sharpens images.
+The intensity transform is in the graph; class names and origin are in the metadata. The file is
+compared with PyTorch on images of the data before it is written. A file that differs, or that
+loses AUC or accuracy in lower precision, is not written.
 """
 
 import sys

@@ -2,13 +2,13 @@
 
 The strategies `head`, `layernorm` and `full` put a head on the pre-trained encoder. `residual`
 keeps the whole MAE as it is and trains a small network on what it does not explain of an image.
-With --task mass that network estimates the mass of the axion, with an interval, from the images
-whose files hold it. With --task sharpen the MAE of coarse images (pretrain.py --coarse) learns to
-make them sharp.
+With --task mass that network estimates the mass of the axion and an interval; it learns from the
+images whose files hold the mass. With --task sharpen the MAE of coarse images (pretrain.py
+--coarse) learns to make them sharp.
 
-Leaves in --out: vit-mae-classifier-wt.pth (weights of the best validation macro AUC; for `residual`
-the last ones), vit-mae-mass-wt.pth or vit-mae-sharpen-wt.pth, config.json, metrics.jsonl and
-curves.png.
+Leaves in --out: vit-mae-classifier-wt.pth (weights of the best validation macro AUC; for
+`residual` the last ones), vit-mae-mass-wt.pth or vit-mae-sharpen-wt.pth, config.json,
+metrics.jsonl and curves.png.
 """
 
 import sys
@@ -48,6 +48,8 @@ def finetune(args):
     parts = datasets.split(dataset)
     task = TASKS[args.task](dataset, parts["train"])
     parts = {part: rows[task.known[rows]] for part, rows in parts.items()}
+    if not len(parts["validation"]):
+        raise UserError(f"{args.data}: no validation image has what --task {args.task} learns: give more such images")
     rows = parts["train"]
     if args.labels < 1:
         rows = datasets.fraction_of_each_class(dataset.labels, rows, args.labels, args.seed)

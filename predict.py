@@ -103,14 +103,8 @@ def predict(args):
     maps = open_maps(args.maps, session, img_size, args.device) if args.maps else None
     masses = open_masses(args.mass, session, img_size, args.device) if args.mass else None
     choice = sheet_choice(args, guard) if args.sheet else None
-    files, others, errors = find_files(reading.paths_named(args.paths))
-    if not files and not errors:
-        raise UserError("no .npy, .npz, FITS or PNG files found under the given paths")
-    others = check_paths(args, files, others, maps)
-
-    said = Said(errors, others, [], [])
-    images = read_placed_images(files, img_size, said, reading.how_to_read(args, session))
-    batches = batches_of(guard.readable(images, errors), args.batch_size)
+    files, said, batches = inputs_of(args, session, img_size, guard, maps)
+    others, errors = said.others, said.errors
     answers = answers_to(batches, args.model, session, class_names, guard, maps, masses, errors)
     counts = dict.fromkeys([*class_names, *([UNFAMILIAR] if guard.can_refuse else [])], 0)
     strange = []
@@ -147,27 +141,34 @@ def predict(args):
     return 1 if errors else 0
 
 
+def inputs_of(args, session, img_size, guard, maps=None):
+    """(files, what there is to `Said` of them, batches of their images that the guard takes as readable).
+
+    Raises UserError if there are none, or if an output is one of them.
+    """
+    files, others, errors = find_files(reading.paths_named(args.paths))
+    if not files and not errors:
+        raise UserError("no .npy, .npz, FITS or PNG files found under the given paths")
+    said = Said(errors, check_paths(args, files, others, maps), [], [])
+    images = read_placed_images(files, img_size, said, reading.how_to_read(args, session))
+    return files, said, batches_of(guard.readable(images, errors), args.batch_size)
+
+
 def sharpen(args):
     """Write the sharp image of each coarse one, and a table of their files and rms errors."""
     session, img_size = open_sharpener(args.model, args.device)
-    guard = Guard.of(session)
-    files, others, errors = find_files(reading.paths_named(args.paths))
-    if not files and not errors:
-        raise UserError("no .npy, .npz or FITS files found under the given paths")
-    others = check_paths(args, files, others, None)
-    said = Said(errors, others, [], [])
-    images = read_placed_images(files, img_size, said, reading.how_to_read(args, session))
-    batches = batches_of(guard.readable(images, errors), args.batch_size)
+    files, said, batches = inputs_of(args, session, img_size, Guard.of(session))
     rows = []
     with saved_maps.saving_sharp(args.sharpened) as save:
-        for name, sharp, error in progress(sharpened(batches, session, args.model, errors), len(files), said):
+        answers = sharpened(batches, session, args.model, said.errors)
+        for name, sharp, error in progress(answers, len(files), said):
             rows.append([name, save(name, sharp), f"{error:.6g}"])
         write_table(args.out, [["file", "sharpened", "rms_error"], *rows])
-    write_errors(args.out, errors)
+    write_errors(args.out, said.errors)
     say(args, f"{len(rows)} sharp images in {args.sharpened}, their rms errors in {args.out}")
-    for line in (*said.about_notes(), *about_files(args, others, errors)):
+    for line in (*said.about_notes(), *about_files(args, said.others, said.errors)):
         print(one_line(line), file=sys.stderr)
-    return 1 if errors else 0
+    return 1 if said.errors else 0
 
 
 def sharpened(batches, session, path, errors):
@@ -259,7 +260,7 @@ def watched(answers, counts, choice, strange):
 
 
 def passed_to(save, answers, saved):
-    """Pass on the answers that `save` has saved; their WCS are appended to `saved`."""
+    """Pass on the answers that `save` has saved; whether each has a WCS is appended to `saved`."""
     for answer in answers:
         save(answer)
         saved.append(bool(answer.wcs))

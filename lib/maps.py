@@ -1,4 +1,7 @@
-"""The folders that predict.py saves: substructure maps, FITS files with the sky's coordinates or .npy; sharp images."""
+"""Folders of pictures that predict.py saves: substructure maps and sharp images.
+
+A map is .npy, or for a FITS image a FITS file with its coordinates on the sky.
+"""
 
 import contextlib
 import os

@@ -3,17 +3,16 @@
 import numpy as np
 import torch
 
-from lib import compatibility, masses, plots, tables, weights
+from lib import compatibility, masses, plots, weights
 from lib.errors import UserError
-from lib.files import write_json, write_text
 from lib.loader import batch_reader, in_batches
-from lib.provenance import sign
+from lib.tables import Outcome
 
 HEADER = ["run", "mean error, dex", "median error, dex", "intervals that hold the mass %", "mean width, dex", "images"]
 
 
-def evaluate(args, paths, dataset, device, made):
-    """Leave metrics.json, comparison.md and masses.png of weights {run: path} in --out, and print the table.
+def evaluate(args, paths, dataset, device):
+    """The `tables.Outcome` of weights {run: path}.
 
     Raises UserError as `compatibility.rows_to_evaluate` does, and if none of the images has a mass.
     """
@@ -21,20 +20,11 @@ def evaluate(args, paths, dataset, device, made):
     for name, path in paths.items():
         found[name] = estimates_of(weights.read(path), dataset, device, args.split == "all")
         results[name] = masses.figures(*found[name], args.resamples, args.seed)
-    table = tables.markdown(table_of(results))
-    write_json(args.out / "metrics.json", {
-        "data": {"origin": dataset.origin, "fingerprint": dataset.fingerprint}, "task": "mass",
-        "weights": {name: str(path) for name, path in paths.items()}, "split": args.split,
-        "intervals": f"95 %; errors: {args.resamples} bootstrap resamples, seed {args.seed}; shares: Wilson",
-        "results": results,
-    })  # fmt: skip
-    write_text(args.out / "comparison.md", table + "\n")
-    plots.attempt(print, table)
+    intervals = f"95 %; errors: {args.resamples} bootstrap resamples, seed {args.seed}; shares: Wilson"
     best = min(results, key=lambda name: results[name]["error"]["value"])
     parts = results[best]["half_decades"]
     shares = {name: list(part["coverage"].values()) for name, part in parts.items()}
-    if plots.attempt(plots.masses, args.out / "masses.png", *found[best], shares, masses.COVERAGE):
-        sign(args.out / "metrics.json", made)
+    return Outcome(intervals, results, table_of(results), (plots.masses, *found[best], shares, masses.COVERAGE))
 
 
 def estimates_of(opened, dataset, device, whole):

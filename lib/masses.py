@@ -1,6 +1,7 @@
 """The mass of the axion: intervals of estimates, their calibration, and figures of both."""
 
 import math
+import sys
 
 import numpy as np
 
@@ -22,7 +23,8 @@ def fit_widths(outputs, log_masses, edges):
     Split conformal prediction (Lei et al. 2018, "Distribution-free predictive inference for regression",
     section 5.2), in each group by itself (Vovk 2012, "Conditional validity of inductive conformal
     predictors"): of new images like the n validation images of a group at least a share of COVERAGE has
-    the true mass in its interval. A group of fewer than FEWEST_IMAGES takes the width of all images.
+    the true mass in its interval. A group of fewer than FEWEST_IMAGES takes the width of all images. Fewer than
+    nine images in all cannot promise that, which is said on stderr.
 
     outputs : (n, 2), estimates and the natural logarithms of their spreads.
     log_masses : (n,).
@@ -31,7 +33,10 @@ def fit_widths(outputs, log_masses, edges):
     estimates, log_spreads = outputs.astype(np.float64).T
     scores = np.abs(estimates - log_masses) / np.exp(log_spreads)
     group = (estimates[:, None] > np.array(edges)).sum(axis=1)
-    every = _conformal(scores)
+    every, images = _conformal(scores), len(scores)
+    if images / (images + 1) < COVERAGE:
+        print(f"{images} validation images have a mass: an interval holds it in {100 * images / (images + 1):.0f} of "
+              f"100 images, not in {100 * COVERAGE:.0f}", file=sys.stderr)  # fmt: skip
     own = [scores[group == i] for i in range(len(edges) + 1)]
     return np.array([_conformal(part) if len(part) >= FEWEST_IMAGES else every for part in own])
 

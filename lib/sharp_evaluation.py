@@ -6,12 +6,11 @@ import numpy as np
 import torch
 from scipy.ndimage import uniform_filter
 
-from lib import compatibility, metrics, pairs, plots, tables, weights
+from lib import compatibility, metrics, pairs, plots, weights
 from lib.errors import UserError
-from lib.files import write_json, write_text
 from lib.loader import EVALUATION_BATCH
-from lib.provenance import sign
 from lib.simulated import truth_of
+from lib.tables import Outcome
 from mae import noise_from, reduction_matrices
 
 HEADER = ["run", "mean MSE", "PSNR, dB", "below the ceiling, dB", "PSNR of the mean MSE, dB", "SSIM", "images"]
@@ -20,8 +19,8 @@ SKY = 1e-3  # variance of the noise without light, in that of a pixel of one; ab
 SHOWN_PAIRS = 3
 
 
-def evaluate(args, paths, dataset, device, made):
-    """Leave metrics.json, comparison.md and sharpened.png of weights {run: path} in --out, and print the table.
+def evaluate(args, paths, dataset, device):
+    """The `tables.Outcome` of weights {run: path}.
 
     Raises UserError as `compatibility.rows_to_evaluate` does, and if the runs are not tested on the same pairs.
     """
@@ -37,19 +36,10 @@ def evaluate(args, paths, dataset, device, made):
         compatibility.check_size(paths[name], model, coarse)
     found = measured(models, dataset, coarse, rows, device)
     results = {name: summary(each, args) for name, each in found.items()}
-    table = tables.markdown(table_of(results))
-    write_json(args.out / "metrics.json", {
-        "data": {"origin": dataset.origin, "fingerprint": dataset.fingerprint}, "task": "sharpen",
-        "weights": {name: str(path) for name, path in paths.items()}, "split": args.split,
-        "intervals": f"95 %: {args.resamples} bootstrap resamples, seed {args.seed}",
-        "results": results,
-    })  # fmt: skip
-    write_text(args.out / "comparison.md", table + "\n")
-    plots.attempt(print, table)
     best = min(models, key=lambda name: results[name]["mse"])
     shown = pictures(models[best], dataset, coarse, rows[:SHOWN_PAIRS], device)
-    if plots.attempt(plots.sharpened, args.out / "sharpened.png", *shown):
-        sign(args.out / "metrics.json", made)
+    intervals = f"95 %: {args.resamples} bootstrap resamples, seed {args.seed}"
+    return Outcome(intervals, results, table_of(results), (plots.sharpened, *shown))
 
 
 @torch.no_grad()

@@ -263,20 +263,8 @@ class Residual(Strategy):
     drops_patches, has_pool = False, False
 
     def around(self, start, pretrained, recipe, more):
-        if not isinstance(pretrained, MAE):
-            raise UserError(
-                f"{start.path} is from elsewhere: --strategy residual needs the decoder of an MAE of "
-                "pretrain.py; use another strategy"
-            )
-        sizes = {k: v for k, v in start.content["config"].items() if k != "transform"}
-        config = {"mae": sizes, "mask_ratio": mask_ratio_of(start.content),
-                  "map_pool": default_map_pool(pretrained.img_size), **more}  # fmt: skip
-        try:
-            model = self.kind(**config)
-        except ValueError as error:
-            raise UserError(f"--strategy residual: {error}; use another strategy") from None
-        model.mae.load_state_dict(pretrained.state_dict())
-        return model, config
+        more = {"mask_ratio": mask_ratio_of(start.content), "map_pool": default_map_pool(pretrained.img_size), **more}
+        return on_mae(self.kind, start, pretrained, more, "--strategy residual", "; use another strategy")
 
     def learning(self, model):
         return list(model.network.named_parameters())
@@ -329,8 +317,7 @@ class Mass(Residual):
             raise UserError(f"--task mass: --strategy {args.strategy} learns classes; use --strategy residual")
 
     def recipe(self, args, start, images):
-        if start is not None and start.kind != "mae":
-            raise UserError(f"--pretrained {start.path}: --task mass starts from an MAE of pretrain.py, or none")
+        require_mae_or_none(args, start)
         recipe = super().recipe(args, start, images)
         return recipe._replace(precision="float32") if args.precision == "auto" else recipe
 
@@ -339,22 +326,12 @@ class Mass(Residual):
             return super().build(args, start, recipe, task, dataset, rows)
         kind = network.described(args)["transform"]
         config = {"img_size": dataset.img_size, "transform": fit_transform(dataset.images, rows, kind), **task.config}
-        return self.new(config, "--task mass"), config
+        return constructed(self.kind, config, "--task mass"), config
 
     def around(self, start, pretrained, recipe, more):
-        if not isinstance(pretrained, MAE):
-            raise UserError(f"{start.path} is from elsewhere: --task mass needs the decoder of an MAE of pretrain.py")
-        sizes = {k: v for k, v in start.content["config"].items() if k != "transform"}
-        config = {"mae": sizes, "mask_ratio": mask_ratio_of(start.content), **more}
-        model = self.new(config, f"--pretrained {start.path}")
-        model.mae.load_state_dict(pretrained.state_dict())
-        return model, config
-
-    def new(self, config, what):
-        try:
-            return self.kind(**config)
-        except ValueError as error:
-            raise UserError(f"{what}: {error}") from None
+        return on_mae(
+            self.kind, start, pretrained, {"mask_ratio": mask_ratio_of(start.content), **more}, "--task mass"
+        )
 
     def computation(self, model, recipe, dataset, rows, run, device):
         read = batch_reader(dataset.images, device)
@@ -388,8 +365,7 @@ class Sharpen(Strategy):
         super().check(args)
 
     def recipe(self, args, start, images):
-        if start is not None and start.kind != "mae":
-            raise UserError(f"--pretrained {start.path}: --task sharpen starts from an MAE of pretrain.py, or none")
+        require_mae_or_none(args, start)
         return super().recipe(args, start, images)
 
     def build(self, args, start, recipe, task, dataset, rows):
@@ -403,13 +379,7 @@ class Sharpen(Strategy):
         return self.kind(**config), config
 
     def around(self, start, pretrained, recipe, more):
-        if not isinstance(pretrained, MAE):
-            raise UserError(f"{start.path} is from elsewhere: --task sharpen needs an MAE of pretrain.py")
-        sizes = {k: v for k, v in start.content["config"].items() if k != "transform"}
-        config = {"mae": sizes, **more}
-        model = self.kind(**config)
-        model.mae.load_state_dict(pretrained.state_dict())
-        return model, config
+        return on_mae(self.kind, start, pretrained, more, "--task sharpen")
 
     def learning(self, model):
         unused = ("mae.mask_token", "mae.decoder_pred", "mae.pos_embed", "mae.decoder_pos_embed")
@@ -438,6 +408,35 @@ def strategy_of(args):
 
 
 # Parts of a training
+
+
+def require_mae_or_none(args, start):
+    """UserError if opened `Weights` are not those of an MAE."""
+    if start is not None and start.kind != "mae":
+        raise UserError(f"--pretrained {start.path}: --task {args.task} starts from an MAE of pretrain.py, or none")
+
+
+def on_mae(kind, start, pretrained, more, what, remedy=""):
+    """A network `kind` that holds the MAE of opened `Weights`, and its arguments; `more` of them are given.
+
+    Raises UserError, naming `what` the options ask for, for an MAE without decoder or arguments that do not fit.
+    """
+    if not isinstance(pretrained, MAE):
+        raise UserError(
+            f"{start.path} is from elsewhere: {what} needs the decoder of an MAE of pretrain.py{remedy}"
+        )
+    config = {"mae": {k: v for k, v in start.content["config"].items() if k != "transform"}, **more}
+    model = constructed(kind, config, what, remedy)
+    model.mae.load_state_dict(pretrained.state_dict())
+    return model, config
+
+
+def constructed(kind, config, what, remedy=""):
+    """`kind(**config)`; UserError if its arguments do not fit."""
+    try:
+        return kind(**config)
+    except ValueError as error:
+        raise UserError(f"{what}: {error}{remedy}") from None
 
 
 def freeze_others(model, learning):

@@ -2,8 +2,24 @@
 
 import html
 import re
+from typing import NamedTuple
 
 from lib.errors import one_line
+
+
+class Outcome(NamedTuple):
+    """What an evaluation of another task than classification found.
+
+    intervals : how the intervals were made, as text.
+    results : {run: figures}.
+    rows : of the table, the header first, as text.
+    picture : a function of `plots` and what it draws.
+    """
+
+    intervals: str
+    results: dict
+    rows: list
+    picture: tuple
 
 
 def comparison(results, class_names):

@@ -14,6 +14,7 @@ from conftest import (
     PRETRAINED,
     assert_refused,
     assert_same_tensors,
+    assert_user_error,
     finetune_on,
     images_of,
     run_script,
@@ -51,6 +52,26 @@ def test_a_number_that_is_no_mass_is_not_taken_for_one(number, tmp_path):
     assert datasets.load(root).masses is None
     assert_refused("finetune.py", ["--data", root, "--task", "mass", "--strategy", "residual", "--pretrained", "none",
                                    "--out", tmp_path / "out"], "data", "mass")  # fmt: skip
+
+
+@pytest.mark.parametrize("images", [0, 5])
+def test_too_few_validation_images_with_a_mass_are_named(images, folder, runs, tmp_path):
+    """Of none there is no interval, and of five no interval holds 90 %."""
+    dataset = datasets.load(folder, runs / "cache")
+    parts = datasets.split(dataset)
+    data = tmp_path / "data"
+    data.mkdir()
+    masses_left = np.array(dataset.masses)
+    masses_left[[row for row in parts["validation"] if np.isfinite(dataset.masses[row])][images:]] = np.nan
+    writer = datasets.PackedWriter(data, dataset.images.shape, dataset.class_names, "few")
+    writer.append(np.array(dataset.images), dataset.labels, masses=masses_left)
+    writer.close()
+    out = tmp_path / "out"
+    process = finetune_on(data, out, "none", "residual", "--task", "mass", check=False)
+    if images:
+        assert "5 validation images have a mass: an interval holds it in 83 of 100 images, not in 90" in process.stderr
+    else:
+        assert_user_error(process, "no validation image")
 
 
 def test_edited_masses_are_noticed(folder, tmp_path):
