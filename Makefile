@@ -1,4 +1,5 @@
 # make demo                      classify the example images with the models of models/, in runs/demo
+# make quick                     a small make reproduce in runs/quick/: 18,000 images, head and residual alone
 # make reproduce [DATA=folder]   everything from images to predictions, in runs/. Each script knows by
 #                                content whether its result is there: what is finished is skipped, what
 #                                was stopped resumes, what an option or the data changed is replaced.
@@ -6,7 +7,9 @@
 #   BASELINE=1                   also from random weights
 #   PER_CLASS                    simulated images of a class, without DATA
 #   CLUSTERS                     kinds to sort images into without labels; 3 without DATA, none with it
-#   PRETRAINING, FINETUNING      more options for pretrain.py and finetune.py, such as "--seed 1"
+#   CLASSIFIERS                  strategies of fine-tuning; head layernorm full residual
+#   PRETRAINING, FINETUNING      more options for pretrain.py and finetune.py, such as "--seed 1";
+#                                FINETUNING_residual and the like: for one strategy
 # make mass [DATA=folder]        what estimates the mass of the axion, its figures and runs/mass.onnx
 # make sharpen [DATA=folder]     what sharpens images, its figures and runs/sharpen.onnx; DATA has pairs in HR and LR
 #   PAIRS                        simulated pairs, without DATA
@@ -30,8 +33,10 @@ PER_CLASS := 30000
 PAIRS := 8000
 SEEDS := 0 1 2
 BASELINE :=
+CLASSIFIERS := head layernorm full residual
 PRETRAINING :=
 FINETUNING :=
+$(foreach name,$(CLASSIFIERS),$(eval FINETUNING_$(name) :=))
 UNSEEN :=
 CUTOUTS :=
 REAL :=
@@ -65,7 +70,7 @@ HEAD := $(RUNS)/head/vit-mae-classifier-wt.pth
 LAYERNORM := $(RUNS)/layernorm/vit-mae-classifier-wt.pth
 FULL := $(RUNS)/full/vit-mae-classifier-wt.pth
 RESIDUAL := $(RUNS)/residual/vit-mae-classifier-wt.pth
-STRATEGIES := $(HEAD) $(LAYERNORM) $(FULL) $(RESIDUAL)
+STRATEGIES := $(CLASSIFIERS:%=$(RUNS)/%/vit-mae-classifier-wt.pth)
 ifeq ($(origin DATA),command line)
 PAIR_INPUT = $(INPUT)
 PAIR_IMAGES := packed
@@ -97,7 +102,7 @@ SHARE = $(if $(JOBS),$(if $(OMP_NUM_THREADS),,OMP_NUM_THREADS=$(THREADS)))
 
 # make only puts the stages into order: each of them is called, and knows what is left to do.
 .PHONY: sharpen $(RUNS)/pairs/dataset.json $(SHARP_MAE) $(SHARPENER) $(RUNS)/sharpen.onnx $(RUNS)/sharpen-evaluation/metrics.json \
-  demo reproduce mass $(MASS) $(RUNS)/mass.onnx $(RUNS)/mass-evaluation/metrics.json packed models page study real bench test test-heavy clean $(RUNS)/.made-by-make \
+  demo quick reproduce mass $(MASS) $(RUNS)/mass.onnx $(RUNS)/mass-evaluation/metrics.json packed models page study real bench test test-heavy clean $(RUNS)/.made-by-make \
   $(RUNS)/data/dataset.json $(RUNS)/samples $(PRETRAINED) $(STRATEGIES) $(SCRATCH) $(EVALUATION) $(RESIDUALS) \
   $(MODEL) $(MAPS) $(PREDICTIONS) $(STUDY_PARTS:%=study-%) $(REAL_ANSWERS) $(PICTURES)/dataset.json \
   $(PICTURES)-pretrain/vit-mae-wt.pth $(PICTURES)-full/vit-mae-classifier-wt.pth \
@@ -107,6 +112,13 @@ demo: $(SMALL)/ready $(RUNS)/.made-by-make
 	@mkdir -p $(RUNS)/demo
 	@$(SMALL)/bin/python predict.py --sheet $(RUNS)/demo/sheet.png --out $(RUNS)/demo/predictions.csv models/examples
 	@cat $(RUNS)/demo/predictions.csv
+
+# Fewer images and steps; float32 or bfloat16, whichever is fast, as in make reproduce.
+quick: $(READY) $(RUNS)/.made-by-make
+	@$(MAKE) --no-print-directory reproduce RUNS=$(RUNS)/quick PER_CLASS=6000 CLASSIFIERS="head residual" \
+	  PRETRAINING="--epochs 8" FINETUNING_residual="--epochs 2"
+	@echo '$(RUNS)/quick: report in evaluation/report.html, reconstructions in pretrain/, maps in residuals/maps.png,'
+	@echo 'predictions.csv and sheet.png of images that no network has seen$(if $(SAMPLES),. 18000 simulated images; make reproduce has 90000)'
 
 reproduce: $(EVALUATION) $(RESIDUALS) $(PREDICTIONS)
 	@cat $(RUNS)/evaluation/comparison.md
@@ -151,11 +163,11 @@ $(PRETRAINED): $(IMAGES)
 	$(PY) pretrain.py $(INPUT) --out $(@D) --update $(PRETRAINING)
 
 $(HEAD) $(FULL) $(RESIDUAL): $(RUNS)/%/vit-mae-classifier-wt.pth: $(PRETRAINED)
-	$(SHARE) $(PY) finetune.py $(INPUT) --pretrained $(PRETRAINED) --strategy $* --out $(@D) --update $(FINETUNING)
+	$(SHARE) $(PY) finetune.py $(INPUT) --pretrained $(PRETRAINED) --strategy $* --out $(@D) --update $(FINETUNING) $(FINETUNING_$*)
 
 # The LayerNorms continue from the trained head.
 $(LAYERNORM): $(HEAD)
-	$(SHARE) $(PY) finetune.py $(INPUT) --pretrained $(HEAD) --strategy layernorm --out $(@D) --update $(FINETUNING)
+	$(SHARE) $(PY) finetune.py $(INPUT) --pretrained $(HEAD) --strategy layernorm --out $(@D) --update $(FINETUNING) $(FINETUNING_layernorm)
 
 $(SCRATCH): $(IMAGES)
 	$(SHARE) $(PY) finetune.py $(INPUT) --pretrained none --strategy full --out $(@D) --update $(FINETUNING)
@@ -253,7 +265,7 @@ test-heavy: export PREDICT_IMAGES := 200000
 test-heavy: test
 
 # In a folder that make created itself, what the stages leave there.
-MADE := pairs sharpen-pretrain sharpen sharpen-evaluation sharpen.onnx demo data samples cache pretrain head layernorm full residual scratch evaluation residuals classifier.onnx \
+MADE := quick pairs sharpen-pretrain sharpen sharpen-evaluation sharpen.onnx demo data samples cache pretrain head layernorm full residual scratch evaluation residuals classifier.onnx \
   mass mass-evaluation mass.onnx reconstruction.onnx predictions.csv predictions.csv.errors.csv sheet.png study pictures pictures-pretrain \
   pictures-full pictures-residual real-full.csv real-residual.csv bench
 clean:

@@ -56,14 +56,15 @@ def finetune(args):
     start = open_start(args)
     strategy = strategy_of(args)
     chosen = strategy.recipe(args, start, len(rows))
-    about = {**network.described(args, start), "pretrained_sha256": start.sha256 if start else "none", **task.about}
+    inputs = task.inputs or dataset
+    about = {**network.described(args, inputs.img_size, start), "pretrained_sha256": start.sha256 if start else "none", **task.about}
     with open_run(args, dataset, task.file, chosen, **about) as run:
         if run.is_finished:
             return
         if distributed.is_main():
             few = " (few)" if strategy.defaults_from(start).are_few(len(rows)) else ""
             print(f"{args.strategy}, {len(rows):,} training images{few}: {chosen}")
-        train(args, task, strategy, start, chosen, task.inputs or dataset, rows, parts, run)
+        train(args, task, strategy, start, chosen, inputs, rows, parts, run)
 
 
 def open_start(args):
@@ -110,7 +111,8 @@ def train(args, task, strategy, start, chosen, dataset, rows, parts, run):
 
     learner = Learner(
         computation.trained, computation.learning, batch_loss, validate, task.score,
-        computation.on_device, computation.in_blocks, computation.changes_at, computation.lr_scale,
+        computation.on_device, computation.in_blocks, computation.changes_at,
+        start is not None and start.is_classifier, computation.lr_scale,
     )  # fmt: skip
     state, history, kept = fit(learner, chosen, rows, run, device, precision)
     computation.trained.load_state_dict(state)

@@ -39,7 +39,7 @@ def pretrain(args):
         rows_to_learn_from(dataset, parts[part], args.classes) for part in ("train", "validation")
     )
     chosen = DEFAULTS.recipe(args, len(rows))
-    with open_run(args, dataset, "vit-mae-wt.pth", chosen, **network.described(args)) as run:
+    with open_run(args, dataset, "vit-mae-wt.pth", chosen, **network.described(args, dataset.img_size)) as run:
         if run.is_finished:
             return
         if distributed.is_main():
@@ -51,8 +51,7 @@ def train(args, chosen, dataset, rows, validation, parts, run):
     """Train by the `chosen` recipe on images `rows`, validate on `validation`, save the weights."""
     check_batch(chosen, rows)
     device = resolve_device(args.device)
-    config = mae_config(args, dataset.img_size)
-    kind = network.described(args)["transform"]
+    config, kind = mae_config(args, dataset.img_size)
     constants = fit_transform(dataset.images, rows, kind, chosen.augment)
 
     torch.manual_seed(chosen.seed)
@@ -110,10 +109,11 @@ def train(args, chosen, dataset, rows, validation, parts, run):
 
 
 def mae_config(args, img_size):
-    """The arguments of `MAE` that the options ask for."""
-    sizes = {name: value for name, value in network.described(args).items() if name != "transform"}
+    """The arguments of `MAE` that the options ask for, and the kind of intensity scale."""
+    sizes = network.described(args, img_size)
+    transform = sizes.pop("transform")
     names = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "mlp_ratio", "norm_pix_loss")
-    return {"img_size": img_size, "in_chans": 1, **sizes, **{n: getattr(args, n) for n in names}}
+    return {"img_size": img_size, "in_chans": 1, **sizes, **{n: getattr(args, n) for n in names}}, transform
 
 
 def rows_to_learn_from(dataset, rows, classes):

@@ -47,6 +47,7 @@ class Learner(NamedTuple):
         rows as a tensor there, and a whole step as a CUDA graph.
     in_blocks : see `loader.shuffled`; a resumed run keeps its own.
     changes_at : fractions of the steps from which `batch_loss` does something else.
+    is_trained : whether the weights that it starts from are one of the states to choose the best from.
     lr_scale : function from a parameter's name to the factor of its learning rate.
     """
 
@@ -58,6 +59,7 @@ class Learner(NamedTuple):
     on_device: bool = False
     in_blocks: bool = False
     changes_at: tuple = ()
+    is_trained: bool = False
     lr_scale: callable = lambda name: 1.0
 
 
@@ -79,6 +81,8 @@ def fit(learner, recipe, rows, run, device, precision):
         print(f"{device}: {precision.name}, {precision.attention} attention")
         if training.step:
             print(f"resumes at step {training.step} of {steps}")
+    if learner.is_trained and score and not training.step:
+        training.validate(learner.validate, 0.0, score)
     batches = batches_from(training.step, rows, batch_size, recipe, training.in_blocks)
 
     bar = progress_bar(run, steps * batch_size, training.step * batch_size)

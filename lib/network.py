@@ -4,7 +4,9 @@ from lib.errors import UserError
 from lib.weights import LARGEST, MOST_PATCHES_A_SIDE
 from mae import TRANSFORM_KINDS
 
+# Of a new network, but for its patches, and of weights that do not say.
 DEFAULTS = {"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4, "transform": "log"}
+PATCHES_A_SIDE = 4  # of a new network
 
 
 def add_arguments(parser):
@@ -13,7 +15,8 @@ def add_arguments(parser):
 
     def add(name, text, **more):
         flag = f"--{name.replace('_', '-')}"
-        group.add_argument(flag, default=None, help=f"{text} (default: {DEFAULTS[name]})", **more)
+        default = f"1/{PATCHES_A_SIDE} of the image's side" if name == "patch_size" else DEFAULTS[name]
+        group.add_argument(flag, default=None, help=f"{text} (default: {default})", **more)
 
     add("patch_size", "side of a patch in pixels", type=int)
     add("embed_dim", "width of the encoder", type=int)
@@ -22,15 +25,16 @@ def add_arguments(parser):
     add("transform", "intensity scale that the network sees", choices=TRANSFORM_KINDS)
 
 
-def described(args, start=None):
+def described(args, img_size, start=None):
     """{option: value} of the network: that of the weights `start` or, without them, of the options.
 
-    `start` is an opened `Weights` or None. Raises UserError, naming the flag, if an option says
-    something else than the weights.
+    `img_size` is the side of the images, `start` an opened `Weights` or None. Raises UserError, naming the
+    flag, if an option says something else than the weights.
     """
     given = {name: getattr(args, name) for name in DEFAULTS}
     if start is None:
-        return {name: DEFAULTS[name] if value is None else value for name, value in given.items()}
+        usual = DEFAULTS | {"patch_size": max(1, img_size // PATCHES_A_SIDE)}
+        return {name: usual[name] if value is None else value for name, value in given.items()}
     config = start.content["config"]
     sizes = config.get("mae", config)
     kind = config.get("transform", {}).get("kind", given["transform"] or DEFAULTS["transform"])
@@ -74,4 +78,4 @@ def sizes_for(img_size):
              if img_size % n == 0 and img_size // n <= MOST_PATCHES_A_SIDE]  # fmt: skip
     if sizes:
         return f"choose one that does ({', '.join(map(str, sizes))}), or crop the images"
-    return "no patch size does; crop the images, for example to a side that is a multiple of 8"
+    return f"no patch size does; crop the images, for example to a side that is a multiple of {PATCHES_A_SIDE}"

@@ -112,7 +112,7 @@ class Strategy:
         an opened classifier, which is taken whole, head included. Raises UserError where options,
         data, weights and strategy do not fit. `rows` are the training images.
         """
-        options = network.described(args, start)
+        options = network.described(args, dataset.img_size, start)
 
         def new_transform():
             return fit_transform(dataset.images, rows, options["transform"], recipe.augment)
@@ -257,7 +257,7 @@ class Residual(Strategy):
     defaults = Defaults(
         epochs=2, fewest_steps=1000, batch_size=64, lr=3e-3, keep="last", most_validations=4
     )
-    continuing = {"lr": 3e-4, "epochs": 1, "fewest_steps": 300}
+    continuing = {"lr": 3e-4, "epochs": 1, "fewest_steps": 300, "keep": "best"}
     augmentations = SYMMETRIES
     no_augmentation = f"residual maps are computed once, so only {', '.join(SYMMETRIES)} or none is possible"
     drops_patches, has_pool = False, False
@@ -324,7 +324,7 @@ class Mass(Residual):
     def build(self, args, start, recipe, task, dataset, rows):
         if start is not None:
             return super().build(args, start, recipe, task, dataset, rows)
-        kind = network.described(args)["transform"]
+        kind = network.described(args, dataset.img_size)["transform"]
         config = {"img_size": dataset.img_size, "transform": fit_transform(dataset.images, rows, kind), **task.config}
         return constructed(self.kind, config, "--task mass"), config
 
@@ -371,7 +371,7 @@ class Sharpen(Strategy):
     def build(self, args, start, recipe, task, dataset, rows):
         if start is not None:
             return super().build(args, start, recipe, task, dataset, rows)
-        options = network.described(args)
+        options = network.described(args, dataset.img_size)
         transform = fit_transform(dataset.images, rows, options.pop("transform"))
         mae = {"img_size": dataset.img_size, **options}
         network.build(MAE, mae)  # names the flag of a size that does not fit

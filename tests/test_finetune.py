@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    CLASSIFIER, PRETRAINED, ROOT, TINY_NETWORK, assert_refused, finetune_on, finetuning, history_of, images_of,
+    CLASSIFIER, PRETRAINED, ROOT, TINY_NETWORK, assert_refused, assert_same_tensors, finetune_on, finetuning, history_of, images_of,
     pretraining, run_script, sigterm_at, tensors_in,
 )  # fmt: skip
 from torch import nn
@@ -300,6 +300,17 @@ def test_a_run_prints_and_stores_its_recipe(packed, tmp_path):
 
 
 # Starts, and options that would do nothing
+
+
+@pytest.mark.parametrize(("strategy", "lr"), [("head", "1000"), ("residual", "10")])
+def test_a_classifier_that_continues_keeps_its_weights_if_none_are_better(strategy, lr, runs, packed, tmp_path):
+    start = runs / strategy / CLASSIFIER
+    finetune.main(finetuning(packed, tmp_path / "run", start, strategy, "--lr", lr, "--epochs", "1"))
+    kept, before = (torch.load(path, weights_only=True)["model"] for path in (tmp_path / "run" / CLASSIFIER, start))
+    moved = ("running_mean", "running_var", "num_batches_tracked", "temperature")
+    assert_same_tensors(*({k: v for k, v in state.items() if not k.endswith(moved)} for state in (kept, before)))
+    first, *_ = history_of(tmp_path / "run")
+    assert first["step"] == 0 and "train_loss" not in first
 
 
 def test_fine_tuning_continues_a_classifier_as_it_is(runs, packed, tmp_path):

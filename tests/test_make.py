@@ -127,6 +127,7 @@ def test_make_reproduce_runs_on_a_folder_and_does_nothing_twice(environment, fol
             "simulate.py", "pretrain.py", "finetune.py", "experiments/real_images.py",
         }),
         (("mass", "DATA=x"), {"data.py", "pretrain.py", "finetune.py", "evaluate.py", "export.py"}),
+        (("quick",), {"simulate.py", "pretrain.py", "finetune.py", "evaluate.py", "reconstruct.py", "export.py", "predict.py"}),
         (("sharpen",), {"simulate.py", "pretrain.py", "finetune.py", "evaluate.py", "export.py"}),
         (("sharpen", "DATA=x"), {"data.py", "pretrain.py", "finetune.py", "evaluate.py", "export.py"}),
         (("bench",), {"experiments/bench.py"}),

@@ -75,7 +75,7 @@ def test_more_patches_than_weights_may_have_are_refused_before_training(packed, 
 ])  # fmt: skip
 def test_a_side_that_the_patches_do_not_divide_is_refused_with_the_patch_sizes_that_do(side, remedy, tmp_path):
     data = write_classes(tmp_path / "data", {"no_sub": 10, "other": 10}, size=side)
-    named = f"--patch-size 8 does not divide the image size {side}: {remedy}"
+    named = f"--patch-size {side // 4} does not divide the image size {side}: {remedy}"
     assert_refused("pretrain.py", ["--data", data, "--out", tmp_path / "run"], named)
     scratch = ["--data", data, "--out", tmp_path / "run", "--pretrained", "none", "--strategy", "full"]
     assert_refused("finetune.py", scratch, named)
