@@ -115,7 +115,7 @@ demo: $(SMALL)/ready $(RUNS)/.made-by-make
 
 # Fewer images and steps; float32 or bfloat16, whichever is fast, as in make reproduce.
 quick: $(READY) $(RUNS)/.made-by-make
-	@$(MAKE) --no-print-directory reproduce RUNS=$(RUNS)/quick PER_CLASS=6000 CLASSIFIERS="head residual" CLUSTERS= \
+	@$(MAKE) --no-print-directory -j2 reproduce RUNS=$(RUNS)/quick PER_CLASS=6000 CLASSIFIERS="head residual" CLUSTERS= \
 	  PRETRAINING="--epochs 8" FINETUNING_residual="--epochs 2 --batch-size 32"
 	@echo '$(RUNS)/quick: report in evaluation/report.html, reconstructions in pretrain/, maps in residuals/maps.png,'
 	@echo 'predictions.csv and sheet.png of images that no network has seen$(if $(SAMPLES),. 18000 simulated images; make reproduce has 90000)'

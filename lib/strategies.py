@@ -234,7 +234,7 @@ class Full(Strategy):
 
     name, decays_layers = "full", True
     defaults = Defaults(
-        epochs=4, fewest_steps=1000, batch_size=128, lr=3e-3, augment=(), patch_dropout=0.5, layer_decay=0.75,
+        epochs=6, fewest_steps=1000, batch_size=128, lr=3e-3, augment=(), patch_dropout=0.5, layer_decay=0.75,
         few={"augment": ("flips",), "patch_dropout": 0.0, "layer_decay": 1.0},
     )  # fmt: skip
     # With all patches random weights overfit few images.
@@ -255,7 +255,7 @@ class Residual(Strategy):
     name, kind = "residual", ResidualClassifier
     # The last weights are kept: the AUC of validation soon reaches 1 and says no more.
     defaults = Defaults(
-        epochs=2, fewest_steps=1000, batch_size=64, lr=3e-3, keep="last", most_validations=4
+        epochs=3, fewest_steps=1000, batch_size=64, lr=3e-3, keep="last", most_validations=3
     )
     continuing = {"lr": 3e-4, "epochs": 1, "fewest_steps": 300, "keep": "best"}
     augmentations = SYMMETRIES
