@@ -108,13 +108,13 @@ def draw_design(path):
     given, learned, partly = "#f3e3c3", "#cfe0f5", "#dff0d8"
     upper, middle, lower = 42, 22, 2
     box(0, upper, 15, "smooth lenses\nlog, standardised", given)
-    box(19, upper, 14, "64 patches\n75 % hidden", given)
-    box(37, upper, 18, "encoder: 4 blocks\nwidth 128, 17 tokens", learned)
-    box(59, upper, 18, "decoder: 1 block\nwidth 96, 65 tokens", learned)
+    box(19, upper, 14, "16 patches\n75 % hidden", given)
+    box(37, upper, 18, "encoder: 4 blocks\nwidth 128, 5 tokens", learned)
+    box(59, upper, 18, "decoder: 1 block\nwidth 96, 17 tokens", learned)
     box(81, upper, 19, "hidden patches\nmean squared error", given)
     box(0, middle, 15, "all classes\nlog, standardised", given)
-    box(19, middle, 14, "64 patches", given)
-    box(37, middle, 18, "encoder, 65 tokens\nfixed, its norms, or all", partly)
+    box(19, middle, 14, "16 patches", given)
+    box(37, middle, 18, "encoder, 17 tokens\nfixed, its norms, or all", partly)
     box(59, middle, 18, "mean, deviation and\nextremes of tokens", given)
     box(81, middle, 19, "512 → 64 → classes\ncross-entropy", learned)
     box(0, lower, 15, "all classes\nlog, standardised", given)
