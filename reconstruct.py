@@ -46,7 +46,8 @@ LEFT = {"metrics.json": rb'"(masks|made_from)"', "scores.csv": rb"\Arow,class,sc
 
 @torch.no_grad()
 def reconstruct(args):
-    dataset, files = datasets.load(args.data, args.cache_dir), datasets.files_of(args.data)
+    dataset = datasets.load(args.data, args.cache_dir)
+    files = datasets.files_of(args.data, dataset)
     device = resolve_device(args.device)
     content, residuals, transformed = residual_reader(
         args.weights, dataset, device, args.mask_ratio, args.rounds, args.seed

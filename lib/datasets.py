@@ -1,6 +1,7 @@
 """From a folder of images to one memory-mapped array, its split and its rows; without torch.
 
-Folder layout:  <root>/<class>/, .npy, .npz, FITS or PNG files of one square image; the folders name the classes.
+Folder layout:  <root>/<class>/, .npy, .npz, FITS or PNG files of one square image, or .npy and .npz
+                files of a stack of them; the folders name the classes.
                 Also <root>/train/<class>/ and <root>/val/<class>/ (or test), whose parts are kept, see `Listing`.
                 Or <root>/labels.csv, whose columns file and label name the files and their classes.
                 Two folders of pairs, such as HR and LR, whose files have the same names: images of one are 2, 3 or 4
@@ -14,6 +15,7 @@ sizes, inodes and times), so a changed folder is packed again. Old packed copies
 
 import csv
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -29,12 +31,15 @@ from tqdm import tqdm
 from lib import copies, png, shortcuts
 from lib.errors import UserError, one_line
 from lib.files import atomic_directory, is_hidden, make_folder, read_json, write_json
-from lib.images import MASSES, SUFFIXES, forget_pages, images_among, is_png, read_image_and_numbers, read_npy
+from lib.images import (
+    FEW_PLANES, MASSES, SUFFIXES, forget_pages, images_among, is_png, names_in, read_npy, read_stack, training_image,
+)  # fmt: skip
 from lib.names import check_class_names
 
 FORMAT = 3
 BLOCK_BYTES = 2**22  # of images that are read or written together
 OUTLYING = 30  # see `pixel_range`
+KEPT = 256  # images of a stack whose pages of the file stay in memory
 RANGE_IMAGES = 2000  # that a range of pixels is computed from
 LABELS = "labels.csv"  # in place of class folders
 MAX_LABELS_BYTES = 256 * 2**20
@@ -62,6 +67,7 @@ class Dataset(NamedTuple):
     origin : description of the images' source.
     masses : (N,) float64 mass of the axion in eV, NaN where it is unknown; None if no file has one.
     coarse : (N, h, h) float32, of pairs the coarse images of files, whose sharp ones are `images`; else None.
+    per_file : how many images each file of the folder has; None if each has one.
     """
 
     images: np.ndarray
@@ -73,6 +79,7 @@ class Dataset(NamedTuple):
     origin: str
     masses: np.ndarray | None = None
     coarse: np.ndarray | None = None
+    per_file: list | None = None
 
     @property
     def img_size(self):
@@ -91,15 +98,22 @@ class PackedWriter:
         require_space(self.folder, 4 * math.prod(shape))
         # A plain file, since a full disk kills a process that writes to mapped memory.
         self.file = (self.folder / "images.npy").open("wb")
-        header = {"descr": "<f4", "fortran_order": False, "shape": tuple(shape)}
-        np.lib.format.write_array_header_1_0(self.file, header)
-        self.labels = np.empty(shape[0], dtype=np.int64)
-        self.hashes = np.empty((2, shape[0]), dtype=np.uint64)
-        self.places = np.empty((shape[0], 2))
-        self.masses = np.full(shape[0], np.nan)
-        self.figures = []
+        self._write_header()
+        self.blocks = []  # (labels, hashes, places, masses, figures) of the images of each `append`
         self.digest = hashlib.sha256()
         self.count = 0
+
+    def _write_header(self):
+        """Write the header of images.npy, whose length does not depend on the number of images."""
+        self.file.seek(0)
+        np.lib.format.write_array_header_1_0(
+            self.file, {"descr": "<f4", "fortran_order": False, "shape": tuple(self.shape)}
+        )
+
+    def announce(self, more):
+        """Expect so many images more; UserError if the disk has no room for them."""
+        require_space(self.folder, 4 * more * math.prod(self.shape[1:]))
+        self.shape = (self.shape[0] + more, *self.shape[1:])
 
     def append(self, images, labels, places=(0.0, 1.0), masses=np.nan):
         """Add images (b, H, H).
@@ -110,20 +124,24 @@ class PackedWriter:
         self.file.write(images)
         self.digest.update(images)
         figures = copies.figures_of(images)
-        added = slice(self.count, self.count + len(images))
-        self.labels[added], self.hashes[0, added] = labels, copies.hashes_of(images, figures)
-        self.places[added], self.masses[added] = places, masses
-        self.figures.append(figures)
-        self.count = added.stop
+        count = len(images)
+        self.blocks.append((
+            np.broadcast_to(labels, count), copies.hashes_of(images, figures), np.broadcast_to(places, (count, 2)),
+            np.broadcast_to(masses, count), figures,
+        ))  # fmt: skip
+        self.count += count
 
-    def close(self, coarse=None):
-        """Finish the layout; `coarse` (n, h, h) float32 are the coarse images of pairs, if they are."""
+    def close(self, coarse=None, per_file=None):
+        """Finish the layout; for `coarse` (n, h, h) float32 and `per_file` see `Dataset`."""
         if self.count != self.shape[0]:
             raise ValueError(f"{self.count} images written, {self.shape[0]} announced")
+        self._write_header()
         self.file.close()
+        labels, hashes, places, masses, figures = map(np.concatenate, zip(*self.blocks, strict=True))
+        self.labels, self.masses = labels.astype(np.int64), masses.astype(np.float64)
         images = read_npy(self.folder / "images.npy")
-        originals = copies.originals_of(images, self.hashes[0], np.concatenate(self.figures))
-        self.hashes[1] = placed(originals, self.places)
+        originals = copies.originals_of(images, hashes, figures)
+        self.hashes = np.stack([hashes, placed(originals, places)])
         forget_pages(images)
         np.save(self.folder / "labels.npy", self.labels)
         np.save(self.folder / "hashes.npy", self.hashes)
@@ -141,6 +159,7 @@ class PackedWriter:
             "fingerprint": fingerprint_of(digests, self.class_names),
             "sha256": digests | masses,
             "origin": self.origin,
+            **({"per_file": per_file} if per_file else {}),
         }
         write_json(self.folder / "dataset.json", description)
 
@@ -239,7 +258,7 @@ def pairs_among(files):
     (one, own), (other, others) = files.items()
     if [path.name for path in own] != [path.name for path in others]:
         return None
-    sides = [len(read_image_and_numbers(paths[0])[0]) for paths in (own, others)]
+    sides = [read_stack(paths[0])[0].shape[1] for paths in (own, others)]
     if max(sides) not in [factor * min(sides) for factor in FACTORS]:
         return None
     return ({one: own}, others) if sides[0] > sides[1] else ({other: others}, own)
@@ -329,60 +348,91 @@ def _lines_of(table):
     return [(line, (row[columns.index("file")], row[columns.index("label")])) for line, row in lines[1:]]
 
 
-def files_of(path):
-    """The files of a folder's images, in the order of the rows; none of a packed data set, which has no names."""
+def files_of(path, dataset):
+    """The files of a folder's images, in the order of the rows; none of a packed data set, which has no names.
+
+    Images of a stack have names such as stack.npy[17]. Raises UserError if the folder has changed since `load`.
+    """
     if (path / "dataset.json").exists():
         return []
-    return [file for files in listing_of(path).files.values() for file in files]
+    files = [file for files in listing_of(path).files.values() for file in files]
+    if len(files) != (len(dataset.labels) if dataset.per_file is None else len(dataset.per_file)):
+        raise UserError(f"{path} has changed while it was read: repeat the command")
+    return names_of(files, dataset.per_file)
+
+
+def names_of(files, per_file):
+    """The path of each image of the files, see `images.names_in`; for `per_file` see `Dataset`."""
+    if per_file is None:
+        return files
+    return [name for file, count in zip(files, per_file, strict=True) for name in names_in(file, count)]
 
 
 def _pack(listing, packed, origin, progress):
     """Pack a folder; images far outside the rest are named. UserError as `load` raises it."""
-    paths = [(p, label) for label, files in enumerate(listing.files.values()) for p in files]
+    paths = [path for files in listing.files.values() for path in files]
+    labels = np.repeat(np.arange(len(listing.files)), [len(files) for files in listing.files.values()])
     places = np.concatenate(list(listing.places.values()))
-    (first, _), first_path = read_image_and_numbers(paths[0][0]), paths[0][0]
-    extremes, together = [], max(1, BLOCK_BYTES // first.nbytes)
+    size = read_stack(paths[0])[0].shape[1]
+    extremes, per_file = [], []
     try:
         make_folder(packed.parent)
     except UserError as error:
         raise UserError(f"{error}; --cache-dir keeps the packed copy elsewhere") from None
     try:
         with atomic_directory(packed) as folder:
-            writer = PackedWriter(folder, (len(paths), *first.shape), listing.files, origin)
-            images, masses = [], []
-            for i, (path, _) in enumerate(
-                tqdm(paths, desc="pack", unit="img", disable=None if progress else True), 1
-            ):
-                image, numbers = read_image_and_numbers(path)
-                if image.shape != first.shape:
-                    raise UserError(
-                        f"{path} is {image.shape[0]} pixels wide and {first_path} "
-                        f"{first.shape[0]}: all images must have one size"
-                    )
-                images.append(image)
-                masses.append(mass_among(numbers))
-                extremes.append((image.min(), image.max()))
-                if len(images) == together or i == len(paths):
-                    rows = slice(i - len(images), i)
-                    writer.append(np.stack(images), [label for _, label in paths[rows]], places[rows], masses)
-                    images, masses = [], []
-            writer.close(coarse_images(listing.coarse) if listing.coarse else None)
+            writer = PackedWriter(folder, (len(paths), size, size), listing.files, origin)
+            shown = tqdm(paths, desc="pack", unit="file", disable=None if progress else True)
+            images = _images_of(shown, writer, per_file, size, paths[0])
+            while batch := list(itertools.islice(images, max(1, BLOCK_BYTES // (4 * size**2)))):
+                pixels, which, masses = map(np.array, zip(*batch, strict=True))
+                extremes.append(np.stack([pixels.min(axis=(1, 2)), pixels.max(axis=(1, 2))], axis=1))
+                writer.append(pixels, labels[which], places[which], masses)
+            per_file = None if max(per_file) == 1 else per_file
+            writer.close(coarse_images(paths, per_file, listing.coarse) if listing.coarse else None, per_file)
     except (OSError, UserError):
         if not (packed / "dataset.json").exists():
             raise
         return  # another process packed the same folder
-    warn_of_images([path for path, _ in paths], writer.hashes[1], writer.labels, np.array(extremes))
+    warn_of_planes(paths, per_file)
+    warn_of_images(names_of(paths, per_file), writer.hashes[1], writer.labels, np.concatenate(extremes))
 
 
-def coarse_images(paths):
-    """The images (n, h, h) of files; UserError if one is of another size than the first."""
+def _images_of(paths, writer, per_file, size, first):
+    """Yield (image (size, size) float32, index of its file, its mass) of the files.
+
+    How many images each has is announced to the `writer`, for one of them it expects, and appended to `per_file`.
+    """
+    for i, path in enumerate(paths):
+        stack, numbers = read_stack(path)
+        if stack.shape[1] != size:
+            raise UserError(f"{path} is {stack.shape[1]} pixels wide and {first} {size}: all images must have one size")
+        if len(stack) > 1:
+            writer.announce(len(stack) - 1)
+        per_file.append(len(stack))
+        yield from ((image, i, mass_among(numbers)) for image in images_in(path, stack))
+
+
+def images_in(path, stack):
+    """Yield the images (H, H) float32 of a file's stack (n, H, H), without keeping all in memory; UserError."""
+    for i, name in enumerate(names_in(path, len(stack))):
+        yield training_image(stack, i, name)
+        if i % KEPT == KEPT - 1:
+            forget_pages(stack)
+
+
+def coarse_images(sharp, per_file, coarse):
+    """The coarse images (n, h, h) of files; UserError unless all are of one size, and as many as the sharp ones."""
     images = []
-    for path in paths:
-        image, _ = read_image_and_numbers(path)
-        images.append(image)
-        if image.shape != images[0].shape:
-            raise UserError(f"{path} is {len(image)} pixels wide and {paths[0]} {len(images[0])}: all coarse images of "
-                            "pairs must have one size")  # fmt: skip
+    for i, (of, path) in enumerate(zip(sharp, coarse, strict=True)):
+        stack, count = read_stack(path)[0], per_file[i] if per_file else 1
+        if len(stack) != count:
+            raise UserError(f"{path} has {len(stack)} images, its partner {of} {count}: give each sharp image its "
+                            "coarse one")  # fmt: skip
+        images += images_in(path, stack)
+        if images[-1].shape != images[0].shape:
+            raise UserError(f"{path} is {stack.shape[1]} pixels wide and {coarse[0]} {len(images[0])}: all coarse "
+                            "images of pairs must have one size")  # fmt: skip
     return np.stack(images)
 
 
@@ -390,6 +440,14 @@ def mass_among(numbers):
     """The mass of the axion in eV that the numbers beside an image begin with, or NaN."""
     low, high = MASS_RANGE
     return numbers[0] if numbers and low < numbers[0] < high else np.nan
+
+
+def warn_of_planes(paths, per_file):
+    """A line on stderr on files of a few planes, which may be the bands of one lens."""
+    few = [path for path, count in zip(paths, per_file or [], strict=False) if 1 < count <= FEW_PLANES]
+    if few:
+        print(f"{len(few)} files have 2 to {FEW_PLANES} planes, such as {few[0]}: each plane is an image of its own. "
+              "If they are bands of one lens, save one of them or their mean", file=sys.stderr)  # fmt: skip
 
 
 def warn_of_images(paths, originals, labels, extremes):
@@ -557,6 +615,9 @@ def _open_packed(folder):
         if coarse.ndim != 3 or len(coarse) != n or coarse.dtype != np.float32 or not np.isfinite(coarse).all():
             raise UserError(f"{folder}/{COARSE} does not match images.npy: rebuild the data set")
         digests["coarse"] = hashlib.sha256(coarse).hexdigest()
+    per_file = description.get("per_file")
+    if per_file is not None and not _counts_images(per_file, n):
+        raise UserError(f"{folder}/dataset.json does not match images.npy: rebuild the data set")
     changed = [f"{name}.npy" for name in digests if isinstance(known, dict) and known.get(name) != digests[name]]
     for name in ("masses", "coarse"):  # whatever is known of them, the images are the same
         digests.pop(name, None)
@@ -564,7 +625,12 @@ def _open_packed(folder):
         names = " and ".join(changed or ["dataset.json"])
         raise UserError(f"{folder}/{names}: changed after packing; rebuild the data set")
     origin = str(description.get("origin", ""))
-    return Dataset(images, labels, *hashes, tuple(class_names), fingerprint, origin, masses, coarse)
+    return Dataset(images, labels, *hashes, tuple(class_names), fingerprint, origin, masses, coarse, per_file)
+
+
+def _counts_images(per_file, n):
+    """Whether a value of a description says how many of `n` images each file has."""
+    return isinstance(per_file, list) and all(type(k) is int and k > 0 for k in per_file) and sum(per_file) == n
 
 
 # Choosing rows

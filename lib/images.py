@@ -197,16 +197,38 @@ def read_image(path):
 
 def read_image_and_numbers(path):
     """(`read_image`, the numbers that stand beside the image in an object array [image, number, ...])."""
+    stack, numbers = read_stack(path)
+    if len(stack) != 1:
+        raise UserError(f"{path}: expected one square image, got {len(stack)}; give one a file")
+    return training_image(stack, 0, path), numbers
+
+
+def read_stack(path):
+    """(images (n, H, H) of a file to train on, the numbers beside one in an object array [image, number, ...]).
+
+    The images are as the file stores them, mapped into memory if it is large. Raises UserError, naming the file
+    and the remedy, for anything else.
+    """
     arrays = [found for found in read_arrays(Path(path)) if found.array is not None]
     if len(arrays) > 1:
-        raise UserError(f"{path}: expected one square image, got {len(arrays)} arrays; give one a file")
-    stack = _stack_of(arrays[0].array)
-    if stack.ndim != 3 or len(stack) != 1 or stack.shape[1] != stack.shape[2] or not stack.size:
-        raise UserError(f"{path}: expected one square image, got shape {arrays[0].array.shape}; remove it")
-    image = _finite_float32(stack[0])
+        raise UserError(f"{path}: expected one square image or one stack, got {len(arrays)} arrays; give one a file")
+    shape, stack = arrays[0].array.shape, _stack_of(arrays[0].array)
+    if stack.ndim != 3 or stack.shape[1] != stack.shape[2] or not stack.size:
+        raise UserError(f"{path}: expected one square image or a stack of them, got shape {shape}; remove it")
+    return stack, arrays[0].numbers
+
+
+def training_image(stack, i, name):
+    """Image `i` (H, H) float32 of a stack; UserError, which has its `name`, for NaN or infinite pixels."""
+    image = _finite_float32(stack[i])
     if image is None:
-        raise UserError(f"{path}: NaN or infinite pixels; repair or remove it")
-    return image, arrays[0].numbers
+        raise UserError(f"{name}: NaN or infinite pixels; repair or remove it")
+    return image
+
+
+def names_in(path, count):
+    """The paths that name the images of a file of `count` images, as prediction names them: stack.npy[17]."""
+    return [path] if count == 1 else [path.with_name(f"{path.name}[{i}]") for i in range(count)]
 
 
 def read_images(files, img_size, said, how=How()):
@@ -349,7 +371,7 @@ def read_arrays(path, how=How()):
         if image.pixels.ndim > 2 and how.planes is None:
             raise UserError(
                 f"{path}: several planes, shape {image.pixels.shape}: predict.py --planes says what they "
-                "are, lenses or bands; training needs one image a file"
+                "are, lenses or bands; training takes a stack of lenses as .npy"
             )
         name = f"{path}[{image.hdu}]" if image.hdu else str(path)
         return [Found(name, image.pixels, image.rounded, image.pixel_scale, image.cards)]

@@ -18,7 +18,7 @@ def write(path, predictions, dataset, folder):
 
     predictions : {run: `evaluate.Prediction`}.
     """
-    names, files = dataset.class_names, files_of(Path(folder))
+    names, files = dataset.class_names, files_of(Path(folder), dataset)
     lines = [["run", "row", *(["file"] if files else []), "class", *names, "prediction"]]
     for run, p in predictions.items():
         for row, label, each in zip(p.rows, p.labels, p.probabilities, strict=True):
@@ -40,7 +40,7 @@ def read(path, rows, dataset, folder):
         raise UserError(f"cannot read --predictions {path}: {error}") from None
     columns, names = (table[0].keys() if table else ()), dataset.class_names
     missing = [name for name in names if name not in columns]
-    files = files_of(Path(folder))
+    files = files_of(Path(folder), dataset)
     key = "row" if "row" in columns or not files else "file"
     if missing or key not in columns:
         wanted = ", ".join(["row or file" if files else "row", *names])

@@ -18,6 +18,7 @@ from conftest import (
 
 from lib import compatibility, datasets
 from lib.errors import UserError
+from lib.images import read_image
 
 
 def write_classes(root, counts, size=8, seed=0):
@@ -76,14 +77,14 @@ def test_two_processes_packing_at_once_give_one_good_cache(tmp_path):
 
 def test_a_cache_that_appears_meanwhile_is_used(tmp_path, monkeypatch):
     root = write_classes(tmp_path / "d", {"a": 3, "b": 3})
-    whole = datasets.read_image_and_numbers
+    whole = datasets.read_stack
 
     def another_process_is_faster(path):
-        monkeypatch.setattr(datasets, "read_image_and_numbers", whole)
+        monkeypatch.setattr(datasets, "read_stack", whole)
         datasets.load(root)
         return whole(path)
 
-    monkeypatch.setattr(datasets, "read_image_and_numbers", another_process_is_faster)
+    monkeypatch.setattr(datasets, "read_stack", another_process_is_faster)
     assert len(datasets.load(root).labels) == 6
 
 
@@ -311,9 +312,9 @@ def test_folders_of_train_and_one_other_part_keep_their_images(name, tmp_path):
     train, validation = contents(dataset, "train"), contents(dataset, "validation")
     assert train | validation == given["train"] and not train & validation
     assert 25 < len(validation) < 65
-    files = datasets.files_of(tmp_path / "d")
+    files = datasets.files_of(tmp_path / "d", dataset)
     for row in (0, 220, 459):
-        assert np.array_equal(datasets.read_image_and_numbers(files[row])[0], dataset.images[row])
+        assert np.array_equal(read_image(files[row]), dataset.images[row])
 
 
 def test_three_folders_of_parts_are_the_parts(tmp_path):

@@ -21,7 +21,7 @@ from conftest import bound_by_permissions, run_python
 from lib import datasets, images
 from lib import fits as fits_reader
 from lib.errors import UserError
-from lib.images import How, Said, find_files, read_image, read_images, read_npy
+from lib.images import How, Said, find_files, read_image, read_images, read_npy, read_stack
 
 SIDE = 8
 IMAGES = np.random.default_rng(0).random((3, SIDE, SIDE)).astype(np.float32)
@@ -105,7 +105,7 @@ PLAIN_IMAGES = {"plain": IMAGE, "channel first": IMAGES[:1], "channel last": IMA
 
 
 @pytest.mark.parametrize("stack", [*STACKS, *(f"plain {name}" for name in PLAIN_STACKS)])
-def test_every_image_of_a_stack_is_predicted_and_training_refuses_it(stack, tmp_path):
+def test_every_image_of_a_stack_is_read_alike_for_training_and_prediction(stack, tmp_path):
     path = tmp_path / "stack.npy"
     array = PLAIN_STACKS[stack[6:]] if stack.startswith("plain") else STACKS[stack]
     np.save(path, array, allow_pickle=True)
@@ -114,8 +114,7 @@ def test_every_image_of_a_stack_is_predicted_and_training_refuses_it(stack, tmp_
     assert errors == []
     expected = IMAGES[[0, 0, 0]] if "copies" in stack else IMAGES
     assert np.array_equal(np.stack(list(read.values())), expected)
-    with pytest.raises(UserError, match=r"stack\.npy.*one square image"):
-        read_image(path)
+    assert np.array_equal(read_stack(path)[0], expected)
 
 
 @pytest.mark.parametrize("name", [*ONE_IMAGE, *(f"plain {name}" for name in PLAIN_IMAGES)])
@@ -397,7 +396,7 @@ def test_arrays_of_a_npz_file_that_are_no_images_are_told_apart(tmp_path):
     assert np.array_equal(read_image(path), IMAGE)
     np.savez(path, images=IMAGES, more=IMAGE)
     assert list(predicted(path)[0]) == [*(f"{path}:images[{i}]" for i in range(3)), f"{path}:more"]
-    with pytest.raises(UserError, match=r"set\.npz.*one square image, got 2 arrays"):
+    with pytest.raises(UserError, match=r"set\.npz.*one square image or one stack, got 2 arrays"):
         read_image(path)
     np.savez(path, **others)
     assert_refused(path, "there is no image in it")
@@ -660,6 +659,24 @@ def test_scaled_and_blank_pixels_are_numbers_and_nan(packed, fits, tmp_path):
     expected[0, 5] = np.nan
     assert np.allclose(image, expected, equal_nan=True)
     assert_refused(tmp_path / "x.fits", "NaN")
+
+
+@pytest.mark.parametrize("blank", [0, 3, -1])
+@pytest.mark.parametrize("kind", ["i2", "u2", "u1", "packed i2", "packed u2"])
+def test_pixels_that_the_header_calls_missing_are_missing(kind, blank, fits, tmp_path):
+    """With BLANK = 0, or unsigned numbers, missing pixels were read as zeros or 32768."""
+    stored = np.arange(64).reshape(8, 8) % 7
+    is_unsigned = kind.endswith("u2")
+    pixels = (stored + 32768 * is_unsigned).astype(kind[-2:])
+    unit = fits.CompImageHDU(pixels) if "packed" in kind else fits.PrimaryHDU(pixels)
+    unit.header["BLANK"] = blank
+    (tmp_path / "x.fits").write_bytes(fits_bytes(*([fits.PrimaryHDU()] if "packed" in kind else []), unit))
+    expected = np.where(stored == blank, np.nan, pixels)
+    (image,) = fits_reader.all_images(tmp_path / "x.fits")
+    assert np.array_equal(image, expected, equal_nan=True)
+    assert np.array_equal(fits_reader.read_fits(tmp_path / "x.fits").pixels, expected, equal_nan=True)
+    if blank >= 0:
+        assert_refused(tmp_path / "x.fits", "NaN")
 
 
 @pytest.mark.parametrize("compress", [bytes, gzip.compress, bz2.compress])

@@ -35,7 +35,7 @@ def test_a_table_gives_the_data_set_of_class_folders(tmp_path):
     assert "1 other files were not read: Zeichnung.npy" in said.stderr
     ours, theirs = datasets.load(root), datasets.load(folders)
     assert ours.class_names == ("a", "b") and ours.fingerprint == theirs.fingerprint
-    assert [file.name for file in datasets.files_of(root)[:2]] == ["a000.npy", "a001.npy"]
+    assert [file.name for file in datasets.files_of(root, ours)[:2]] == ["a000.npy", "a001.npy"]
 
 
 def test_another_label_makes_another_data_set(tmp_path):
@@ -51,7 +51,7 @@ def test_tables_in_folders_of_parts_keep_the_parts(tmp_path):
         flat(tmp_path / "d" / part, seed)
     dataset = datasets.load(tmp_path / "d")
     assert len(dataset.images) == 24
-    files = datasets.files_of(tmp_path / "d")
+    files = datasets.files_of(tmp_path / "d", dataset)
     assert {files[row].parts[-3] for row in datasets.split(dataset)["test"]} == {"val"}
 
 

@@ -191,7 +191,7 @@ def test_predictions_have_a_mass_where_an_axion_is_predicted(mass_run, folder, r
     run_script("predict.py", "--model", runs / "classifier.onnx", "--mass", runs / "mass.onnx",
                "--least-familiarity", 0, "--out", tmp_path / "p.csv", folder)  # fmt: skip
     dataset, model = datasets.load(folder, runs / "cache"), weights.mass_estimator_of(weights.read(mass_run / MASS))
-    files = [str(path) for path in datasets.files_of(folder)]
+    files = [str(path) for path in datasets.files_of(folder, dataset)]
     kinds = set()
     with (tmp_path / "p.csv").open(newline="") as file:
         for row in csv.DictReader(file):

@@ -136,7 +136,7 @@ def test_class_folders_of_pictures_are_packed_and_8_bits_are_named_once(bits, tm
     assert said.stderr.count("weak substructure") == (bits == 8)
     dataset = datasets.load(root)
     assert all(np.array_equal(read_image(file), image)
-               for file, image in zip(datasets.files_of(root), dataset.images, strict=True))  # fmt: skip
+               for file, image in zip(datasets.files_of(root, dataset), dataset.images, strict=True))  # fmt: skip
 
 
 def test_pictures_of_another_size_or_in_colours_are_named(tmp_path):

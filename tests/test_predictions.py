@@ -75,7 +75,8 @@ def test_predictions_that_do_not_fit_are_refused(change, named, evaluated, ours,
 def test_files_of_one_name_in_two_classes_are_not_mixed_up(tmp_path):
     """Predictions of the files of one class were taken for those of the other."""
     write_classes(tmp_path / "d", {"a": 40, "b": 40}, size=8)
-    dataset, files = datasets.load(tmp_path / "d"), datasets.files_of(tmp_path / "d")
+    dataset = datasets.load(tmp_path / "d")
+    files = datasets.files_of(tmp_path / "d", dataset)
     rows = datasets.split(dataset)["test"]
     lines = [{"file": file, "a": 1, "b": 0} for file in files]
     theirs = write(tmp_path / "p.csv", [line for line in lines if line["file"].parent.name == "a"], ("file", "a", "b"))

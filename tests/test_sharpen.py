@@ -84,7 +84,7 @@ def test_public_pairs_are_sharp_images_with_coarse_ones(public, tmp_path):
     coarse = pairs.coarse_of(dataset)
     assert np.allclose(coarse.images, pairs.reduced(torch.from_numpy(np.array(dataset.images))), atol=1e-6)
     assert (coarse.fingerprint, coarse.img_size) == (dataset.fingerprint, 75)
-    names = [path.name for path in datasets.files_of(public)]
+    names = [path.name for path in datasets.files_of(public, dataset)]
     assert np.array_equal(coarse.images[7], np.load(public / "LR" / names[7])[0])
 
 
