@@ -61,9 +61,6 @@ def finetune(args):
     with open_run(args, dataset, task.file, chosen, **about) as run:
         if run.is_finished:
             return
-        if distributed.is_main():
-            few = " (few)" if strategy.defaults_from(start).are_few(len(rows)) else ""
-            print(f"{args.strategy}, {len(rows):,} training images{few}: {chosen}")
         train(args, task, strategy, start, chosen, inputs, rows, parts, run)
 
 
@@ -86,6 +83,9 @@ def train(args, task, strategy, start, chosen, dataset, rows, parts, run):
     device, validation = resolve_device(args.device), parts["validation"]
     torch.manual_seed(chosen.seed)
     model, config = strategy.build(args, start, chosen, task, dataset, rows)
+    if distributed.is_main():  # now that the options are known to fit together
+        few = " (few)" if strategy.defaults_from(start).are_few(len(rows)) else ""
+        print(f"{args.strategy}, {len(rows):,} training images{few}: {chosen}")
     model.to(device)
     targets = task.targets.to(device)
     precision = precision_of(chosen, run, device)

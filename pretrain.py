@@ -42,8 +42,6 @@ def pretrain(args):
     with open_run(args, dataset, "vit-mae-wt.pth", chosen, **network.described(args, dataset.img_size)) as run:
         if run.is_finished:
             return
-        if distributed.is_main():
-            print(one_line(f"{', '.join(args.classes)}, {len(rows):,} training images: {chosen}"))
         train(args, chosen, dataset, rows, validation, parts, run)
 
 
@@ -56,6 +54,8 @@ def train(args, chosen, dataset, rows, validation, parts, run):
 
     torch.manual_seed(chosen.seed)
     model = network.build(MAE, config).to(device)
+    if distributed.is_main():  # now that the options are known to fit together
+        print(one_line(f"{', '.join(args.classes)}, {len(rows):,} training images: {chosen}"))
     transform = IntensityTransform(**constants).to(device)
     read = batch_reader(dataset.images, device)
     noise = validation_noise(len(validation), model.num_patches, seed=0)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
-    PRETRAINED, assert_refused, history_of, images_of, pretrain_on, pretraining, tensors_in, write_classes,
+    PRETRAINED, assert_refused, assert_user_error, history_of, images_of, pretrain_on, pretraining, run_script,
+    tensors_in, write_classes,
 )  # fmt: skip
 
 import mae
@@ -76,9 +77,11 @@ def test_more_patches_than_weights_may_have_are_refused_before_training(packed, 
 def test_a_side_that_the_patches_do_not_divide_is_refused_with_the_patch_sizes_that_do(side, remedy, tmp_path):
     data = write_classes(tmp_path / "data", {"no_sub": 10, "other": 10}, size=side)
     named = f"--patch-size {side // 4} does not divide the image size {side}: {remedy}"
-    assert_refused("pretrain.py", ["--data", data, "--out", tmp_path / "run"], named)
-    scratch = ["--data", data, "--out", tmp_path / "run", "--pretrained", "none", "--strategy", "full"]
-    assert_refused("finetune.py", scratch, named)
+    scratch = ["--pretrained", "none", "--strategy", "full"]
+    for script, more in (("pretrain.py", []), ("finetune.py", scratch)):
+        refused = run_script(script, "--data", data, "--out", tmp_path / "run", *more, check=False)
+        assert_user_error(refused, named)
+        assert "training images" not in refused.stdout  # the settings of a training that does not begin
 
 
 def test_an_augmentation_that_does_not_exist_is_named(packed, tmp_path):
