@@ -52,7 +52,7 @@ def read_fits(path, hdu=None):
     one do not count either. The file may be compressed by gzip, bzip2 or fpack, whatever its name says.
     Raises UserError if no image is left, listing the HDUs, or several are, listing these.
     """
-    with _opened(path) as (units, steps):
+    with _opened(path) as (units, stored, steps):
         shapes = _shapes_of(units)
         images = [i for i, shape in enumerate(shapes) if len(shape) >= 2]
         chosen = _named(units, hdu, images) if hdu is not None else _showing_the_sky(units, images)
@@ -62,15 +62,15 @@ def read_fits(path, hdu=None):
             raise UserError(f"{path}: {_why_none_is_chosen(chosen, images, hdu)}; {whose}: {listed}")
         (i,) = chosen
         where = "" if len(images) == 1 else units[i].name or str(i)
-        pixels = np.array(units[i].data).reshape(shapes[i])
+        pixels = _pixels_of(units[i], stored[i]).reshape(shapes[i])
         return FitsImage(pixels, where, steps[i], _scale_of(units[i]), _cards_of(units, i))
 
 
 def all_images(path):
     """All two-dimensional images (H, W) of a FITS file, a list. UserError."""
-    with _opened(path) as (units, _):
-        return [np.array(unit.data).reshape(shape)
-                for unit, shape in zip(units, _shapes_of(units), strict=True) if len(shape) == 2]  # fmt: skip
+    with _opened(path) as (units, stored, _):
+        return [_pixels_of(units[i], stored[i]).reshape(shape)
+                for i, shape in enumerate(_shapes_of(units)) if len(shape) == 2]  # fmt: skip
 
 
 # Choosing an HDU
@@ -111,7 +111,7 @@ def _why_none_is_chosen(chosen, images, hdu):
 
 @contextlib.contextmanager
 def _opened(path):
-    """(HDUs, the rounding step of each) of a checked file."""
+    """(HDUs, the same with the numbers as they are stored, the rounding step of each) of a checked file."""
     try:
         from astropy.io import fits
     except ImportError:
@@ -122,8 +122,20 @@ def _opened(path):
         with fits.open(BytesIO(content), memmap=False, disable_image_compression=True) as units:
             _check_compressed_units(units)
             steps = [_step_of(unit) for unit in units]
-        with fits.open(BytesIO(content), memmap=False) as units:
-            yield units, steps
+        stored = fits.open(BytesIO(content), memmap=False, do_not_scale_image_data=True)
+        with stored, fits.open(BytesIO(content), memmap=False) as units:
+            yield units, stored, steps
+
+
+def _pixels_of(unit, stored):
+    """The pixels of an HDU; NaN where its header calls an integer missing (BLANK, FITS standard 4.0, 4.4.2.5).
+
+    Astropy by itself keeps missing pixels as numbers if BLANK is 0 or if the integers are unsigned.
+    """
+    pixels, blank = np.array(unit.data), stored.header.get("BLANK")
+    if type(blank) is not int or stored.header["BITPIX"] < 0:
+        return pixels
+    return np.where(np.asarray(stored.data) == blank, np.nan, pixels)
 
 
 def _shapes_of(units):

@@ -54,6 +54,7 @@ GOOD = {
     "an unused blank": [hdu((IMAGE * 99).astype("i2"), BLANK=-32768)],
     "quotes": [hdu(IMAGE, OBJECT="it's / a lens", BUNIT="")],
 }
+BLANK = int(WHOLE[0, 0] * 300)
 BAD = {
     "two images": ([hdu(IMAGE), hdu(IMAGE, fits.ImageHDU)], "2 images in one FITS file"),
     "a cube": ([hdu(np.stack([IMAGE] * 3))], "a cube of shape (3, 8, 8)"),
@@ -62,6 +63,8 @@ BAD = {
     "a unit for all": ([hdu(None, MAGZERO=25.0), hdu(IMAGE, fits.ImageHDU)], "says the unit (MAGZERO)"),
     "a weight map": ([fits.PrimaryHDU(), hdu(IMAGE, fits.ImageHDU, EXTNAME="SCI_WHT")], "called SCI_WHT"),
     "blank pixels": ([hdu((IMAGE * 99).astype("i2"), BLANK=int(IMAGE[0, 0] * 99))], "NaN or infinite pixels"),
+    "blank zeros": ([hdu((IMAGE * 9).astype("i2"), BLANK=0)], "NaN or infinite pixels"),
+    "blank unsigned": ([hdu((WHOLE * 300).astype("i2"), BZERO=32768, BLANK=BLANK)], "NaN or infinite pixels"),
     "no image": ([fits.PrimaryHDU()], "no image"),
     "another size": ([hdu(IMAGE[:4])], "not an image of 8×8 pixels"),
 }  # fmt: skip
@@ -76,7 +79,9 @@ def test_javascript_reads_the_same_numbers_of_plain_fits(tmp_path):
 
 def test_what_needs_a_choice_or_a_unit_is_left_to_predict(tmp_path):
     paths = [write(tmp_path / f"{i}.fits", *each) for i, (each, _) in enumerate(BAD.values())]
-    for (name, (_, reason)), got in zip(BAD.items(), read_in_javascript(paths), strict=True):
+    for path, (name, (_, reason)), got in zip(paths, BAD.items(), read_in_javascript(paths), strict=True):
+        if name.startswith("blank"):
+            assert read_in_python(path) is None
         assert isinstance(got, str) and reason in got, f"{name}: {got}"
         if name in ("two images", "a cube", "64 bits", "a unit", "a unit for all"):
             assert "predict.py" in got
