@@ -22,6 +22,8 @@ LONGEST_LABEL = 80
 WITH_METADATA = (".png", ".pdf", ".svg", ".eps", ".ps")  # other formats cannot say who made them
 RESIDUAL = "residual (image − prediction), in the network's scale"
 SIGMAS = "residual (image − prediction), in σ of smooth lenses"
+SHARES = ("accuracy", "macro_auc")  # figures of a training that are 1 at best
+WIDE = 3  # ratio of the largest to the smallest figure from which curves are logarithmic
 MOST_SIGMAS, LINEAR_SIGMAS = 50, 3  # where the colours of a map end, and up to where they are linear
 
 # A run has one colour in every picture, whichever others stand beside it.
@@ -81,61 +83,66 @@ def run_styles(runs):
 
 
 def _curves(axes, history, name, label):
-    """A line for each part; the legend has the last values, which are all that one validation gives.
+    """A line for each part, with its last value in the legend; of one validation the values, and no line.
 
-    Several losses have a logarithmic axis; a share is drawn up to 1, its best.
+    Positive figures that vary by more than WIDE have a logarithmic axis; those of SHARES are drawn up to 1, their best.
     """
     epochs = [line["epoch"] for line in history]
     parts = {part: [line[f"{part}_{name}"] for line in history]
              for part in ("train", "validation") if f"{part}_{name}" in history[0]}  # fmt: skip
+    last = ", last" if len(history) > 1 else ""
     for part, values in parts.items():
         marker, colour = ("s", "0.45") if part == "train" else ("o", "black")
-        axes.plot(epochs, values, marker=marker, ms=4, color=colour, label=f"{part}, last {values[-1]:.6g}")
+        axes.plot(epochs, values, marker=marker, ms=4, color=colour, label=f"{part}{last} {values[-1]:.6g}")
+        if len(history) == 1:
+            _value_beside(axes, epochs[0], values[0], is_left=part == "train")
     axes.set(xlim=(0, 1.04 * epochs[-1]), xlabel="epoch", ylabel=label)
-    missing = 1 - min(map(min, parts.values()))
-    if name == "loss" and len(history) > 1:
+    if len(history) == 1:
+        axes.set(xlim=(0, 2 * epochs[0]), title="one validation, so there is no curve")
+    low, high = min(map(min, parts.values())), max(map(max, parts.values()))
+    if name in SHARES:
+        missing = 1 - low or 0.1
+        axes.set_ylim(1 - 1.4 * missing, 1 + 0.1 * missing)
+    elif 0 < WIDE * low < high:
         axes.set_yscale("log")
-    elif name != "loss":
-        axes.set_ylim(1 - 1.4 * (missing or 0.1), 1 + 0.1 * (missing or 0.1))
     axes.legend()
+
+
+def _value_beside(axes, x, y, is_left):
+    """A value as text on one side of its mark."""
+    axes.annotate(f"{y:.6g}", (x, y), (-7 if is_left else 7, 0), textcoords="offset points", va="center",
+                  ha="right" if is_left else "left")  # fmt: skip
+
+
+def _panels_of_curves(path, history, *panels):
+    """Panels of (name in the history, label), one above the other, for narrow screens."""
+    figure, axes = plt.subplots(len(panels), 1, figsize=(4.2, 2.8 * len(panels) + 0.6), squeeze=False)
+    for panel, (name, label) in zip(axes[:, 0], panels, strict=True):
+        _curves(panel, history, name, label)
+    figure.tight_layout()
+    save(figure, path)
 
 
 def loss_curves(path, history, label):
     """Training and validation loss over the epochs."""
-    figure, axes = plt.subplots(figsize=(4.2, 3.4))
-    _curves(axes, history, "loss", label)
-    save(figure, path)
+    _panels_of_curves(path, history, ("loss", label))
 
 
 def classifier_curves(path, history):
     """Loss, accuracy and macro AUC over the epochs."""
-    figure, axes = plt.subplots(3, 1, figsize=(4.2, 8.4))
-    _curves(axes[0], history, "loss", "cross-entropy")
-    _curves(axes[1], history, "accuracy", "accuracy")
-    _curves(axes[2], history, "macro_auc", "macro one-vs-rest AUC")
-    figure.tight_layout()
-    save(figure, path)
+    _panels_of_curves(path, history, ("loss", "cross-entropy"), ("accuracy", "accuracy"),
+                      ("macro_auc", "macro one-vs-rest AUC"))  # fmt: skip
 
 
 def mass_curves(path, history):
     """Loss and mean error of the axion's mass over the epochs."""
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.5))
-    _curves(axes[0], history, "loss", "negative log-likelihood")
-    _curves(axes[1], history, "error", "mean error of log10 mass, dex")
-    axes[1].set_yscale("log")
-    figure.tight_layout()
-    save(figure, path)
+    _panels_of_curves(path, history, ("loss", "negative log-likelihood"), ("error", "mean error of log10 mass, dex"))
 
 
 def sharpening_curves(path, history):
-    """PSNR over the epochs, and the loss in units of what interpolation leaves."""
-    figure, axes = plt.subplots(1, 2, figsize=(8, 3.5))
-    for panel, name, label in zip(axes, ("train_loss", "validation_psnr"), ("loss", "PSNR, dB"), strict=True):
-        values = [line[name] for line in history]
-        panel.plot([line["epoch"] for line in history], values, "o-", ms=4, color="black")
-        panel.set(xlabel="epoch", ylabel=label, title=f"{name.split('_')[0]}, last {values[-1]:.6g}")
-    figure.tight_layout()
-    save(figure, path)
+    """The training loss in units of what interpolation leaves, and the PSNR of the validation, over the epochs."""
+    history = [{name: line[name] for name in ("epoch", "train_loss", "validation_psnr")} for line in history]
+    _panels_of_curves(path, history, ("loss", "loss / that of interpolation"), ("psnr", "PSNR, dB"))
 
 
 def sharpened(path, coarse, ours, sharp, sigmas):

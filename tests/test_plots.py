@@ -55,11 +55,45 @@ def test_one_validation_has_its_figures_in_words_and_no_axis_far_above_one(drawn
     plots.classifier_curves("curves", [line])
     loss, accuracy, macro = drawn["curves"].axes
     texts = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in (loss, accuracy, macro)]
-    assert texts == [["train, last 0.5", "validation, last 0.25"], ["train, last 0.75", "validation, last 0.875"],
-                     [f"validation, last {auc:g}"]]  # fmt: skip
+    assert texts == [["train 0.5", "validation 0.25"], ["train 0.75", "validation 0.875"], [f"validation {auc:g}"]]
+    assert [[text.get_text() for text in axes.texts] for axes in (loss, accuracy, macro)] == [
+        ["0.5", "0.25"], ["0.75", "0.875"], [f"{auc:g}"]
+    ]  # fmt: skip
+    assert all("no curve" in axes.get_title() for axes in (loss, accuracy, macro))
     for axes in (accuracy, macro):
         assert 1 < axes.get_ylim()[1] <= 1.05
         assert axes.get_xlim()[0] == 0
+
+
+def is_seen(axes):
+    """Whether all points of the lines lie inside the axes, on a scale that can show them."""
+    axes.figure.canvas.draw()
+    points = np.concatenate([axes.transData.transform(line.get_xydata()) for line in axes.get_lines()])
+    return np.isfinite(points).all() and axes.bbox.expanded(1.01, 1.01).count_contains(points) == len(points)
+
+
+@pytest.mark.parametrize("validations", [1, 2, 10])
+def test_every_curve_lies_inside_its_axes_whatever_its_sign_and_range(drawn, validations):
+    """A negative log-likelihood was drawn on a logarithmic axis, and errors in dex as shares up to one: both were
+    empty."""
+    steps = np.arange(1, validations + 1)
+    figures = {"loss": 2 - 3 * steps, "error": 0.2 / steps**2, "psnr": 42 + 0.01 * steps, "accuracy": 1 - 0.1 / steps,
+               "macro_auc": 1 - 0.01 / steps}  # fmt: skip
+    history = [{"epoch": float(step), **{f"{part}_{name}": float(values[step - 1]) for name, values in figures.items()
+                                         for part in ("train", "validation")}} for step in steps]  # fmt: skip
+    for draw in (plots.mass_curves, plots.sharpening_curves, plots.classifier_curves):
+        draw("curves", history)
+        assert all(is_seen(axes) for axes in drawn["curves"].axes), draw.__name__
+        assert drawn["curves"].get_figwidth() <= 5.4
+        plt.close("all")
+
+
+def test_the_loss_of_sharpening_is_drawn_in_its_one_unit(drawn):
+    """Training gives it in units of what interpolation leaves, validation as it is."""
+    history = [{"epoch": float(i), "train_loss": 0.9, "validation_loss": 6e-5, "validation_psnr": 42.0} for i in (1, 2)]
+    plots.sharpening_curves("curves", history)
+    assert [len(axes.get_lines()) for axes in drawn["curves"].axes] == [1, 1]
+    assert drawn["curves"].axes[0].get_yscale() == "linear"
 
 
 def test_the_pictures_of_a_report_fit_a_narrow_screen(drawn):
