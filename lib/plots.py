@@ -26,6 +26,9 @@ SHARES = ("accuracy", "macro_auc")  # figures of a training that are 1 at best
 WIDE = 3  # ratio of the largest to the smallest figure from which curves are logarithmic
 MOST_SIGMAS, LINEAR_SIGMAS = 50, 3  # where the colours of a map end, and up to where they are linear
 
+PANEL, PANEL_OF_SHEET = 1.75, 1.35  # inches, of which 5.4 side by side are read on narrow screens
+ABOVE = {"location": "top", "fraction": 0.08, "aspect": 40, "ticks": (-50, -20, -5, 0, 5, 20, 50)}  # where the colour bar of many rows is seen
+
 # A run has one colour in every picture, whichever others stand beside it.
 RUN_COLOURS = {"head": "C0", "layernorm": "C1", "full": "C2", "residual": "C3", "scratch": "C4"}
 OTHER_COLOURS = ("C6", "C8", "C9", "C5", "C7")
@@ -224,26 +227,27 @@ def map_scale(figure, drawn, axes, label=SIGMAS, ticks=(-50, -20, -10, -5, 0, 5,
 
 
 def residual_maps(path, images, residuals, sigma, titles, marks=None):
-    """Images (n, H, W) above their residuals, in rows of six, see `substructure_map`.
+    """Images (n, H, W) above their residuals, in rows of three for narrow screens, see `substructure_map`.
 
     `marks`, a list of (P, 3), are the x, y and radius in pixels of circles on the residuals.
     """
-    columns = 6
+    columns = 3
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(
-        2 * rows, columns, figsize=(1.7 * columns, 3.6 * rows), squeeze=False, layout="constrained"
-    )
+        2 * rows, columns, figsize=(PANEL * columns, (2 * PANEL + 0.25) * rows + 0.8), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
     for panel in axes.flat:
         panel.set_axis_off()
     for i, (image, residual, title) in enumerate(zip(images, residuals, titles, strict=True)):
         row, column = divmod(i, columns)
         axes[2 * row, column].imshow(image, cmap="magma", origin="lower")
-        axes[2 * row, column].set_title(label_of(title), fontsize=7)
+        axes[2 * row, column].set_title(label_of(title), fontsize=8)
         shown = substructure_map(axes[2 * row + 1, column], residual, sigma)
         if marks is not None:
             circles(axes[2 * row + 1, column], marks[i])
     more = "" if marks is None else "\ncircles: true point masses, Einstein radii"
-    map_scale(figure, shown, axes, SIGMAS + more)
+    map_scale(figure, shown, axes[0], SIGMAS + more, **ABOVE)
     save(figure, path)
 
 
@@ -263,11 +267,12 @@ def contact_sheet(path, answers, class_names, maps, sigma, pixel_scale=None):
     pixel_scale : arcsec; where it is known, the first image has a bar of one arcsec.
     """
     panels = 1 if maps is None else 2
-    columns = min(8 // panels, len(answers))
+    columns = min(4 // panels, len(answers))  # for narrow screens
     rows = -(-len(answers) // columns)
     figure, axes = plt.subplots(
-        rows, columns * panels, figsize=(1.6 * columns * panels + 0.6, 2.3 * rows), squeeze=False,
-        layout="constrained",
+        rows, columns * panels,
+        figsize=(PANEL_OF_SHEET * columns * panels, (PANEL_OF_SHEET + 0.4) * rows + 0.7 * (panels - 1)),
+        squeeze=False, layout="constrained",
     )  # fmt: skip
     for panel in axes.flat:
         panel.set_axis_off()
@@ -278,17 +283,17 @@ def contact_sheet(path, answers, class_names, maps, sigma, pixel_scale=None):
         panel.imshow(_stretched(answer.image[0]), cmap="magma", origin="lower")
         rows_of_text = zip(class_names, answer.probabilities, strict=True)
         each = "\n".join(f"{label_of(name)} {p:.3f}" for name, p in rows_of_text)
-        title = f"{label_of(shortened(answer.name, 24))}\n{label_of(answer.prediction)}"
+        title = f"{label_of(shortened(answer.name, 18))}\n{label_of(answer.prediction)}"
         colour = "black" if answer.prediction in class_names else "crimson"
-        panel.set_title(title, fontsize=7, fontweight="bold", color=colour)
-        panel.text(0.02, 0.02, each, fontsize=6, color="white", transform=panel.transAxes)
+        panel.set_title(title, fontsize=8, fontweight="bold", color=colour)
+        panel.text(0.02, 0.02, each, fontsize=7, color="white", transform=panel.transAxes)
         if maps is not None:
             drawn = substructure_map(axes[line, 2 * column + 1], maps[i], unit)
-            axes[line, 2 * column + 1].set_title("substructure map", fontsize=7)
+            axes[line, 2 * column + 1].set_title("substructure map", fontsize=8)
     if pixel_scale:
         _arcsec_bar(axes[0, 0], answers[0].image.shape[-1], pixel_scale)
     if maps is not None:
-        map_scale(figure, drawn, axes)
+        map_scale(figure, drawn, axes[0], **ABOVE)
     save(figure, path)
 
 

@@ -6,6 +6,7 @@ import pytest
 from matplotlib.colors import to_hex
 
 from lib import plots
+from predict import Answer
 
 
 @pytest.fixture
@@ -101,5 +102,11 @@ def test_the_pictures_of_a_report_fit_a_narrow_screen(drawn):
     plots.confusion_matrices("confusion", {run: np.eye(2, dtype=int) for run in "abcd"}, ["a", "b"])
     image = np.ones((12, 8, 8))
     plots.mistakes("mistakes", image, [(i, 0, 1, 0.9) for i in range(12)], ["a", "b"])
+    plots.residual_maps("maps", image, image, 1.0, ["a"] * 12)
+    answers = [Answer("a.npy", one[None], np.array([0.5, 0.5]), "a", None, None) for one in image]
+    for count, maps in ((12, image), (12, None), (1, image[:1])):
+        plots.contact_sheet(f"sheet {count} {maps is None}", answers[:count], ["a", "b"], maps, 1.0)
     for figure in drawn.values():
-        assert figure.get_figwidth() <= 5.4  # inches, in which the text has 8 points and more
+        assert figure.get_figwidth() <= 5.4  # inches, in which titles have 8 points and more
+        titles = [axes.title for axes in figure.axes if axes.get_title()]
+        assert all(title.get_fontsize() >= 8 for title in titles)
