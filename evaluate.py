@@ -42,6 +42,10 @@ LEFT = {
     **dict.fromkeys(("roc.png", "confusion_matrix.png", "reliability.png", "familiarity.png", "mistakes.png",
                      "masses.png", "sharpened.png"), PICTURE),
 }  # fmt: skip
+# By kind of weights: the task in metrics.json, and what evaluates it if that is no classification.
+OTHER_TASKS = {"mass": ("mass", mass_evaluation.evaluate), "sharpener": ("sharpen", sharp_evaluation.evaluate)}
+# What is left beside metrics.json and comparison.md, by kind of weights; other pictures may fail.
+BESIDE = {"classifier": ["report.html", "roc.png"], "mass": ["masses.png"], "sharpener": ["sharpened.png"]}
 SIGNIFICANCE = 0.01  # of the test whether more images of a class are unfamiliar than should be
 
 # (work, AUC by class, macro AUC, accuracy) that others report of Test VI.A, which holds images of
@@ -73,26 +77,6 @@ class Prediction(NamedTuple):
     probabilities: np.ndarray
     familiarity: np.ndarray | None
     guard: Guard | None
-OTHER_TASKS = {"mass": mass_evaluation.evaluate, "sharpener": sharp_evaluation.evaluate}
-TASK_OF = {"mass": "mass", "sharpener": "sharpen"}  # by kind of weights
-# What is left beside metrics.json and comparison.md, by kind of weights; other pictures may fail.
-BESIDE = {"classifier": ["report.html", "roc.png"], "mass": ["masses.png"], "sharpener": ["sharpened.png"]}
-
-
-def leave(args, paths, dataset, kind, outcome, made):
-    """Leave metrics.json, comparison.md and the picture of a `tables.Outcome` in --out, and print its table."""
-    table = tables.markdown(outcome.rows)
-    write_json(args.out / "metrics.json", {
-        "data": {"origin": dataset.origin, "fingerprint": dataset.fingerprint}, "task": TASK_OF[kind],
-        "weights": {name: str(path) for name, path in paths.items()}, "split": args.split,
-        "intervals": outcome.intervals, "results": outcome.results,
-    })  # fmt: skip
-    write_text(args.out / "comparison.md", table + "\n")
-    plots.attempt(print, table)
-    show, *what = outcome.picture
-    (name,) = BESIDE[kind]
-    if plots.attempt(show, args.out / name, *what):
-        sign(args.out / "metrics.json", made)
 
 
 def evaluate(args):
@@ -104,21 +88,29 @@ def evaluate(args):
     if args.save_predictions:
         check_outputs({"predictions.csv": args.out / PREDICTIONS}, [args.predictions] if args.predictions else [])
         require_own(args.out / PREDICTIONS, rb"\Arun,row,")
-    paths = dict(zip(names_of_runs(args.weights), args.weights, strict=True))
-    hashes = {name: sha256_of(path) for name, path in paths.items()}
+    opened = {name: weights.read(path)
+              for name, path in zip(names_of_runs(args.weights), args.weights, strict=True)}  # fmt: skip
     theirs = sha256_of(args.predictions) if args.predictions else None
+    hashes = {name: own.sha256 for name, own in opened.items()}
     made = made_from(
         args, [*LIBRARY, __file__], data=identity_of(dataset), weights=hashes, theirs=theirs
     )
-    kind = kind_of(paths, args)
+    kind = kind_of(opened, args)
     beside = ["comparison.md", *BESIDE[kind]]
     beside += [PREDICTIONS] if args.save_predictions else []
     if args.update and is_current(args.out / "metrics.json", made, *map(args.out.joinpath, beside)):
         return
+    about = {
+        "data": {"origin": dataset.origin, "fingerprint": dataset.fingerprint},
+        "weights": {name: str(own.path) for name, own in opened.items()},
+        "split": args.split,
+    }
+    device = resolve_device(args.device)
     if kind in OTHER_TASKS:
-        leave(args, paths, dataset, kind, OTHER_TASKS[kind](args, paths, dataset, resolve_device(args.device)), made)
+        task, outcome_of = OTHER_TASKS[kind]
+        leave(args.out, outcome_of(args, opened, dataset, device), BESIDE[kind][0], about | {"task": task}, made)
         return
-    ours = predictions_of(paths, dataset, resolve_device(args.device), args.split == "all")
+    ours = predictions_of(opened, dataset, device, args.split == "all")
     class_names = list(dataset.class_names)
     predictions, comparisons = with_theirs(ours, dataset, args)
     results = {name: figures(p, class_names, args) for name, p in predictions.items()}
@@ -128,9 +120,7 @@ def evaluate(args):
     write_json(
         args.out / "metrics.json",
         {
-            "data": {"origin": dataset.origin, "fingerprint": dataset.fingerprint},
-            "weights": {name: str(path) for name, path in paths.items()},
-            "split": args.split,
+            **about,
             "intervals": f"95 %; AUC: {args.resamples} bootstrap resamples, seed {args.seed}; accuracy: Wilson",
             "class_names": class_names,
             "results": results,
@@ -144,14 +134,25 @@ def evaluate(args):
     plots.attempt(print, "\n".join([table, *map(one_line, remarks)]))
     best = max(results, key=lambda name: results[name]["macro"]["value"])
     drawn = draw(args.out, dataset, predictions, results, matrices, best)
-    reported = plots.attempt(report.write, args.out, paths, results, dataset, best, published, remarks)
+    reported = plots.attempt(report.write, args.out, opened, results, dataset, best, published, remarks)
     if drawn and reported:  # else --update tries again
         sign(args.out / "metrics.json", made)
 
 
-def kind_of(paths, args):
-    """The `weights.Weights.kind` of weights; UserError if they have several, or for options of classifiers."""
-    kinds = {weights.read(path).kind for path in paths.values()}
+def leave(out, outcome, picture, about, made):
+    """Leave metrics.json, comparison.md and the picture of a `tables.Outcome` in `out`, and print its table."""
+    table = tables.markdown(outcome.rows)
+    write_json(out / "metrics.json", about | {"intervals": outcome.intervals, "results": outcome.results})
+    write_text(out / "comparison.md", table + "\n")
+    plots.attempt(print, table)
+    show, *what = outcome.picture
+    if plots.attempt(show, out / picture, *what):
+        sign(out / "metrics.json", made)
+
+
+def kind_of(opened, args):
+    """The kind of opened `Weights`; UserError if they have several, or for options of classifiers."""
+    kinds = {own.kind for own in opened.values()}
     if not kinds & OTHER_TASKS.keys():
         return "classifier"
     if len(kinds) > 1:
@@ -164,19 +165,19 @@ def kind_of(paths, args):
     return kind
 
 
-def predictions_of(paths, dataset, device, whole):
-    """{run: `Prediction`} of weights files on the test part, or on the `whole` data set.
+def predictions_of(opened, dataset, device, whole):
+    """{run: `Prediction`} of opened `Weights` on the test part, or on the `whole` data set.
 
     UserError as `compatibility.rows_to_evaluate` raises it, and for classes or sizes that do not fit.
     """
     predictions, strangenesses, trained_on = {}, {}, []
-    for name, path in paths.items():
-        model, content = weights.load_classifier(path)
-        compatibility.check_size(path, model, dataset)
-        order = compatibility.class_order(content["class_names"], dataset, path)
+    for name, own in opened.items():
+        model, content = weights.classifier_of(own), own.content
+        compatibility.check_size(own.path, model, dataset)
+        order = compatibility.class_order(content["class_names"], dataset, own.path)
         rows = compatibility.rows_to_evaluate(dataset, content, whole)
         probabilities = predict_probabilities(model, dataset.images, rows, device)
-        judge, familiarity, guard = weights.familiarity_in(path, content), None, None
+        judge, familiarity, guard = weights.familiarity_in(own), None, None
         if judge is not None:
             # Classifiers from one pre-training share the strangeness.
             identity = weights.identity({**content["familiarity"], "model": judge.state_dict()})

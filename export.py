@@ -74,7 +74,7 @@ def export(args):
         found = differences(model, temporary, images)
         require_agreement(found, args.out)
         say("measuring its time")
-        print(f"{described('float32', temporary, images)}; {as_text(found)}")
+        print(f"{size_and_speed('float32', temporary, images)}; {as_text(found)}")
         if args.precision != "float32":
             lower_precision(temporary, args, model, dataset, order, parts, images, metadata)
         say("storing images with known answers")
@@ -143,8 +143,8 @@ def load_model(args):
         return Sharpened(weights.sharpener_of(opened[0])).eval(), opened[0]
     classifiers = [weights.classifier_of(file) for file in opened]
     best = best_on_validation(opened) if len(opened) > 1 else 0
-    known = weights.familiarity_in(opened[best].path, opened[best].content)
-    return Probabilities(classifiers[best], known).eval(), opened[best]
+    model = Probabilities(classifiers[best], weights.familiarity_in(opened[best]))
+    return model.eval(), opened[best]
 
 
 def best_on_validation(opened):
@@ -281,11 +281,11 @@ def rank_steps(model, answers):
     It exchanges an image with its neighbour in rank. Among m images of a class that is 1/(1 + m), or twice
     that beside the strangest of them, see `Familiarity.rank`.
     """
-    known = getattr(model, "familiarity", None)
-    if known is None:
+    familiarity = getattr(model, "familiarity", None)
+    if familiarity is None:
         return None
     probabilities = answers["probabilities"]
-    counts = known.class_seen.bincount(minlength=probabilities.shape[1]).numpy()
+    counts = familiarity.class_seen.bincount(minlength=probabilities.shape[1]).numpy()
     return 2 / (1 + counts[probabilities.argmax(axis=1)])
 
 
@@ -319,7 +319,7 @@ def lower_precision(path, args, model, dataset, order, parts, images, metadata):
     found = differences(model, path, images)
     changes = [f"{name} {before[name]:.5f} -> {after[name]:.5f}" for name in before]
     print(
-        f"{described(args.precision, path, images)}; {as_text(found)}; "
+        f"{size_and_speed(args.precision, path, images)}; {as_text(found)}; "
         f"{', '.join(changes)} on {len(rows)} validation images"
     )
     require_agreement({name: found[name] for name in found if name == "familiarity"}, args.out)
@@ -341,7 +341,7 @@ def figures_of(path, images, labels):
     }
 
 
-def described(precision, path, images):
+def size_and_speed(precision, path, images):
     one, many = latency(path, images)
     size = path.stat().st_size / 1e6
     return f"{precision}: {size:.2f} MB, {one:.2f} ms for 1 image, {many:.1f} ms for 256"

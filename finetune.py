@@ -26,7 +26,7 @@ from lib import datasets, distributed, familiarity, network, options, plots, rec
 from lib.device import resolve_device
 from lib.guard import LEAST_FAMILIARITY
 from lib.loader import in_batches
-from lib.loop import Learner, check_batch, fit, precision_of
+from lib.loop import check_batch, fit, precision_of
 from lib.run import open_run
 from lib.strategies import DEFAULT_POOL, STRATEGIES, freeze_others, reestimate_batchnorm, strategy_of
 from lib.tasks import TASKS
@@ -57,7 +57,7 @@ def finetune(args):
     strategy = strategy_of(args)
     chosen = strategy.recipe(args, start, len(rows))
     inputs = task.inputs or dataset
-    about = {**network.described(args, inputs.img_size, start), "pretrained_sha256": start.sha256 if start else "none", **task.about}
+    about = {**network.options_of(args, inputs.img_size, start), "pretrained_sha256": start.sha256 if start else "none", **task.about}
     with open_run(args, dataset, task.file, chosen, **about) as run:
         if run.is_finished:
             return
@@ -91,33 +91,29 @@ def train(args, task, strategy, start, chosen, dataset, rows, parts, run):
     precision = precision_of(chosen, run, device)
     set_attention_form(model, precision.attention)
     with precision.autocast(device):  # what is computed once and stored
-        computation = strategy.computation(
+        learner, training_outputs, outputs_of = strategy.learner(
             model, chosen, dataset, np.concatenate([rows, validation]), run, device
         )
     run.write_config(model=config)  # removes what it replaces, now that nothing is in the way
-    freeze_others(model, computation.learning)
+    freeze_others(model, learner.learning)
 
     def batch_loss(batch, progress):
-        return task.training_figures(computation.training_outputs(batch, progress).float(), targets[batch])
+        return task.training_figures(training_outputs(batch, progress).float(), targets[batch])
 
     def validation_outputs():
-        reestimate_batchnorm(computation.trained, computation.outputs, rows)
-        return in_batches(computation.outputs, validation)
+        reestimate_batchnorm(learner.model, outputs_of, rows)
+        return in_batches(outputs_of, validation)
 
     def validate():
         with precision.autocast(device):
             outputs = validation_outputs()
         return task.validation_figures(outputs, task.targets[validation])
 
-    learner = Learner(
-        computation.trained, computation.learning, batch_loss, validate, task.score,
-        computation.on_device, computation.in_blocks, computation.changes_at,
-        start is not None and start.is_classifier, computation.lr_scale,
-    )  # fmt: skip
-    state, history, kept = fit(learner, chosen, rows, run, device, precision)
-    computation.trained.load_state_dict(state)
+    learner = learner._replace(is_trained=start is not None and start.is_classifier)
+    state, history, kept = fit(learner, batch_loss, validate, chosen, rows, run, device, precision, task.score)
+    learner.model.load_state_dict(state)
     outputs = validation_outputs()  # in float32, apart from what is stored
-    fitted = familiarity_of(start, dataset, parts, config, chosen, args) if strategy.judges_images else None
+    fitted = familiarity_of(start, dataset, parts, config, chosen, args) if strategy.classifies else None
     if fitted:
         fitted[0].class_seen.copy_(outputs.argmax(dim=1))
         say_small_classes(fitted[0].class_seen, dataset.class_names)

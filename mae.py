@@ -104,6 +104,13 @@ def complementary_masks(num_patches, mask_ratio, rounds, seed=0):
     return masks
 
 
+def residual_masks(num_patches, mask_ratio, rounds):
+    """`complementary_masks` of a network that sees residual maps; ValueError for impossible ones."""
+    if not 0 < mask_ratio <= LARGEST_MASK_RATIO or rounds < 1:
+        raise ValueError(f"no residual maps at mask ratio {mask_ratio} and {rounds} rounds")
+    return complementary_masks(num_patches, mask_ratio, rounds)
+
+
 def _groups_of_masks(masks):
     """Lists of up to MASKS_TOGETHER masks with as many visible patches."""
     by_size = {}
@@ -600,9 +607,7 @@ class ResidualClassifier(nn.Module):
         self.map_side = self.img_size // self.map_pool
         if self.map_side < 2 ** len(MAP_WIDTHS):
             raise ValueError(f"maps must be at least {2 ** len(MAP_WIDTHS)} pixels wide")
-        if not 0 < mask_ratio <= LARGEST_MASK_RATIO or rounds < 1:
-            raise ValueError(f"no residual maps at mask ratio {mask_ratio} and {rounds} rounds")
-        self.masks = complementary_masks(self.mae.num_patches, mask_ratio, rounds)
+        self.masks = residual_masks(self.mae.num_patches, mask_ratio, rounds)
         self.transform = IntensityTransform(**transform)
         self.network = MapClassifier(self.mae.in_chans, num_classes)
         self.register_buffer("temperature", torch.ones(()))
@@ -669,13 +674,11 @@ class MassEstimator(nn.Module):
     def __init__(self, transform, centre, edges=(), mae=None, img_size=64, mask_ratio=0.75, rounds=1):
         super().__init__()
         self.mae, self.img_size = (MAE(**mae) if mae else None), (mae or {}).get("img_size", img_size)
-        if not 0 < mask_ratio <= LARGEST_MASK_RATIO or rounds < 1:
-            raise ValueError(f"no residual maps at mask ratio {mask_ratio} and {rounds} rounds")
         if not all(low < high for low, high in zip(edges, edges[1:], strict=False)):
             raise ValueError(f"edges that do not increase: {edges}")
         if mae:
             self.mae.requires_grad_(False)
-            self.masks = complementary_masks(self.mae.num_patches, mask_ratio, rounds)
+            self.masks = residual_masks(self.mae.num_patches, mask_ratio, rounds)
         self.transform, self.centre = IntensityTransform(**transform), float(centre)
         self.network = MassNetwork(2 if mae else 1, self.img_size)
         self.register_buffer("edges", torch.tensor(edges, dtype=torch.float32), persistent=False)

@@ -39,7 +39,7 @@ def pretrain(args):
         rows_to_learn_from(dataset, parts[part], args.classes) for part in ("train", "validation")
     )
     chosen = DEFAULTS.recipe(args, len(rows))
-    with open_run(args, dataset, "vit-mae-wt.pth", chosen, **network.described(args, dataset.img_size)) as run:
+    with open_run(args, dataset, "vit-mae-wt.pth", chosen, **network.options_of(args, dataset.img_size)) as run:
         if run.is_finished:
             return
         train(args, chosen, dataset, rows, validation, parts, run)
@@ -77,14 +77,12 @@ def train(args, chosen, dataset, rows, validation, parts, run):
 
         return {"loss": in_batches(loss_of, validation).mean().item()}
 
-    learner = Learner(
-        model, [(n, p) for n, p in model.named_parameters() if p.requires_grad], batch_loss, validate,
-        on_device=isinstance(read, StoredImages), in_blocks=larger_than_memory(dataset.images),
-    )  # fmt: skip
+    learning = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    learner = Learner(model, learning, isinstance(read, StoredImages), larger_than_memory(dataset.images))
     run.write_config(model=config, transform=constants)
     precision = precision_of(chosen, run, device)
     set_attention_form(model, precision.attention)
-    state, history, last = fit(learner, chosen, rows, run, device, precision)
+    state, history, last = fit(learner, batch_loss, validate, chosen, rows, run, device, precision)
     # For the classifiers that start from these weights.
     fitted = familiarity.fit(
         dataset, parts["train"], parts["validation"], constants, chosen.augment, args.quiet
@@ -110,7 +108,7 @@ def train(args, chosen, dataset, rows, validation, parts, run):
 
 def mae_config(args, img_size):
     """The arguments of `MAE` that the options ask for, and the kind of intensity scale."""
-    sizes = network.described(args, img_size)
+    sizes = network.options_of(args, img_size)
     transform = sizes.pop("transform")
     names = ("decoder_embed_dim", "decoder_depth", "decoder_num_heads", "mlp_ratio", "norm_pix_loss")
     return {"img_size": img_size, "in_chans": 1, **sizes, **{n: getattr(args, n) for n in names}}, transform

@@ -20,9 +20,9 @@ starting(__name__)
 import numpy as np
 import torch
 
-from lib import clusters, compatibility, datasets, options, plots, simulated
+from lib import clusters, compatibility, datasets, options, plots, simulated, weights
 from lib.device import resolve_device
-from lib.files import PICTURE, make_folder, sha256_of, write_csv, write_json
+from lib.files import PICTURE, make_folder, write_csv, write_json
 from lib.metrics import about_intervals
 from lib.provenance import LIBRARY, identity_of, is_current, made_from, require_own_results, sign
 from lib.residuals import (
@@ -34,6 +34,7 @@ from lib.residuals import (
     smooth_rms_of,
     unlike_training,
 )
+from lib.tables import with_interval
 
 EXAMPLE = """examples:
   python reconstruct.py --data lenses --weights runs/pretrain/vit-mae-wt.pth --out runs/residuals
@@ -48,10 +49,9 @@ LEFT = {"metrics.json": rb'"(masks|made_from)"', "scores.csv": rb"\Arow,class,sc
 def reconstruct(args):
     dataset = datasets.load(args.data, args.cache_dir)
     files = datasets.files_of(args.data, dataset)
-    device = resolve_device(args.device)
-    content, residuals, transformed = residual_reader(
-        args.weights, dataset, device, args.mask_ratio, args.rounds, args.seed
-    )
+    device, opened = resolve_device(args.device), weights.read(args.weights)
+    content = opened.content
+    residuals, transformed = residual_reader(opened, dataset, device, args.mask_ratio, args.rounds, args.seed)
     rows = compatibility.rows_to_evaluate(dataset, content, args.split == "all")
     fitted = rows if args.split == "all" or not args.clusters else datasets.split(dataset)["validation"]
     if args.clusters:
@@ -62,8 +62,7 @@ def reconstruct(args):
     if (args.out / "comparison.md").exists():
         raise UserError(f"{args.out} holds the results of evaluate.py: choose another --out")
     require_own_results(args.out, LEFT)
-    identities = {"data": identity_of(dataset), "weights": sha256_of(args.weights)}
-    made = made_from(args, [*LIBRARY, __file__], **identities)
+    made = made_from(args, [*LIBRARY, __file__], data=identity_of(dataset), weights=opened.sha256)
     if args.update and is_current(
         args.out / "metrics.json", made, args.out / "scores.csv", args.out / "maps.png"
     ):
@@ -79,8 +78,7 @@ def reconstruct(args):
     result, lines = separation(scores, labels, has_substructure, trained_on, how)
     if kinds:
         result["clusters"] = measured = clusters.measure(kinds, found, labels, dataset.class_names)
-        percent = {name: 100 * value for name, value in measured["accuracy"].items()}
-        lines += [f"{args.clusters} clusters: accuracy {as_text(percent, 2)} %, "
+        lines += [f"{args.clusters} clusters: accuracy {with_interval(measured['accuracy'], 2, 100)} %, "
                   f"overlap left {kinds.overlap:.3f}"]  # fmt: skip
     if result:
         ratio = mask_ratio_of(content) if args.mask_ratio is None else args.mask_ratio
@@ -126,15 +124,10 @@ def separation(scores, labels, has_substructure, trained_on, how):
             "images are of these classes: pre-train on some of the classes to compare"
         ]
     measured = measure(scores, has_substructure, labels, *how)
-    lines = [f"all substructure: AUC {as_text(measured['all'], 4)}"]
-    lines += [f"{one_line(name)}: AUC {as_text(auc, 4)}" for name, auc in measured["classes"].items()]
+    lines = [f"all substructure: AUC {with_interval(measured['all'], 4)}"]
+    lines += [f"{one_line(name)}: AUC {with_interval(auc, 4)}" for name, auc in measured["classes"].items()]
     lines += filter(None, [about_intervals([measured["all"], *measured["classes"].values()])])
     return {"auc": measured}, lines
-
-
-def as_text(figure, digits):
-    value, low, high = (f"{figure[name]:.{digits}f}" for name in ("value", "low", "high"))
-    return f"{value} ({low}–{high})"
 
 
 def warn(text):

@@ -16,7 +16,6 @@ starting(__name__)
 import argparse
 import itertools
 import shlex
-import subprocess
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +31,7 @@ from experiments import kinds, results
 from lib import clusters, compatibility, datasets, lenses, options, residuals, weights
 from lib.device import choose_precision, resolve_device
 from lib.files import make_folder, read_json, write_json
+from lib.provenance import circumstances
 
 EXAMPLE = """examples:
   python experiments/study.py --data lenses --out own/study
@@ -200,10 +200,11 @@ def cluster_accuracy(study, path, images):
     They are found in training images of the study, without labels, with the MAE's seed.
     """
     def powers_of(dataset, rows):
-        _, maps_of, _ = residuals.residual_reader(path, dataset, study.device, None, rounds=2, seed=0)
+        maps_of, _ = residuals.residual_reader(opened, dataset, study.device, None, rounds=2, seed=0)
         return residuals.scores_and_powers(maps_of, rows)[1]
 
-    content, own = weights.read(path).content, study.own.dataset
+    opened, own = weights.read(path), study.own.dataset
+    content = opened.content
     seed, count = content["run"]["seed"], len(own.class_names)
     rows = compatibility.rows_to_evaluate(images.dataset, content, images.split == "all")
     train = np.random.default_rng(seed).permutation(datasets.split(own)["train"])
@@ -276,10 +277,10 @@ def unfamiliar(study, seed):
 
 def known_classifier(path):
     """(model, familiarity) of weights for the classes of simulate.py."""
-    model, content = weights.load_classifier(path)
-    if tuple(content["class_names"]) != lenses.CLASS_NAMES:
+    opened = weights.read(path)
+    if tuple(opened.content["class_names"]) != lenses.CLASS_NAMES:
         raise UserError(f"{path}: this experiment needs data with the classes of simulate.py")
-    return model, weights.familiarity_in(path, content)
+    return weights.classifier_of(opened), weights.familiarity_in(opened)
 
 
 def instruments(study, seed):
@@ -361,15 +362,6 @@ def claim(out, dataset):
     write_json(path, {"fingerprint": dataset.fingerprint})
 
 
-def commit():
-    """The commit of this checkout, or "unknown"."""
-    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(words, capture_output=True, text=True).stdout.strip() or "unknown"
-    except OSError:
-        return "unknown"
-
-
 def parse_args(argv=None):
     parser = options.new_parser(__doc__, EXAMPLE)
     options.add_data_arguments(parser)
@@ -412,7 +404,7 @@ def main(argv=None):
     claim(args.out, study.own.dataset)
     results.check_folder(args.out / "results", args.only)
     command = shlex.join(["python", "experiments/study.py", *map(str, argv or sys.argv[1:])])
-    made = [{"command": command, "commit": commit(), "precision": study.precision}]
+    made = [{"command": command, "commit": circumstances()["commit"] or "unknown", "precision": study.precision}]
     for name in args.only:
         what = EXPERIMENTS[name].__doc__.splitlines()[0]
         print(f"== {name}: {what}", flush=True)

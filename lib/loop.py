@@ -1,7 +1,7 @@
 """The one training loop.
 
-`fit` knows nothing of masks or classes: it gets a `Learner`, which computes the loss of a batch and
-validates, and a `Recipe`.
+`fit` knows nothing of masks or classes: it gets a `Learner`, functions that compute the loss of a batch
+and validate, and a `Recipe`.
 """
 
 import math
@@ -38,24 +38,17 @@ class Learner(NamedTuple):
     """What a training trains.
 
     model : module whose state is trained and checkpointed.
-    learning : its parameters that learn, (name, parameter) pairs.
-    batch_loss : (rows (b,), fraction of the steps done) -> dict of scalar tensors, "loss" among
-        them; of several processes each computes its part of the rows.
-    validate : () -> dict of numbers; must not draw from torch's global random numbers.
-    score : the number of `validate` whose largest value is the best.
-    on_device : whether `batch_loss` needs nothing but what the device holds. Then a GPU gets its
-        rows as a tensor there, and a whole step as a CUDA graph.
+    learning : its parameters that learn, (name, parameter) pairs; all others are frozen.
+    on_device : whether a step needs nothing but what the device holds. Then a GPU gets its rows as a
+        tensor there, and a whole step as a CUDA graph.
     in_blocks : see `loader.shuffled`; a resumed run keeps its own.
-    changes_at : fractions of the steps from which `batch_loss` does something else.
+    changes_at : fractions of the steps from which a step does something else.
     is_trained : whether the weights that it starts from are one of the states to choose the best from.
     lr_scale : function from a parameter's name to the factor of its learning rate.
     """
 
     model: nn.Module
     learning: list
-    batch_loss: callable
-    validate: callable
-    score: str | None = None
     on_device: bool = False
     in_blocks: bool = False
     changes_at: tuple = ()
@@ -63,8 +56,13 @@ class Learner(NamedTuple):
     lr_scale: callable = lambda name: 1.0
 
 
-def fit(learner, recipe, rows, run, device, precision):
+def fit(learner, batch_loss, validate, recipe, rows, run, device, precision, score=None):
     """Train `learner` on `rows` (n,) by a recipe; leaves checkpoints and `metrics.jsonl` in the run.
+
+    batch_loss : (rows (b,), fraction of the steps done) -> dict of scalar tensors, "loss" among
+        them; of several processes each computes its part of the rows.
+    validate : () -> dict of numbers; must not draw from torch's global random numbers.
+    score : the number of `validate` whose largest value is the best.
 
     Returns (state dict, history: a list of dicts, the lines of metrics.jsonl, line of the state). The
     state is that of the best validation or the last one, as the recipe says.
@@ -74,15 +72,15 @@ def fit(learner, recipe, rows, run, device, precision):
     batch_size = check_batch(recipe, rows)
     steps_per_epoch = len(rows) // batch_size
     steps = recipe.epochs * steps_per_epoch
-    score = learner.score if recipe.keep == "best" else None
+    score = score if recipe.keep == "best" else None
 
-    training = Training(learner, recipe, run, device, precision)
+    training = Training(learner, batch_loss, recipe, run, device, precision)
     if distributed.is_main():
         print(f"{device}: {precision.name}, {precision.attention} attention")
         if training.step:
             print(f"resumes at step {training.step} of {steps}")
     if learner.is_trained and score and not training.step:
-        training.validate(learner.validate, 0.0, score)
+        training.validate(validate, 0.0, score)
     batches = batches_from(training.step, rows, batch_size, recipe, training.in_blocks)
 
     bar = progress_bar(run, steps * batch_size, training.step * batch_size)
@@ -95,12 +93,12 @@ def fit(learner, recipe, rows, run, device, precision):
             shown |= {"epoch": f"{epoch:.1f}/{recipe.epochs}", "loss": f"{loss:.5f}"}
 
             if validation_is_due(training.step, steps, recipe.validations):
-                line = training.validate(learner.validate, round(epoch, 4), score)
+                line = training.validate(validate, round(epoch, 4), score)
                 run.write_metrics(training.history)
                 shown[f"validation {figure}"] = f"{line[f'validation_{figure}']:.5f}"
                 if distributed.is_main():
                     left = line["seconds"] * (steps - training.step) / training.step
-                    bar.write(f"{described(line, recipe.epochs)}; {left:.0f} s left")
+                    bar.write(f"{as_text(line, recipe.epochs)}; {left:.0f} s left")
             bar.set_postfix(shown, refresh=False)
             bar.update(batch_size)
             if training.checkpoint_is_due() or interruption.signal or training.step == steps:
@@ -125,11 +123,11 @@ def precision_of(recipe, run, device):
 class Training:
     """The state of a training between two steps: what a checkpoint holds, and how it changes."""
 
-    def __init__(self, learner, recipe, run, device, precision):
+    def __init__(self, learner, batch_loss, recipe, run, device, precision):
         self.model, self.run, self.device, self.precision = learner.model, run, device, precision
         groups = parameter_groups(learner.learning, recipe.weight_decay, learner.lr_scale)
         self.optimizers = new_optimizers(groups, recipe.lr, (0.9, recipe.beta2))
-        self.loss_of = distributed.averaged(learner.model, learner.batch_loss)
+        self.loss_of = distributed.averaged(learner.model, batch_loss)
         self.names = []  # of what `loss_of` gives
         self.step, self.history, self.best = 0, [], None
         self.sums, self.steps_since_validation, elapsed = {}, 0, 0.0
@@ -269,7 +267,7 @@ def progress_bar(run, images, done):
     )  # fmt: skip
 
 
-def described(line, epochs):
+def as_text(line, epochs):
     """A line of the history as text."""
     figures = ", ".join(
         f"{name.replace('_', ' ')} {value:.5f}"

@@ -40,42 +40,45 @@ def require_apart(flag, folder, others):
 
 @contextlib.contextmanager
 def saving(folder, sigma):
-    """Yield a function that saves one `predict.Answer`, and returns its map's file; the folder appears at the end.
-
-    An earlier folder of maps is replaced. Maps are in units of `sigma`. UserError as `atomic_directory` raises it.
-    """
-    with atomic_directory(folder, INDEX, OWN) as temporary:
-        rows, taken = [("file", "map")], set()
+    """Yield a function that saves the map of one `predict.Answer`, in units of `sigma`; see `_folder_of`."""
+    with _folder_of(folder, "map", INDEX, OWN) as add:
 
         def save(answer):
-            name = _free_name(answer.name, taken) + (".map.npy" if answer.wcs is None else ".map.fits")
             pixels = (answer.residual_map / sigma).astype(np.float32)
-            with naming_full_disk(folder):
-                if answer.wcs is None:
-                    np.save(temporary / name, pixels)
-                else:
-                    _write_fits(temporary / name, pixels, answer, sigma)
-            rows.append((answer.name, name))
+            if answer.wcs is None:
+                add(answer.name, ".map.npy", lambda path: np.save(path, pixels))
+            else:
+                add(answer.name, ".map.fits", lambda path: _write_fits(path, pixels, answer, sigma))
 
         yield save
-        write_csv(temporary / INDEX, rows)
 
 
 @contextlib.contextmanager
 def saving_sharp(folder):
-    """Yield a function that saves the sharp image (H, H) of a name as .npy, and returns its file; as `saving`."""
-    with atomic_directory(folder, SHARP_INDEX, OWN_SHARP) as temporary:
-        rows, taken = [("file", "sharpened")], set()
+    """Yield a function that saves the sharp image (H, H) of a name, and returns its file; see `_folder_of`."""
+    with _folder_of(folder, "sharpened", SHARP_INDEX, OWN_SHARP) as add:
+        yield lambda name, image: add(name, ".sharp.npy", lambda path: np.save(path, image))
 
-        def save(name, image):
-            file = f"{_free_name(name, taken)}.sharp.npy"
+
+@contextlib.contextmanager
+def _folder_of(folder, what, index, own):
+    """Yield a function from (name of an image, suffix, function that writes a path) to the name of the new file.
+
+    The folder appears at the end, with a table `index` whose columns are `file` and `what`; an earlier one, whose
+    paths match `own`, is replaced. UserError as `atomic_directory` raises it.
+    """
+    with atomic_directory(folder, index, own) as temporary:
+        rows, taken = [("file", what)], set()
+
+        def add(name, suffix, write):
+            file = _free_name(name, taken) + suffix
             with naming_full_disk(folder):
-                np.save(temporary / file, image)
+                write(temporary / file)
             rows.append((name, file))
             return file
 
-        yield save
-        write_csv(temporary / SHARP_INDEX, rows)
+        yield add
+        write_csv(temporary / index, rows)
 
 
 def _free_name(name, taken):

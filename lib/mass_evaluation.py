@@ -6,19 +6,19 @@ import torch
 from lib import compatibility, masses, plots, weights
 from lib.errors import UserError
 from lib.loader import batch_reader, in_batches
-from lib.tables import Outcome
+from lib.tables import Outcome, with_interval
 
 HEADER = ["run", "mean error, dex", "median error, dex", "intervals that hold the mass %", "mean width, dex", "images"]
 
 
-def evaluate(args, paths, dataset, device):
-    """The `tables.Outcome` of weights {run: path}.
+def evaluate(args, opened, dataset, device):
+    """The `tables.Outcome` of opened `Weights` {run: each}.
 
     Raises UserError as `compatibility.rows_to_evaluate` does, and if none of the images has a mass.
     """
     results, found = {}, {}
-    for name, path in paths.items():
-        found[name] = estimates_of(weights.read(path), dataset, device, args.split == "all")
+    for name, own in opened.items():
+        found[name] = estimates_of(own, dataset, device, args.split == "all")
         results[name] = masses.figures(*found[name], args.resamples, args.seed)
     intervals = f"95 %; errors: {args.resamples} bootstrap resamples, seed {args.seed}; shares: Wilson"
     best = min(results, key=lambda name: results[name]["error"]["value"])
@@ -44,13 +44,11 @@ def table_of(results):
     """Rows of text, the header first: each run on all images, and in each half decade."""
 
     def cells(name, result, error, median=""):
-        share = "{value:.1f} ({low:.1f}–{high:.1f})".format(**{k: 100 * v for k, v in result["coverage"].items()})
-        return [name, error, median, share, f"{result['width']:.4f}", str(result["images"])]
+        return [name, error, median, with_interval(result["coverage"], 1, 100), f"{result['width']:.4f}", str(result["images"])]
 
     rows = [HEADER]
     for name, result in results.items():
-        error = "{value:.4f} ({low:.4f}–{high:.4f})".format(**result["error"])
-        rows.append(cells(name, result, error, f"{result['median_error']:.4f}"))
+        rows.append(cells(name, result, with_interval(result["error"], 4), f"{result['median_error']:.4f}"))
         for part, own in result["half_decades"].items():
             rows.append(cells(f"{name}, {part}", own, f"{own['error']['value']:.4f}"))
     return rows

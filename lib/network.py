@@ -25,7 +25,7 @@ def add_arguments(parser):
     add("transform", "intensity scale that the network sees", choices=TRANSFORM_KINDS)
 
 
-def described(args, img_size, start=None):
+def options_of(args, img_size, start=None):
     """{option: value} of the network: that of the weights `start` or, without them, of the options.
 
     `img_size` is the side of the images, `start` an opened `Weights` or None. Raises UserError, naming the

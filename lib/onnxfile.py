@@ -1,6 +1,5 @@
 """Open the ONNX files that export.py writes; onnxruntime and numpy alone."""
 
-import contextlib
 import json
 import math
 from collections.abc import Callable
@@ -14,8 +13,10 @@ except ImportError as error:  # --help needs no package
     onnxruntime, MISSING = None, error
 
 from lib import known_answers
-from lib.errors import UserError, about_missing, reason_of
+from lib.errors import UserError, about_missing, named_errors, reason_of
 from lib.names import check_class_names
+
+WHAT = "model of export.py"  # a file is, where errors name it
 
 
 def open_session(path, device="auto"):
@@ -36,7 +37,7 @@ def open_session(path, device="auto"):
         raise UserError("--device cuda: this onnxruntime has no CUDA; use cpu, or install onnxruntime-gpu")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    with _named_errors(path):
+    with named_errors(path, WHAT):
         # From bytes, so that a model cannot refer to weights in other files.
         session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=providers)
         if device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
@@ -56,7 +57,7 @@ def require_known_answers(session, path, img_size):
 
     Files of older versions store none.
     """
-    with _named_errors(path):
+    with named_errors(path, WHAT):
         metadata = session.get_modelmeta().custom_metadata_map
         if known_answers.KEY not in metadata:
             return
@@ -81,7 +82,7 @@ def open_classifier(path, device="auto"):
     as `open_session` does, and for a file that holds no classifier.
     """
     session, img_size = open_session(path, device)
-    with _named_errors(path):
+    with named_errors(path, WHAT):
         class_names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
         outputs = session.get_outputs()
         if any(output.type != "tensor(float)" for output in outputs):
@@ -155,7 +156,7 @@ def open_masses(path, classifier, img_size, device="auto"):
     """The `Masses` of a file of `export.py --what mass`; as `open_maps`."""
     session, doubt = _open_beside(path, classifier, img_size, device, "--mass", ["log10_mass", "low", "high"],
                                   "mass", "masses")  # fmt: skip
-    with _named_errors(path):
+    with named_errors(path, WHAT):
         classes = json.loads(session.get_modelmeta().custom_metadata_map["mass_classes"])
         if not isinstance(classes, list):
             raise ValueError("no classes that have a mass")
@@ -202,17 +203,5 @@ def run_model(session, images, path):
             f"{path} fails on {len(images)} images; a smaller --batch-size may help: {reason}"
         ) from None
     if any(np.shape(output)[:1] != (len(images),) for output in outputs):
-        raise UserError(f"{path} is not a model of export.py: it gives no row for each image")
+        raise UserError(f"{path}: not a usable {WHAT}: it gives no row for each image")
     return outputs
-
-
-@contextlib.contextmanager
-def _named_errors(path):
-    """Turn any error that a broken or hostile model causes into a UserError naming the file."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # onnxruntime raises many kinds
-        reason = reason_of(error)
-        raise UserError(f"{path} is not a model of export.py: {reason}") from None

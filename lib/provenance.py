@@ -11,15 +11,14 @@ import json
 import platform
 import subprocess
 import sys
-from pathlib import Path
 
-from lib.errors import UserError
+from lib.errors import ROOT, UserError
 from lib.files import read_json, require_own, sha256_of, write_json
 
-ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = (ROOT / "mae.py", *sorted((ROOT / "lib").glob("*.py")))
-# Options that decide nothing, or name a file whose content counts.
-FREE_OPTIONS = {"out", "update", "device", "data", "cache_dir", "weights", "predictions"}
+# Options of trainings and of other scripts that decide nothing, or name a file whose content counts.
+FREE_OPTIONS = {"out", "resume", "overwrite", "update", "quiet", "device", "data", "cache_dir", "pretrained", "weights",
+                "predictions"}  # fmt: skip
 
 
 def circumstances():
@@ -50,7 +49,7 @@ def made_from(args, code, **content):
 
 
 def identity_of(dataset):
-    """What decides a result of a `data.Dataset`."""
+    """What decides a result of a `datasets.Dataset`."""
     more = [each if each is None else hashlib.sha256(each).hexdigest() for each in (dataset.masses, dataset.coarse)]
     return [dataset.fingerprint, dataset.class_names, dataset.origin, *more]
 

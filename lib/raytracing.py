@@ -4,7 +4,6 @@ Every image may have a lens, source and PSF of its own. Angles are in arcsec; x 
 along rows, both zero at the image's centre.
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np

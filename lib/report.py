@@ -24,12 +24,12 @@ pre { overflow-x: auto; background: var(--soft); padding: .7rem; border-radius: 
 """
 
 
-def write(folder, paths, results, dataset, best, published, remarks):
+def write(folder, opened, results, dataset, best, published, remarks):
     """Write report.html into the evaluation's `folder`, from what lies there already.
 
     Parameters
     ----------
-    paths : {run: path of its weights}. config.json and pictures beside them are shown if they are
+    opened : {run: its `Weights`}. config.json and pictures beside them are shown if they are
         theirs, see `config_of`.
     results : {run: {"auc": {class name: figure}, "macro": figure, "accuracy": figure, "images",
         "calibration_error"}}, a figure being {"value", "low", "high"}.
@@ -39,7 +39,6 @@ def write(folder, paths, results, dataset, best, published, remarks):
     remarks : lines below the table.
     """
     (folder / "report.html").unlink(missing_ok=True)  # if this one fails, no earlier one is taken for it
-    opened = {name: weights.read(path) for name, path in paths.items()}
     images = next(iter(results.values()))["images"]
     made = circumstances()
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())

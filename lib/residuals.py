@@ -24,25 +24,24 @@ def mask_ratio_of(content):
     return content["run"].get("mask_ratio", 0.75)
 
 
-def residual_reader(path, dataset, device, mask_ratio, rounds, seed):
-    """Load an MAE and apply it to rows of `dataset`; None for the mask ratio of its training.
+def residual_reader(opened, dataset, device, mask_ratio, rounds, seed):
+    """Apply the MAE of opened `Weights` to rows of `dataset`; None for the mask ratio of its training.
 
-    Returns (the weights file's content, function from rows to `MAE.residual`, function from rows
-    to the images (b, 1, H, W) that the network sees). Raises UserError as `weights.load_mae` does,
-    and for images of another size.
+    Returns (function from rows to `MAE.residual`, function from rows to the images (b, 1, H, W) that
+    the network sees). Raises UserError as `weights.mae_of` does, and for images of another size.
     """
-    mae, transform, content = weights.load_mae(path)
-    compatibility.check_size(path, mae, dataset)
+    mae, transform = weights.mae_of(opened)
+    compatibility.check_size(opened.path, mae, dataset)
     mae.to(device)
     transform.to(device)
     read = batch_reader(dataset.images, device, once=True)
-    ratio = mask_ratio_of(content) if mask_ratio is None else mask_ratio
+    ratio = mask_ratio_of(opened.content) if mask_ratio is None else mask_ratio
     masks = complementary_masks(mae.num_patches, ratio, rounds, seed)
 
     def transformed(batch):
         return transform(read(batch))
 
-    return content, lambda batch: mae.residual(transformed(batch), masks), transformed
+    return lambda batch: mae.residual(transformed(batch), masks), transformed
 
 
 def scores_of(residuals, rows):
@@ -137,35 +136,22 @@ def unlike_training(content, labels, class_names):
     return trained_on, ~np.isin(np.array(class_names)[labels], trained_on)
 
 
-def auc_by_kind(scores, has_substructure, labels, class_names):
-    """AUC of the score: (all substructure against smooth images, {class: this class of it})."""
-    by_class = {}
-    for label in np.unique(labels[has_substructure]):
-        chosen = ~has_substructure | (labels == label)
-        by_class[class_names[label]] = roc_auc_score(has_substructure[chosen], scores[chosen])
-    return roc_auc_score(has_substructure, scores), by_class
-
-
 def measure(scores, has_substructure, labels, class_names, resamples, seed):
     """{"all": figure, "classes": {class: figure}}: AUC with 95 % bootstrap intervals.
 
-    A figure is {"value", "low", "high"}; `has_substructure` (n,) bool marks images of another kind
-    than the MAE was trained on.
+    All substructure, and each class of it, against smooth images. A figure is {"value", "low", "high"};
+    `has_substructure` (n,) bool marks images of another kind than the MAE was trained on.
     """
-
-    every, by_class = auc_by_kind(scores, has_substructure, labels, class_names)
-    every_of = auc_of_counts(scores, has_substructure)
-    class_of = {}  # smooth images against one class
-    for label in np.unique(labels[has_substructure]):
-        kept = ~has_substructure | (labels == label)
-        class_of[label] = kept, auc_of_counts(scores[kept], has_substructure[kept])
+    found = np.unique(labels[has_substructure])
+    kept = [np.ones(len(labels), bool), *(~has_substructure | (labels == label) for label in found)]
+    aucs_of = [auc_of_counts(scores[own], has_substructure[own]) for own in kept]
 
     def statistic(counts):
-        return [every_of(counts), *(auc_of(counts[kept]) for kept, auc_of in class_of.values())]
+        return [auc_of(counts[own]) for own, auc_of in zip(kept, aucs_of, strict=True)]
 
     intervals = bootstrap(statistic, labels, resamples, seed)
-    first, *others = (
-        {"value": float(value), "low": low, "high": high}
-        for value, (low, high) in zip([every, *by_class.values()], intervals.tolist(), strict=True)
+    every, *others = (
+        {"value": float(roc_auc_score(has_substructure[own], scores[own])), "low": low, "high": high}
+        for own, (low, high) in zip(kept, intervals.tolist(), strict=True)
     )
-    return {"all": first, "classes": dict(zip(by_class, others, strict=True))}
+    return {"all": every, "classes": {class_names[k]: figure for k, figure in zip(found, others, strict=True)}}

@@ -13,13 +13,8 @@ import torch
 from lib import datasets, distributed, weights
 from lib.errors import UserError, one_line
 from lib.files import is_hidden, make_folder, write_json, write_text
-from lib.provenance import circumstances
+from lib.provenance import FREE_OPTIONS, circumstances
 from lib.simulated import measures_of
-
-# Options that do not change the weights: a run may be resumed under others.
-FREE_OPTIONS = {
-    "out", "resume", "overwrite", "update", "quiet", "device", "data", "cache_dir", "pretrained"
-}  # fmt: skip
 
 MAPS = f"maps-{16 * '[0-9a-f]'}.npy"  # residual maps of a run, see `Run`
 

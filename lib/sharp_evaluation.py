@@ -10,7 +10,7 @@ from lib import compatibility, metrics, pairs, plots, weights
 from lib.errors import UserError
 from lib.loader import EVALUATION_BATCH
 from lib.simulated import truth_of
-from lib.tables import Outcome
+from lib.tables import Outcome, with_interval
 from mae import noise_from, reduction_matrices
 
 HEADER = ["run", "mean MSE", "PSNR, dB", "below the ceiling, dB", "PSNR of the mean MSE, dB", "SSIM", "images"]
@@ -19,21 +19,20 @@ SKY = 1e-3  # variance of the noise without light, in that of a pixel of one; ab
 SHOWN_PAIRS = 3
 
 
-def evaluate(args, paths, dataset, device):
-    """The `tables.Outcome` of weights {run: path}.
+def evaluate(args, opened, dataset, device):
+    """The `tables.Outcome` of opened `Weights` {run: each}.
 
     Raises UserError as `compatibility.rows_to_evaluate` does, and if the runs are not tested on the same pairs.
     """
-    opened = {name: weights.read(path) for name, path in paths.items()}
     coarse = pairs.coarse_of(dataset)
     whole = args.split == "all"
     every = {name: compatibility.rows_to_evaluate(coarse, each.content, whole) for name, each in opened.items()}
     rows = next(iter(every.values()))
     if any(not np.array_equal(rows, other) for other in every.values()):
         raise UserError("--weights: they are not tested on the same images: give one of them")
-    models = {name: weights.sharpener_of(o).to(device) for name, o in opened.items()}
+    models = {name: weights.sharpener_of(own).to(device) for name, own in opened.items()}
     for name, model in models.items():
-        compatibility.check_size(paths[name], model, coarse)
+        compatibility.check_size(opened[name].path, model, coarse)
     found = measured(models, dataset, coarse, rows, device)
     results = {name: summary(each, args) for name, each in found.items()}
     best = min(models, key=lambda name: results[name]["mse"])
@@ -130,7 +129,7 @@ def table_of(results):
     """Rows of text, the header first."""
     rows = [HEADER]
     for name, result in results.items():
-        psnr = "{value:.3f} ({low:.3f}–{high:.3f})".format(**result["psnr"])
+        psnr = with_interval(result["psnr"], 3)
         below = f"{results['ceiling']['psnr']['value'] - result['psnr']['value']:.3f}" if "ceiling" in results else ""
         rows.append([name, f"{result['mse']:.4e}", psnr, below, f"{result['psnr_of_mean']:.3f}", f"{result['ssim']:.4f}",
                      str(result["images"])])  # fmt: skip

@@ -5,8 +5,6 @@ it builds from the weights that it starts from, what of it learns, and how outpu
 one is one more class, and an object of it in STRATEGIES.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 from torch import nn
@@ -23,6 +21,7 @@ from lib.loader import (
     larger_than_memory,
     read_disturbed,
 )
+from lib.loop import Learner
 from lib.recipe import Defaults
 from lib.residuals import mask_ratio_of, stored_maps
 from mae import MAE, Classifier, MassEstimator, ResidualClassifier, Sharpener, default_map_pool, random_masking
@@ -33,26 +32,6 @@ DEFAULT_POOL = "stats"
 OTHER_SIZE = ": pre-train on images of this size"
 
 
-class Computation(NamedTuple):
-    """How one training computes; rows are those of a data set.
-
-    trained : the module that is trained, validated and checkpointed.
-    learning : its parameters that are trained, (name, parameter) pairs; all others are frozen.
-    training_outputs : (rows (b,), fraction of the steps done) -> outputs (b, width) of a step.
-    outputs : rows (b,) -> outputs (b, width) as the finished network gives them, not calibrated.
-    on_device, in_blocks, changes_at, lr_scale : see `loop.Learner`.
-    """
-
-    trained: nn.Module
-    learning: list
-    training_outputs: callable
-    outputs: callable
-    on_device: bool
-    in_blocks: bool = False
-    changes_at: tuple = ()
-    lr_scale: callable = lambda name: 1.0
-
-
 class Strategy:
     """A head on the pre-trained encoder, a `Classifier`; base of all strategies.
 
@@ -61,7 +40,7 @@ class Strategy:
     continuing : what differs when it continues from a classifier, whose head is already trained.
     augmentations : the kinds of `augment.KINDS` that it can use.
     drops_patches, has_pool, decays_layers : whether these options mean something to it.
-    judges_images : whether its weights hold a familiarity.
+    classifies : whether it trains a classifier, whose weights hold a familiarity, and may continue one.
     """
 
     name, kind = None, Classifier
@@ -69,7 +48,7 @@ class Strategy:
     from_scratch, continuing = None, {}
     augmentations, no_augmentation = KINDS, ""
     drops_patches, has_pool, decays_layers = True, True, False
-    judges_images = True
+    classifies = True
 
     # Options
 
@@ -98,7 +77,9 @@ class Strategy:
         return self.defaults._replace(**self.continuing) if start.is_classifier else self.defaults
 
     def recipe(self, args, start, images):
-        """The `Recipe` of parsed options for a number of training images."""
+        """The `Recipe` of parsed options for a number of training images; UserError for weights of no use."""
+        if not self.classifies and start is not None and start.kind != "mae":
+            raise UserError(f"--pretrained {start.path}: --task {args.task} starts from an MAE of pretrain.py, or none")
         kept = start.content["config"].get("pool") if start else None  # of a classifier
         pool = args.pool or kept or DEFAULT_POOL
         return self.defaults_from(start).recipe(args, images, pool if self.has_pool else None)
@@ -112,7 +93,7 @@ class Strategy:
         an opened classifier, which is taken whole, head included. Raises UserError where options,
         data, weights and strategy do not fit. `rows` are the training images.
         """
-        options = network.described(args, dataset.img_size, start)
+        options = network.options_of(args, dataset.img_size, start)
 
         def new_transform():
             return fit_transform(dataset.images, rows, options["transform"], recipe.augment)
@@ -158,9 +139,8 @@ class Strategy:
     def around(self, start, pretrained, recipe, more):
         """A network with the `pretrained` encoder, and its arguments; `more` of them are given."""
         sizes = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
-        described = start.content["config"]
-        config = {name: described[name] for name in sizes if name in described}
-        config |= {"pool": recipe.pool, **more}
+        known = start.content["config"]
+        config = {name: known[name] for name in sizes if name in known} | {"pool": recipe.pool, **more}
         model = self.kind(**config)
         encoder = {k: v for k, v in pretrained.state_dict().items() if k in model.state_dict()}
         model.load_state_dict({**model.state_dict(), **encoder})
@@ -172,8 +152,13 @@ class Strategy:
         """The parameters that are trained, (name, parameter) pairs."""
         raise NotImplementedError
 
-    def computation(self, model, recipe, dataset, rows, run, device):
-        """The `Computation` of a training on augmented images; `rows` are all that it reads."""
+    def learner(self, model, recipe, dataset, rows, run, device):
+        """What of a network is trained, and how it computes, for a training that reads `rows` of a data set.
+
+        Returns (`loop.Learner`, function from rows (b,) and the fraction of the steps done to the outputs
+        (b, width) of a step, function from rows (b,) to outputs (b, width) as the finished network gives
+        them, not calibrated).
+        """
         read = batch_reader(dataset.images, device)
 
         def training_outputs(batch, progress):
@@ -186,12 +171,12 @@ class Strategy:
         def outputs(batch):
             return model.fc(model.features(read_disturbed(read, batch, recipe.augment)))
 
-        return Computation(
-            model, self.learning(model), training_outputs, outputs,
-            on_device=isinstance(read, StoredImages), in_blocks=larger_than_memory(dataset.images),
+        learner = Learner(
+            model, self.learning(model), isinstance(read, StoredImages), larger_than_memory(dataset.images),
             changes_at=(ALL_PATCHES_FROM,) if recipe.patch_dropout else (),
             lr_scale=layer_scale(recipe.layer_decay, len(model.blocks)),
         )  # fmt: skip
+        return learner, training_outputs, outputs
 
 
 class Head(Strategy):
@@ -206,14 +191,14 @@ class Head(Strategy):
     def learning(self, model):
         return [(f"fc.{name}", parameter) for name, parameter in model.fc.named_parameters()]
 
-    def computation(self, model, recipe, dataset, rows, run, device):
+    def learner(self, model, recipe, dataset, rows, run, device):
         read = batch_reader(dataset.images, device)
         stored = stored_features(model, read, rows, len(dataset.labels))
 
         def outputs(batch, progress=None):
             return model.fc(stored[batch])
 
-        return Computation(model.fc, self.learning(model), outputs, outputs, on_device=True)
+        return Learner(model.fc, self.learning(model), on_device=True), outputs, outputs
 
 
 class LayerNorm(Strategy):
@@ -284,7 +269,7 @@ class Residual(Strategy):
             place = torch.from_numpy(place).to(device)
         return lambda batch: read_maps(place[batch]), on_device
 
-    def computation(self, model, recipe, dataset, rows, run, device):
+    def learner(self, model, recipe, dataset, rows, run, device):
         read = batch_reader(dataset.images, device)
         maps, on_device = self.reader_of_maps(model, read, dataset, rows, run, device, model.map_side)
 
@@ -294,10 +279,8 @@ class Residual(Strategy):
         def outputs(batch):
             return model.logits(maps(batch))
 
-        return Computation(
-            model.network, self.learning(model), training_outputs, outputs, on_device,
-            in_blocks=larger_than_memory(dataset.images),
-        )  # fmt: skip
+        learner = Learner(model.network, self.learning(model), on_device, larger_than_memory(dataset.images))
+        return learner, training_outputs, outputs
 
 
 class Mass(Residual):
@@ -306,7 +289,7 @@ class Mass(Residual):
     It computes in float32 by default: short vortices differ by a thousandth.
     """
 
-    kind, judges_images = MassEstimator, False
+    kind, classifies = MassEstimator, False
     defaults = Defaults(epochs=10, fewest_steps=2000, batch_size=64, lr=3e-3, augment=(), keep="last")
     from_scratch = {}
     augmentations, no_augmentation = (), "the mass is learned from images as they are"
@@ -317,14 +300,13 @@ class Mass(Residual):
             raise UserError(f"--task mass: --strategy {args.strategy} learns classes; use --strategy residual")
 
     def recipe(self, args, start, images):
-        require_mae_or_none(args, start)
         recipe = super().recipe(args, start, images)
         return recipe._replace(precision="float32") if args.precision == "auto" else recipe
 
     def build(self, args, start, recipe, task, dataset, rows):
         if start is not None:
             return super().build(args, start, recipe, task, dataset, rows)
-        kind = network.described(args, dataset.img_size)["transform"]
+        kind = network.options_of(args, dataset.img_size)["transform"]
         config = {"img_size": dataset.img_size, "transform": fit_transform(dataset.images, rows, kind), **task.config}
         return constructed(self.kind, config, "--task mass"), config
 
@@ -333,7 +315,7 @@ class Mass(Residual):
             self.kind, start, pretrained, {"mask_ratio": mask_ratio_of(start.content), **more}, "--task mass"
         )
 
-    def computation(self, model, recipe, dataset, rows, run, device):
+    def learner(self, model, recipe, dataset, rows, run, device):
         read = batch_reader(dataset.images, device)
         maps, on_device = None, isinstance(read, StoredImages)
         if model.mae is not None:
@@ -343,8 +325,8 @@ class Mass(Residual):
         def outputs(batch, progress=None):
             return model.estimates(read(batch), maps and maps(batch))
 
-        return Computation(model.network, self.learning(model), outputs, outputs, on_device,
-                           in_blocks=larger_than_memory(dataset.images))  # fmt: skip
+        learner = Learner(model.network, self.learning(model), on_device, larger_than_memory(dataset.images))
+        return learner, outputs, outputs
 
 
 class Sharpen(Strategy):
@@ -353,7 +335,7 @@ class Sharpen(Strategy):
     Data sets are those of the coarse images. Of several processes each takes the whole step.
     """
 
-    name, kind, judges_images = "full", Sharpener, False
+    name, kind, classifies = "full", Sharpener, False
     defaults = Defaults(epochs=4, fewest_steps=2000, batch_size=16, lr=3e-3, beta2=0.95, augment=(), keep="last")
     from_scratch = {}
     augmentations, no_augmentation = (), "coarse and sharp images belong together as they are"
@@ -364,14 +346,10 @@ class Sharpen(Strategy):
             raise UserError(f"--task sharpen: --strategy {args.strategy} learns something else; use --strategy full")
         super().check(args)
 
-    def recipe(self, args, start, images):
-        require_mae_or_none(args, start)
-        return super().recipe(args, start, images)
-
     def build(self, args, start, recipe, task, dataset, rows):
         if start is not None:
             return super().build(args, start, recipe, task, dataset, rows)
-        options = network.described(args, dataset.img_size)
+        options = network.options_of(args, dataset.img_size)
         transform = fit_transform(dataset.images, rows, options.pop("transform"))
         mae = {"img_size": dataset.img_size, **options}
         network.build(MAE, mae)  # names the flag of a size that does not fit
@@ -385,7 +363,7 @@ class Sharpen(Strategy):
         unused = ("mae.mask_token", "mae.decoder_pred", "mae.pos_embed", "mae.decoder_pos_embed")
         return [(name, p) for name, p in model.named_parameters() if not name.startswith(unused)]
 
-    def computation(self, model, recipe, dataset, rows, run, device):
+    def learner(self, model, recipe, dataset, rows, run, device):
         read = batch_reader(dataset.images, device)
 
         def outputs(batch, progress=None):
@@ -395,8 +373,9 @@ class Sharpen(Strategy):
                 sharp, error = model.with_noise(images, clean)
             return torch.cat([sharp.flatten(1), error.unsqueeze(1)], dim=1)
 
-        return Computation(model, self.learning(model), outputs, outputs, on_device=isinstance(read, StoredImages),
-                           in_blocks=larger_than_memory(dataset.images))  # fmt: skip
+        on_device = isinstance(read, StoredImages)
+        learner = Learner(model, self.learning(model), on_device, larger_than_memory(dataset.images))
+        return learner, outputs, outputs
 
 
 STRATEGIES = {strategy.name: strategy for strategy in (Head(), LayerNorm(), Full(), Residual())}
@@ -408,12 +387,6 @@ def strategy_of(args):
 
 
 # Parts of a training
-
-
-def require_mae_or_none(args, start):
-    """UserError if opened `Weights` are not those of an MAE."""
-    if start is not None and start.kind != "mae":
-        raise UserError(f"--pretrained {start.path}: --task {args.task} starts from an MAE of pretrain.py, or none")
 
 
 def on_mae(kind, start, pretrained, more, what, remedy=""):

@@ -22,20 +22,22 @@ class Outcome(NamedTuple):
     picture: tuple
 
 
+def with_interval(figure, digits, scale=1):
+    """A figure {"value", "low", "high"}, times `scale`, as text such as 0.9958 (0.9941–0.9972)."""
+    value, low, high = (f"{scale * figure[name]:.{digits}f}" for name in ("value", "low", "high"))
+    return f"{value} ({low}–{high})"
+
+
 def comparison(results, class_names):
     """Rows of text, the header first: AUC of each class, macro AUC and accuracy of each run.
 
     `results` is {run: {"auc": {class name: figure}, "macro": figure, "accuracy": figure}}, a figure
     being {"value", "low", "high"}.
     """
-    def cell(figure, scale=1, digits=4):
-        value, low, high = (f"{scale * figure[name]:.{digits}f}" for name in ("value", "low", "high"))
-        return f"{value} ({low}–{high})"
-
     rows = [["run", *(f"AUC {name}" for name in class_names), "macro AUC", "accuracy %"]]
-    for name, result in results.items():
-        aucs = [cell(result["auc"][class_name]) for class_name in class_names]
-        rows.append([name, *aucs, cell(result["macro"]), cell(result["accuracy"], 100, 2)])
+    for run, result in results.items():
+        aucs = [with_interval(auc, 4) for auc in (*(result["auc"][name] for name in class_names), result["macro"])]
+        rows.append([run, *aucs, with_interval(result["accuracy"], 2, 100)])
     return rows
 
 

@@ -20,7 +20,7 @@ import torch
 from lib.augment import disturbances
 from lib.convert import from_foreign, heads_told
 from lib.familiarity import Familiarity
-from lib.errors import UserError
+from lib.errors import UserError, named_errors
 from lib.files import atomic_write, read_json, sha256_of
 from lib.names import check_class_names
 from mae import MAE, Classifier, Encoder, IntensityTransform, MassEstimator, ResidualClassifier, Sharpener
@@ -35,7 +35,7 @@ MOST_PATCHES_A_SIDE = 128
 class Weights(NamedTuple):
     """An opened weights file. `content` has the keys model, config, class_names, run, seen.
 
-    "seen" are hashes (n,) uint64, see `data.Dataset`. There may be the key familiarity.
+    "seen" are hashes (n,) uint64, see `datasets.Dataset`. There may be the key familiarity.
     """
 
     path: Path
@@ -61,7 +61,7 @@ def save(path, model_state, config, class_names, run, seen, familiarity=None):
     """Write a weights file.
 
     `run` must be plain (numbers, text, lists, dicts); `seen` (n,) uint64 are hashes of the images
-    that training and validation saw, see `data.Dataset`; `familiarity` is a `Familiarity` and its
+    that training and validation saw, see `datasets.Dataset`; `familiarity` is a `Familiarity` and its
     arguments, or None.
     """
     content = {
@@ -182,11 +182,8 @@ def _safetensors(path):
         from safetensors.torch import load_file
     except ImportError:
         raise UserError(f"{path} needs safetensors: pip install safetensors") from None
-    sha256 = sha256_of(path)
-    try:
-        return load_file(path), sha256
-    except Exception as error:  # a Rust library's
-        raise UserError(f"{path}: not a safetensors file: {error}") from None
+    with named_errors(path, "safetensors file"):
+        return load_file(path), sha256_of(path)
 
 
 def _converted(path, content, num_heads):
@@ -306,8 +303,9 @@ def sharpener_of(opened):
     return _build(opened.path, Sharpener, opened.content["config"], opened.content["model"])
 
 
-def familiarity_in(path, content):
-    """The `Familiarity` in the content of a weights file; None if it has none."""
+def familiarity_in(opened):
+    """The `Familiarity` of opened `Weights`; None if they have none."""
+    path, content = opened.path, opened.content
     kept = content.get("familiarity")
     if kept is None:
         return None
@@ -356,7 +354,7 @@ def familiarity_for(opened, dataset, augmentations):
         return None
     if _is_old(opened.content.get("familiarity")):
         return None
-    kept = familiarity_in(opened.path, opened.content)
+    kept = familiarity_in(opened)
     return kept and (kept, opened.content["familiarity"]["config"])
 
 

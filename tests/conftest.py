@@ -248,6 +248,15 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def unseen(tmp_path_factory):
+    """Sixty packed images of another seed, which no training here sees."""
+    out = tmp_path_factory.mktemp("unseen") / "packed"
+    batches = lenses.simulate("Model_II", 20, seed=5, progress=False)
+    simulate.write_packed(out, batches, 20, "Model_II", "unseen")
+    return out
+
+
+@pytest.fixture(scope="session")
 def runs(tmp_path_factory, folder):
     """Folder of runs on the folder data set: pretrain, each strategy, scratch, mass, and ONNX files."""
     out = tmp_path_factory.mktemp("runs")

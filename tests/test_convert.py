@@ -184,5 +184,5 @@ def test_random_weights_have_the_default_heads():
     arguments = [*common, "--strategy", "full", "--pretrained"]
     for given, expected in (((), 4), (("--num-heads", "2"), 2)):
         args = finetune.parse_args([*arguments, "none", *given])
-        assert network.described(args, 64)["num_heads"] == expected
-        assert network.described(pretrain.parse_args([*common, *given]), 64)["num_heads"] == expected
+        assert network.options_of(args, 64)["num_heads"] == expected
+        assert network.options_of(pretrain.parse_args([*common, *given]), 64)["num_heads"] == expected

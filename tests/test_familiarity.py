@@ -201,7 +201,7 @@ def test_a_classifier_knows_all_its_training_images_whatever_labels_it_had(
     opened = weights.read(tmp_path / "few" / CLASSIFIER)
     known = np.concatenate([parts["train"], parts["validation"]])
     assert set(dataset.hashes[known]) <= set(opened.content["seen"])
-    kept = weights.familiarity_in(opened.path, opened.content)
+    kept = weights.familiarity_in(opened)
     again, config = familiarity.fit(
         dataset, parts["train"], parts["validation"], opened.content["config"]["transform"]
     )

@@ -59,11 +59,13 @@ def fit_line(out, validate=None, score=None, spoil=lambda rows, loss: loss, rows
         with torch.no_grad():
             return {"loss": F.mse_loss(model(x)[:, 0], y).item()}
 
-    learner = loop.Learner(model, list(model.named_parameters()), batch_loss, validate or whole_loss, score)
+    learner = loop.Learner(model, list(model.named_parameters()))
     chosen, cpu = recipe.Defaults(3, 0, 8, 0.1).recipe(args, rows), torch.device("cpu")
     with open_run(args, dataset, "w.pth", chosen) as run:
         precision = loop.precision_of(chosen, run, cpu)
-        result = loop.fit(learner, chosen, np.arange(rows), run, cpu, precision)
+        result = loop.fit(
+            learner, batch_loss, validate or whole_loss, chosen, np.arange(rows), run, cpu, precision, score
+        )
     return *result[:2], calls
 
 

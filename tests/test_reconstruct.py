@@ -10,9 +10,8 @@ import torch
 from conftest import run_script
 from sklearn.metrics import roc_auc_score
 
-import simulate
 from experiments import study
-from lib import clusters, datasets, lenses, plots, residuals, weights
+from lib import clusters, datasets, plots, residuals, weights
 from lib.images import read_image
 
 
@@ -53,15 +52,6 @@ def test_scores_of_a_folder_name_the_files(pretrained, folder, runs, tmp_path):
         assert np.array_equal(read_image(row["file"]), dataset.images[int(row["row"])])
 
 
-@pytest.fixture(scope="module")
-def fresh(tmp_path_factory):
-    """Packed images of other seeds than any MAE here has seen."""
-    out = tmp_path_factory.mktemp("fresh") / "packed"
-    batches = lenses.simulate("Model_II", 20, seed=5, progress=False)
-    simulate.write_packed(out, batches, 20, "Model_II", "fresh")
-    return out
-
-
 @pytest.fixture
 def fits(monkeypatch, rows_read):
     """Every call of `clusters.fit` from now on: (rows read until then, powers, clusters, seed)."""
@@ -77,7 +67,7 @@ def fits(monkeypatch, rows_read):
 
 def powers_of(dataset, path, rows):
     """Powers of the maps of some rows, one image at a time."""
-    _, maps_of, _ = residuals.residual_reader(path, dataset, torch.device("cpu"), None, 2, 0)
+    maps_of, _ = residuals.residual_reader(weights.read(path), dataset, torch.device("cpu"), None, 2, 0)
     with torch.no_grad():
         return np.concatenate([clusters.octave_powers(maps_of([row])[:, 0].numpy()) for row in rows])
 
@@ -120,8 +110,8 @@ def test_images_are_sorted_into_kinds_that_validation_images_show(pretrained, pa
     assert f"{len(parts['validation'])} images" in line
 
 
-def test_without_a_split_the_images_themselves_show_the_kinds(pretrained, fresh, tmp_path, fits):
-    run_reconstruct(pretrained, fresh, tmp_path, "--split", "all", "--clusters", 2, "--seed", 7)
+def test_without_a_split_the_images_themselves_show_the_kinds(pretrained, unseen, tmp_path, fits):
+    run_reconstruct(pretrained, unseen, tmp_path, "--split", "all", "--clusters", 2, "--seed", 7)
     ((read, powers, count, seed),) = fits
     assert read == list(range(60))
     assert len(powers) == 60
@@ -132,15 +122,15 @@ def test_without_a_split_the_images_themselves_show_the_kinds(pretrained, fresh,
 
 
 def test_scores_are_the_same_with_kinds_and_without(pretrained, packed):
-    _, maps_of, _ = residuals.residual_reader(pretrained, datasets.load(packed), torch.device("cpu"), None, 2, 0)
+    maps_of, _ = residuals.residual_reader(weights.read(pretrained), datasets.load(packed), torch.device("cpu"), None, 2, 0)
     rows = np.arange(0, 300, 60)
     scores, _ = residuals.scores_and_powers(maps_of, rows)
     assert np.array_equal(scores, residuals.scores_of(maps_of, rows))
 
 
-def test_the_study_finds_kinds_in_training_images_alone(pretrained, packed, fresh, fits, monkeypatch):
+def test_the_study_finds_kinds_in_training_images_alone(pretrained, packed, unseen, fits, monkeypatch):
     path, dataset = pretrained, datasets.load(packed)
-    own, unseen = study.Images(packed, dataset), study.Images(fresh, datasets.load(fresh), "all", "fresh")
+    own, unseen = study.Images(packed, dataset), study.Images(unseen, datasets.load(unseen), "all", "unseen")
     lab = SimpleNamespace(own=own, device=torch.device("cpu"))
     monkeypatch.setattr(study, "CLUSTERED_IMAGES", 100)
     found = []

@@ -11,7 +11,6 @@ from conftest import TINY_DECODER, TINY_NETWORK, replacing
 import evaluate
 import finetune
 import pretrain
-import simulate
 from experiments import kinds, results, study
 from lib import datasets, familiarity, lenses, plots, weights
 from lib.errors import UserError
@@ -22,15 +21,6 @@ TINY = {
     "OTHER_MODELS": {"Model_III": ((), ("--epochs", 1))},
 }  # fmt: skip
 NETWORK = f"--epochs 1 {' '.join(TINY_NETWORK)}"
-
-
-@pytest.fixture(scope="module")
-def unseen(tmp_path_factory):
-    """Packed images that no study here trains on."""
-    out = tmp_path_factory.mktemp("unseen") / "packed"
-    batches = lenses.simulate("Model_II", 20, seed=4, progress=False)
-    simulate.write_packed(out, batches, 20, "Model_II", "unseen")
-    return out
 
 
 @pytest.fixture
@@ -114,7 +104,7 @@ def test_every_kind_of_images_is_asked_of_both_strategies(tiny_study):
 
 
 def test_weights_without_a_familiarity_are_named(tiny_study, monkeypatch):
-    monkeypatch.setattr(weights, "familiarity_in", lambda path, content: None)
+    monkeypatch.setattr(weights, "familiarity_in", lambda opened: None)
     with pytest.raises(UserError, match=r"base.seed0.full.*no familiarity"):
         tiny_study("--seeds", 0, "--only", "unfamiliar")
 
