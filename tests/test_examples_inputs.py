@@ -14,7 +14,6 @@ from test_examples import EXAMPLE_COMMANDS
 from test_predict_inputs import FEW, GUARD, image_of, write_classifier, write_models
 from test_images import BROKEN, HOSTILE, MIXED, ONE_IMAGE, STACKS, npy, objects
 
-import predict
 from lib.images import Said, read_images
 
 EXAMPLES = ROOT / "examples"

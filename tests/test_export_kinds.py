@@ -7,7 +7,7 @@ from conftest import assert_user_error, run_script
 
 import export
 from lib import onnxwrite
-from mae import MAE, Classifier, IntensityTransform, complementary_masks, residual_scores
+from mae import MAE, Classifier, IntensityTransform
 
 SIZE = {"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2}
 DECODER = {"decoder_embed_dim": 16, "decoder_num_heads": 2}
@@ -107,19 +107,6 @@ def test_a_pixel_that_is_no_number_gives_no_residual(tmp_path):
         assert np.array_equal(got[[0, 3]], expected[[0, 3]])
 
 
-def test_pytorch_itself_is_as_it_was():
-    network, pixels = classifier(1.0), torch.tensor(images(1.0, 4))
-    with torch.no_grad():
-        expected = network(pixels).softmax(dim=1)
-        assert torch.equal(onnxwrite.Probabilities(network)(pixels), expected)
-        model = residuals(1.0)
-        residual, score = model(pixels)
-        masks = complementary_masks(16, 0.75, onnxwrite.ROUNDS)
-        map_ = model.mae.residual(model.transform(pixels), masks)
-    assert torch.equal(residual, map_)
-    assert torch.equal(score, residual_scores(map_))
-
-
 def rings(out, unit):
     """Two classes of noisy rings, 60 each, in any unit."""
     y, x = np.mgrid[:32, :32] - 15.5
@@ -159,29 +146,6 @@ def test_residual_maps_are_exported_in_every_unit(trained, tmp_path):
     run_script("export.py", "--what", "reconstruction", "--data", data, "--weights", network,
                "--out", tmp_path / "maps.onnx")  # fmt: skip
     assert (tmp_path / "maps.onnx").exists()
-
-
-@pytest.mark.parametrize("value", ["nan", "-0.1", "inf", "2"])
-def test_an_allowed_fall_is_between_nothing_and_everything(value, tmp_path):
-    process = run_script("export.py", "--weights", "x.pth", "--out", tmp_path / "m.onnx",
-                         f"--allowed-fall={value}", check=False)  # fmt: skip
-    assert_user_error(process, "--allowed-fall", value)
-
-
-@pytest.mark.parametrize("seed", ["-1", "12345678901234567890123"])
-@pytest.mark.parametrize("script", ["export.py", "evaluate.py", "reconstruct.py"])
-def test_a_seed_fits_every_generator(script, seed, tmp_path):
-    data = () if script == "export.py" else ("--data", tmp_path)
-    process = run_script(script, *data, "--weights", "x.pth", "--out", tmp_path / "out",
-                         f"--seed={seed}", check=False)  # fmt: skip
-    assert_user_error(process, "--seed", seed)
-
-
-@pytest.mark.parametrize("count", ["0", "-1"])
-def test_there_is_at_least_one_resample(count, tmp_path):
-    process = run_script("evaluate.py", "--data", tmp_path, "--weights", "x.pth", "--out",
-                         tmp_path / "out", f"--resamples={count}", check=False)  # fmt: skip
-    assert_user_error(process, "--resamples", count)
 
 
 def test_an_export_does_not_overwrite_what_it_reads(trained, tmp_path):

@@ -39,16 +39,6 @@ def test_the_least_familiarity_of_all_is_refused():
     assert not guard.answers(PREDICTED, np.full(4, 1 / 101, np.float32)).any()
 
 
-def test_pixels_decide_where_familiarity_cannot():
-    images = [("dark", np.full((2, 2), -9.0)), ("blank", np.zeros((2, 2))), ("good", np.eye(2)),
-              ("bright", np.full((2, 2), 9.0))]  # fmt: skip
-    for guard, passed in ((Guard(None, pixel_range=(-1, 2, 0.5)), ["good"]),
-                          (Guard(600, pixel_range=(-1, 2, 0.5)), ["dark", "blank", "good", "bright"])):  # fmt: skip
-        errors = []
-        assert [name for name, _ in guard.readable(images, errors)] == passed
-        assert {name for name, _ in errors} | set(passed) == {name for name, _ in images}
-
-
 @pytest.mark.parametrize("stated", ["", "null", "[1, 2]", "[[1], 2, 3]", "{}", "[" * 9,
                                     "[" * 10**5, f"[0, {9 * 10**400}, 1]", "[NaN, NaN, NaN]"])  # fmt: skip
 def test_a_file_with_unreadable_metadata_has_no_bounds(stated):

@@ -8,7 +8,6 @@ import torch
 from conftest import assert_refused, run_script
 from scipy import stats
 
-import simulate
 from lib import datasets, lenses, many_lenses, raytracing, simulated
 from lib.pairs import reduced
 

@@ -50,10 +50,13 @@ def test_the_second_of_two_lists_is_not_taken_for_both():
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_fits_100_columns_and_shows_every_default_that_is_a_value(script, monkeypatch):
+def test_help_fits_100_columns_with_an_example_and_every_default_that_is_a_value(script, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    for parser in parsers_of(script, monkeypatch):
+    parsers = parsers_of(script, monkeypatch)
+    assert f"python {script}.py" in parsers[0].format_help()
+    for parser in parsers:
         text = parser.format_help()
+        assert "default: None" not in " ".join(text.split())
         assert [line for line in text.splitlines() if len(line) > 100] == []
         assert "['" not in text
         for action in parser._actions:

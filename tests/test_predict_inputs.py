@@ -410,17 +410,6 @@ def test_scale_multiplies_the_pixels(predict, models, tmp_path):
     assert "no finite probabilities" in line
 
 
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [("--scale", "0"), ("--scale", "-1"), ("--scale", "nan"), ("--scale", "inf"),
-     ("--least-familiarity", "1"), ("--least-familiarity", "-0.1"),
-     ("--least-familiarity", "nan")],
-)  # fmt: skip
-def test_numbers_that_mean_nothing_are_refused(option, value, predict, tmp_path):
-    np.save(tmp_path / "x.npy", IMAGES[0])
-    assert_user_error(predict(tmp_path, f"{option}={value}", check=False), option, value)
-
-
 def test_least_familiarity_moves_the_limit_and_0_removes_it(predict, tmp_path):
     np.save(tmp_path / "x.npy", np.stack([image_of(0.5), image_of(0.02), image_of(0.0)]))
     assert "1 unfamiliar" in predict(tmp_path).stdout

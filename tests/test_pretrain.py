@@ -84,13 +84,6 @@ def test_a_side_that_the_patches_do_not_divide_is_refused_with_the_patch_sizes_t
         assert "training images" not in refused.stdout  # the settings of a training that does not begin
 
 
-def test_an_augmentation_that_does_not_exist_is_named(packed, tmp_path):
-    refused = pretrain_on(packed, tmp_path / "run", "--augment", "noise,blur", check=False)
-    assert refused.returncode == 2
-    assert "'blur' is not one of halfturn, flips, noise, shift, rotate" in refused.stderr
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_class_of_one_validation_image_does_not_cost_the_weights(tmp_path):
     root = write_classes(tmp_path / "d", {"no_sub": 60, "rare": 60})
     dataset = datasets.load(root, progress=False)

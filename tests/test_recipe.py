@@ -55,5 +55,5 @@ def test_augmentations_mean_the_same_in_any_order():
     assert recipe.augmentation_kinds("noise,halfturn,noise") == ("halfturn", "noise")
     assert recipe.augmentation_kinds("none") == ()
     for wrong in ("", ",", "noise,", "nois"):
-        with pytest.raises(argparse.ArgumentTypeError):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not one of halfturn, flips, noise, shift, rotate"):
             recipe.augmentation_kinds(wrong)

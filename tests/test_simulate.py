@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import assert_refused
 
 import simulate
 from lib import datasets, lenses, raytracing, simulated
@@ -176,8 +175,3 @@ def test_folder_layout_of_model_i_holds_whole_numbers(tmp_path):
     assert axion[0].dtype == np.int64
     packed = datasets.load(tmp_path / "d", tmp_path / "cache", progress=False)
     assert np.array_equal(packed.images[list(packed.labels).index(1)], image)
-
-
-def test_a_folder_in_use_is_not_overwritten(packed):
-    assert_refused("simulate.py", ("--out", packed, "--per-class", 3), packed)
-    assert len(datasets.load(packed).labels) == 300
