@@ -7,7 +7,7 @@ and the encoder carries a classifier. Or the whole MAE is kept, and a small conv
 classifies what it does not explain of an image.
 
 Reading order: positions -> patches -> one transformer block -> `Encoder` -> `MAE` -> `Classifier`
--> `ResidualClassifier`.
+-> `ResidualClassifier` -> `MassEstimator` -> `Sharpener`, the last two for tasks of their own.
 Parameter names and layout are those of the reference implementation (facebookresearch/mae), so
 weights travel in both directions. Shapes in comments: B images, C channels, H = W pixels a side,
 p pixels a side of a patch, N = (H/p)² patches, D embedding width.
@@ -31,8 +31,8 @@ MAP_SIDE = 64  # pixels of a residual map; one at least twice as wide is average
 SCORE_GRID = 8  # squares a side that a map is averaged over for its score
 MAP_WIDTHS = (24, 48, 96, 96)  # channels of the stages that look at a residual map
 MASS_WIDTHS = (32, 64, 96)  # channels of the stages of a `MassNetwork`
+LOG_SPREADS = (-8.0, 3.0)  # limits of the natural logarithm of the spread (dex) that a `MassEstimator` gives
 REFINEMENT_WIDTH, TOKEN_FEATURES = 32, 8  # channels of the convolutions of a `Sharpener`, and of them from the MAE
-LOG_SPREADS = (-8.0, 3.0)  # natural logarithms of the spreads in dex that it may give
 
 
 def sincos_positions(dim, grid_size):

@@ -73,9 +73,7 @@ class Guard(NamedTuple):
             errors.append((name, f"{name}: {reason}"))
 
     def weakness(self, path):
-        """One line on why the classifier at `path` refuses no image by its familiarity, or None."""
-        if self.can_refuse:
-            return None
+        """One line on why the classifier at `path`, which cannot refuse, refuses no image by its familiarity."""
         if self.calibration is None:
             reason = f"{path} gives no familiarity (fewer than 100 validation images, or an old file)"
         elif self.least_familiarity == 0:

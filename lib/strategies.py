@@ -89,7 +89,7 @@ class Strategy:
     def build(self, args, start, recipe, task, dataset, rows):
         """The network that training starts from, and the arguments of its constructor.
 
-        `start` is None for random weights; an opened MAE, of which `around` takes what it needs; or
+        `start` is None for random weights, see `with_random_weights`; an opened MAE, of which `around` takes what it needs; or
         an opened classifier, which is taken whole, head included. Raises UserError where options,
         data, weights and strategy do not fit. `rows` are the training images.
         """
@@ -100,9 +100,8 @@ class Strategy:
 
         if start is None:
             sizes = {name: value for name, value in options.items() if name != "transform"}
-            config = {"img_size": dataset.img_size, **sizes, **task.config,
-                      "pool": recipe.pool, "transform": new_transform()}  # fmt: skip
-            return network.build(self.kind, config), config
+            more = {**task.config, "transform": new_transform()}
+            return self.with_random_weights({"img_size": dataset.img_size, **sizes}, recipe, more)
         compatibility.check_unit(dataset, rows, start.content["run"])
         if start.is_classifier:
             return self.continued(start, recipe, dataset), start.content["config"]
@@ -114,6 +113,11 @@ class Strategy:
             compatibility.check_split(start.content["run"])
             constants = start.content["config"]["transform"]
         return self.around(start, pretrained, recipe, {**task.config, "transform": constants})
+
+    def with_random_weights(self, sizes, recipe, more):
+        """A network of random weights, whose encoder has these `sizes`, and its arguments; `more` are given."""
+        config = {**sizes, **more, "pool": recipe.pool}
+        return network.build(self.kind, config), config
 
     def continued(self, start, recipe, dataset):
         """The classifier of opened `Weights`, to be trained further; UserError if it does not fit."""
@@ -303,11 +307,8 @@ class Mass(Residual):
         recipe = super().recipe(args, start, images)
         return recipe._replace(precision="float32") if args.precision == "auto" else recipe
 
-    def build(self, args, start, recipe, task, dataset, rows):
-        if start is not None:
-            return super().build(args, start, recipe, task, dataset, rows)
-        kind = network.options_of(args, dataset.img_size)["transform"]
-        config = {"img_size": dataset.img_size, "transform": fit_transform(dataset.images, rows, kind), **task.config}
+    def with_random_weights(self, sizes, recipe, more):
+        config = {"img_size": sizes["img_size"], **more}
         return constructed(self.kind, config, "--task mass"), config
 
     def around(self, start, pretrained, recipe, more):
@@ -346,14 +347,9 @@ class Sharpen(Strategy):
             raise UserError(f"--task sharpen: --strategy {args.strategy} learns something else; use --strategy full")
         super().check(args)
 
-    def build(self, args, start, recipe, task, dataset, rows):
-        if start is not None:
-            return super().build(args, start, recipe, task, dataset, rows)
-        options = network.options_of(args, dataset.img_size)
-        transform = fit_transform(dataset.images, rows, options.pop("transform"))
-        mae = {"img_size": dataset.img_size, **options}
-        network.build(MAE, mae)  # names the flag of a size that does not fit
-        config = {"mae": mae, "transform": transform, **task.config}
+    def with_random_weights(self, sizes, recipe, more):
+        network.build(MAE, sizes)  # names the flag of a size that does not fit
+        config = {"mae": sizes, **more}
         return self.kind(**config), config
 
     def around(self, start, pretrained, recipe, more):

@@ -33,6 +33,11 @@ PICTURES = ("loss_curves", "reconstructions", "classifier_curves", "mass_curves"
 # Weights files of the scripts.
 PRETRAINED, CLASSIFIER, MASS = "vit-mae-wt.pth", "vit-mae-classifier-wt.pth", "vit-mae-mass-wt.pth"
 SHARPENER = "vit-mae-sharpen-wt.pth"
+# Scripts that read options, as paths from the root without the suffix.
+WITH_OPTIONS = [
+    str(path.relative_to(ROOT).with_suffix("")) for folder in (".", "experiments", "docs")
+    for path in sorted((ROOT / folder).glob("*.py")) if "new_parser(" in path.read_text()
+]  # fmt: skip
 
 
 def run_script(name, *arguments, check=True, folder=ROOT):

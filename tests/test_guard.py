@@ -35,7 +35,6 @@ def test_a_guard_that_can_refuse_none_answers_all(images):
 def test_the_least_familiarity_of_all_is_refused():
     guard = Guard(100)
     assert guard.can_refuse
-    assert guard.weakness("m.onnx") is None
     assert not guard.answers(PREDICTED, np.full(4, 1 / 101, np.float32)).any()
 
 

@@ -4,14 +4,9 @@ import argparse
 import importlib
 
 import pytest
-from conftest import ROOT, assert_refused
+from conftest import WITH_OPTIONS, assert_refused
 
 from lib.errors import UserError
-
-SCRIPTS = [
-    str(path.relative_to(ROOT).with_suffix("")) for folder in (".", "experiments", "docs")
-    for path in sorted((ROOT / folder).glob("*.py")) if "new_parser(" in path.read_text()
-]  # fmt: skip
 
 
 def parsers_of(script, monkeypatch):
@@ -30,7 +25,7 @@ def parsers_of(script, monkeypatch):
     return parsers
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", WITH_OPTIONS)
 def test_an_option_given_twice_is_refused(script, monkeypatch):
     tried = 0
     for parser in parsers_of(script, monkeypatch):
@@ -49,7 +44,7 @@ def test_the_second_of_two_lists_is_not_taken_for_both():
     assert_refused("pretrain.py", given, "--classes")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", WITH_OPTIONS)
 def test_help_fits_100_columns_with_an_example_and_every_default_that_is_a_value(script, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     parsers = parsers_of(script, monkeypatch)
