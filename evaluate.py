@@ -38,7 +38,8 @@ EXAMPLE = """example:
 SHOWN_MISTAKES = 12
 PREDICTIONS = "predictions.csv"
 LEFT = {
-    "metrics.json": rb'"(calibration_error|coverage|psnr_of_mean)"', "comparison.md": rb"\A\| run ", "report.html": rb"<title>Lens classification",
+    "metrics.json": rb'"(calibration_error|coverage|psnr_of_mean)"', "comparison.md": rb"\A\| run ",
+    "report.html": rb"<title>Lens classification",
     **dict.fromkeys(("roc.png", "confusion_matrix.png", "reliability.png", "familiarity.png", "mistakes.png",
                      "masses.png", "sharpened.png"), PICTURE),
 }  # fmt: skip

@@ -89,9 +89,9 @@ class Strategy:
     def build(self, args, start, recipe, task, dataset, rows):
         """The network that training starts from, and the arguments of its constructor.
 
-        `start` is None for random weights, see `with_random_weights`; an opened MAE, of which `around` takes what it needs; or
-        an opened classifier, which is taken whole, head included. Raises UserError where options,
-        data, weights and strategy do not fit. `rows` are the training images.
+        `start` is None, see `with_random_weights`; an opened MAE, of which `around` takes what it needs; or
+        an opened classifier, see `continued`. Raises UserError where options, data, weights and strategy do
+        not fit. `rows` are the training images.
         """
         options = network.options_of(args, dataset.img_size, start)
 
@@ -120,7 +120,7 @@ class Strategy:
         return network.build(self.kind, config), config
 
     def continued(self, start, recipe, dataset):
-        """The classifier of opened `Weights`, to be trained further; UserError if it does not fit."""
+        """The classifier of opened `Weights`, taken whole to be trained further; UserError if it does not fit."""
         content = start.content
         model = weights.classifier_of(start)
         compatibility.check_split(content["run"])
