@@ -44,7 +44,8 @@ def table_of(results):
     """Rows of text, the header first: each run on all images, and in each half decade."""
 
     def cells(name, result, error, median=""):
-        return [name, error, median, with_interval(result["coverage"], 1, 100), f"{result['width']:.4f}", str(result["images"])]
+        share = with_interval(result["coverage"], 1, 100)
+        return [name, error, median, share, f"{result['width']:.4f}", str(result["images"])]
 
     rows = [HEADER]
     for name, result in results.items():
