@@ -206,7 +206,7 @@ def test_python_of_the_documentation(path, place, monkeypatch, capsys):
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
 def test_make_knows_what_to_do(command, place):
-    words = [word.replace("/path/to/dataset", "lenses") for word in shlex.split(command)]
+    words = [word.replace("/path/to/dataset", "lenses") for word in command.split()]
     process = subprocess.run(
         ["make", "-n", *words[1:]], cwd=place, capture_output=True, text=True, timeout=HUNG
     )
