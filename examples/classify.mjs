@@ -1,7 +1,6 @@
 // Classify .npy and plain FITS cutouts in Node.js: node classify.mjs MODEL.onnx FILE.npy ...
 
 import { readFile } from 'node:fs/promises';
-import * as ort from 'onnxruntime-web';
 import { checkAnswers, checkImage, describe, judge, readImages } from './formats.mjs';
 
 /** Await an action; if it fails, name the file in one line. */
@@ -34,6 +33,10 @@ if (!files.length) {
   console.error('error: give a model and files: node classify.mjs MODEL.onnx FILE.npy ...');
   process.exit(2);
 }
+const ort = await import('onnxruntime-web').catch(() => {
+  console.error('error: onnxruntime-web is not there: npm ci --prefix examples --ignore-scripts');
+  process.exit(1);
+});
 ort.env.wasm.numThreads = 1;
 const model = await attempt(path, async () => {
   const content = await readFile(path);

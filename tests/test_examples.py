@@ -93,6 +93,15 @@ def test_javascript_example_says_how_it_is_called(arguments):
     assert process.stderr == "error: give a model and files: node classify.mjs MODEL.onnx FILE.npy ...\n"
 
 
+@pytest.mark.skipif(not shutil.which("node"), reason="needs Node.js")
+def test_javascript_example_names_the_package_that_is_missing(tmp_path):
+    for name in ("classify.mjs", "formats.mjs", "fits.mjs"):
+        shutil.copy(EXAMPLES / name, tmp_path)
+    process = subprocess.run(["node", tmp_path / "classify.mjs", "a.onnx", "b.npy"], capture_output=True, text=True)
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: onnxruntime-web is not there: npm ci") and process.stderr.count("\n") == 1
+
+
 def damaged(path, out):
     """Write a model whose weights have changed a little, as damage or another processor may change its answers."""
     proto = onnx.load(path)
