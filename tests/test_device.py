@@ -54,7 +54,7 @@ def test_memory_of_freed_tensors_is_used_again():
 
 
 @pytest.mark.parametrize(
-    ("in_bfloat16", "chosen"), [(500.0, "float32"), (0.9, "float32"), (0.4, "bfloat16"), (0.2, "bfloat16")]
+    ("in_bfloat16", "chosen"), [(500.0, "float32"), (0.9, "float32"), (0.6, "bfloat16"), (0.2, "bfloat16")]
 )
 def test_bfloat16_is_taken_only_where_a_product_is_much_faster(in_bfloat16, chosen, monkeypatch):
     """A slow first product and disturbances do not decide."""

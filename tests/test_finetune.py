@@ -257,7 +257,7 @@ def test_a_recipe_follows_the_strategy_and_what_it_starts_from(name, runs):
     defaults = finetune.STRATEGIES[name].defaults
     assert (first.lr, first.epochs) == (defaults.lr, defaults.epochs)
     assert continuing.lr < first.lr
-    kept = ("last", 2) if name == "residual" else ("best", min(50, first.epochs))
+    kept = ("last", 3) if name == "residual" else ("best", min(50, first.epochs))
     assert (first.keep, first.validations) == kept
 
 
