@@ -36,7 +36,7 @@ BASELINE :=
 CLASSIFIERS := head layernorm full residual
 PRETRAINING :=
 FINETUNING :=
-$(foreach name,$(CLASSIFIERS),$(eval FINETUNING_$(name) :=))
+$(foreach name,head layernorm full residual,$(eval FINETUNING_$(name) :=))
 UNSEEN :=
 CUTOUTS :=
 REAL :=
@@ -113,12 +113,15 @@ demo: $(SMALL)/ready $(RUNS)/.made-by-make
 	@$(SMALL)/bin/python predict.py --sheet $(RUNS)/demo/sheet.png --out $(RUNS)/demo/predictions.csv models/examples
 	@cat $(RUNS)/demo/predictions.csv
 
-# Fewer images and steps; float32 or bfloat16, whichever is fast, as in make reproduce.
+# Fewer images, strategies and steps, unless the command line says how many.
+quick: PER_CLASS := 6000
+quick: CLASSIFIERS := head residual
 quick: $(READY) $(RUNS)/.made-by-make
-	@$(MAKE) --no-print-directory -j2 reproduce RUNS=$(RUNS)/quick PER_CLASS=6000 CLASSIFIERS="head residual" CLUSTERS= \
-	  PRETRAINING="--epochs 8" FINETUNING_residual="--epochs 2 --batch-size 32"
+	@$(MAKE) --no-print-directory -j2 reproduce RUNS=$(RUNS)/quick PER_CLASS=$(call quoted,$(PER_CLASS)) \
+	  CLASSIFIERS=$(call quoted,$(CLASSIFIERS)) CLUSTERS= PRETRAINING=$(call quoted,--epochs 8 $(PRETRAINING)) \
+	  FINETUNING_residual=$(call quoted,--epochs 2 --batch-size 32 $(FINETUNING_residual))
 	@echo '$(RUNS)/quick: report in evaluation/report.html, reconstructions in pretrain/, maps in residuals/maps.png,'
-	@echo 'predictions.csv and sheet.png of images that no network has seen$(if $(SAMPLES),. 18000 simulated images; make reproduce has 90000)'
+	@echo 'predictions.csv and sheet.png of images that no network has seen$(if $(SAMPLES),. Of each class $(PER_CLASS) images; make reproduce has 30000)'
 
 reproduce: $(EVALUATION) $(RESIDUALS) $(PREDICTIONS)
 	@cat $(RUNS)/evaluation/comparison.md

@@ -57,7 +57,8 @@ def finetune(args):
     strategy = strategy_of(args)
     chosen = strategy.recipe(args, start, len(rows))
     inputs = task.inputs or dataset
-    about = {**network.options_of(args, inputs.img_size, start), "pretrained_sha256": start.sha256 if start else "none", **task.about}
+    about = {**network.options_of(args, inputs.img_size, start), **task.about,
+             "pretrained_sha256": start.sha256 if start else "none"}  # fmt: skip
     with open_run(args, dataset, task.file, chosen, **about) as run:
         if run.is_finished:
             return

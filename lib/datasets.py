@@ -410,7 +410,8 @@ def _images_of(paths, writer, per_file, size, first):
         if len(stack) > 1:
             writer.announce(len(stack) - 1)
         per_file.append(len(stack))
-        yield from ((image, i, mass_among(numbers)) for image in images_in(path, stack))
+        beside = numbers or [()] * len(stack)
+        yield from ((image, i, mass_among(own)) for image, own in zip(images_in(path, stack), beside, strict=True))
 
 
 def images_in(path, stack):

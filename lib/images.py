@@ -113,7 +113,7 @@ def _walk(root, errors):
 class Found(NamedTuple):
     """An array of a file (None: no image), and what a FITS file says of it, see `fits.FitsImage`.
 
-    numbers : those of an object array [image, number, ...].
+    numbers : of an object array, a tuple of those beside each image; () of other files.
     """
 
     name: str
@@ -192,19 +192,14 @@ def read_image(path):
 
     Raises UserError, naming the file and the remedy, for anything else.
     """
-    return read_image_and_numbers(path)[0]
-
-
-def read_image_and_numbers(path):
-    """(`read_image`, the numbers that stand beside the image in an object array [image, number, ...])."""
-    stack, numbers = read_stack(path)
+    stack, _ = read_stack(path)
     if len(stack) != 1:
         raise UserError(f"{path}: expected one square image, got {len(stack)}; give one a file")
-    return training_image(stack, 0, path), numbers
+    return training_image(stack, 0, path)
 
 
 def read_stack(path):
-    """(images (n, H, H) of a file to train on, the numbers beside one in an object array [image, number, ...]).
+    """(images (n, H, H) of a file to train on, a tuple of the numbers beside each, or () if it holds images alone).
 
     The images are as the file stores them, mapped into memory if it is large. Raises UserError, naming the file
     and the remedy, for anything else.
@@ -632,7 +627,7 @@ def _unpickle(content):
 
 
 def _images_of(unpickled):
-    """(image (H, W), the numbers beside it) of an object array, or (stack (n, H, W), ())."""
+    """(image (H, W) or stack (n, H, W) of an object array, a tuple of the numbers beside each image)."""
     if not isinstance(unpickled, _Made) or not isinstance(unpickled.value, list):
         raise ValueError("its pickle is not an object array")
     elements = _values(unpickled.value)
@@ -643,13 +638,14 @@ def _images_of(unpickled):
             raise ValueError("the object array has too many rows")
         rows = map(_values, elements)
     else:
-        return _image_and_numbers(elements)
-    images = [_image_and_numbers(row)[0] for row in rows]
+        image, numbers = _image_and_numbers(elements)
+        return image, (numbers,)
+    images, numbers = zip(*map(_image_and_numbers, rows), strict=True)
     if len({image.shape for image in images}) > 1:
         raise ValueError("the images of the object array have different shapes")
     if sum(image.nbytes for image in images) > MAX_PICKLE_BYTES:  # one image may be there often
         raise ValueError("the object array has too many images; store them as plain numbers")
-    return np.stack(images), ()
+    return np.stack(images), numbers
 
 
 def _image_and_numbers(row):

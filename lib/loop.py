@@ -108,6 +108,8 @@ def fit(learner, batch_loss, validate, recipe, rows, run, device, precision, sco
                       file=sys.stderr)  # fmt: skip
                 raise SystemExit(128 + interruption.signal)
     run.write_metrics(training.history)
+    if learner.is_trained and training.best and training.best["line"]["step"] == 0 and distributed.is_main():
+        print("no later weights are better on validation: those that it started from are kept")
     if training.best:
         return training.best["model"], training.history, training.best["line"]
     return learner.model.state_dict(), training.history, training.history[-1]

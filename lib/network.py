@@ -4,7 +4,7 @@ from lib.errors import UserError
 from lib.weights import LARGEST, MOST_PATCHES_A_SIDE
 from mae import TRANSFORM_KINDS
 
-# Of a new network, but for its patches, and of weights that do not say.
+# Also what weights have that do not say it. A new network has another patch size, see PATCHES_A_SIDE.
 DEFAULTS = {"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4, "transform": "log"}
 PATCHES_A_SIDE = 4  # of a new network
 

@@ -27,7 +27,8 @@ WIDE = 3  # ratio of the largest to the smallest figure from which curves are lo
 MOST_SIGMAS, LINEAR_SIGMAS = 50, 3  # where the colours of a map end, and up to where they are linear
 
 PANEL, PANEL_OF_SHEET = 1.75, 1.35  # inches, of which 5.4 side by side are read on narrow screens
-ABOVE = {"location": "top", "fraction": 0.08, "aspect": 40, "ticks": (-50, -20, -5, 0, 5, 20, 50)}  # where the colour bar of many rows is seen
+# A colour bar above many rows, where it is seen.
+ABOVE = {"location": "top", "fraction": 0.08, "aspect": 40, "ticks": (-50, -20, -5, 0, 5, 20, 50)}
 
 # A run has one colour in every picture, whichever others stand beside it.
 RUN_COLOURS = {"head": "C0", "layernorm": "C1", "full": "C2", "residual": "C3", "scratch": "C4"}
@@ -90,19 +91,24 @@ def _curves(axes, history, name, label):
 
     Positive figures that vary by more than WIDE have a logarithmic axis; those of SHARES are drawn up to 1, their best.
     """
-    epochs = [line["epoch"] for line in history]
-    parts = {part: [line[f"{part}_{name}"] for line in history]
-             for part in ("train", "validation") if f"{part}_{name}" in history[0]}  # fmt: skip
+    # The weights that a classifier continues from are validated before anything is trained.
+    points = {part: [(line["epoch"], line[f"{part}_{name}"]) for line in history if f"{part}_{name}" in line]
+              for part in ("train", "validation")}  # fmt: skip
     last = ", last" if len(history) > 1 else ""
-    for part, values in parts.items():
+    for part, own in points.items():
+        if not own:
+            continue
+        epochs, values = zip(*own, strict=True)
         marker, colour = ("s", "0.45") if part == "train" else ("o", "black")
         axes.plot(epochs, values, marker=marker, ms=4, color=colour, label=f"{part}{last} {values[-1]:.6g}")
         if len(history) == 1:
             _value_beside(axes, epochs[0], values[0], is_left=part == "train")
-    axes.set(xlim=(0, 1.04 * epochs[-1]), xlabel="epoch", ylabel=label)
+    end = history[-1]["epoch"]
+    axes.set(xlim=(0, 1.04 * end), xlabel="epoch", ylabel=label)
     if len(history) == 1:
-        axes.set(xlim=(0, 2 * epochs[0]), title="one validation, so there is no curve")
-    low, high = min(map(min, parts.values())), max(map(max, parts.values()))
+        axes.set(xlim=(0, 2 * end), title="one validation, so there is no curve")
+    figures = [value for own in points.values() for _, value in own]
+    low, high = min(figures), max(figures)
     if name in SHARES:
         missing = 1 - low or 0.1
         axes.set_ylim(1 - 1.4 * missing, 1 + 0.1 * missing)

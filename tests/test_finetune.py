@@ -298,7 +298,7 @@ def test_a_run_prints_and_stores_its_recipe(packed, tmp_path):
 
 
 @pytest.mark.parametrize(("strategy", "lr"), [("head", "1000"), ("residual", "10")])
-def test_a_classifier_that_continues_keeps_its_weights_if_none_are_better(strategy, lr, runs, packed, tmp_path):
+def test_a_classifier_that_continues_keeps_its_weights_if_none_are_better(strategy, lr, runs, packed, tmp_path, capsys):
     start = runs / strategy / CLASSIFIER
     finetune.main(finetuning(packed, tmp_path / "run", start, strategy, "--lr", lr, "--epochs", "1"))
     kept, before = (torch.load(path, weights_only=True)["model"] for path in (tmp_path / "run" / CLASSIFIER, start))
@@ -306,6 +306,7 @@ def test_a_classifier_that_continues_keeps_its_weights_if_none_are_better(strate
     assert_same_tensors(*({k: v for k, v in state.items() if not k.endswith(moved)} for state in (kept, before)))
     first, *_ = history_of(tmp_path / "run")
     assert first["step"] == 0 and "train_loss" not in first
+    assert "those that it started from are kept" in capsys.readouterr().out
 
 
 def test_fine_tuning_continues_a_classifier_as_it_is(runs, packed, tmp_path):

@@ -66,6 +66,15 @@ def test_one_validation_has_its_figures_in_words_and_no_axis_far_above_one(drawn
         assert axes.get_xlim()[0] == 0
 
 
+def test_curves_begin_with_the_weights_that_training_continues_from(drawn):
+    """They are validated before anything is trained, and have no figures of training."""
+    first = {"epoch": 0.0, "validation_loss": 0.25, "validation_accuracy": 0.875, "validation_macro_auc": 0.9}
+    then = first | {"epoch": 1.0, "train_loss": 0.5, "train_accuracy": 0.75}
+    plots.classifier_curves("curves", [first, then])
+    train, validation = drawn["curves"].axes[0].get_lines()
+    assert (train.get_xdata().tolist(), validation.get_xdata().tolist()) == ([1.0], [0.0, 1.0])
+
+
 def is_seen(axes):
     """Whether all points of the lines lie inside the axes, on a scale that can show them."""
     axes.figure.canvas.draw()

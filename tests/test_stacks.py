@@ -67,6 +67,16 @@ def test_stacks_and_files_of_one_image_and_its_mass_stand_side_by_side(tmp_path)
     assert names[:2] == ["alone.npy", "stack.npy[0]"] and names[-1] == "stack.npy[19]"
 
 
+def test_images_of_a_table_keep_their_masses(tmp_path):
+    root, images = stacked(tmp_path / "d", LAYOUTS["npy"])
+    table = np.empty((2, 2), dtype=object)
+    for row, mass in zip(range(2), (1e-23, 2e-23), strict=True):
+        table[row, 0], table[row, 1] = images[row] + 1, mass
+    np.save(root / "a" / "alone.npy", table, allow_pickle=True)  # sorted before stack.npy
+    masses = datasets.load(root).masses
+    assert masses[:2].tolist() == [1e-23, 2e-23] and np.isnan(masses[2:]).all()
+
+
 def test_names_of_a_stacks_images_are_those_of_prediction(tmp_path):
     root, _ = stacked(tmp_path / "d", LAYOUTS["npy"])
     dataset = datasets.load(root)
