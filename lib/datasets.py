@@ -1,7 +1,7 @@
 """From a folder of images to one memory-mapped array, its split and its rows; without torch.
 
-Folder layout:  <root>/<class>/, .npy, .npz, FITS or PNG files of one square image, or .npy and .npz
-                files of a stack of them; the folders name the classes.
+Folder layout:  <root>/<class>/, .npy, .npz, FITS or PNG files of one square image, or .npy, .npz and
+                FITS files of a stack of them; the folders name the classes.
                 Also <root>/train/<class>/ and <root>/val/<class>/ (or test), whose parts are kept, see `Listing`.
                 Or <root>/labels.csv, whose columns file and label name the files and their classes.
                 Two folders of pairs, such as HR and LR, whose files have the same names: images of one are 2, 3 or 4
@@ -32,7 +32,7 @@ from lib import copies, png, shortcuts
 from lib.errors import UserError, one_line
 from lib.files import atomic_directory, is_hidden, make_folder, read_json, write_json
 from lib.images import (
-    FEW_PLANES, MASSES, SUFFIXES, forget_pages, images_among, is_png, names_in, read_npy, read_stack, training_image,
+    FEW_PLANES, MASSES, SUFFIXES, forget_pages, images_among, is_fits, is_png, names_in, read_npy, read_stack, training_image,
 )  # fmt: skip
 from lib.names import check_class_names
 
@@ -449,6 +449,9 @@ def warn_of_planes(paths, per_file):
     if few:
         print(f"{len(few)} files have 2 to {FEW_PLANES} planes, such as {few[0]}: each plane is an image of its own. "
               "If they are bands of one lens, save one of them or their mean", file=sys.stderr)  # fmt: skip
+    cubes = [path for path, count in zip(paths, per_file or [], strict=False) if count > 1 and is_fits(path)]
+    if cubes:
+        print(f"{len(cubes)} FITS cubes, such as {cubes[0]}: each plane is an image of its own", file=sys.stderr)
 
 
 def warn_of_images(paths, originals, labels, extremes):

@@ -61,6 +61,10 @@ def is_png(path):
     return Path(path).name.lower().endswith(png.SUFFIX)
 
 
+def is_fits(path):
+    return Path(path).name.lower().endswith(fits.SUFFIXES)
+
+
 def find_files(paths):
     """The files to predict: those given, and the image files in folders at any depth.
 
@@ -202,15 +206,29 @@ def read_stack(path):
     """(images (n, H, H) of a file to train on, a tuple of the numbers beside each, or () if it holds images alone).
 
     The images are as the file stores them, mapped into memory if it is large. Raises UserError, naming the file
-    and the remedy, for anything else.
+    and the remedy, for anything else, also for a FITS cube whose planes may be bands of one lens.
     """
-    arrays = [found for found in read_arrays(Path(path)) if found.array is not None]
+    arrays = [found for found in read_arrays(Path(path), How(planes="lenses")) if found.array is not None]
     if len(arrays) > 1:
         raise UserError(f"{path}: expected one square image or one stack, got {len(arrays)} arrays; give one a file")
     shape, stack = arrays[0].array.shape, _stack_of(arrays[0].array)
     if stack.ndim != 3 or stack.shape[1] != stack.shape[2] or not stack.size:
         raise UserError(f"{path}: expected one square image or a stack of them, got shape {shape}; remove it")
+    if arrays[0].cards is not None:
+        _require_lenses(path, stack, arrays[0].cards)
     return stack, arrays[0].numbers
+
+
+def _require_lenses(path, stack, cards):
+    """UserError if the planes (n, H, H) of a FITS file may be bands of one lens, by their number or the header."""
+    axis = cards.get("CTYPE3") or ""
+    if len(stack) > FEW_PLANES and not axis or len(stack) == 1:
+        return
+    reason = f", along an axis {axis}," if axis else ", which"
+    raise UserError(
+        f"{path}: several planes, shape {stack.shape}{reason} may be bands of one lens: if they are, save one or "
+        "their mean; if they are lenses, save them as a .npy stack or one a file"
+    )
 
 
 def training_image(stack, i, name):
@@ -361,12 +379,12 @@ def read_arrays(path, how=How()):
     """The arrays of one file, a list of `Found`; UserError."""
     name = path.name.lower()
     require_known_kind(path)
-    if name.endswith(fits.SUFFIXES):
+    if is_fits(path):
         image = fits.read_fits(path, how.hdu)
         if image.pixels.ndim > 2 and how.planes is None:
             raise UserError(
                 f"{path}: several planes, shape {image.pixels.shape}: predict.py --planes says what they "
-                "are, lenses or bands; training takes a stack of lenses as .npy"
+                "are, lenses or bands"
             )
         name = f"{path}[{image.hdu}]" if image.hdu else str(path)
         return [Found(name, image.pixels, image.rounded, image.pixel_scale, image.cards)]

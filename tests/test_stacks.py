@@ -166,3 +166,34 @@ def test_counts_of_a_packed_copy_that_do_not_fit_are_refused(tmp_path):
         description.write_text(json.dumps(json.loads(description.read_text()) | {"per_file": wrong}))
         with pytest.raises(UserError, match="rebuild the data set"):
             datasets.load(root)
+
+
+def save_cube(path, images, **cards):
+    fits = pytest.importorskip("astropy.io.fits")
+    fits.PrimaryHDU(images, fits.Header(cards)).writeto(path)
+
+
+def test_the_planes_of_a_fits_cube_are_images_of_the_data_set(tmp_path, capsys):
+    root, images = stacked(tmp_path / "d", lambda path, images: save_cube(path.with_suffix(".fits"), images))
+    dataset = datasets.load(root)
+    assert np.array_equal(dataset.images, images)
+    assert datasets.files_of(root, dataset)[17] == root / "a" / "stack.fits[17]"
+    assert f"2 FITS cubes, such as {root}/a/stack.fits: each plane is an image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("count", "cards", "named"), [
+    (3, {}, r"rgb\.fits: several planes, shape \(3, 8, 8\), which may be bands of one lens.*\.npy"),
+    (2, {}, "several planes"), (5, {}, "several planes"),
+    (9, {"CTYPE3": "FREQ"}, r"rgb\.fits: several planes.*FREQ.*\.npy"),
+])  # fmt: skip
+def test_a_fits_cube_that_may_hold_bands_of_one_lens_is_refused(count, cards, named, tmp_path):
+    root = write_classes(tmp_path / "d", {"a": 5, "b": 5}, size=SIDE)
+    save_cube(root / "a" / "rgb.fits", np.random.default_rng(9).random((count, SIDE, SIDE)), **cards)
+    with pytest.raises(UserError, match=named):
+        datasets.load(root)
+
+
+def test_a_fits_cube_with_one_plane_is_one_image(tmp_path, capsys):
+    root = write_classes(tmp_path / "d", {"a": 5, "b": 5}, size=SIDE)
+    save_cube(root / "a" / "one.fits", np.random.default_rng(9).random((1, SIDE, SIDE)), CTYPE3="FREQ")
+    assert len(datasets.load(root).images) == 11 and "cube" not in capsys.readouterr().err
