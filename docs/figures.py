@@ -82,7 +82,7 @@ def draw_overview(
         row[4].set(xlim=(0, 1), xticks=[0, 0.5, 1])
         row[4].yaxis.tick_right()
         row[4].invert_yaxis()
-    plots.map_scale(figure, drawn, axes[:, 3], "σ of smooth lenses", (-50, -5, 5, 50), location="bottom",
+    plots.map_scale(figure, drawn, axes[:, 3], "σ of smooth lenses", plots.TICKS[::2], location="bottom",
                     fraction=0.05)  # fmt: skip
     for panel, title in zip(axes[0], titles, strict=True):
         panel.set_title(title)

@@ -24,11 +24,13 @@ RESIDUAL = "residual (image − prediction), in the network's scale"
 SIGMAS = "residual (image − prediction), in σ of smooth lenses"
 SHARES = ("accuracy", "macro_auc")  # figures of a training that are 1 at best
 WIDE = 3  # ratio of the largest to the smallest figure from which curves are logarithmic
-MOST_SIGMAS, LINEAR_SIGMAS = 50, 3  # where the colours of a map end, and up to where they are linear
+MOST_SIGMAS, LINEAR_SIGMAS = 100, 3  # where the colours of a map end, and up to where they are linear
+TICKS = (-MOST_SIGMAS, -20, -5, 0, 5, 20, MOST_SIGMAS)
 
-PANEL, PANEL_OF_SHEET = 1.75, 1.35  # inches, of which 5.4 side by side are read on narrow screens
+WIDTH = 5.4  # inches, which can be read on narrow screens
+PANEL, PANEL_OF_SHEET = 1.75, 1.35  # of which so many stand side by side
 # A colour bar above many rows, where it is seen.
-ABOVE = {"location": "top", "fraction": 0.08, "aspect": 40, "ticks": (-50, -20, -5, 0, 5, 20, 50)}
+ABOVE = {"location": "top", "fraction": 0.08, "aspect": 40, "ticks": TICKS}
 
 # A run has one colour in every picture, whichever others stand beside it.
 RUN_COLOURS = {"head": "C0", "layernorm": "C1", "full": "C2", "residual": "C3", "scratch": "C4"}
@@ -226,7 +228,7 @@ def substructure_map(panel, residual, sigma):
     return panel.imshow(residual / sigma, norm=norm, cmap="RdBu_r", origin="lower")
 
 
-def map_scale(figure, drawn, axes, label=SIGMAS, ticks=(-50, -20, -10, -5, 0, 5, 10, 20, 50), **where):
+def map_scale(figure, drawn, axes, label=SIGMAS, ticks=TICKS, **where):
     """The colour bar of `substructure_map`."""
     bar = figure.colorbar(drawn, ax=axes, label=label, extend="both", **{"fraction": 0.02, **where})
     bar.set_ticks(ticks, labels=[f"{tick:+d}" if tick else "0" for tick in ticks])
@@ -335,24 +337,33 @@ def score_histogram(path, scores, labels, class_names):
 
 
 def dots(path, runs):
-    """A line a run, a mark a figure; `runs`: {run: {figure: (AUC, its deviation)}}.
+    """A line a run, a mark a figure; `runs`: {run: {figure: (AUC, its deviation)}}. Runs without figures are left out.
 
-    The axis is 1 − AUC, logarithmic: good figures differ near one only.
+    Runs named "group: run" have a panel a group. The axis is 1 − AUC, logarithmic: good figures differ near one only.
     """
-    figures = list(dict.fromkeys(name for by_figure in runs.values() for name in by_figure))
-    figure, axes = plt.subplots(figsize=(7, 0.6 + 0.32 * len(runs)))
-    for i, name in enumerate(figures):
-        lines = [(y, run[name]) for y, run in enumerate(runs.values()) if name in run]
-        y = [line + 0.5 * (i / len(figures) - 0.4) for line, _ in lines]
-        error = [max(1 - auc, 1e-6) for _, (auc, _) in lines]
-        axes.errorbar(
-            error, y, xerr=[deviation for _, (_, deviation) in lines], fmt="o", ms=4,
-            label=label_of(name),
-        )  # fmt: skip
-    axes.set(xscale="log", xlabel="1 − AUC (left is better; values below 1e-6 are drawn at 1e-6)")
-    axes.set_yticks(range(len(runs)), [label_of(name) for name in runs])
-    axes.invert_yaxis()
-    axes.legend(bbox_to_anchor=(1, 1), loc="upper left")
+    groups = {}
+    for name, figures in runs.items():
+        group, colon, own = name.partition(": ")
+        if figures:
+            groups.setdefault(group if colon else "", {})[own if colon else name] = figures
+    figure, axes = plt.subplots(
+        len(groups), 1, figsize=(WIDTH, 1 + sum(0.5 + 0.22 * len(group) for group in groups.values())),
+        squeeze=False, sharex=True, layout="constrained",
+        gridspec_kw={"height_ratios": [len(group) for group in groups.values()]},
+    )  # fmt: skip
+    names = list(dict.fromkeys(name for group in groups.values() for figures in group.values() for name in figures))
+    for panel, (group, own) in zip(axes[:, 0], groups.items(), strict=True):
+        for i, name in enumerate(names):
+            lines = [(y, figures[name]) for y, figures in enumerate(own.values()) if name in figures]
+            y = [line + 0.5 * (i - (len(names) - 1) / 2) / len(names) for line, _ in lines]
+            error = [max(1 - auc, 1e-6) for _, (auc, _) in lines]
+            deviations = [deviation for _, (_, deviation) in lines]
+            panel.errorbar(error, y, xerr=deviations, fmt="o", ms=4, color=f"C{i}", label=label_of(name))
+        panel.set(xscale="log", title=label_of(group), ylim=(len(own) - 0.5, -0.5))
+        panel.set_yticks(range(len(own)), [label_of(name) for name in own])
+    axes[-1, 0].set_xlabel("1 − AUC (left is better; from 1e-6)")
+    handles = {label: handle for panel in axes[:, 0] for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside upper center", ncol=2)
     save(figure, path)
 
 
@@ -361,15 +372,15 @@ def series(path, lines, x_label, y_label, logarithmic):
 
     `lines` is {name: [(x, figure, its deviation), ...]}; `y_label` names the figure, an AUC or, if
     it ends in %, a percentage. Without an `x_label` every line has a panel and its name, the
-    quantity, stands below it.
+    quantity, stands below it; the panels are one above the other, for narrow screens.
     """
     panels = 1 if x_label else len(lines)
     best, least = (100, 0.01) if y_label.endswith("%") else (1, 1e-6)
-    figure, axes = plt.subplots(1, panels, figsize=(1 + 5 * panels, 4), squeeze=False)
+    figure, axes = plt.subplots(panels, 1, figsize=(WIDTH, 0.5 + 3.2 * panels), squeeze=False)
     for i, (name, points) in enumerate(lines.items()):
         x, value, deviation = np.transpose(points)
         missing = np.maximum(best - value, least)
-        panel = axes[0, i % panels]
+        panel = axes[i % panels, 0]
         label = label_of(name)
         panel.errorbar(x, missing, yerr=deviation, marker="o", ms=4, label=label)
         panel.set(

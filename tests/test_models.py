@@ -6,10 +6,12 @@ import json
 import re
 
 import numpy as np
+import onnxruntime
 import pytest
 from conftest import ROOT, run_script
 
-from lib import lenses, weights
+from lib import lenses, plots, weights
+from lib.images import read_image
 
 MODELS = ROOT / "models"
 CLASSES = ("axion", "cdm", "no_sub")
@@ -45,6 +47,16 @@ def test_freshly_simulated_images_are_classified_as_the_card_says(tmp_path):
     answered = [row for row in rows if row["prediction"] != "unfamiliar"]
     assert len(answered) >= 0.97 * len(rows)
     assert sum(not row["file"].split("/")[-1].startswith(row["prediction"]) for row in answered) <= 9
+
+
+def test_maps_of_the_examples_lie_within_the_scale_of_their_colours():
+    """At most 1 % of the pixels of a typical lens with substructure are saturated."""
+    session = onnxruntime.InferenceSession(MODELS / "reconstruction.onnx")
+    sigma = json.loads(session.get_modelmeta().custom_metadata_map["smooth_rms"])
+    for kind in ("axion", "cdm"):
+        images = np.stack([read_image(path) for path in sorted((MODELS / "examples" / kind).glob("*.npy"))])
+        maps, _ = session.run(None, {"images": images[:, None]})
+        assert np.median((np.abs(maps / sigma) > plots.MOST_SIGMAS).mean(axis=(1, 2, 3))) <= 0.01
 
 
 def test_weights_are_of_one_training_and_say_where_they_come_from():

@@ -21,6 +21,8 @@ from test_examples import damaged, needs_node, site  # noqa: F401, a fixture
 from test_images import objects
 from test_predict_inputs import GUARD, SIDE, image_of, write_classifier, write_models
 
+from lib import plots
+
 PAGE = ROOT / "examples" / "page.py"
 UNLIKE = "Unfamiliar images are unlike the training images: their probabilities mean nothing."
 needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
@@ -416,11 +418,11 @@ def test_maps_have_one_scale(stated, small, tmp_path):
             f"canvas.getContext('2d').getImageData(0, 0, {SIDE}, {SIDE}).data))"
         )
         unit = page.evaluate("document.getElementById('unit').textContent")
-        assert "−50" in page.text() and "+50" in page.text()
+        assert f"−{plots.MOST_SIGMAS}" in page.text() and f"+{plots.MOST_SIGMAS}" in page.text()
     assert unit == (
         "residual in sigma of smooth lenses" if stated else "residual in units of the median rms of the maps shown"
     )
-    norm = AsinhNorm(linear_width=3, vmin=-50, vmax=50, clip=True)
+    norm = AsinhNorm(linear_width=plots.LINEAR_SIGMAS, vmin=-plots.MOST_SIGMAS, vmax=plots.MOST_SIGMAS, clip=True)
     expected = colormaps["RdBu_r"](norm((images[:, ::-1] / sigma).ravel()), bytes=True).astype(int)
     assert np.abs(np.array(pixels).reshape(-1, 4) - expected).max() <= 4
 

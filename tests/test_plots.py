@@ -1,8 +1,12 @@
 """lib/plots.py: a run keeps its colour, little data misleads nobody, and a phone shows the pictures."""
 
+import json
+import re
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from conftest import ROOT
 from matplotlib.colors import to_hex
 
 from lib import plots
@@ -119,3 +123,30 @@ def test_the_pictures_of_a_report_fit_a_narrow_screen(drawn):
         assert figure.get_figwidth() <= 5.4  # inches, in which titles have 8 points and more
         titles = [axes.title for axes in figure.axes if axes.get_title()]
         assert all(title.get_fontsize() >= 8 for title in titles)
+
+
+def test_the_page_draws_maps_in_the_colours_of_the_sheet():
+    script = (ROOT / "examples" / "web" / "table.mjs").read_text()
+    number = {name: json.loads(value) for name, value in re.findall(r"const ([A-Z_]+) = (.+?);", script[:2000])
+              if name in ("LINEAR_SIGMAS", "MOST_SIGMAS", "TICKS")}  # fmt: skip
+    assert number == {"LINEAR_SIGMAS": plots.LINEAR_SIGMAS, "MOST_SIGMAS": plots.MOST_SIGMAS, "TICKS": list(plots.TICKS)}
+
+
+def test_dots_of_groups_have_a_panel_each_and_are_read_on_a_phone(drawn):
+    kinds = {f"a kind of image with a long name, {i}": {"AUC one": (0.9, 0.01), "AUC two": (1.0, 0.0)} for i in range(9)}
+    plots.dots("dots", {f"{group}: {name}": figures for group in ("full", "residual")
+                        for name, figures in ({"clean": {}} | kinds).items()})  # fmt: skip
+    figure = drawn["dots"]
+    assert [panel.get_title() for panel in figure.axes] == ["full", "residual"]
+    for panel in figure.axes:
+        assert [label.get_text() for label in panel.get_yticklabels()] == list(kinds)
+    assert figure.get_figwidth() <= plots.WIDTH
+    figure.canvas.draw()
+    assert all(panel.get_position().width > 0.3 for panel in figure.axes)  # labels and legend leave room for marks
+
+
+def test_quantities_with_a_panel_each_stand_one_above_the_other(drawn):
+    points = [(1.0, 0.9, 0.0), (2.0, 0.99, 0.0)]
+    plots.series("series", {"mass": points, "strength": points}, None, "AUC", False)
+    upper, lower = drawn["series"].axes
+    assert upper.get_position().y0 > lower.get_position().y1 and drawn["series"].get_figwidth() <= plots.WIDTH

@@ -3,10 +3,10 @@
 import { UNFAMILIAR } from '../formats.mjs';
 
 const LINEAR_SIGMAS = 3; // as in lib/plots.py
-const MOST_SIGMAS = 50;
+const MOST_SIGMAS = 100;
 const RED_BLUE = '053061 2166ac 4393c3 92c5de d1e5f0 f7f7f7 fddbc7 f4a582 d6604d b2182b 67001f'
   .split(' ').map((hex) => [0, 2, 4].map((at) => parseInt(hex.slice(at, at + 2), 16)));
-const TICKS = [-50, -20, -5, 0, 5, 20, 50];
+const TICKS = [-100, -20, -5, 0, 5, 20, 100];
 
 /** Place in the colour scale, -1 to 1, of a residual in sigma. */
 function stretched(sigmas) {
