@@ -7,6 +7,7 @@ memory.
 """
 
 import ast
+import codecs
 import contextlib
 import functools
 import math
@@ -35,6 +36,7 @@ MAX_PICKLE_OPCODES = 100_000  # a stack of images takes about 20 an image
 MAX_NPZ_BYTES = 2**30
 LARGEST_PIXEL = 1.1  # in pixels of the network, of an image that is resampled
 FEW_PLANES = 5  # a stack of so many may also be the bands of one lens
+READABLE = "give .npy, .npz, FITS or PNG files"
 KINDS_OF_FILES = {
     b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"GIF8": "a GIF picture",
     b"II*\0": "a TIFF picture", b"MM\0*": "a TIFF picture", b"\x89HDF": "an HDF5 file", b"%PDF": "a PDF",
@@ -402,8 +404,19 @@ def require_known_kind(path):
         start = file.read(32)
     for beginning, kind in KINDS_OF_FILES.items():
         if start.startswith(beginning) and not (is_png(path) and start.startswith(png.BEGINNING)):
-            remedy = f"name it {path.stem}.png" if start.startswith(png.BEGINNING) else "give .npy, .npz, FITS or PNG files"
+            remedy = f"name it {path.stem}.png" if start.startswith(png.BEGINNING) else READABLE
             raise UserError(f"{path} is {kind}: {remedy}")
+    if _is_text(start):
+        raise UserError(f"{path} is a text file: {READABLE}")
+
+
+def _is_text(start):
+    """Whether the first bytes of a file are text in UTF-8, and not the header of a FITS file, which is text, too."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(start)  # the last character may be cut
+    except UnicodeDecodeError:
+        return False
+    return bool(text) and not text.startswith("SIMPLE") and all(c.isprintable() or c in "\t\r\n" for c in text)
 
 
 def _stack_of(array, planes=None):

@@ -1,6 +1,7 @@
 """Figures of images and maps that have nothing to do with lensing, and what they tell; numpy alone."""
 
 import json
+import math
 
 import numpy as np
 
@@ -84,6 +85,9 @@ def advice(figures, reference, unit_known=False):
     if saturated > high[4] + 0.002:
         found.append(f"{saturated:.1%} of the pixels are as bright as the brightest: saturated?")
     shift = column - usual[6], row - usual[5]
+    # The median of n images scatters less than one image: sqrt(pi / 2 n) of it, for normal centres.
+    share = min(1, math.sqrt(math.pi / 2 / len(figures)))
+    low, high = usual + share * (low - usual), usual + share * (high - usual)
     if not (low[5] <= row <= high[5] and low[6] <= column <= high[6]):
         found.append(f"the light is off-centre by ({shift[0]:+.1f}, {shift[1]:+.1f}) pixels")
     return found

@@ -344,7 +344,7 @@ def test_a_stack_of_a_thousand_pickled_images_is_read(tmp_path):
 
 BROKEN = {
     "empty": b"",
-    "text": b"no array at all",
+    "no array": b"no array at all\0",
     "magic alone": b"\x93NUMPY\x01\x00",
     "negative shape": npy(b"\0" * 8, "<f8", (-1,)),
     "gigantic shape": npy(b"\0" * 8, "<f8", (10**9, 10**9)),
@@ -407,7 +407,7 @@ def test_a_damaged_hostile_or_huge_npz_file_is_refused(tmp_path, monkeypatch):
     for bad in (objects(os.system, "true"), objects(IMAGE, "text"), objects(IMAGE, print)):
         np.savez(path, image=IMAGE, bad=bad)
         assert_refused(path, "not a usable .npz file")
-    path.write_text("no zip")
+    path.write_bytes(b"no zip\0")
     assert_refused(path, "not a usable .npz file")
     path.unlink()
     with pytest.raises(UserError, match=r"cannot read .*x\.npz: No such file"):
@@ -617,6 +617,13 @@ def test_the_pixel_scale_of_a_header_is_used_if_the_user_asks_for_it(fits, tmp_p
     said = Said([], [], [], [])
     list(read_images([tmp_path / "cd.fits"], SIDE, said, How(crop=True, wanted_scale=0.1)))
     assert "--pixel-scale wcs" in next(said.about_notes())
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npz", "x.fits", "x.png", "x.txt"])
+def test_a_text_is_named_as_one(name, tmp_path):
+    for text in ("x", "file,label\na.npy,cdm\n", "Längen und Breiten der Linsen", "\n"):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert_refused(tmp_path / name, "is a text file: give")
 
 
 def test_a_file_of_another_kind_is_named_as_what_it_is(tmp_path):

@@ -349,7 +349,6 @@ def test_the_table_is_sorted_filtered_and_cleared(small, cutouts, tmp_path):
         assert [row[0] for row in rows_of(page)] == ["strange.npy"]
         page.click("#clear")
         assert rows_of(page) == []
-        page.evaluate("document.getElementById('filter').value = ''")
         page.pick("#pick", cutouts({"again": 0.5}))
         until_finished(page)
         assert [row[0] for row in rows_of(page)] == ["again.npy"]
@@ -365,6 +364,19 @@ def test_what_is_cleared_does_not_come_back(small, cutouts, tmp_path):
         page.pick("#pick", cutouts({"next": 0.5}))
         page.until("document.getElementById('progress').textContent === '1 image'")
         assert [row[0] for row in rows_of(page)] == ["next.npy"]
+
+
+@needs_chromium
+def test_planes_that_may_be_bands_are_said_to_be_read_as_lenses(small, tmp_path):
+    np.save(tmp_path / "many.npy", np.stack([image_of(0.5)] * 6))
+    np.save(tmp_path / "rgb.npy", np.stack([image_of(0.5)] * 3))
+    with opened(small, tmp_path / "profile") as (page, _):
+        for name, said in (("many", ""), ("rgb", "rgb.npy: each of its 3 planes is taken for a lens; for bands of one lens use predict.py --planes")):
+            page.pick("#pick", [tmp_path / f"{name}.npy"])
+            until_finished(page)
+            assert page.evaluate("document.getElementById('planes').textContent") == said
+        page.click("#clear")
+        assert not page.evaluate("document.getElementById('planes').textContent")
 
 
 @needs_chromium

@@ -30,6 +30,15 @@ def test_what_is_measurable_is_named_and_nothing_is_said_of_ordinary_images(chan
     assert any(said in text for text in found) if said else found == []
 
 
+@pytest.mark.parametrize("shift", [(3, -3), (0, 2)])
+def test_a_shift_of_many_images_is_named_though_one_image_may_be_so(shift):
+    shifted = traits.figures_of(np.roll(OTHERS, shift, axis=(1, 2)))
+    assert any(text.startswith("the light is off-centre by (") for text in traits.advice(shifted, REFERENCE))
+    (row, column), usual = np.median(shifted[:, 5:], axis=0), REFERENCE[5:, 1]
+    assert np.all((REFERENCE[5:, 0] < (row, column)) & ((row, column) < REFERENCE[5:, 2]))
+    assert np.abs(np.array([row, column]) - usual - shift).max() < 1.2  # what is named is the shift
+
+
 def test_figures_of_a_file_are_used_only_if_they_are_sound():
     stored = traits.reference_of(IMAGES)
     assert np.array_equal(traits.reference_in({"figures": json.dumps(stored)}), REFERENCE)

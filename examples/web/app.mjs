@@ -6,6 +6,7 @@ import { droppedFiles } from './files.mjs';
 import { columnsOf, csvOf, drawScale, medianRms, newElement, picturesOf, rowOf, tableOrder } from './table.mjs';
 
 const ROW_HEIGHT = 72; // pixels, as in index.html
+const FEW_PLANES = 5; // as in lib/images.py: they may also be the bands of one lens
 const element = (id) => document.getElementById(id);
 
 let model; // what the worker says of the models
@@ -58,6 +59,10 @@ async function work() {
     try {
       const count = await ask('open', next.file);
       progress.total += own === round ? count - 1 : 0;
+      if (own === round && count > 1 && count <= FEW_PLANES) {
+        element('planes').textContent = `${next.name}: each of its ${count} planes is taken for a lens; ` +
+          'for bands of one lens use predict.py --planes';
+      }
       for (let i = 0; i < count && own === round; i++) {
         await classify(count > 1 ? `${next.name}[${i}]` : next.name, i, own);
       }
@@ -101,6 +106,8 @@ function clear() {
   progress = { done: 0, total: 0, start: 0 };
   element('errors').replaceChildren();
   element('failures').hidden = true;
+  element('planes').textContent = '';
+  element('filter').value = '';
   refresh();
 }
 
