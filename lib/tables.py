@@ -49,10 +49,14 @@ def markdown(rows):
 
 
 def as_html(rows, kinds):
-    """An HTML table of rows of text, the header first; `kinds` are the CSS classes of its rows."""
-    lines = []
+    """An HTML table of rows of text, the header first; `kinds` are the CSS classes of its rows.
+
+    Every cell but the first of a row has its column's name as data-label, which narrow screens show.
+    """
+    names, lines = [html.escape(one_line(cell)) for cell in rows[0]], []
     for row, kind in zip(rows, kinds, strict=True):
         tag = "td" if lines else "th"
-        cells = "".join(f"<{tag}>{html.escape(one_line(cell))}</{tag}>" for cell in row)
+        labels = [f' data-label="{name}"' if lines and i else "" for i, name in enumerate(names)]
+        cells = "".join(f"<{tag}{label}>{html.escape(one_line(cell))}</{tag}>" for label, cell in zip(labels, row, strict=True))
         lines.append(f'<tr class="{kind}">{cells}</tr>' if kind else f"<tr>{cells}</tr>")
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'
