@@ -131,7 +131,7 @@ def evaluate(args):
     write_text(args.out / "comparison.md", table + "\n")
     if args.save_predictions:
         written.write(args.out / PREDICTIONS, predictions, dataset, args.data)
-    remarks = [*about_results(results), *comparisons]
+    remarks = [*about_results(results, ours), *comparisons]
     plots.attempt(print, "\n".join([table, *map(one_line, remarks)]))
     best = max(results, key=lambda name: results[name]["macro"]["value"])
     drawn = draw(args.out, dataset, predictions, results, matrices, best)
@@ -291,9 +291,9 @@ def exceeds_chance(refused):
     return test.pvalue < SIGNIFICANCE
 
 
-def about_results(results):
-    """Lines on what the table does not show, of results by run."""
-    lines = [line for name, result in results.items() for line in about_refusals(name, result)]
+def about_results(results, ours):
+    """Lines on what the table does not show, of results by run; only those of `ours` can refuse images."""
+    lines = [line for name in results if name in ours for line in about_refusals(name, results[name])]
     aucs = [auc for r in results.values() for auc in (*r["auc"].values(), r["macro"])]
     return lines + list(filter(None, [metrics.about_intervals(aucs)]))
 

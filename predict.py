@@ -133,7 +133,8 @@ def predict(args):
     doubts = [source.doubt for source in (maps, masses) if source and source.doubt]
     reference = traits.reference_in(session.get_modelmeta().custom_metadata_map)
     unit_known = (args.scale, args.zero_point) != (None, None) or any(kind == "unit" for kind, *_ in said.notes)
-    told = warnings_of(args, guard, counts, others, errors, advice_on(strange, reference, unit_known))
+    told = warnings_of(args, guard, counts, others, errors, advice_on(strange, reference, unit_known,
+                      by_chance(counts[UNFAMILIAR], sum(counts.values()), args.least_familiarity)))  # fmt: skip
     for line in (*doubts, *said.about_notes(), *told):
         print(one_line(line), file=sys.stderr)
     if sheet_error:
@@ -298,16 +299,23 @@ def about_files(args, others, errors):
         yield f"{len(errors)} could not be read, see {where}; the first: {first}"
 
 
-def advice_on(strange, reference, unit_known):
+def by_chance(count, total, least):
+    """Whether so many of ordinary images may be unfamiliar."""
+    return count <= 3 * least * total
+
+
+def advice_on(strange, reference, unit_known, chance):
     """What is measurably unlike the training images in unfamiliar ones, [text]; see `traits`."""
-    return traits.advice(np.array(strange), reference, unit_known) if strange and reference is not None else []
+    if not strange or reference is None:
+        return []
+    return traits.advice(np.array(strange), reference, unit_known, chance)
 
 
 def about_unfamiliar(count, total, least, advice):
     """One line on images that are unlike the training images: what is measurably so, else what may be."""
     are = "is" if count == 1 else "are"
     line = f"{count} of {total} images {are} unlike the training images: the probabilities mean nothing. "
-    if count <= 3 * least * total:
+    if by_chance(count, total, least):
         line += f"Of images like the training images, {100 * least:g} % count as unlike them, too. "
     if advice:
         return f"{line}In the median image {'; '.join(advice)}{'' if advice[-1].endswith('?') else '.'}"

@@ -8,7 +8,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lib.errors import UserError, one_line, run_main
+from lib.errors import UserError, one_line, run_main, starting
+
+starting(__name__)
+
 from lib.guard import UNFAMILIAR, Guard
 from lib.images import How, Said, read_images
 from lib.onnxfile import classify, number_in, open_classifier

@@ -59,10 +59,11 @@ def reference_in(metadata):
     return reference if sound else None
 
 
-def advice(figures, reference, unit_known=False):
+def advice(figures, reference, unit_known=False, by_chance=False):
     """What is measurably unlike the training images in most of some images, [text]; see `figures_of`.
 
-    Without `unit_known`, it says which --scale would make them as bright.
+    Without `unit_known`, it says which --scale would make them as bright. `by_chance`: the images are the strangest
+    of many ordinary ones, which may all be off-centre.
     """
     peak, darkest, step, zeros, saturated, row, column = np.median(figures, axis=0)
     low, usual, high = reference.T
@@ -86,7 +87,7 @@ def advice(figures, reference, unit_known=False):
         found.append(f"{saturated:.1%} of the pixels are as bright as the brightest: saturated?")
     shift = column - usual[6], row - usual[5]
     # The median of n images scatters less than one image: sqrt(pi / 2 n) of it, for normal centres.
-    share = min(1, math.sqrt(math.pi / 2 / len(figures)))
+    share = 1 if by_chance else min(1, math.sqrt(math.pi / 2 / len(figures)))
     low, high = usual + share * (low - usual), usual + share * (high - usual)
     if not (low[5] <= row <= high[5] and low[6] <= column <= high[6]):
         found.append(f"the light is off-centre by ({shift[0]:+.1f}, {shift[1]:+.1f}) pixels")

@@ -106,6 +106,7 @@ def test_a_package_that_is_not_installed_is_named(script, package, install, tmp_
 
 @pytest.mark.parametrize(("script", "package"), [
     ("pretrain.py", "numpy"), ("pretrain.py", "torch"), ("predict.py", "numpy"), ("predict.py", "onnxruntime"),
+    ("examples/classify.py", "numpy"),
     ("experiments/study.py", "torch"), ("experiments/study.py", "sklearn"),
 ])  # fmt: skip
 def test_an_interrupt_during_the_imports_is_one_line(script, package, tmp_path):

@@ -245,7 +245,7 @@ def test_three_right_images_are_not_certain():
     result = evaluate.figures(prediction, ["a", "b", "c"], args)
     assert result["accuracy"]["value"] == 1
     assert result["accuracy"]["low"] < 0.5
-    lines = evaluate.about_results({"run": result})
+    lines = evaluate.about_results({"run": result}, {"run"})
     assert any("no width" in line for line in lines)
 
 
@@ -259,7 +259,7 @@ def test_a_class_that_is_refused_too_often_is_named():
     result = evaluate.figures(prediction, ["a", "b", "c"], args)
     assert result["unfamiliar_by_class"] == {"a": 0.0125, "b": 0.2, "c": 0.03}
     assert result["refused_too_often"] == ["b", "c"]  # 25 of 2,000 is chance, 2 of 10 and 60 are none
-    said = evaluate.about_results({"run": result})
+    said = evaluate.about_results({"run": result}, {"run"})
     assert "(1.25% of a, 20.00% of b, 3.00% of c)" in said[0]
     assert [line.split(" are ")[0] for line in said[1:3]] == ["run: of b 20.00%", "run: of c 3.00%"]
 

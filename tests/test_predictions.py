@@ -54,6 +54,7 @@ def test_somebody_elses_predictions_stand_in_the_table_and_are_compared(key, eva
     lines = evaluated("--predictions", same)[0].stdout.splitlines()
     table = {line.split("|")[1].strip(): line.split("|")[2:] for line in lines if line.startswith("|")}
     assert table["same"][:5] == table["full"][:5]
+    assert not any(line.startswith("same: its weights") for line in lines)  # it has none
     assert any("full alone is right on 0 images, same alone on 0" in line and "p = 1" in line for line in lines)
     perfect = [{key: row[key], **dict.fromkeys(columns[1:], 0), row["class"]: 1} for row in ours]
     wrong = sum(row["class"] != row["prediction"] for row in ours)

@@ -39,6 +39,13 @@ def test_a_shift_of_many_images_is_named_though_one_image_may_be_so(shift):
     assert np.abs(np.array([row, column]) - usual - shift).max() < 1.2  # what is named is the shift
 
 
+def test_a_shift_of_as_few_images_as_chance_makes_strange_is_none():
+    """The strangest ordinary images are off-centre: they are chosen for it."""
+    shifted = traits.figures_of(np.roll(OTHERS, (3, -3), axis=(1, 2)))
+    assert traits.advice(shifted, REFERENCE, by_chance=True) == []
+    assert traits.advice(traits.figures_of(255 * OTHERS), REFERENCE, by_chance=True)
+
+
 def test_figures_of_a_file_are_used_only_if_they_are_sound():
     stored = traits.reference_of(IMAGES)
     assert np.array_equal(traits.reference_in({"figures": json.dumps(stored)}), REFERENCE)
