@@ -177,13 +177,15 @@ def masses(path, truth, estimates, low, high, shares, coverage):
 
     shares : {half decade: (share of its intervals that hold the truth, low, high of its 95 % interval)}.
     """
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4))
+    figure, axes = plt.subplots(3, 1, figsize=(WIDTH, 10))
     limits = [truth.min(), truth.max()]
     axes[0].plot(limits, limits, color="black", linewidth=0.8)
     axes[0].scatter(truth, estimates, s=4, alpha=0.4)
     axes[0].set(xlabel="true log10 mass / eV", ylabel="estimate")
     axes[1].scatter(truth, high - low, s=4, alpha=0.4)
     axes[1].set(xlabel="true log10 mass / eV", ylabel="width of the interval, dex", yscale="log")
+    for panel in axes[:2]:
+        panel.locator_params(axis="x", nbins=5)  # else their labels meet
     names, bounds = list(shares), np.array(list(shares.values()))
     reach = np.abs(bounds[:, 1:].T - bounds[:, 0])
     axes[2].errorbar(range(len(names)), bounds[:, 0], reach, fmt="o", capsize=3)

@@ -172,8 +172,13 @@ def test_a_phone_shows_every_figure_of_the_reports_table(tmp_path):
             "const { left, right, height } = cell.getBoundingClientRect();"
             "return [cell.textContent, getComputedStyle(cell, '::before').content, left, right, height]; })"
         )
+        empty = page.evaluate(
+            "[...document.querySelectorAll('td')].filter((cell) => !cell.textContent).map((cell) =>"
+            "!cell.getBoundingClientRect().height)"
+        )
     assert [cell[0] for cell in cells] == [cell for row in rows[1:] for cell in row if cell]
     assert all(0 <= left < right <= 400 and height for *_, left, right, height in cells)
+    assert empty == [True] * 3  # they say nothing
     assert [cell[1] for cell in cells if cell[0] == "99"] == ['"accuracy %"']  # what the figure is
 
 

@@ -119,8 +119,10 @@ def test_the_pictures_of_a_report_fit_a_narrow_screen(drawn):
     answers = [Answer("a.npy", one[None], np.array([0.5, 0.5]), "a", None, None) for one in image]
     for count, maps in ((12, image), (12, None), (1, image[:1])):
         plots.contact_sheet(f"sheet {count} {maps is None}", answers[:count], ["a", "b"], maps, 1.0)
+    masses = np.linspace(-24, -22, 9)
+    plots.masses("masses", masses, masses, masses - 1, masses + 1, {"-24 to -22": (0.9, 0.8, 0.95)}, 0.9)
     for figure in drawn.values():
-        assert figure.get_figwidth() <= 5.4  # inches, in which titles have 8 points and more
+        assert figure.get_figwidth() <= plots.WIDTH  # inches, in which titles have 8 points and more
         titles = [axes.title for axes in figure.axes if axes.get_title()]
         assert all(title.get_fontsize() >= 8 for title in titles)
 
