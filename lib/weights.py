@@ -222,13 +222,13 @@ def _converted(path, content, num_heads):
 
 
 def load_mae(path):
-    """The `MAE` of a weights file, its `IntensityTransform`, and the file's content; UserError."""
+    """The `MAE` of a weights file, ready to use (in evaluation mode), its `IntensityTransform`, and the file's content; UserError."""
     opened = read(path)
     return *mae_of(opened), opened.content
 
 
 def load_classifier(path):
-    """The `classifier_of` a weights file and the file's content; UserError."""
+    """The `classifier_of` a weights file, ready to use (in evaluation mode), and the file's content; UserError."""
     opened = read(path)
     return classifier_of(opened), opened.content
 
