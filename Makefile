@@ -13,6 +13,8 @@
 # make mass [DATA=folder]        what estimates the mass of the axion, its figures and runs/mass.onnx
 # make sharpen [DATA=folder]     what sharpens images, its figures and runs/sharpen.onnx; DATA has pairs in HR and LR
 #   PAIRS                        simulated pairs, without DATA
+# make many-lenses [DATA=folder] what classifies images with another lens in each, its figures and runs/many-lenses.onnx
+#   LENSES                       simulated training images of a class, without DATA
 # make study [DATA=folder]       the experiments of docs/results/, in runs/study/results; hours
 #   SEEDS="0 1 2"                with -j its parts run side by side
 #   UNSEEN, CUTOUTS              folders: images of another simulator to test on; real cutouts
@@ -31,6 +33,7 @@ PYTHON := python3
 RUNS := runs
 PER_CLASS := 30000
 PAIRS := 8000
+LENSES := 10000
 SEEDS := 0 1 2
 BASELINE :=
 CLASSIFIERS := head layernorm full residual
@@ -78,6 +81,16 @@ else
 PAIR_INPUT := --data $(RUNS)/pairs
 PAIR_IMAGES := $(RUNS)/pairs/dataset.json
 endif
+MANY := $(RUNS)/many-lenses
+ifeq ($(origin DATA),command line)
+MANY_INPUT = $(INPUT)
+MANY_IMAGES := packed
+else
+MANY_INPUT := --data $(MANY)/data
+MANY_IMAGES := $(MANY)/data/dataset.json
+endif
+MANY_MAE := $(MANY)/pretrain/vit-mae-wt.pth
+MANY_CLASSIFIER := $(MANY)/residual/vit-mae-classifier-wt.pth
 SHARP_MAE := $(RUNS)/sharpen-pretrain/vit-mae-wt.pth
 SHARPENER := $(RUNS)/sharpen/vit-mae-sharpen-wt.pth
 MASS := $(RUNS)/mass/vit-mae-mass-wt.pth
@@ -102,6 +115,7 @@ SHARE = $(if $(JOBS),$(if $(OMP_NUM_THREADS),,OMP_NUM_THREADS=$(THREADS)))
 
 # make only puts the stages into order: each of them is called, and knows what is left to do.
 .PHONY: sharpen $(RUNS)/pairs/dataset.json $(SHARP_MAE) $(SHARPENER) $(RUNS)/sharpen.onnx $(RUNS)/sharpen-evaluation/metrics.json \
+  many-lenses $(MANY)/data/dataset.json $(MANY_MAE) $(MANY_CLASSIFIER) $(RUNS)/many-lenses.onnx $(MANY)/evaluation/metrics.json \
   demo quick reproduce mass $(MASS) $(RUNS)/mass.onnx $(RUNS)/mass-evaluation/metrics.json packed models page study real bench test test-heavy clean $(RUNS)/.made-by-make \
   $(RUNS)/data/dataset.json $(RUNS)/samples $(PRETRAINED) $(STRATEGIES) $(SCRATCH) $(EVALUATION) $(RESIDUALS) \
   $(MODEL) $(MAPS) $(PREDICTIONS) $(STUDY_PARTS:%=study-%) $(REAL_ANSWERS) $(PICTURES)/dataset.json \
@@ -155,6 +169,28 @@ $(RUNS)/sharpen-evaluation/metrics.json: $(SHARPENER)
 
 $(RUNS)/sharpen.onnx: $(SHARPENER)
 	$(SHARE) $(PY) export.py $(PAIR_INPUT) --what sharpen --weights $(SHARPENER) --out $@ --update
+
+many-lenses: $(MANY)/evaluation/metrics.json $(RUNS)/many-lenses.onnx
+	@cat $(MANY)/evaluation/comparison.md
+
+$(MANY)/data/dataset.json: $(READY) $(RUNS)/.made-by-make
+	$(PY) simulate.py --model Many_Lenses --per-class $(call quoted,$(LENSES)) --out $(@D) --update
+
+# Many visible patches, since a few do not say which lens it is. The root makes the noise the same everywhere.
+$(MANY_MAE): $(MANY_IMAGES)
+	$(PY) pretrain.py $(MANY_INPUT) --classes no --patch-size 15 --mask-ratio 0.5 --transform sqrt --epochs 40 \
+	  --decoder-embed-dim 128 --decoder-depth 2 \
+	  --out $(@D) --update $(PRETRAINING)
+
+$(MANY_CLASSIFIER): $(MANY_MAE)
+	$(PY) finetune.py $(MANY_INPUT) --pretrained $(MANY_MAE) --strategy residual --with-image --augment flips \
+	  --epochs 20 --out $(@D) --update $(FINETUNING)
+
+$(MANY)/evaluation/metrics.json: $(MANY_CLASSIFIER)
+	$(SHARE) $(PY) evaluate.py $(MANY_INPUT) --weights $(MANY_CLASSIFIER) --out $(@D) --update
+
+$(RUNS)/many-lenses.onnx: $(MANY_CLASSIFIER)
+	$(SHARE) $(PY) export.py $(MANY_INPUT) --weights $(MANY_CLASSIFIER) --out $@ --update
 
 $(RUNS)/data/dataset.json: $(READY) $(RUNS)/.made-by-make
 	$(PY) simulate.py --model Model_II --per-class $(call quoted,$(PER_CLASS)) --out $(@D) --update
@@ -268,7 +304,7 @@ test-heavy: export PREDICT_IMAGES := 200000
 test-heavy: test
 
 # In a folder that make created itself, what the stages leave there.
-MADE := quick pairs sharpen-pretrain sharpen sharpen-evaluation sharpen.onnx demo data samples cache pretrain head layernorm full residual scratch evaluation residuals classifier.onnx \
+MADE := quick many-lenses many-lenses.onnx pairs sharpen-pretrain sharpen sharpen-evaluation sharpen.onnx demo data samples cache pretrain head layernorm full residual scratch evaluation residuals classifier.onnx \
   mass mass-evaluation mass.onnx reconstruction.onnx predictions.csv predictions.csv.errors.csv sheet.png study pictures pictures-pretrain \
   pictures-full pictures-residual real-full.csv real-residual.csv bench
 clean:

@@ -22,7 +22,7 @@ import torch
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, roc_curve
 
-from lib import compatibility, datasets, mass_evaluation, metrics, options, plots, report, sharp_evaluation
+from lib import compatibility, datasets, many_lenses, mass_evaluation, metrics, options, plots, report, sharp_evaluation
 from lib import tables, weights
 from lib import predictions as written
 from lib.device import resolve_device
@@ -63,6 +63,13 @@ PUBLISHED = (
     ("WaleedAlzamil80/deeplense25, MAE", {}, None, 0.97),
     ("arnesh2212/FM-Deeplense, MAE, best epoch", {}, 0.9958, 0.9966),
     ("arnesh2212/Lens-FM-DeepLense, supervised ResNet18", {}, None, 0.9999),
+)
+# The same of the Common Test, that is of Many_Lenses, whose `val` most of them also chose by.
+COMMON_TEST = (
+    ("arnesh2212/FM-Deeplense, MaxViT with ImageNet's weights", {}, 0.9977, None),
+    ("vijayabhaskar78/DeepLense-GSoC-2026, HybridFNO, 8 views", {}, 0.9975, 0.9712),
+    ("rsalehin/DeepLense-GSoC-2026, EqDenseNet-C8", {}, 0.9973, 0.9735),
+    ("Anukul1712, EfficientNet-B3", {}, 0.9963, None),
 )
 
 
@@ -370,18 +377,25 @@ def most_confident_mistakes(prediction):
 def published_rows(dataset):
     """Rows [name, AUC of each class, macro AUC, accuracy], as text.
 
-    None for data that cannot be of Test VI.A: other classes, another size, another data model, noise.
+    None for data that can be neither of Test VI.A nor of the Common Test: other classes, another size, another
+    data model, noise.
     """
     origin = dataset.origin
+    if dataset.class_names == many_lenses.CLASS_NAMES and dataset.img_size == many_lenses.CAMERA.pixels:
+        return _as_rows(COMMON_TEST, dataset.class_names)
     of_model = origin.startswith("simulate.py Model_II,") and origin.endswith("noise-free")
     other_images = "simulate.py " in origin and not of_model
     other_classes = set(dataset.class_names) != {"axion", "cdm", "no_sub"}
     if other_classes or other_images or dataset.img_size != 64:
         return []
+    return _as_rows(PUBLISHED, dataset.class_names)
+
+
+def _as_rows(published, class_names):
     return [
-        [name, *(f"{aucs[key]:.2f}" if key in aucs else "" for key in dataset.class_names),
+        [name, *(f"{aucs[key]:.2f}" if key in aucs else "" for key in class_names),
          f"{macro:.4g}" if macro else "", f"{100 * correct:.4g}" if correct else ""]
-        for name, aucs, macro, correct in PUBLISHED
+        for name, aucs, macro, correct in published
     ]  # fmt: skip
 
 

@@ -195,6 +195,10 @@ def parse_args(argv=None):
         f"{DEFAULT_POOL}; residual has none)",
     )  # fmt: skip
     group.add_argument(
+        "--with-image", action="store_true",
+        help="residual: see the image beside its map, for data with another lens in every image",
+    )  # fmt: skip
+    group.add_argument(
         "--labels", type=float, default=1.0, help="fraction of the training labels to use"
     )
     network.add_arguments(parser)

@@ -555,15 +555,16 @@ def default_map_pool(img_size):
 
 
 class MapClassifier(nn.Module):
-    """Residual maps (B, C, H, W) to logits (B, num_classes).
+    """Residual maps (B, C, H, W), or maps and images (B, 2C, H, W), to logits (B, num_classes).
 
     Each stage halves the side before BatchNorm and ReLU, so these process a quarter of the pixels.
     """
 
-    def __init__(self, in_chans, num_classes):
+    def __init__(self, in_chans, num_classes, with_image=False):
         super().__init__()
-        stages = []
-        for before, after in zip((in_chans, *MAP_WIDTHS), MAP_WIDTHS, strict=False):
+        self.in_chans = in_chans
+        stages, channels = [], in_chans * (2 if with_image else 1)
+        for before, after in zip((channels, *MAP_WIDTHS), MAP_WIDTHS, strict=False):
             stages += [
                 nn.Conv2d(before, after, 3, padding=1, bias=False),
                 nn.MaxPool2d(2),
@@ -574,18 +575,19 @@ class MapClassifier(nn.Module):
         self.stages = nn.Sequential(*stages).to(memory_format=torch.channels_last)
         self.fc = new_head(MAP_WIDTHS[-1], num_classes)
 
-    def forward(self, maps):
-        x = torch.asinh(maps.float() / MAP_SCALE)  # linear for weak residuals, logarithmic beyond
-        return self.fc(self.stages(x).mean(dim=(2, 3)))
+    def forward(self, seen):
+        maps, images = seen.float().split([self.in_chans, seen.shape[1] - self.in_chans], dim=1)
+        residual = torch.asinh(maps / MAP_SCALE)  # linear for weak residuals, logarithmic beyond
+        return self.fc(self.stages(torch.cat([residual, images], dim=1)).mean(dim=(2, 3)))
 
 
 class ResidualClassifier(nn.Module):
     """Classify what a frozen MAE of smooth lenses does not explain of raw images (B, C, H, W).
 
     The MAE predicts every patch from the others, see `MAE.residual`; a `MapClassifier` sees image
-    minus prediction, where the substructure is nearly all that is left. Lens, shear and source are
-    symmetric under half a turn, so the logits (B, num_classes) are the mean over a map and the
-    same map turned. They are divided by `temperature`, see `Classifier`.
+    minus prediction, where the substructure is nearly all that is left. Its logits (B, num_classes) are
+    the mean over orientations of a map: two, since lens, shear and source are symmetric under half a
+    turn, or all eight. They are divided by `temperature`, see `Classifier`.
 
     Parameters
     ----------
@@ -593,11 +595,24 @@ class ResidualClassifier(nn.Module):
     transform : arguments of `IntensityTransform`, a dict.
     mask_ratio, rounds : of `complementary_masks`.
     map_pool : maps are averaged over squares of so many pixels a side; None: `default_map_pool`.
+    with_image : whether the classifier sees the image beside its map: where the arcs are, another lens in
+        every image changes how much substructure would show.
+    orientations : 2 or 8, of the mean.
 
     Raises ValueError for maps of fewer than 16 pixels a side and for impossible masks.
     """
 
-    def __init__(self, mae, transform, num_classes=3, mask_ratio=0.75, rounds=1, map_pool=None):
+    def __init__(
+        self,
+        mae,
+        transform,
+        num_classes=3,
+        mask_ratio=0.75,
+        rounds=1,
+        map_pool=None,
+        with_image=False,
+        orientations=2,
+    ):
         super().__init__()
         self.mae = MAE(**mae)
         self.img_size = self.mae.img_size
@@ -607,20 +622,31 @@ class ResidualClassifier(nn.Module):
         self.map_side = self.img_size // self.map_pool
         if self.map_side < 2 ** len(MAP_WIDTHS):
             raise ValueError(f"maps must be at least {2 ** len(MAP_WIDTHS)} pixels wide")
+        if orientations not in (2, 8):
+            raise ValueError(f"logits are the mean over 2 or 8 orientations, not {orientations!r}")
         self.masks = residual_masks(self.mae.num_patches, mask_ratio, rounds)
         self.transform = IntensityTransform(**transform)
-        self.network = MapClassifier(self.mae.in_chans, num_classes)
+        self.with_image, self.orientations = bool(with_image), orientations
+        self.channels = self.mae.in_chans * (2 if with_image else 1)
+        self.network = MapClassifier(self.mae.in_chans, num_classes, with_image)
         self.register_buffer("temperature", torch.ones(()))
         self.mae.requires_grad_(False)
 
     def maps(self, images):
-        """Residual maps (B, C, map_side, map_side) of raw images."""
-        residual = self.mae.residual(self.transform(images), self.masks)
-        return F.avg_pool2d(residual, self.map_pool) if self.map_pool > 1 else residual
+        """What the classifier sees of raw images: maps (B, channels, map_side, map_side)."""
+        images = self.transform(images)
+        maps = self.mae.residual(images, self.masks)
+        if self.with_image:
+            maps = torch.cat([maps, images], dim=1)
+        return F.avg_pool2d(maps, self.map_pool) if self.map_pool > 1 else maps
 
     def logits(self, maps):
-        """Logits (B, num_classes) of residual maps, before the temperature."""
-        return (self.network(maps) + self.network(maps.flip(2, 3))) / 2
+        """Logits (B, num_classes) of what `maps` gives, before the temperature."""
+        views = [maps, maps.flip(2, 3)]
+        if self.orientations == 8:
+            views += [maps.flip(2), maps.flip(3)]
+            views += [view.mT for view in views]
+        return sum(self.network(view) for view in views) / len(views)
 
     def forward(self, images):
         return self.logits(self.maps(images)) / self.temperature

@@ -1,14 +1,16 @@
 """Compare the simulator, and classifiers, with real images of the benchmark.
 
 A file of images is an .npz with `images` (N, H, W) in linear intensity and, where they are known,
-`labels` (N,), class names, and `selection` (N,), "random" or how somebody chose the image; or one
-image as .npy. Every image is divided by its own maximum.
+`labels` (N,), class names, `selection` (N,), "random" or how somebody chose the image, and
+`edge_unknown` (N,), how many pixels at each border are not known (their neighbours replace them);
+or one image as .npy. Every image is divided by its own maximum.
 
     fit       Fit the smooth lens (the source's two coordinates and a scale) to `no_sub` images.
     pictures  Write simulated images as pictures show them: divided by the maximum, in 8 bits; with
               --any a third as smoothed displays show them, and a third as logarithmic ones.
-    classify  Ask a classifier about real images. It must have been trained on such pictures: any
-              other expects another unit, and its answers mean nothing.
+    classify  Ask a classifier about real images. It must have been trained on such pictures, or on
+              Many_Lenses, whose images have a maximum of 1: any other expects another unit, and its
+              answers mean nothing.
 """
 
 import sys
@@ -29,7 +31,7 @@ from evaluate import predict_probabilities
 from lib import copies, datasets, lenses, options, weights
 from lib.device import resolve_device
 from lib.files import atomic_directory, require_own, write_csv
-from lib.images import read_npy
+from lib.images import read_npy, with_known_edges
 from lib.provenance import identity_of, is_current, made_from, require_origin, sign
 
 EXAMPLE = """examples:
@@ -57,14 +59,19 @@ def load_images(path):
             with np.load(path, allow_pickle=False) as archive:
                 images = archive["images"]
                 columns = {name: archive[name] for name in COLUMNS if name in archive.files}
+                edges = archive["edge_unknown"] if "edge_unknown" in archive.files else np.zeros(len(images), int)
         except Exception as error:  # numpy and zipfile raise many kinds
             raise UserError(f"{path}: no .npz file with `images` (N, H, H): {error}") from None
     else:
-        images = read_npy(path)[None]
+        images, edges = read_npy(path)[None], np.zeros(1, int)
     if images.ndim != 3 or images.shape[1] != images.shape[2] or not len(images):
         raise UserError(f"{path}: expected images (N, H, H), got shape {images.shape}")
     if images.dtype.kind not in "fiu" or not np.isfinite(images).all():
         raise UserError(f"{path}: images must be finite numbers")
+    counts = edges.shape == (len(images),) and edges.dtype.kind in "iu"
+    if not counts or edges.min() < 0 or 2 * edges.max() >= images.shape[1]:
+        raise UserError(f"{path}: edge_unknown must be {len(images)} numbers of pixels")
+    images = with_known_edges(images, edges)
     peaks = images.max(axis=(1, 2), keepdims=True)
     if not (peaks > 0).all():
         raise UserError(f"{path}: image {int((peaks <= 0).argmax())} has no positive pixel")

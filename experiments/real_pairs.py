@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from lib import options, pairs, tables
+from lib.images import with_known_edges
 from lib.onnxfile import open_sharpener, run_model
 from lib.sharp_evaluation import ssim
 
@@ -31,10 +32,8 @@ def load_pairs(path):
             sharp, coarse, edges = (content[name] for name in ("HR", "LR", "edge_unknown"))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} has no pairs HR, LR and edge_unknown: {error}") from None
-    sharp, coarse = sharp.astype(np.float32), coarse.astype(np.float32)
+    sharp, coarse = with_known_edges(sharp.astype(np.float32), edges), coarse.astype(np.float32)
     for i in np.flatnonzero(edges):
-        known = sharp[i, edges[i] : -edges[i], edges[i] : -edges[i]]
-        sharp[i] = np.pad(known, edges[i], mode="edge")
         coarse[i] = pairs.reduced(torch.from_numpy(sharp[i])).numpy()
     return sharp, coarse, np.where(edges > 0, edges + REACH, 0)
 

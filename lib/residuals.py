@@ -1,5 +1,7 @@
 """What a masked autoencoder that knows smooth lenses cannot explain: residual maps and scores."""
 
+import math
+
 import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
@@ -83,19 +85,21 @@ def smooth_rms_of(content, maps):
     return float(content["run"].get("smooth_rms") or typical_rms(maps))
 
 
-def stored_maps(maps_of, rows, path, side, quiet=False):
-    """Maps of `rows` as one array (n, side, side) float16, mapped from the file `path`.
+def stored_maps(maps_of, rows, path, shape, quiet=False):
+    """Maps of `rows` as one array (n, channels · side, side) float16, mapped from the file `path`.
 
-    The file is made unless it is there. `maps_of` gives maps (b, 1, side, side) of rows (b,); several
-    processes share the work, the main one writes.
+    The file is made unless it is there. `maps_of` gives maps (b, *shape), (channels, side, side), of rows (b,);
+    several processes share the work, the main one writes.
     """
-    if not distributed.from_main(lambda: _is_complete(path, (len(rows), side, side))):
+    channels, side, _ = shape
+    stored = (len(rows), channels * side, side)
+    if not distributed.from_main(lambda: _is_complete(path, stored)):
         if distributed.is_main():
-            datasets.require_space(path.parent, 2 * len(rows) * side**2)
+            datasets.require_space(path.parent, 2 * math.prod(stored))
             with atomic_write(path) as temporary, temporary.open("wb") as file:
-                _write_maps(file, maps_of, rows, side, quiet)
+                _write_maps(file, maps_of, rows, stored, quiet)
         else:
-            _write_maps(None, maps_of, rows, side, quiet=True)
+            _write_maps(None, maps_of, rows, stored, quiet=True)
         distributed.wait()
     return np.load(path, mmap_mode="r")
 
@@ -108,9 +112,8 @@ def _is_complete(path, shape):
         return False
 
 
-def _write_maps(file, maps_of, rows, side, quiet):
-    """Write an array of maps into an open file; without a file only compute this process's part."""
-    shape = (len(rows), side, side)
+def _write_maps(file, maps_of, rows, shape, quiet):
+    """Write an array of maps of that `shape` into an open file; without a file only compute this process's part."""
     if file:
         header = {"descr": "<f2", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)

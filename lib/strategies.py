@@ -39,7 +39,7 @@ class Strategy:
     from_scratch : what differs for random weights; None: it needs weights to start from.
     continuing : what differs when it continues from a classifier, whose head is already trained.
     augmentations : the kinds of `augment.KINDS` that it can use.
-    drops_patches, has_pool, decays_layers : whether these options mean something to it.
+    drops_patches, has_pool, decays_layers, shows_image : whether these options mean something to it.
     classifies : whether it trains a classifier, whose weights hold a familiarity, and may continue one.
     """
 
@@ -47,7 +47,7 @@ class Strategy:
     defaults = None
     from_scratch, continuing = None, {}
     augmentations, no_augmentation = KINDS, ""
-    drops_patches, has_pool, decays_layers = True, True, False
+    drops_patches, has_pool, decays_layers, shows_image = True, True, False, False
     classifies = True
 
     # Options
@@ -69,6 +69,8 @@ class Strategy:
         decays = self.decays_layers and args.pretrained != "none"
         if args.layer_decay not in (None, 1) and not decays:
             raise UserError("--layer-decay needs --strategy full and pre-trained weights")
+        if args.with_image and not self.shows_image:
+            raise UserError("--with-image: there are no maps beside which it could be; use --strategy residual")
 
     def defaults_from(self, start):
         """`Defaults` of a training that starts from opened `Weights`, or from None."""
@@ -104,7 +106,7 @@ class Strategy:
             return self.with_random_weights({"img_size": dataset.img_size, **sizes}, recipe, more)
         compatibility.check_unit(dataset, rows, start.content["run"])
         if start.is_classifier:
-            return self.continued(start, recipe, dataset), start.content["config"]
+            return self.continued(args, start, recipe, dataset), start.content["config"]
         pretrained, transform = weights.encoder_of(start)
         compatibility.check_size(start.path, pretrained, dataset, OTHER_SIZE)
         if transform is None:  # a checkpoint from elsewhere
@@ -112,14 +114,14 @@ class Strategy:
         else:
             compatibility.check_split(start.content["run"])
             constants = start.content["config"]["transform"]
-        return self.around(start, pretrained, recipe, {**task.config, "transform": constants})
+        return self.around(args, start, pretrained, recipe, {**task.config, "transform": constants})
 
     def with_random_weights(self, sizes, recipe, more):
         """A network of random weights, whose encoder has these `sizes`, and its arguments; `more` are given."""
         config = {**sizes, **more, "pool": recipe.pool}
         return network.build(self.kind, config), config
 
-    def continued(self, start, recipe, dataset):
+    def continued(self, args, start, recipe, dataset):
         """The classifier of opened `Weights`, taken whole to be trained further; UserError if it does not fit."""
         content = start.content
         model = weights.classifier_of(start)
@@ -140,7 +142,7 @@ class Strategy:
             )
         return model
 
-    def around(self, start, pretrained, recipe, more):
+    def around(self, args, start, pretrained, recipe, more):
         """A network with the `pretrained` encoder, and its arguments; `more` of them are given."""
         sizes = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
         known = start.content["config"]
@@ -249,33 +251,43 @@ class Residual(Strategy):
     continuing = {"lr": 3e-4, "epochs": 1, "fewest_steps": 300, "keep": "best"}
     augmentations = SYMMETRIES
     no_augmentation = f"residual maps are computed once, so only {', '.join(SYMMETRIES)} or none is possible"
-    drops_patches, has_pool = False, False
+    drops_patches, has_pool, shows_image = False, False, True
 
-    def around(self, start, pretrained, recipe, more):
-        more = {"mask_ratio": mask_ratio_of(start.content), "map_pool": default_map_pool(pretrained.img_size), **more}
+    def around(self, args, start, pretrained, recipe, more):
+        more = {
+            "mask_ratio": mask_ratio_of(start.content), "map_pool": default_map_pool(pretrained.img_size),
+            "with_image": args.with_image, "orientations": 8 if "flips" in recipe.augment else 2, **more,
+        }  # fmt: skip
         return on_mae(self.kind, start, pretrained, more, "--strategy residual", "; use another strategy")
+
+    def continued(self, args, start, recipe, dataset):
+        model = super().continued(args, start, recipe, dataset)
+        if args.with_image and not model.with_image:
+            raise UserError(f"{start.path} sees no image beside its map: leave --with-image out, or start from an MAE")
+        return model
 
     def learning(self, model):
         return list(model.network.named_parameters())
 
-    def reader_of_maps(self, model, read, dataset, rows, run, device, side):
-        """(function from some of the `rows` to maps (b, 1, side, side), whether it needs the device alone).
+    def reader_of_maps(self, model, read, dataset, rows, run, device, shape):
+        """(function from some of the `rows` to maps (b, *shape), whether it needs the device alone).
 
-        The maps are computed by the `model` from what `read` gives, and stored.
+        The maps are computed by the `model` from what `read` gives, and stored. `shape` is (channels, side, side).
         """
         model.eval()
-        maps = stored_maps(lambda batch: model.maps(read(batch)), rows, run.maps_path, side, run.quiet)
+        maps = stored_maps(lambda batch: model.maps(read(batch)), rows, run.maps_path, shape, run.quiet)
         read_maps = batch_reader(maps, device)
         on_device = isinstance(read_maps, StoredImages)
         place = np.full(len(dataset.labels), -1)
         place[rows] = np.arange(len(rows))
         if on_device:
             place = torch.from_numpy(place).to(device)
-        return lambda batch: read_maps(place[batch]), on_device
+        return lambda batch: read_maps(place[batch]).view(-1, *shape), on_device
 
     def learner(self, model, recipe, dataset, rows, run, device):
         read = batch_reader(dataset.images, device)
-        maps, on_device = self.reader_of_maps(model, read, dataset, rows, run, device, model.map_side)
+        shape = (model.channels, model.map_side, model.map_side)
+        maps, on_device = self.reader_of_maps(model, read, dataset, rows, run, device, shape)
 
         def training_outputs(batch, progress):
             return model.network(augment(maps(batch), recipe.augment))
@@ -297,6 +309,7 @@ class Mass(Residual):
     defaults = Defaults(epochs=10, fewest_steps=2000, batch_size=64, lr=3e-3, augment=(), keep="last")
     from_scratch = {}
     augmentations, no_augmentation = (), "the mass is learned from images as they are"
+    shows_image = False  # it always does
 
     def check(self, args):
         super().check(args)
@@ -311,7 +324,7 @@ class Mass(Residual):
         config = {"img_size": sizes["img_size"], **more}
         return constructed(self.kind, config, "--task mass"), config
 
-    def around(self, start, pretrained, recipe, more):
+    def around(self, args, start, pretrained, recipe, more):
         return on_mae(
             self.kind, start, pretrained, {"mask_ratio": mask_ratio_of(start.content), **more}, "--task mass"
         )
@@ -320,7 +333,8 @@ class Mass(Residual):
         read = batch_reader(dataset.images, device)
         maps, on_device = None, isinstance(read, StoredImages)
         if model.mae is not None:
-            maps, map_on_device = self.reader_of_maps(model, read, dataset, rows, run, device, model.img_size)
+            shape = (1, model.img_size, model.img_size)
+            maps, map_on_device = self.reader_of_maps(model, read, dataset, rows, run, device, shape)
             on_device = on_device and map_on_device
 
         def outputs(batch, progress=None):
@@ -352,7 +366,7 @@ class Sharpen(Strategy):
         config = {"mae": sizes, **more}
         return self.kind(**config), config
 
-    def around(self, start, pretrained, recipe, more):
+    def around(self, args, start, pretrained, recipe, more):
         return on_mae(self.kind, start, pretrained, more, "--task sharpen")
 
     def learning(self, model):

@@ -60,6 +60,9 @@ def test_published_figures_stand_beside_images_of_their_own_data_model_alone():
     assert rows("8-bit pictures of simulate.py Model_III, 9 a class, seed 0, noise-free") == []
     assert rows("folder dataset", side=150) == []
     assert rows("folder dataset", class_names=("no_sub", "spiral")) == []
+    other_lenses = rows("folder dataset", 150, ("no", "sphere", "vort"))
+    assert ["rsalehin/DeepLense-GSoC-2026, EqDenseNet-C8", "", "", "", "0.9973", "97.35"] in other_lenses
+    assert rows("folder dataset", 64, ("no", "sphere", "vort")) == []
 
 
 def test_evaluation_is_of_the_test_part_alone(evaluation, runs, folder):

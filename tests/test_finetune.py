@@ -487,6 +487,26 @@ def test_residual_maps_of_other_settings_are_not_taken(packed, runs, tmp_path, n
     assert_maps_of(rows, np.load(other), packed, runs / "residual" / CLASSIFIER)  # of the same MAE
 
 
+def test_residual_can_see_images_beside_its_maps(packed, pretrained, tmp_path, no_pictures):
+    given = (packed, tmp_path, pretrained, "residual", "--with-image", "--augment", "flips", "--resume")
+    with sigterm_at(2):
+        finetune_on(*given, check=False)
+    parts, stored = datasets.split(datasets.load(packed)), np.load(maps_in(tmp_path))
+    finetune_on(*given)
+    model, _ = weights.load_classifier(tmp_path / CLASSIFIER)
+    assert (model.with_image, model.orientations) == (True, 8)
+    with torch.no_grad():
+        seen = model.maps(images_of(datasets.load(packed), parts["train"][:5]))
+    assert np.allclose(stored[:5].reshape(seen.shape), seen.numpy(), rtol=1e-3, atol=1e-4)  # float16
+
+
+def test_images_beside_maps_are_refused_where_there_are_none(packed, pretrained, runs, tmp_path):
+    for start, strategy in ((pretrained, "full"), (runs / "residual" / CLASSIFIER, "residual")):
+        process = finetune_on(packed, tmp_path, start, strategy, "--with-image", check=False)
+        assert process.returncode != 0
+        assert "--with-image" in process.stderr
+
+
 def test_the_strategy_of_the_documentation_trains_what_it_says(pretrained, folder, runs, tmp_path):
     text = (ROOT / "docs" / "training.md").read_text()
     (block,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class Biases" in block]

@@ -231,12 +231,33 @@ def test_maps_of_large_images_are_averaged_over_squares():
     assert model(images).shape == (2, 3)
 
 
+def test_a_classifier_can_see_the_image_beside_its_map():
+    model = residual_classifier(map_pool=2, with_image=True)
+    images = torch.randn(3, 1, 32, 32)
+    maps = model.maps(images)
+    assert torch.allclose(maps[:, 1], images[:, 0].view(3, 16, 2, 16, 2).mean((2, 4)), atol=1e-6)
+    without = residual_classifier(map_pool=2)
+    without.mae.load_state_dict(model.mae.state_dict())
+    assert torch.equal(maps[:, :1], without.maps(images))
+    other = torch.cat([maps[:, :1], maps[:1, 1:].expand(3, -1, -1, -1)], dim=1)
+    assert not torch.allclose(model.logits(maps), model.logits(other), atol=1e-5)
+
+
+def test_logits_of_eight_orientations_do_not_depend_on_the_orientation():
+    model, maps = residual_classifier(orientations=8), torch.randn(3, 1, 32, 32)
+    expected = model.logits(maps)
+    for view in (maps.flip(2), maps.flip(3), maps.mT, maps.rot90(1, (2, 3)), maps.rot90(3, (2, 3))):
+        assert torch.allclose(model.logits(view), expected, atol=1e-5)
+    two = residual_classifier()
+    assert not torch.allclose(two.logits(maps.mT), two.logits(maps), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [*((wrong, "mask ratio")
        for wrong in ({"rounds": 0}, {"mask_ratio": 1.0}, {"mask_ratio": 0.999}, {"mask_ratio": -1})),
      ({"sizes": {"img_size": 8, "patch_size": 4}}, "at least 16"), ({"map_pool": 5}, "at least 16"),
-     *(({"map_pool": wrong}, "cannot be averaged") for wrong in (0, -1, 1.5, "2"))],
+     *(({"map_pool": wrong}, "cannot be averaged") for wrong in (0, -1, 1.5, "2")), ({"orientations": 4}, "2 or 8")],
 )  # fmt: skip
 def test_impossible_residual_maps_are_refused(wrong, named):
     with pytest.raises(ValueError, match=named):

@@ -101,6 +101,19 @@ def test_files_that_hold_no_images_are_named(tmp_path):
             real_images.main(["fit", "--images", str(path)])
 
 
+def test_unknown_pixels_at_the_border_become_their_neighbours(tmp_path):
+    image = np.arange(1.0, 26.0).reshape(5, 5)
+    broken = np.pad(image[1:4, 1:4], 1, constant_values=-99.0)
+    np.savez(tmp_path / "some.npz", images=np.stack([image, broken]), edge_unknown=[0, 1])
+    (whole, filled), _ = real_images.load_images(tmp_path / "some.npz")
+    assert np.allclose(whole, image / 25)
+    assert np.allclose(filled * 19, image[np.ix_([1, 1, 2, 3, 3], [1, 1, 2, 3, 3])])
+    for wrong in ([0], [0, 3], [0, -1], [0.0, 1.0]):
+        np.savez(tmp_path / "wrong.npz", images=np.stack([image, broken]), edge_unknown=wrong)
+        with pytest.raises(UserError, match="edge_unknown"):
+            real_images.load_images(tmp_path / "wrong.npz")
+
+
 def test_noisy_images_become_pictures_too_and_the_same_ones_once(tmp_path, packed, capsys):
     simulate.main(["--per-class", "4", "--noise", "--out", str(tmp_path / "d")])
     out = tmp_path / "p"
