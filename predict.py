@@ -124,7 +124,8 @@ def predict(args):
 
     summary = ", ".join(f"{count} {name}" for name, count in counts.items())
     where = "" if args.out == STANDARD_OUTPUT else f" in {args.out}"
-    say(args, f"{sum(counts.values())} images{where}: {summary}")
+    total = sum(counts.values())
+    say(args, f"{total} {'image' if total == 1 else 'images'}{where}: {summary}")
     if args.sheet and not sheet_error:
         say(args, f"{len(shown)} of them in {args.sheet}, {sheet.ORDERS[args.sheet_by]}"
                   if shown else f"nothing to draw in {args.sheet}")  # fmt: skip

@@ -61,7 +61,7 @@ BAD = {
     "animation": (picture(GREYS, more=chunk(b"acTL", bytes(8))), "animation"),
     "a second header": (picture(GREYS, more=header(30000, 30000)), "two headers"),
     "no chunks": (png.BEGINNING, "not those of a PNG"),
-    "text": (b"hello", "not those of a PNG"),
+    "text": (b"hello", "a text file"),
     "JPEG": (b"\xff\xd8\xff" + bytes(99), "is a JPEG picture"),
     "a bit": (GREY[:50] + bytes([GREY[50] ^ 1]) + GREY[51:], "checksum"),
     "not square": (picture(GREYS[:4]), "expected"),
@@ -105,7 +105,7 @@ def test_without_matplotlib_a_picture_says_what_to_install_and_other_files_are_r
     model = ("--model", tmp_path / "classifier.onnx", "--out", tmp_path / "p.csv")
     process = run_code(code, *model, tmp_path / "a", tmp_path / "y.npy", check=False, without=["matplotlib"])
     assert process.returncode == 1
-    assert "1 images in" in process.stdout
+    assert "1 image in" in process.stdout
     assert f"{tmp_path / 'a' / 'x.png'}: PNG pictures need matplotlib: pip install matplotlib" in process.stderr
 
 

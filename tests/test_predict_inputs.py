@@ -251,7 +251,7 @@ def test_a_sheet_that_cannot_be_drawn_costs_no_result(predict, tmp_path, monkeyp
     assert_user_error(process, "sheet.png: cannot be drawn: no picture", "p.csv")
     assert len(process.rows) == 1
     assert len(process.errors) == 1
-    assert process.stdout.startswith("1 images")
+    assert process.stdout.startswith("1 image in")
 
 
 @pytest.mark.parametrize("batch", [1, 2, 10**9])

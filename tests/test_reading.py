@@ -47,10 +47,10 @@ def test_standard_output_has_the_table_alone_and_stderr_the_rest(predict, tmp_pa
     np.save(tmp_path / "x.npy", IMAGES[0])
     np.save(tmp_path / "y.npy", IMAGES[0][:4])
     process = predict("--out", "-", tmp_path / "x.npy", tmp_path / "y.npy", check=False)
-    assert "1 images: " in process.stderr
+    assert "1 image: " in process.stderr
     assert process.returncode == 1
     assert [row["file"] for row in csv.DictReader(io.StringIO(process.stdout))] == [str(tmp_path / "x.npy")]
-    assert "y.npy" in process.stderr and "1 images" in process.stderr
+    assert "y.npy" in process.stderr and "1 image" in process.stderr
     assert not (tmp_path / "-").exists() and not list(tmp_path.glob("*.errors.csv"))
 
 
