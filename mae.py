@@ -554,10 +554,23 @@ def default_map_pool(img_size):
     return max(1, img_size // MAP_SIDE)
 
 
+class ResidualConvolution(nn.Module):
+    """x + ReLU(BatchNorm(convolution of x)), see He et al. 2015 (arXiv:1512.03385)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+
+    def forward(self, x):
+        return x + F.relu(self.norm(self.conv(x)))
+
+
 class MapClassifier(nn.Module):
     """Residual maps (B, C, H, W), or maps and images (B, 2C, H, W), to logits (B, num_classes).
 
-    Each stage halves the side before BatchNorm and ReLU, so these process a quarter of the pixels.
+    Each stage halves the side before BatchNorm and ReLU, so these process a quarter of the pixels. With images
+    a stage has a second convolution, since what to look for differs from image to image.
     """
 
     def __init__(self, in_chans, num_classes, with_image=False):
@@ -571,6 +584,8 @@ class MapClassifier(nn.Module):
                 nn.BatchNorm2d(after),
                 nn.ReLU(),
             ]
+            if with_image:
+                stages.append(ResidualConvolution(after))
         # With the channels last in memory, convolutions take half the time on a CPU.
         self.stages = nn.Sequential(*stages).to(memory_format=torch.channels_last)
         self.fc = new_head(MAP_WIDTHS[-1], num_classes)

@@ -135,7 +135,7 @@ def predict(args):
     reference = traits.reference_in(session.get_modelmeta().custom_metadata_map)
     unit_known = (args.scale, args.zero_point) != (None, None) or any(kind == "unit" for kind, *_ in said.notes)
     told = warnings_of(args, guard, counts, others, errors, advice_on(strange, reference, unit_known,
-                      by_chance(counts[UNFAMILIAR], sum(counts.values()), args.least_familiarity)))  # fmt: skip
+                      by_chance(counts.get(UNFAMILIAR, 0), total, args.least_familiarity)))  # fmt: skip
     for line in (*doubts, *said.about_notes(), *told):
         print(one_line(line), file=sys.stderr)
     if sheet_error:
