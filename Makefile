@@ -184,7 +184,7 @@ $(MANY_MAE): $(MANY_IMAGES)
 
 $(MANY_CLASSIFIER): $(MANY_MAE)
 	$(PY) finetune.py $(MANY_INPUT) --pretrained $(MANY_MAE) --strategy residual --with-image --augment flips \
-	  --epochs 20 --out $(@D) --update $(FINETUNING)
+	  --epochs 16 --out $(@D) --update $(FINETUNING)
 
 $(MANY)/evaluation/metrics.json: $(MANY_CLASSIFIER)
 	$(SHARE) $(PY) evaluate.py $(MANY_INPUT) --weights $(MANY_CLASSIFIER) --out $(@D) --update
