@@ -7,6 +7,9 @@ and `exact` (N,), which pictures have 256 levels. Simulated images are disturbed
 or with noise of that rms. The smooth lens has seven parameters, a scale and a zero. For each class,
 the command prints the mean of three figures, real and simulated, and the probability of a
 two-sample Kolmogorov-Smirnov test.
+
+With --find N instead, it fits N simulated images of each class, undisturbed, and prints how well χ²
+alone tells substructure from smooth lenses: the AUC with its 95 % bootstrap interval.
 """
 
 import sys
@@ -25,10 +28,14 @@ import numpy as np
 import torch
 from scipy.optimize import least_squares
 from scipy.stats import ks_2samp
+from tqdm import tqdm
 
 from lib import many_lenses, options, raytracing
+from lib.metrics import auc_of_counts, bootstrap
 
-EXAMPLE = "example: python experiments/smooth_fits.py --images real/common_test.npz"
+EXAMPLE = """examples:
+  python experiments/smooth_fits.py --images real/common_test.npz
+  python experiments/smooth_fits.py --find 300"""
 
 CAMERA, SKY, EXPOSURE = many_lenses.CAMERA, many_lenses.SKY, many_lenses.EXPOSURE
 COARSE = CAMERA._replace(pixels=50, pixel_scale=0.15, psf_radius=3)  # where fits look for their start
@@ -171,7 +178,8 @@ def simulated(class_name, count, seed, like):
 
 
 def fits_of(pictures):
-    return [fit(picture.image, picture.error, picture.edge) for picture in pictures]
+    bar = tqdm(pictures, desc="smooth fits", unit="img", leave=False, disable=None)
+    return [fit(picture.image, picture.error, picture.edge) for picture in bar]
 
 
 def compared(real, others):
@@ -180,9 +188,27 @@ def compared(real, others):
             for one, other in [[[getattr(found, name) for found in fits] for fits in (real, others)]]}  # fmt: skip
 
 
+def found_by_chi2(count, seed, resamples=1000):
+    """{class with substructure, or "all": (AUC, low, high)}: χ² of `count` images a class against smooth ones."""
+    undisturbed = Picture(None, False, 0.0, 0)
+    chi2 = {name: np.array([found.chi2 for found in fits_of(simulated(name, count, seed, [undisturbed]))])
+            for name in many_lenses.CLASS_NAMES}  # fmt: skip
+    smooth, *others = chi2
+    found = {}
+    for name, some in {**{name: [name] for name in others}, "all": others}.items():
+        values = np.concatenate([chi2[own] for own in (smooth, *some)])
+        labels = np.repeat(range(1 + len(some)), count)
+        auc_of = auc_of_counts(values, labels > 0)
+        ((low, high),) = bootstrap(lambda counts: [auc_of(counts)], labels, resamples, seed).tolist()  # noqa: B023
+        found[name] = auc_of(np.ones(len(values), int)), low, high
+    return found
+
+
 def parse_args(argv=None):
     parser = options.new_parser(__doc__, EXAMPLE)
-    parser.add_argument("--images", type=path_argument, required=True, metavar="NPZ", help="real images")
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--images", type=path_argument, metavar="NPZ", default=None, help="real images")
+    group.add_argument("--find", type=int, metavar="N", default=None, help="simulated images a class that are fitted")
     parser.add_argument("--per-class", type=int, default=100, help="simulated images to compare with")
     parser.add_argument("--seed", type=int, default=0, help="of the simulated images")
     return options.parsed(parser, argv)
@@ -190,6 +216,10 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    if args.find is not None:
+        for name, (auc, low, high) in found_by_chi2(args.find, args.seed).items():
+            print(f"{name} against {many_lenses.CLASS_NAMES[0]}, by χ² of the smooth fit: AUC {auc:.4f} ({low:.4f} to {high:.4f})")
+        return
     for class_name, every in read(args.images).items():
         for exact in (True, False):
             pictures = [picture for picture in every if picture.exact == exact]

@@ -4,6 +4,7 @@ REAL_IMAGES names the folder where they lie; without it these tests are skipped.
 """
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -110,3 +111,10 @@ def test_the_command_prints_three_figures_of_each_class_and_way_of_decoding(tmp_
              edge_unknown=np.zeros(4, int))  # fmt: skip
     said = run_script("experiments/smooth_fits.py", "--images", tmp_path / "x.npz", "--per-class", 2).stdout
     assert [line.split(":")[0] for line in said.splitlines()] == ["no, 2 exact pictures"] * 3 + ["no, 2 solved pictures"] * 3
+
+
+def test_what_a_smooth_lens_leaves_finds_substructure(capsys):
+    smooth_fits.main(["--find", "3"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["sphere", "vort", "all"]
+    assert all(float(re.search(r"AUC (\S+)", line)[1]) > 0.7 for line in lines)
