@@ -15,27 +15,16 @@ from lib.errors import UserError, one_line, path_argument, run_main, starting
 
 starting(__name__)
 
-from typing import NamedTuple
-
-import numpy as np
-import torch
-from scipy.stats import binomtest
-from sklearn.metrics import confusion_matrix, roc_curve
-
-from lib import compatibility, datasets, many_lenses, mass_evaluation, metrics, options, plots, report, sharp_evaluation
-from lib import tables, weights
+from lib import class_evaluation, datasets, mass_evaluation, options, plots, report, sharp_evaluation, tables, weights
 from lib import predictions as written
 from lib.device import resolve_device
 from lib.files import PICTURE, check_outputs, make_folder, require_own, sha256_of, write_json, write_text
-from lib.guard import LEAST_FAMILIARITY, Guard
-from lib.loader import batch_reader, in_batches
 from lib.provenance import LIBRARY, identity_of, is_current, made_from, require_own_results, sign
 
 EXAMPLE = """example:
   python evaluate.py --data lenses --out runs/evaluation \\
       --weights runs/full/vit-mae-classifier-wt.pth"""
 
-SHOWN_MISTAKES = 12
 PREDICTIONS = "predictions.csv"
 LEFT = {
     "metrics.json": rb'"(calibration_error|coverage|psnr_of_mean)"', "comparison.md": rb"\A\| run ",
@@ -47,44 +36,6 @@ LEFT = {
 OTHER_TASKS = {"mass": ("mass", mass_evaluation.evaluate), "sharpener": ("sharpen", sharp_evaluation.evaluate)}
 # What is left beside metrics.json and comparison.md, by kind of weights; other pictures may fail.
 BESIDE = {"classifier": ["report.html", "roc.png"], "mass": ["masses.png"], "sharpener": ["sharpened.png"]}
-SIGNIFICANCE = 0.01  # of the test whether more images of a class are unfamiliar than should be
-
-# (work, AUC by class, macro AUC, accuracy) that others report of Test VI.A, which holds images of
-# Model_II; None: not given. Names with a slash are repositories on GitHub, whose figures are of
-# their own held-out images.
-PUBLISHED = (
-    ("iampratyusht/Deeplense-task, head", {"axion": 0.92, "cdm": 0.92, "no_sub": 0.99}, None, None),
-    ("the same, LayerNorm", {"axion": 0.94, "cdm": 0.90, "no_sub": 0.99}, None, None),
-    ("the same, full", {"axion": 0.90, "cdm": 0.89, "no_sub": 0.90}, None, 0.928),
-    ("arXiv:2512.06642, from scratch", {}, 0.957, 0.825),
-    ("arXiv:2512.06642, MAE", {}, 0.968, 0.8865),
-    ("vijayabhaskar78/DeepLense-GSoC-2026, MAE", {}, 0.9952, 0.9571),
-    ("razancodes/DeepLense-Tests, MAE and latent MIM", {}, 0.9955, 0.9594),
-    ("WaleedAlzamil80/deeplense25, MAE", {}, None, 0.97),
-    ("arnesh2212/FM-Deeplense, MAE, best epoch", {}, 0.9958, 0.9966),
-    ("arnesh2212/Lens-FM-DeepLense, supervised ResNet18", {}, None, 0.9999),
-)
-# The same of the Common Test, that is of Many_Lenses, whose `val` most of them also chose by.
-COMMON_TEST = (
-    ("arnesh2212/FM-Deeplense, MaxViT with ImageNet's weights", {}, 0.9977, None),
-    ("vijayabhaskar78/DeepLense-GSoC-2026, HybridFNO, 8 views", {}, 0.9975, 0.9712),
-    ("rsalehin/DeepLense-GSoC-2026, EqDenseNet-C8", {}, 0.9973, 0.9735),
-    ("Anukul1712, EfficientNet-B3", {}, 0.9963, None),
-)
-
-
-class Prediction(NamedTuple):
-    """What a classifier says of rows (n,) of a data set.
-
-    labels (n,) and probabilities (n, classes) are in the order of the data's classes. familiarity (n,)
-    and the `Guard` that judges it are None if the weights hold none.
-    """
-
-    rows: np.ndarray
-    labels: np.ndarray
-    probabilities: np.ndarray
-    familiarity: np.ndarray | None
-    guard: Guard | None
 
 
 def evaluate(args):
@@ -118,12 +69,17 @@ def evaluate(args):
         task, outcome_of = OTHER_TASKS[kind]
         leave(args.out, outcome_of(args, opened, dataset, device), BESIDE[kind][0], about | {"task": task}, made)
         return
-    ours = predictions_of(opened, dataset, device, args.split == "all")
+    leave_classification(args, opened, dataset, device, about, made)
+
+
+def leave_classification(args, opened, dataset, device, about, made):
+    """Leave all that an evaluation of classifiers leaves in --out, and print its table and remarks."""
+    ours = class_evaluation.predictions_of(opened, dataset, device, args.split == "all")
     class_names = list(dataset.class_names)
-    predictions, comparisons = with_theirs(ours, dataset, args)
-    results = {name: figures(p, class_names, args) for name, p in predictions.items()}
-    matrices = {name: confusion_of(p, class_names) for name, p in predictions.items()}
-    published = published_rows(dataset)
+    predictions, comparisons = class_evaluation.with_theirs(ours, dataset, args)
+    results = {name: class_evaluation.figures(p, class_names, args) for name, p in predictions.items()}
+    matrices = {name: class_evaluation.confusion_of(p, class_names) for name, p in predictions.items()}
+    published = class_evaluation.published_rows(dataset)
     table = tables.markdown(tables.comparison(results, class_names) + published)
     write_json(
         args.out / "metrics.json",
@@ -138,10 +94,10 @@ def evaluate(args):
     write_text(args.out / "comparison.md", table + "\n")
     if args.save_predictions:
         written.write(args.out / PREDICTIONS, predictions, dataset, args.data)
-    remarks = [*about_results(results, ours), *comparisons]
+    remarks = [*class_evaluation.about_results(results, ours), *comparisons]
     plots.attempt(print, "\n".join([table, *map(one_line, remarks)]))
     best = max(results, key=lambda name: results[name]["macro"]["value"])
-    drawn = draw(args.out, dataset, predictions, results, matrices, best)
+    drawn = class_evaluation.draw(args.out, dataset, predictions, results, matrices, best)
     reported = plots.attempt(report.write, args.out, opened, results, dataset, best, published, remarks)
     if drawn and reported:  # else --update tries again
         sign(args.out / "metrics.json", made)
@@ -173,183 +129,6 @@ def kind_of(opened, args):
     return kind
 
 
-def predictions_of(opened, dataset, device, whole):
-    """{run: `Prediction`} of opened `Weights` on the test part, or on the `whole` data set.
-
-    UserError as `compatibility.rows_to_evaluate` raises it, and for classes or sizes that do not fit.
-    """
-    predictions, strangenesses, trained_on = {}, {}, []
-    for name, own in opened.items():
-        model, content = weights.classifier_of(own), own.content
-        compatibility.check_size(own.path, model, dataset)
-        order = compatibility.class_order(content["class_names"], dataset, own.path)
-        rows = compatibility.rows_to_evaluate(dataset, content, whole)
-        probabilities = predict_probabilities(model, dataset.images, rows, device)
-        judge, familiarity, guard = weights.familiarity_in(own), None, None
-        if judge is not None:
-            # Classifiers from one pre-training share the strangeness.
-            identity = weights.identity({**content["familiarity"], "model": judge.state_dict()})
-            if identity not in strangenesses:
-                strangenesses[identity] = strangeness_of(judge, dataset.images, rows, device)
-            predicted = torch.from_numpy(probabilities.argmax(axis=1))
-            familiarity = ranked(judge.cpu(), strangenesses[identity], predicted)
-            guard = Guard(len(judge.strangeness_seen))
-        trained_on.append(content["run"].get("data_fingerprint"))
-        predictions[name] = Prediction(
-            rows, dataset.labels[rows], probabilities[:, order], familiarity, guard
-        )
-    if len(set(trained_on)) > 1:
-        print("these weights were trained on different data, so their figures differ by more than the "
-              "training", file=sys.stderr)  # fmt: skip
-    return predictions
-
-
-def with_theirs(ours, dataset, args):
-    """({run: `Prediction`} with those of --predictions, if any, lines that compare these with each run)."""
-    if not args.predictions:
-        return ours, []
-    name = args.predictions.stem
-    if name in ours:
-        raise UserError(f"--predictions {args.predictions} has the name of a run: rename the file")
-    rows, labels = next(iter(ours.values()))[:2]
-    if any(not np.array_equal(rows, p.rows) for p in ours.values()):
-        raise UserError("--predictions: the weights are not tested on the same images: give one of them")
-    theirs = written.read(args.predictions, rows, dataset, args.data)
-    lines = [written.compared(p.probabilities, theirs, labels, (run, name)) for run, p in ours.items()]
-    return {**ours, name: Prediction(rows, labels, theirs, None, None)}, lines
-
-
-def confusion_of(prediction, class_names):
-    """Counts (classes, classes) of images, true class in rows."""
-    predicted = prediction.probabilities.argmax(axis=1)
-    return confusion_matrix(prediction.labels, predicted, labels=range(len(class_names)))
-
-
-def draw(out, dataset, predictions, results, matrices, best):
-    """The pictures of an evaluation, and whether all are there; one that fails is one line on stderr."""
-    class_names = list(dataset.class_names)
-    curves = {
-        run: {name: (*roc_curve(p.labels == k, p.probabilities[:, k])[:2],
-                     results[run]["auc"][name]["value"]) for k, name in enumerate(class_names)}
-        for run, p in predictions.items()
-    }  # fmt: skip
-    reliability = {run: metrics.calibration(p.probabilities, p.labels)[1] for run, p in predictions.items()}
-    familiarities = {run: p.familiarity for run, p in predictions.items() if p.familiarity is not None}
-    mistakes = most_confident_mistakes(predictions[best])
-    pictures = (
-        (plots.roc_curves, "roc.png", curves),
-        (plots.confusion_matrices, "confusion_matrix.png", matrices, class_names),
-        (plots.reliability, "reliability.png", reliability),
-        (draw_familiarity, "familiarity.png", familiarities),
-        (plots.mistakes, "mistakes.png", dataset.images, mistakes, class_names),
-    )
-    return all([plots.attempt(show, out / name, *what) for show, name, *what in pictures])
-
-
-def predict_probabilities(model, images, rows, device):
-    """Class probabilities (n, K) of rows of the raw `images` (N, H, W), in float32."""
-    read = batch_reader(images, device, once=True)
-    model.to(device)
-    return in_batches(
-        lambda batch: model(read(batch)).softmax(dim=1), rows, bar="evaluation"
-    ).numpy()
-
-
-def strangeness_of(judge, images, rows, device):
-    """Strangeness (n,), a tensor, of rows of the raw `images` (N, H, W)."""
-    read = batch_reader(images, device, once=True)
-    judge.to(device)
-    return in_batches(lambda batch: judge.strangeness(read(batch)), rows, bar="familiarity")
-
-
-def ranked(judge, strangeness, predicted):
-    """Familiarity (n,) of images of some strangeness (n,) and predicted classes (n,), tensors."""
-    return in_batches(
-        lambda batch: judge.rank(strangeness[batch], predicted[batch]), np.arange(len(predicted))
-    ).numpy()
-
-
-def draw_familiarity(path, familiarities):
-    """The picture of the familiarities of each run, or none where no run has them."""
-    if familiarities:
-        plots.familiarity(path, familiarities, LEAST_FAMILIARITY)
-
-
-def refusals(prediction, class_names):
-    """{"unfamiliar": share of the images, "unfamiliar_by_class": {class name: share of its images},
-    "refused_too_often": names of classes of which more are refused than chance explains,
-    "familiar_accuracy": of the images that are answered, None without any}.
-    """
-    predicted = prediction.probabilities.argmax(axis=1)
-    answered = prediction.guard.answers(predicted, prediction.familiarity)
-    right = predicted == prediction.labels
-    refused = {name: ~answered[prediction.labels == k] for k, name in enumerate(class_names)}
-    return {
-        "unfamiliar": float(1 - answered.mean()),
-        "unfamiliar_by_class": {name: float(of_class.mean()) for name, of_class in refused.items()},
-        "refused_too_often": [name for name, of_class in refused.items() if exceeds_chance(of_class)],
-        "familiar_accuracy": float(right[answered].mean()) if answered.any() else None,
-    }
-
-
-def exceeds_chance(refused):
-    """Whether more of the images (n,) of a class are refused than a share of LEAST_FAMILIARITY explains."""
-    test = binomtest(int(refused.sum()), len(refused), LEAST_FAMILIARITY, alternative="greater")
-    return test.pvalue < SIGNIFICANCE
-
-
-def about_results(results, ours):
-    """Lines on what the table does not show, of results by run; only those of `ours` can refuse images."""
-    lines = [line for name in results if name in ours for line in about_refusals(name, results[name])]
-    aucs = [auc for r in results.values() for auc in (*r["auc"].values(), r["macro"])]
-    return lines + list(filter(None, [metrics.about_intervals(aucs)]))
-
-
-def about_refusals(name, result):
-    """Lines on how many images predict.py would refuse to classify."""
-    if "unfamiliar" not in result:
-        yield f"{name}: its weights hold no familiarity, so predict.py refuses no image by it"
-        return
-    by_class = {key: f"{share:.2%}" for key, share in result["unfamiliar_by_class"].items()}
-    shares = ", ".join(f"{share} of {key}" for key, share in by_class.items())
-    text = f"{name}: {result['unfamiliar']:.2%} of the images are unfamiliar ({shares})"
-    if result["familiar_accuracy"] is not None:
-        text += f"; of the others {result['familiar_accuracy']:.2%} are classified correctly"
-    yield text
-    for key in result["refused_too_often"]:
-        yield (
-            f"{name}: of {key} {by_class[key]} are refused as unfamiliar, more than the "
-            f"{LEAST_FAMILIARITY:.0%} of ordinary images: train with more images of it"
-        )
-
-
-def figures(prediction, class_names, args):
-    """{"auc": {class name: figure}, "macro": figure, "accuracy": figure, "images": n,
-    "calibration_error"} and, with a familiarity, what `refusals` gives.
-
-    A figure is {"value", "low", "high"}; the intervals are of a bootstrap, that of the accuracy is
-    Wilson's.
-    """
-    labels, probabilities = prediction.labels, prediction.probabilities
-    values = metrics.measures(probabilities, labels)
-    measure = metrics.measures_of_counts(probabilities, labels)
-    intervals = metrics.bootstrap(measure, labels, args.resamples, args.seed)
-    *aucs, macro, _ = (
-        {"value": value, "low": low, "high": high}
-        for value, (low, high) in zip(values.tolist(), intervals.tolist(), strict=True)
-    )
-    by_class = dict(zip(class_names, aucs, strict=True))
-    right = (probabilities.argmax(axis=1) == labels).sum()
-    low, high = metrics.wilson(right, len(labels))
-    accuracy = {"value": values[-1].item(), "low": low, "high": high}
-    error, _ = metrics.calibration(probabilities, labels)
-    result = {"auc": by_class, "macro": macro, "accuracy": accuracy, "images": len(labels),
-              "calibration_error": error}  # fmt: skip
-    if prediction.familiarity is not None:
-        result |= refusals(prediction, class_names)
-    return result
-
-
 def names_of_runs(paths):
     """A short name for each weights file: that of its folder, or its path where folders agree.
 
@@ -362,41 +141,6 @@ def names_of_runs(paths):
     folders = [path.parent.name for path in full]
     names = [f if folders.count(f) == 1 else str(p) for f, p in zip(folders, paths, strict=True)]
     return names if len(set(names)) == len(names) else [str(path) for path in full]
-
-
-def most_confident_mistakes(prediction):
-    """[(row, true class, predicted class, its probability)], the most confident first."""
-    labels, probabilities = prediction.labels, prediction.probabilities
-    predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1)
-    wrong = np.flatnonzero(predicted != labels)
-    wrong = wrong[np.argsort(-confidence[wrong])][:SHOWN_MISTAKES]
-    return [(int(prediction.rows[i]), int(labels[i]), int(predicted[i]), float(confidence[i]))
-            for i in wrong]  # fmt: skip
-
-
-def published_rows(dataset):
-    """Rows [name, AUC of each class, macro AUC, accuracy], as text.
-
-    None for data that can be neither of Test VI.A nor of the Common Test: other classes, another size, another
-    data model, noise.
-    """
-    origin = dataset.origin
-    if dataset.class_names == many_lenses.CLASS_NAMES and dataset.img_size == many_lenses.CAMERA.pixels:
-        return _as_rows(COMMON_TEST, dataset.class_names)
-    of_model = origin.startswith("simulate.py Model_II,") and origin.endswith("noise-free")
-    other_images = "simulate.py " in origin and not of_model
-    other_classes = set(dataset.class_names) != {"axion", "cdm", "no_sub"}
-    if other_classes or other_images or dataset.img_size != 64:
-        return []
-    return _as_rows(PUBLISHED, dataset.class_names)
-
-
-def _as_rows(published, class_names):
-    return [
-        [name, *(f"{aucs[key]:.2f}" if key in aucs else "" for key in class_names),
-         f"{macro:.4g}" if macro else "", f"{100 * correct:.4g}" if correct else ""]
-        for name, aucs, macro, correct in published
-    ]  # fmt: skip
 
 
 def parse_args(argv=None):

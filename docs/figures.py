@@ -14,7 +14,7 @@ starting(__name__)
 import numpy as np
 import torch
 
-from evaluate import predict_probabilities
+from lib.class_evaluation import predict_probabilities
 from lib import compatibility, datasets, options, plots, simulated, weights
 from lib.device import resolve_device
 from lib.files import PICTURE, require_own

@@ -27,7 +27,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 from scipy.optimize import least_squares
 
-from evaluate import predict_probabilities
+from lib.class_evaluation import predict_probabilities
 from lib import copies, datasets, lenses, options, weights
 from lib.device import resolve_device
 from lib.files import atomic_directory, require_own, write_csv

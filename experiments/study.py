@@ -28,7 +28,7 @@ import pretrain
 import reconstruct
 import simulate
 from experiments import kinds, results
-from lib import clusters, compatibility, datasets, lenses, options, residuals, weights
+from lib import class_evaluation, clusters, compatibility, datasets, lenses, options, residuals, weights
 from lib.device import choose_precision, resolve_device
 from lib.files import make_folder, read_json, write_json
 from lib.provenance import circumstances
@@ -303,7 +303,7 @@ def mistakes(study, seed):
     model, _ = known_classifier(finetuned(study, seed, "full", pretrained(study, seed)))
     parts = lenses.simulate("Model_II", MISTAKES_PER_CLASS, FRESH_SEED + 1)
     images = np.concatenate([images for _, images, _ in parts])
-    probabilities = evaluate.predict_probabilities(model, images, np.arange(len(images)), study.device)
+    probabilities = class_evaluation.predict_probabilities(model, images, np.arange(len(images)), study.device)
     truth = np.repeat(np.arange(len(lenses.CLASS_NAMES)), MISTAKES_PER_CLASS)
     for class_name, (quantity, values) in substructure_strengths().items():
         k = lenses.CLASS_NAMES.index(class_name)

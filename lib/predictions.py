@@ -16,7 +16,7 @@ NOT_ONE = 1e-3  # how far the sum of an image's probabilities may be from one, s
 def write(path, predictions, dataset, folder):
     """A line for each run and image: its row, its file (in data of a folder), class, probabilities, prediction.
 
-    predictions : {run: `evaluate.Prediction`}.
+    predictions : {run: `class_evaluation.Prediction`}.
     """
     names, files = dataset.class_names, files_of(Path(folder), dataset)
     lines = [["run", "row", *(["file"] if files else []), "class", *names, "prediction"]]

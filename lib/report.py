@@ -44,7 +44,7 @@ def write(folder, opened, results, dataset, best, published, remarks):
         "calibration_error"}}, a figure being {"value", "low", "high"}.
     dataset : the `datasets.Dataset` that was evaluated on.
     best : the run to highlight.
-    published : rows of other work, see `evaluate.published_rows`.
+    published : rows of other work, see `class_evaluation.published_rows`.
     remarks : lines below the table.
     """
     (folder / "report.html").unlink(missing_ok=True)  # if this one fails, no earlier one is taken for it

@@ -15,10 +15,9 @@ from conftest import (
     tensors_in,
 )
 
-import evaluate
 import export
 import finetune
-from lib import cuda_graphs, datasets, familiarity, intensity, lenses, loader, weights
+from lib import class_evaluation, cuda_graphs, datasets, familiarity, intensity, lenses, loader, weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -46,7 +45,7 @@ def test_a_classifier_answers_on_both_devices_and_in_onnxruntime_alike(
     answers = []
     for device in (CPU, GPU):
         model, _ = weights.load_classifier(trained / strategy / CLASSIFIER)
-        answers.append(evaluate.predict_probabilities(model, dataset.images, rows, device))
+        answers.append(class_evaluation.predict_probabilities(model, dataset.images, rows, device))
     assert np.abs(answers[0] - answers[1]).max() < 1e-4
     run_script("export.py", "--data", packed, "--weights", trained / strategy / CLASSIFIER, "--out",
                tmp_path / "c.onnx")  # fmt: skip
@@ -89,9 +88,9 @@ def test_a_gpu_refuses_the_images_that_a_cpu_refuses():
     dataset = datasets.Dataset(images, zeros.astype(int), zeros, zeros, ("lens",), "", "")
     transform = intensity.fit_transform(images, rows, "log")
     known, _ = familiarity.fit(dataset, rows[:1800], rows[1800:2400], transform, quiet=True)
-    strangenesses = [evaluate.strangeness_of(known, images, rows[2400:], device) for device in (CPU, GPU)]
+    strangenesses = [class_evaluation.strangeness_of(known, images, rows[2400:], device) for device in (CPU, GPU)]
     predicted = torch.zeros(600, dtype=torch.int64)
-    values = [evaluate.ranked(known.cpu(), strangeness, predicted) for strangeness in strangenesses]
+    values = [class_evaluation.ranked(known.cpu(), strangeness, predicted) for strangeness in strangenesses]
     assert np.abs(values[0] - values[1]).max() < 0.05
     assert (values[1] < 0.01).mean() < 0.05
 

@@ -13,7 +13,7 @@ from conftest import TINY_NETWORK, run_script
 
 import evaluate
 import finetune
-from lib import datasets, plots, report, tables, weights
+from lib import class_evaluation, datasets, plots, report, tables, weights
 from lib.files import sha256_of
 
 LEVELS = {"bright": 2.0, "dark": 0.0, "grey": 1.0}
@@ -50,7 +50,7 @@ def levels(tmp_path_factory):
 def test_published_figures_stand_beside_images_of_their_own_data_model_alone():
     def rows(origin, side=64, class_names=("axion", "cdm", "no_sub")):
         images = np.zeros((1, side, side), np.float32)
-        return evaluate.published_rows(
+        return class_evaluation.published_rows(
             datasets.Dataset(images, np.zeros(1, int), None, None, class_names, "", origin)
         )
 
@@ -249,11 +249,11 @@ def test_a_picture_that_fails_leaves_none_of_an_earlier_call(tmp_path, capsys):
 def test_three_right_images_are_not_certain():
     labels = np.arange(3)
     args = evaluate.parse_args(["--data", "d", "--weights", "w", "--out", "o", "--resamples", "9"])
-    prediction = evaluate.Prediction(labels, labels, np.eye(3), None, None)
-    result = evaluate.figures(prediction, ["a", "b", "c"], args)
+    prediction = class_evaluation.Prediction(labels, labels, np.eye(3), None, None)
+    result = class_evaluation.figures(prediction, ["a", "b", "c"], args)
     assert result["accuracy"]["value"] == 1
     assert result["accuracy"]["low"] < 0.5
-    lines = evaluate.about_results({"run": result}, {"run"})
+    lines = class_evaluation.about_results({"run": result}, {"run"})
     assert any("no width" in line for line in lines)
 
 
@@ -263,11 +263,11 @@ def test_a_class_that_is_refused_too_often_is_named():
     familiarity = np.full(4010, 0.5, np.float32)
     familiarity[:25], familiarity[2000:2002], familiarity[2010:2070] = 0.001, 0.001, 0.001
     args = evaluate.parse_args(["--data", "d", "--weights", "w", "--out", "o", "--resamples", "2"])
-    prediction = evaluate.Prediction(labels, labels, np.eye(3)[labels], familiarity, evaluate.Guard(4000))
-    result = evaluate.figures(prediction, ["a", "b", "c"], args)
+    prediction = class_evaluation.Prediction(labels, labels, np.eye(3)[labels], familiarity, class_evaluation.Guard(4000))
+    result = class_evaluation.figures(prediction, ["a", "b", "c"], args)
     assert result["unfamiliar_by_class"] == {"a": 0.0125, "b": 0.2, "c": 0.03}
     assert result["refused_too_often"] == ["b", "c"]  # 25 of 2,000 is chance, 2 of 10 and 60 are none
-    said = evaluate.about_results({"run": result}, {"run"})
+    said = class_evaluation.about_results({"run": result}, {"run"})
     assert "(1.25% of a, 20.00% of b, 3.00% of c)" in said[0]
     assert [line.split(" are ")[0] for line in said[1:3]] == ["run: of b 20.00%", "run: of c 3.00%"]
 

@@ -11,9 +11,8 @@ import torch
 from conftest import CLASSIFIER, PRETRAINED, assert_refused, finetune_on, pretrain_on, run_script
 from torch import nn
 
-import evaluate
 import export
-from lib import datasets, familiarity, guard, lenses, onnxfile, weights
+from lib import class_evaluation, datasets, familiarity, guard, lenses, onnxfile, weights
 
 LOG = {"kind": "log", "offset": 0.0, "softening": 1e-3, "mean": 1.3, "std": 2.2}
 
@@ -275,8 +274,8 @@ def test_an_evaluation_counts_the_images_that_a_prediction_refuses(guarded, pack
         more = {"familiarity": kept} if kept else {}
         content = {key: value for key, value in guarded.items() if key != "familiarity"}
         torch.save(content | more, tmp_path / f"{name}.pth")
-    computed, compute = [], evaluate.strangeness_of
-    monkeypatch.setattr(evaluate, "strangeness_of", lambda *given: computed.append(True) or compute(*given))
+    computed, compute = [], class_evaluation.strangeness_of
+    monkeypatch.setattr(class_evaluation, "strangeness_of", lambda *given: computed.append(True) or compute(*given))
 
     def evaluated(*names):
         files = [tmp_path / f"{name}.pth" for name in names]

@@ -15,12 +15,11 @@ from conftest import (
 )  # fmt: skip
 from torch import nn
 
-import evaluate
 import finetune
 import mae
 import pretrain
 import simulate
-from lib import datasets, intensity, lenses, loader, metrics, optim, plots, strategies, weights
+from lib import class_evaluation, datasets, intensity, lenses, loader, metrics, optim, plots, strategies, weights
 from lib.augment import augment
 from mae import Classifier
 
@@ -180,7 +179,7 @@ def test_the_weights_with_the_best_validation_are_kept(runs, folder):
         model, content = weights.load_classifier(runs / strategy / CLASSIFIER)
         assert content["run"]["best"] == best
         model.temperature.fill_(1.0)  # fitted afterwards; it reorders images a little
-        probabilities = evaluate.predict_probabilities(model, dataset.images, rows, CPU)
+        probabilities = class_evaluation.predict_probabilities(model, dataset.images, rows, CPU)
         auc = np.mean(metrics.auc_by_class(probabilities, dataset.labels[rows]))
         assert auc == pytest.approx(best["validation_macro_auc"], abs=0.02)
 
@@ -392,7 +391,7 @@ def test_the_unit_of_the_data_changes_nothing(tmp_path, monkeypatch, no_pictures
         finetune.main(finetuning(out, out / "full", out / "mae" / PRETRAINED, "full"))
         model, _ = weights.load_classifier(out / "full" / CLASSIFIER)
         dataset = datasets.load(out)
-        results.append(evaluate.predict_probabilities(model, dataset.images, parts["test"], CPU))
+        results.append(class_evaluation.predict_probabilities(model, dataset.images, parts["test"], CPU))
     assert np.abs(results[0] - results[1]).max() < 2e-3
 
 
@@ -407,7 +406,7 @@ def test_a_head_on_a_pretrained_encoder_tells_the_classes_apart(tmp_path):
     model, _ = weights.load_classifier(head / CLASSIFIER)
     dataset = datasets.load(images)
     rows = datasets.split(dataset)["test"]
-    probabilities = evaluate.predict_probabilities(model, dataset.images, rows, CPU)
+    probabilities = class_evaluation.predict_probabilities(model, dataset.images, rows, CPU)
     assert metrics.accuracy(probabilities, dataset.labels[rows]) > 0.92
     assert np.mean(metrics.auc_by_class(probabilities, dataset.labels[rows])) > 0.985
 

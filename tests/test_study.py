@@ -8,11 +8,10 @@ import pytest
 import torch
 from conftest import TINY_DECODER, TINY_NETWORK, replacing
 
-import evaluate
 import finetune
 import pretrain
 from experiments import kinds, results, study
-from lib import datasets, familiarity, lenses, plots, weights
+from lib import class_evaluation, datasets, familiarity, lenses, plots, weights
 from lib.errors import UserError
 
 TINY = {
@@ -71,7 +70,7 @@ def test_runs_that_are_there_are_not_repeated(tiny_study, unseen, tmp_path, pack
     with monkeypatch.context() as patch:
         patch.setattr(pretrain, "fit", None)  # training again would fail, and so would measuring
         patch.setattr(finetune, "fit", None)
-        patch.setattr(evaluate, "predict_probabilities", None)
+        patch.setattr(class_evaluation, "predict_probabilities", None)
         patch.chdir(packed.parent)
         tiny_study(*both, "--data", packed.name, "--device", "cpu")
     assert {name: results.read(kept_in / f"{name}.json")["rows"] for name in rows} == rows
