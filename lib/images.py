@@ -36,6 +36,7 @@ MAX_PICKLE_OPCODES = 100_000  # a stack of images takes about 20 an image
 MAX_NPZ_BYTES = 2**30
 LARGEST_PIXEL = 1.1  # in pixels of the network, of an image that is resampled
 FEW_PLANES = 5  # a stack of so many may also be the bands of one lens
+MINMAX = "minmax"
 READABLE = "give .npy, .npz, FITS or PNG files"
 KINDS_OF_FILES = {
     b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture", b"GIF8": "a GIF picture",
@@ -141,7 +142,7 @@ class How(NamedTuple):
     pixel_scale : arcsec of the files' pixels, or "wcs" for what their headers say; without it images are
         not resampled.
     wanted_scale : arcsec of the network's pixels, None if it is unknown.
-    factor : what pixels are multiplied by.
+    factor : what pixels are multiplied by, or MINMAX: every image is scaled to its own minimum and maximum.
     zero_point : magnitude of one of the network's unit, to which the headers of FITS files bring pixels; without
         it headers do not say the unit.
     """
@@ -152,7 +153,7 @@ class How(NamedTuple):
     centre: tuple | str | None = None
     pixel_scale: float | str | None = None
     wanted_scale: float | None = None
-    factor: float = 1.0
+    factor: float | str = 1.0
     zero_point: float | None = None
 
 
@@ -303,7 +304,7 @@ def _images_in(found, img_size, said, how):
     if how.planes is None and 1 < len(stack) <= FEW_PLANES and name.lower().endswith(".npy"):
         said.notes.append(("planes", name, ""))
     said.more.append(len(stack) - 1)
-    factor = how.factor * _factor_of(found, said, how)
+    factor = how.factor if how.factor == MINMAX else how.factor * _factor_of(found, said, how)
     sky = _sky_of(found, stack.shape[1:])
     for i, whole in enumerate(stack):
         image_name = name if len(stack) == 1 else f"{name}[{i}]"
@@ -312,8 +313,8 @@ def _images_in(found, img_size, said, how):
         except ValueError as error:
             said.errors.append((image_name, f"{image_name}: {error}"))
         else:
-            with np.errstate(over="ignore", invalid="ignore"):  # the network makes no sense of it
-                image = image * np.float32(factor)
+            with np.errstate(all="ignore"):  # the network makes no sense of what is not finite
+                image = from_0_to_1(image) if factor == MINMAX else image * np.float32(factor)
             yield image_name, image, None if sky is None else wcs.moved(sky, whole.shape, size, corner)
         if i % 256 == 255:
             forget_pages(array)
@@ -338,6 +339,12 @@ def _sky_of(found, shape):
     if found.cards is None:
         return None
     return wcs.cards_of(found.cards) if found.array.shape[-2:] == shape else {}
+
+
+def from_0_to_1(image):
+    """An image scaled to its own minimum and maximum, float32; NaN where all pixels are equal."""
+    low = image.min()
+    return ((image - low) / (image.max() - low)).astype(np.float32)
 
 
 def resampled(image, size):

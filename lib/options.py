@@ -17,7 +17,7 @@ LIMITS = (
     (("seed",), lambda value: 0 <= value <= LARGEST_SEED, f"from 0 to {LARGEST_SEED}"),
     (("depth", "decoder_depth", "val_per_class"), lambda value: value >= 0, "at least 0"),
     (("weight_decay",), lambda value: 0 <= value < math.inf, "at least 0"),
-    (("lr", "mlp_ratio", "scale", "exposure"), lambda value: 0 < value < math.inf, "positive"),
+    (("lr", "mlp_ratio", "exposure"), lambda value: 0 < value < math.inf, "positive"),
     (("mask_ratio",), lambda value: 0 < value < 1, "between 0 and 1"),
     (("layer_decay", "labels"), lambda value: 0 < value <= 1, "in (0, 1]"),
     (("patch_dropout", "least_familiarity"), lambda value: 0 <= value < 1, "in [0, 1)"),

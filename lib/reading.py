@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lib import options
 from lib.errors import UserError
-from lib.images import How
+from lib.images import MINMAX, How
 from lib.onnxfile import number_in
 
 
@@ -41,9 +41,10 @@ def add_arguments(parser):
         "the band to use. By default the planes of a .npy file are lenses, and a FITS cube is refused",
     )  # fmt: skip
     group.add_argument(
-        "--scale", type=float, metavar="FACTOR",
+        "--scale", type=scale_argument, metavar="FACTOR",
         help="multiply all pixels by it: for images in another unit than the training images (0.00392 for 1/255); "
-        "1 leaves FITS images as they are. Without it their headers say the unit, where they are unambiguous",
+        "1 leaves FITS images as they are. Without it their headers say the unit, where they are unambiguous. "
+        f"{MINMAX}: scale each image to its own minimum and maximum, as the training images of make many-lenses are",
     )  # fmt: skip
     group.add_argument(
         "--zero-point", type=float, metavar="MAG", help="magnitude of one count per second in the images, which "
@@ -137,6 +138,14 @@ def pixel_scale_argument(text):
         if text == "wcs" or 0 < float(text) < math.inf:
             return text if text == "wcs" else float(text)
     raise argparse.ArgumentTypeError(f"{text!r} is neither wcs nor a number of arcsec")
+
+
+def scale_argument(text):
+    """MINMAX, or a positive number."""
+    with contextlib.suppress(ValueError):
+        if text == MINMAX or 0 < float(text) < math.inf:
+            return text if text == MINMAX else float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither {MINMAX} nor a positive number")
 
 
 def planes_argument(text):

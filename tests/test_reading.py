@@ -106,7 +106,20 @@ def test_images_are_resampled_to_the_pixels_of_the_model(calibrated, tmp_path):
     assert given == pytest.approx(4 * fine.mean(), abs=1e-6)
 
 
+def test_images_are_scaled_to_their_own_minimum_and_maximum(calibrated, tmp_path):
+    image = IMAGES[0]
+    expected = ((image - image.min()) / np.ptp(image)).mean()
+    for given in (image, 300 * image - 7):
+        assert familiarity_of(given, tmp_path, *calibrated, "--scale", "minmax") == pytest.approx(expected, abs=1e-5)
+    for unusable in (np.ones_like(image), np.where(image > 0.9, np.inf, image)):
+        np.save(tmp_path / "x.npy", unusable)
+        process = run_script("predict.py", "--out", tmp_path / "p.csv", *calibrated, "--scale", "minmax",
+                             tmp_path / "x.npy", check=False)  # fmt: skip
+        assert process.returncode == 1 and "x.npy" in process.stderr and "Traceback" not in process.stderr
+
+
 @pytest.mark.parametrize(("options", "named"), [
+    (("--scale", 0), "--scale"), (("--scale", "max"), "--scale"), (("--scale", "nan"), "--scale"),
     (("--zero-point", 25, "--scale", 2), "--scale"), (("--exposure", 5), "--exposure"),
     (("--zero-point", math.nan), "--zero-point"), (("--zero-point", 25, "--exposure", 0), "--exposure"),
     (("--pixel-scale", 0), "--pixel-scale"), (("--pixel-scale", "x"), "--pixel-scale"),
