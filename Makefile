@@ -15,6 +15,7 @@
 #   PAIRS                        simulated pairs, without DATA
 # make many-lenses [DATA=folder] what classifies images with another lens in each, its figures and runs/many-lenses.onnx
 #   LENSES                       simulated training images of a class, without DATA
+#   MANY_PRETRAINING, MANY_FINETUNING   options in place of those below
 # make study [DATA=folder]       the experiments of docs/results/, in runs/study/results; hours
 #   SEEDS="0 1 2"                with -j its parts run side by side
 #   UNSEEN, CUTOUTS              folders: images of another simulator to test on; real cutouts
@@ -34,6 +35,10 @@ RUNS := runs
 PER_CLASS := 30000
 PAIRS := 8000
 LENSES := 10000
+# Many visible patches, since a few do not say which lens it is. sqrt makes photon noise equally strong everywhere.
+MANY_PRETRAINING := --classes no --patch-size 15 --mask-ratio 0.5 --transform sqrt --epochs 40 \
+  --decoder-embed-dim 128 --decoder-depth 2
+MANY_FINETUNING := --epochs 16
 SEEDS := 0 1 2
 BASELINE :=
 CLASSIFIERS := head layernorm full residual
@@ -74,18 +79,15 @@ LAYERNORM := $(RUNS)/layernorm/vit-mae-classifier-wt.pth
 FULL := $(RUNS)/full/vit-mae-classifier-wt.pth
 RESIDUAL := $(RUNS)/residual/vit-mae-classifier-wt.pth
 STRATEGIES := $(CLASSIFIERS:%=$(RUNS)/%/vit-mae-classifier-wt.pth)
+MANY := $(RUNS)/many-lenses
 ifeq ($(origin DATA),command line)
 PAIR_INPUT = $(INPUT)
 PAIR_IMAGES := packed
-else
-PAIR_INPUT := --data $(RUNS)/pairs
-PAIR_IMAGES := $(RUNS)/pairs/dataset.json
-endif
-MANY := $(RUNS)/many-lenses
-ifeq ($(origin DATA),command line)
 MANY_INPUT = $(INPUT)
 MANY_IMAGES := packed
 else
+PAIR_INPUT := --data $(RUNS)/pairs
+PAIR_IMAGES := $(RUNS)/pairs/dataset.json
 MANY_INPUT := --data $(MANY)/data
 MANY_IMAGES := $(MANY)/data/dataset.json
 endif
@@ -176,15 +178,12 @@ many-lenses: $(MANY)/evaluation/metrics.json $(RUNS)/many-lenses.onnx
 $(MANY)/data/dataset.json: $(READY) $(RUNS)/.made-by-make
 	$(PY) simulate.py --model Many_Lenses --per-class $(call quoted,$(LENSES)) --out $(@D) --update
 
-# Many visible patches, since a few do not say which lens it is. The root makes the noise the same everywhere.
 $(MANY_MAE): $(MANY_IMAGES)
-	$(PY) pretrain.py $(MANY_INPUT) --classes no --patch-size 15 --mask-ratio 0.5 --transform sqrt --epochs 40 \
-	  --decoder-embed-dim 128 --decoder-depth 2 \
-	  --out $(@D) --update $(PRETRAINING)
+	$(PY) pretrain.py $(MANY_INPUT) --out $(@D) --update $(MANY_PRETRAINING) $(PRETRAINING)
 
 $(MANY_CLASSIFIER): $(MANY_MAE)
 	$(PY) finetune.py $(MANY_INPUT) --pretrained $(MANY_MAE) --strategy residual --with-image --augment flips \
-	  --epochs 16 --out $(@D) --update $(FINETUNING)
+	  --out $(@D) --update $(MANY_FINETUNING) $(FINETUNING)
 
 $(MANY)/evaluation/metrics.json: $(MANY_CLASSIFIER)
 	$(SHARE) $(PY) evaluate.py $(MANY_INPUT) --weights $(MANY_CLASSIFIER) --out $(@D) --update

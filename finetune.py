@@ -196,7 +196,8 @@ def parse_args(argv=None):
     )  # fmt: skip
     group.add_argument(
         "--with-image", action="store_true",
-        help="residual: see the image beside its map, for data with another lens in every image",
+        help="residual: see the image beside its map, for data with another lens in every image (a classifier that "
+        "is continued keeps what it sees)",
     )  # fmt: skip
     group.add_argument(
         "--labels", type=float, default=1.0, help="fraction of the training labels to use"

@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 from lib import fits, lenses, raytracing
 from lib.errors import UserError
 from lib.guard import Guard
-from lib.images import find_files, read_arrays
+from lib.images import find_files, is_fits, read_arrays
 from lib.loader import batch_reader, in_batches
 
 EUCLID = lenses.INSTRUMENTS["Model_II"]
@@ -222,7 +222,7 @@ def read_cutouts(folder):
 
 def planes_of(file):
     """The two-dimensional images in a file."""
-    if file.name.lower().endswith(fits.SUFFIXES):
+    if is_fits(file):
         return fits.all_images(file)
     arrays = [found.array for found in read_arrays(file) if found.array is not None and found.array.ndim >= 2]
     return [plane for array in arrays for plane in array.reshape(-1, *array.shape[-2:])]

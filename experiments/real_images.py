@@ -68,10 +68,10 @@ def load_images(path):
         raise UserError(f"{path}: expected images (N, H, H), got shape {images.shape}")
     if images.dtype.kind not in "fiu" or not np.isfinite(images).all():
         raise UserError(f"{path}: images must be finite numbers")
-    counts = edges.shape == (len(images),) and edges.dtype.kind in "iu"
-    if not counts or edges.min() < 0 or 2 * edges.max() >= images.shape[1]:
-        raise UserError(f"{path}: edge_unknown must be {len(images)} numbers of pixels")
-    images = with_known_edges(images, edges)
+    try:
+        images = with_known_edges(images, edges)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
     peaks = images.max(axis=(1, 2), keepdims=True)
     if not (peaks > 0).all():
         raise UserError(f"{path}: image {int((peaks <= 0).argmax())} has no positive pixel")

@@ -30,9 +30,10 @@ def load_pairs(path):
     try:
         with np.load(path) as content:
             sharp, coarse, edges = (content[name] for name in ("HR", "LR", "edge_unknown"))
+        sharp, coarse = with_known_edges(sharp.astype(np.float32), edges), coarse.astype(np.float32)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} has no pairs HR, LR and edge_unknown: {error}") from None
-    sharp, coarse = with_known_edges(sharp.astype(np.float32), edges), coarse.astype(np.float32)
+    edges = edges.astype(np.int64)
     for i in np.flatnonzero(edges):
         coarse[i] = pairs.reduced(torch.from_numpy(sharp[i])).numpy()
     return sharp, coarse, np.where(edges > 0, edges + REACH, 0)

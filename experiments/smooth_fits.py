@@ -31,7 +31,8 @@ from scipy.stats import ks_2samp
 from tqdm import tqdm
 
 from lib import many_lenses, options, raytracing
-from lib.metrics import auc_of_counts, bootstrap
+from lib.residuals import measure
+from lib.tables import with_interval
 
 EXAMPLE = """examples:
   python experiments/smooth_fits.py --images real/common_test.npz
@@ -189,19 +190,11 @@ def compared(real, others):
 
 
 def found_by_chi2(count, seed, resamples=1000):
-    """{class with substructure, or "all": (AUC, low, high)}: χ² of `count` images a class against smooth ones."""
-    undisturbed = Picture(None, False, 0.0, 0)
-    chi2 = {name: np.array([found.chi2 for found in fits_of(simulated(name, count, seed, [undisturbed]))])
-            for name in many_lenses.CLASS_NAMES}  # fmt: skip
-    smooth, *others = chi2
-    found = {}
-    for name, some in {**{name: [name] for name in others}, "all": others}.items():
-        values = np.concatenate([chi2[own] for own in (smooth, *some)])
-        labels = np.repeat(range(1 + len(some)), count)
-        auc_of = auc_of_counts(values, labels > 0)
-        ((low, high),) = bootstrap(lambda counts: [auc_of(counts)], labels, resamples, seed).tolist()  # noqa: B023
-        found[name] = auc_of(np.ones(len(values), int)), low, high
-    return found
+    """How well χ² tells `count` simulated images of each class from smooth ones, as `residuals.measure` says it."""
+    undisturbed, names = Picture(None, False, 0.0, 0), many_lenses.CLASS_NAMES
+    chi2 = [fit.chi2 for name in names for fit in fits_of(simulated(name, count, seed, [undisturbed]))]
+    labels = np.repeat(np.arange(len(names)), count)
+    return measure(np.array(chi2), labels > 0, labels, names, resamples, seed)
 
 
 def parse_args(argv=None):
@@ -211,14 +204,18 @@ def parse_args(argv=None):
     group.add_argument("--find", type=int, metavar="N", default=None, help="simulated images a class that are fitted")
     parser.add_argument("--per-class", type=int, default=100, help="simulated images to compare with")
     parser.add_argument("--seed", type=int, default=0, help="of the simulated images")
-    return options.parsed(parser, argv)
+    args = options.parsed(parser, argv)
+    if args.find is not None:
+        options.refuse_unused(argv, ("per_class",), "--find says how many")
+    return args
 
 
 def main(argv=None):
     args = parse_args(argv)
     if args.find is not None:
-        for name, (auc, low, high) in found_by_chi2(args.find, args.seed).items():
-            print(f"{name} against {many_lenses.CLASS_NAMES[0]}, by χ² of the smooth fit: AUC {auc:.4f} ({low:.4f} to {high:.4f})")
+        found = found_by_chi2(args.find, args.seed)
+        for name, figure in {**found["classes"], "all": found["all"]}.items():
+            print(f"{name} against {many_lenses.CLASS_NAMES[0]}, by χ² of the smooth fit: AUC {with_interval(figure, 4)}")
         return
     for class_name, every in read(args.images).items():
         for exact in (True, False):

@@ -32,12 +32,13 @@ PUBLISHED = (
     ("arnesh2212/FM-Deeplense, MAE, best epoch", {}, 0.9958, 0.9966),
     ("arnesh2212/Lens-FM-DeepLense, supervised ResNet18", {}, None, 0.9999),
 )
-# The same of the Common Test, that is of Many_Lenses, whose `val` most of them also chose by.
+# Likewise for the Common Test, which Many_Lenses simulates. Most of these works chose their model on the same
+# `val` that they report.
 COMMON_TEST = (
     ("arnesh2212/FM-Deeplense, MaxViT with ImageNet's weights", {}, 0.9977, None),
     ("vijayabhaskar78/DeepLense-GSoC-2026, HybridFNO, 8 views", {}, 0.9975, 0.9712),
     ("rsalehin/DeepLense-GSoC-2026, EqDenseNet-C8", {}, 0.9973, 0.9735),
-    ("Anukul1712, EfficientNet-B3", {}, 0.9963, None),
+    ("GitHub user Anukul1712, EfficientNet-B3", {}, 0.9963, None),
 )
 
 
@@ -245,11 +246,12 @@ def most_confident_mistakes(prediction):
 def published_rows(dataset):
     """Rows [name, AUC of each class, macro AUC, accuracy], as text.
 
-    None for data that can be neither of Test VI.A nor of the Common Test: other classes, another size, another
+    Empty for data that can be neither of Test VI.A nor of the Common Test: other classes, another size, another
     data model, noise.
     """
     origin = dataset.origin
-    if dataset.class_names == many_lenses.CLASS_NAMES and dataset.img_size == many_lenses.CAMERA.pixels:
+    pictures = "pictures of simulate.py" in origin
+    if not pictures and dataset.class_names == many_lenses.CLASS_NAMES and dataset.img_size == many_lenses.CAMERA.pixels:
         return _as_rows(COMMON_TEST, dataset.class_names)
     of_model = origin.startswith("simulate.py Model_II,") and origin.endswith("noise-free")
     other_images = "simulate.py " in origin and not of_model

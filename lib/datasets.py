@@ -451,7 +451,8 @@ def warn_of_planes(paths, per_file):
               "If they are bands of one lens, save one of them or their mean", file=sys.stderr)  # fmt: skip
     cubes = [path for path, count in zip(paths, per_file or [], strict=False) if count > 1 and is_fits(path)]
     if cubes:
-        print(f"{len(cubes)} FITS cubes, such as {cubes[0]}: each plane is an image of its own", file=sys.stderr)
+        print(f"{len(cubes)} FITS cubes, such as {cubes[0]}: each plane is an image of its own. "
+              "If they are bands of one lens, save one of them or their mean", file=sys.stderr)  # fmt: skip
 
 
 def warn_of_images(paths, originals, labels, extremes):

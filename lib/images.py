@@ -224,7 +224,7 @@ def read_stack(path):
 
 def _require_lenses(path, stack, cards):
     """UserError if the planes (n, H, H) of a FITS file may be bands of one lens, by their number or the header."""
-    axis = cards.get("CTYPE3") or ""
+    axis = next((cards[name] for name in ("CTYPE3", "CTYPE4", "CUNIT3", "CUNIT4") if cards.get(name)), "")
     if len(stack) > FEW_PLANES and not axis or len(stack) == 1:
         return
     reason = f", along an axis {axis}," if axis else ", which"
@@ -423,7 +423,8 @@ def _is_text(start):
         text = codecs.getincrementaldecoder("utf-8")().decode(start)  # the last character may be cut
     except UnicodeDecodeError:
         return False
-    return bool(text) and not text.startswith("SIMPLE") and all(c.isprintable() or c in "\t\r\n" for c in text)
+    text = text.removeprefix("\ufeff")  # a byte-order mark
+    return bool(text) and not text.startswith("SIMPLE") and all(c.isprintable() or c in "\t\r\n\f" for c in text)
 
 
 def _stack_of(array, planes=None):
@@ -706,8 +707,15 @@ def _is_image(element):
 
 
 def with_known_edges(images, edges):
-    """Images (N, H, W) whose outermost `edges` (N,) pixels are replaced by the nearest others."""
-    filled = images.copy()
+    """Images (N, H, W) whose outermost `edges` (N,) pixels are replaced by the nearest others.
+
+    Raises ValueError for edges that are no such numbers or leave no pixel.
+    """
+    if edges.shape != (len(images),) or edges.dtype.kind not in "iu":
+        raise ValueError(f"edge_unknown must be {len(images)} numbers of pixels")
+    filled, edges = images.copy(), edges.astype(np.int64)
     for i in np.flatnonzero(edges):
+        if not 0 < 2 * edges[i] < images.shape[1]:
+            raise ValueError(f"edge_unknown of image {i} is {edges[i]} of {images.shape[1]} pixels")
         filled[i] = np.pad(images[i, edges[i] : -edges[i], edges[i] : -edges[i]], edges[i], mode="edge")
     return filled

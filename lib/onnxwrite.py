@@ -27,7 +27,7 @@ from mae import (
 OPSET, IR_VERSION = 20, 10  # onnxruntime reads them since 1.18 of May 2024
 ROUNDS = 2  # of complementary masks in a residual
 # Kept in float32: the intensity transform, and the sums that decide how an image is turned.
-WIDE_OPERATIONS = ["Sub", "Div", "Log", "Clip", "Max", "Sqrt", "Asinh", "ReduceSum"]
+WIDE_OPERATIONS = ["ScatterND", "Sub", "Div", "Log", "Clip", "Max", "Sqrt", "Asinh", "ReduceSum"]
 
 
 class Probabilities(nn.Module):

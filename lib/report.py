@@ -21,7 +21,7 @@ small { opacity: .75; }
 figure { display: inline-block; vertical-align: top; margin: .5rem 1rem .5rem 0; max-width: 100%; }
 img { max-width: 100%; background: #fff; border-radius: 4px; }
 @media (max-width: 600px) {  /* a row is a block of lines, each with the name of its column */
-  tr:first-child, td:empty, td[data-label]:empty { display: none; }
+  tr:first-child, td[data-label]:empty { display: none; }
   tr, td { display: block; }
   tr { padding: .3rem 0; border-bottom: 1px solid var(--line); }
   td { border: 0; padding: 0 .7rem; }

@@ -66,7 +66,10 @@ class Run:
         difference = "its settings cannot be read"
         if isinstance(before, dict):
             names = sorted(before.keys() | self.settings.keys())
-            different = [name for name in names if before.get(name) != self.settings.get(name)]
+            pairs = {name: (before.get(name), self.settings.get(name)) for name in names}
+            # A switch that is off is as one that an earlier version did not have.
+            different = [name for name, (one, other) in pairs.items()
+                         if one != other and [one, other] not in ([None, False], [False, None])]  # fmt: skip
             if not different:
                 self.checkpoint, self.is_finished = checkpoint, checkpoint is None
                 return

@@ -70,7 +70,7 @@ class Strategy:
         if args.layer_decay not in (None, 1) and not decays:
             raise UserError("--layer-decay needs --strategy full and pre-trained weights")
         if args.with_image and not self.shows_image:
-            raise UserError("--with-image: there are no maps beside which it could be; use --strategy residual")
+            raise UserError("--with-image is for --strategy residual with --task classes")
 
     def defaults_from(self, start):
         """`Defaults` of a training that starts from opened `Weights`, or from None."""

@@ -62,8 +62,8 @@ def reference_in(metadata):
 def advice(figures, reference, unit_known=False, by_chance=False):
     """What is measurably unlike the training images in most of some images, [text]; see `figures_of`.
 
-    Without `unit_known`, it says which --scale would make them as bright. `by_chance`: the images are the strangest
-    of many ordinary ones, which may all be off-centre.
+    Without `unit_known`, it says which --scale would make them as bright. `by_chance`: so few images may be the
+    strangest of ordinary ones, which often are off-centre.
     """
     peak, darkest, step, zeros, saturated, row, column = np.median(figures, axis=0)
     low, usual, high = reference.T

@@ -62,6 +62,8 @@ def test_published_figures_stand_beside_images_of_their_own_data_model_alone():
     assert rows("folder dataset", class_names=("no_sub", "spiral")) == []
     other_lenses = rows("folder dataset", 150, ("no", "sphere", "vort"))
     assert ["rsalehin/DeepLense-GSoC-2026, EqDenseNet-C8", "", "", "", "0.9973", "97.35"] in other_lenses
+    assert rows("simulate.py Many_Lenses, 9 a class, seed 0", 150, ("no", "sphere", "vort")) == other_lenses
+    assert rows("8-bit pictures of simulate.py Many_Lenses, 9 a class", 150, ("no", "sphere", "vort")) == []
     assert rows("folder dataset", 64, ("no", "sphere", "vort")) == []
 
 

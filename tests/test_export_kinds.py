@@ -7,7 +7,7 @@ from conftest import assert_user_error, run_script
 
 import export
 from lib import onnxwrite
-from mae import MAE, Classifier, IntensityTransform
+from mae import MAE, Classifier, IntensityTransform, ResidualClassifier
 
 SIZE = {"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2}
 DECODER = {"decoder_embed_dim": 16, "decoder_num_heads": 2}
@@ -82,6 +82,17 @@ def test_pixels_beyond_float16_are_classified_in_float16(unit, kind, tmp_path):
     path = exported(model, tmp_path / "model.onnx", "float16")
     difference = export.differences(model, path, pixels)["probabilities"]
     assert difference <= TOLERANCES["float16"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("more", [{}, {"with_image": True, "orientations": 8}])
+def test_classifiers_of_residual_maps_are_exported(more, precision, tmp_path):
+    """onnxruntime crashed on a ScatterND in float16."""
+    torch.manual_seed(0)
+    network = ResidualClassifier({**SIZE, **DECODER}, constants(1.0), **more)
+    model, pixels = onnxwrite.Probabilities(network).eval(), images(1.0)
+    path = exported(model, tmp_path / "model.onnx", precision)
+    assert export.differences(model, path, pixels)["probabilities"] <= TOLERANCES[precision]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

@@ -130,6 +130,8 @@ def test_make_reproduce_runs_on_a_folder_and_does_nothing_twice(environment, fol
         (("quick",), {"simulate.py", "pretrain.py", "finetune.py", "evaluate.py", "reconstruct.py", "export.py", "predict.py"}),
         (("sharpen",), {"simulate.py", "pretrain.py", "finetune.py", "evaluate.py", "export.py"}),
         (("sharpen", "DATA=x"), {"data.py", "pretrain.py", "finetune.py", "evaluate.py", "export.py"}),
+        (("many-lenses",), {"simulate.py", "pretrain.py", "finetune.py", "evaluate.py", "export.py"}),
+        (("many-lenses", "DATA=x"), {"data.py", "pretrain.py", "finetune.py", "evaluate.py", "export.py"}),
         (("bench",), {"experiments/bench.py"}),
     ],
 )  # fmt: skip

@@ -108,6 +108,8 @@ def test_unknown_pixels_at_the_border_become_their_neighbours(tmp_path):
     (whole, filled), _ = real_images.load_images(tmp_path / "some.npz")
     assert np.allclose(whole, image / 25)
     assert np.allclose(filled * 19, image[np.ix_([1, 1, 2, 3, 3], [1, 1, 2, 3, 3])])
+    np.savez(tmp_path / "some.npz", images=np.stack([image, broken]), edge_unknown=np.array([0, 1], np.uint8))
+    assert np.array_equal(real_images.load_images(tmp_path / "some.npz")[0][1], filled)
     for wrong in ([0], [0, 3], [0, -1], [0.0, 1.0]):
         np.savez(tmp_path / "wrong.npz", images=np.stack([image, broken]), edge_unknown=wrong)
         with pytest.raises(UserError, match="edge_unknown"):

@@ -1,6 +1,6 @@
 """Many_Lenses and Pairs against real images, which are not ours to redistribute.
 
-REAL_IMAGES names the folder where they lie; without it these tests are skipped. HEAVY=1 takes all images.
+REAL_IMAGES names the folder where they lie; without it tests that need them are skipped. HEAVY=1 takes all images.
 """
 
 import os

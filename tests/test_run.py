@@ -195,9 +195,10 @@ def test_the_main_process_alone_writes(tmp_path, monkeypatch):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"epoch": 1}\n{"epoch": 2}\n'
 
 
+@pytest.mark.parametrize("value", [None, False])
 @pytest.mark.parametrize("flag", ["resume", "update"])
-def test_an_option_that_is_new_and_not_given_changes_no_run(flag, tmp_path):
+def test_an_option_that_is_new_and_not_given_changes_no_run(flag, value, tmp_path):
     """A checkpoint from before the option existed differs in nothing: it ended in a traceback."""
     with_checkpoint(tmp_path)
-    args = options(tmp_path, new_option=None, **{flag: True})
+    args = options(tmp_path, new_option=value, **{flag: True})
     assert Run(args, DATASET, "w.pth", RECIPE).checkpoint["step"] == 3
