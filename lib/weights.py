@@ -20,7 +20,7 @@ import torch
 from lib.augment import disturbances
 from lib.convert import from_foreign, heads_told
 from lib.familiarity import Familiarity
-from lib.errors import UserError, named_errors
+from lib.errors import UserError, named_errors, reason_of
 from lib.files import atomic_write, read_json, sha256_of
 from lib.names import check_class_names
 from mae import MAE, Classifier, Encoder, IntensityTransform, MassEstimator, ResidualClassifier, Sharpener
@@ -364,7 +364,7 @@ def _build(path, kind, arguments, state):
     try:
         model = kind(**arguments)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise UserError(f"{path}: no {kind.__name__} has its configuration: {error}") from None
+        raise UserError(f"{path}: no {kind.__name__} has its configuration: {reason_of(error)}") from None
     check_state(path, model, state)
     model.load_state_dict(state)
     return model.eval()

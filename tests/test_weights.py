@@ -1,5 +1,6 @@
 """Weights files: written whole or not at all, read exactly, and checked before they are used."""
 
+import functools
 import os
 import sys
 
@@ -10,7 +11,7 @@ from conftest import CLASSIFIER, PRETRAINED, assert_refused, assert_same_tensors
 
 from lib import files, weights
 from lib.errors import UserError
-from mae import MAE, Classifier
+from mae import MAE, Classifier, ResidualClassifier
 
 TRANSFORM = {"kind": "log", "offset": 0.0, "softening": 0.5, "mean": 0.0, "std": 1.0}
 TINY = {"patch_size": 16, "embed_dim": 16, "depth": 1, "num_heads": 2}
@@ -135,6 +136,19 @@ def test_weights_that_do_not_fit_are_refused_by_name(name, mae_file):
     path = spoiled(mae_file[0], spoil)
     with pytest.raises(UserError, match=rf"spoiled\.pth.*{reason}"):
         weights.load_mae(path)
+
+
+def test_a_wrong_number_of_orientations_is_a_short_line(tmp_path):
+    config = {"mae": {**TINY, "decoder_embed_dim": 8, "decoder_num_heads": 2}, "num_classes": 3}
+    path, _ = saved(tmp_path / "residual.pth", functools.partial(ResidualClassifier, transform=TRANSFORM), config)
+    weights.load_classifier(path)
+    content = torch.load(path, weights_only=True)
+    for wrong in ("8" * 10**6, 4, None, [8]):
+        content["config"]["orientations"] = wrong
+        torch.save(content, path)
+        with pytest.raises(UserError, match="2 or 8 orientations") as error:
+            weights.load_classifier(path)
+        assert len(str(error.value)) < 500
 
 
 def test_a_classifier_needs_a_name_for_each_class(classifier_file):
