@@ -119,7 +119,7 @@ def test_images_are_scaled_to_their_own_minimum_and_maximum(calibrated, tmp_path
 
 
 @pytest.mark.parametrize(("options", "named"), [
-    (("--scale", 0), "--scale"), (("--scale", "max"), "--scale"), (("--scale", "nan"), "--scale"),
+    *((("--scale", factor), "--scale") for factor in (0, -1, "nan", "inf", "max")),
     (("--zero-point", 25, "--scale", 2), "--scale"), (("--exposure", 5), "--exposure"),
     (("--zero-point", math.nan), "--zero-point"), (("--zero-point", 25, "--exposure", 0), "--exposure"),
     (("--pixel-scale", 0), "--pixel-scale"), (("--pixel-scale", "x"), "--pixel-scale"),

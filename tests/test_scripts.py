@@ -76,7 +76,6 @@ def mistakes(runs, folder, tmp_path):
         *((script, "--seed", seed) for script in (evaluate, reconstruct, export) for seed in (-1, 10**22)),
         *((evaluate, "--resamples", count) for count in (0, -1)),
         *((export, "--allowed-fall", share) for share in ("nan", -0.1, "inf", 2)),
-        *((predict, "--scale", factor) for factor in (0, -1, "nan", "inf")),
         *((predict, "--least-familiarity", share) for share in (1, -0.1, "nan")),
         (reconstruct, "--clusters", 1), (reconstruct, "--clusters", 21),
         (("experiments/study.py", (*cache, *out)), "--seeds", -1),
