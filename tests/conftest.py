@@ -49,10 +49,8 @@ def run_script(name, *arguments, check=True, folder=ROOT):
     module = importlib.import_module(name.removesuffix(".py").replace("/", "."))
     argv = [str(a) for a in arguments]
     out, err = io.StringIO(), io.StringIO()
-    with (
-        contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(folder),
-        mock.patch.object(sys, "argv", [name, *argv]), pytest.raises(SystemExit) as ended,
-    ):  # fmt: skip
+    with (contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(folder),
+          mock.patch.object(sys, "argv", [name, *argv]), pytest.raises(SystemExit) as ended):  # fmt: skip
         errors.run_main(lambda: module.main(argv))
     process = subprocess.CompletedProcess([name, *argv], ended.value.code or 0)
     process.stdout, process.stderr = out.getvalue(), err.getvalue()
@@ -108,9 +106,9 @@ def assert_refused(script, arguments, *named):
     assert_user_error(run_script(script, *arguments, check=False), *named)
 
 
-def write_classes(root, counts, size=16, brighter=False):
+def write_classes(root, counts, size=16, brighter=False, seed=0):
     """Class folders of random images, {name: count}; with `brighter` each class is 1 above the one before."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for level, (name, count) in enumerate(counts.items()):
         (root / name).mkdir(parents=True)
         for i in range(count):
@@ -274,8 +272,7 @@ def runs(tmp_path_factory, folder):
     start(pretrain, "--out", out / "pretrain", "--epochs", 2, "--batch-size", 16, *network)
     pretrained = out / "pretrain" / PRETRAINED
     for strategy in finetune.STRATEGIES:
-        start(finetune, "--pretrained", pretrained, "--strategy", strategy, "--out", out / strategy,
-              "--epochs", 2)  # fmt: skip
+        start(finetune, "--pretrained", pretrained, "--strategy", strategy, "--out", out / strategy, "--epochs", 2)
     start(finetune, "--pretrained", "none", "--strategy", "full", "--out", out / "scratch",
           "--epochs", 1, "--pool", "mean", *TINY_NETWORK)  # fmt: skip
     files = [out / s / CLASSIFIER for s in ("head", "layernorm", "full")]
@@ -301,10 +298,8 @@ def sharp_runs(tmp_path_factory):
     """Folder with sixty packed pairs, an MAE of the coarse images, a sharpener and its ONNX file."""
     out = tmp_path_factory.mktemp("sharp")
     run_script("simulate.py", "--model", "Pairs", "--per-class", 60, "--out", out / "pairs")
-    pretrain_on(
-        out / "pairs", out / "sharpen-pretrain", "--coarse", "--classes", "all", "--epochs", 1, "--patch-size", 15,
-        "--embed-dim", 32, "--depth", 1, "--num-heads", 2, "--transform", "sqrt", *TINY_DECODER,
-    )  # fmt: skip
+    pretrain_on(out / "pairs", out / "sharpen-pretrain", "--coarse", "--classes", "all", "--epochs", 1, "--patch-size",
+                15, "--embed-dim", 32, "--depth", 1, "--num-heads", 2, "--transform", "sqrt", *TINY_DECODER)  # fmt: skip
     sharpen_on(out / "pairs", out / "sharpen", out / "sharpen-pretrain" / PRETRAINED)
     run_script("export.py", "--what", "sharpen", "--weights", out / "sharpen" / SHARPENER, "--out", out / "sharpen.onnx")
     return out

@@ -4,7 +4,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from conftest import CLASSIFIER, assert_refused, run_script, write_classes
 
 from lib import compatibility, copies, datasets, lenses
@@ -15,23 +14,16 @@ def eight_bit(images):
     return np.round(255 * (images - low) / (high - low))
 
 
-CHANGES = {
-    "other zeros": lambda x: np.where(x == 0, -0.0, x),
-    "another unit": lambda x: 255 * x,
-    "another zero": lambda x: x + x.max() / 3,
-    "both": lambda x: 7 + 0.3 * x / x.max(),
-    "float16": lambda x: (x / x.max()).astype(np.float16),
-    "float16 with an offset": lambda x: (1 + x / x.max()).astype(np.float16),
-    "8 bit": eight_bit,
-    "8 bit, one scale": lambda x: np.round(255 * x / x.max()),
-    "8 bit, cut off": lambda x: np.floor(255 * x / x.max()),
-    "a quarter turn": lambda x: np.rot90(x, 1, (1, 2)),
-    "three quarter turns": lambda x: np.rot90(x, 3, (1, 2)),
-    "mirrored": lambda x: x[:, :, ::-1],
-    "transposed": lambda x: x.swapaxes(1, 2),
-    "turned, 8 bit, 0 to 1": lambda x: eight_bit(np.rot90(x, 1, (1, 2))) / 255,
-    "standardised": lambda x: (x - x.mean(axis=(1, 2), keepdims=True)) / x.std(axis=(1, 2), keepdims=True),
-}  # fmt: skip
+CHANGES = {"other zeros": lambda x: np.where(x == 0, -0.0, x), "another unit": lambda x: 255 * x,
+           "another zero": lambda x: x + x.max() / 3, "both": lambda x: 7 + 0.3 * x / x.max(),
+           "float16": lambda x: (x / x.max()).astype(np.float16),
+           "float16 with an offset": lambda x: (1 + x / x.max()).astype(np.float16), "8 bit": eight_bit,
+           "8 bit, one scale": lambda x: np.round(255 * x / x.max()),
+           "8 bit, cut off": lambda x: np.floor(255 * x / x.max()), "a quarter turn": lambda x: np.rot90(x, 1, (1, 2)),
+           "three quarter turns": lambda x: np.rot90(x, 3, (1, 2)), "mirrored": lambda x: x[:, :, ::-1],
+           "transposed": lambda x: x.swapaxes(1, 2),
+           "turned, 8 bit, 0 to 1": lambda x: eight_bit(np.rot90(x, 1, (1, 2))) / 255,
+           "standardised": lambda x: (x - x.mean(axis=(1, 2), keepdims=True)) / x.std(axis=(1, 2), keepdims=True)}  # fmt: skip
 PARTS = (0.8, 0.9)
 
 
@@ -138,12 +130,3 @@ def test_images_that_are_copies_of_training_images_are_refused(packed, runs, tmp
     trained = sum(len(rows) for part, rows in datasets.split(dataset).items() if part != "test")
     arguments = ("--data", more, "--weights", runs / "head" / CLASSIFIER, "--out", tmp_path / "e")
     assert_refused("evaluate.py", (*arguments, "--split", "all"), f"trained on {trained} of these 300 images")
-
-
-def test_weights_that_knew_images_otherwise_are_refused_for_all_images_too(packed, runs, tmp_path):
-    content = torch.load(runs / "head" / CLASSIFIER, weights_only=True)
-    content["run"]["split"] = "content-80-10-10"
-    torch.save(content, tmp_path / "w.pth")
-    arguments = ("--data", packed, "--weights", tmp_path / "w.pth", "--out", tmp_path / "e")
-    for more in ((), ("--split", "all")):
-        assert_refused("evaluate.py", (*arguments, *more), "another split of the data")

@@ -5,10 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import (
-    CLASSIFIER, PRETRAINED, TINY_NETWORK, assert_refused, assert_user_error, finetune_on, finetuning,
-    pretrain_on, pretraining, run_script,
-)  # fmt: skip
+from conftest import (CLASSIFIER, PRETRAINED, TINY_NETWORK, assert_refused, assert_user_error, finetune_on, finetuning,
+                      pretrain_on, pretraining, run_script)  # fmt: skip
 
 
 def pretrain(packed, out, *more, check=True):
@@ -54,7 +52,7 @@ def test_resume_of_a_finished_run_with_other_settings_is_refused(finished, packe
 
 def test_a_run_does_not_write_into_that_of_the_other_script(finished, packed):
     script, out, before = finished
-    other, file = (finetune, "vit-mae-wt.pth") if script is pretrain else (pretrain, CLASSIFIER)
+    other, file = (finetune, PRETRAINED) if script is pretrain else (pretrain, CLASSIFIER)
     for more in ((), ("--resume",), ("--overwrite",), ("--update",)):
         assert_user_error(other(packed, out, *more, check=False), out, file, "--out")
     assert content(out) == before
@@ -104,6 +102,7 @@ def outputs_of_scripts(runs, packed, out, picture):
         ("export.py", ("--what", "huggingface", "--weights", mae, "--out", out), "config.json"),
         ("simulate.py", ("--per-class", 1, "--out", out), "mine.npy"),
         *((*evaluate, name) for name in ("metrics.json", "comparison.md", "roc.png", "report.html", "mistakes.png")),
+        ("evaluate.py", (*evaluate[1], "--save-predictions"), "predictions.csv"),
         *((*reconstruct, name) for name in ("metrics.json", "maps.png", "scores.png")),
         *(("pretrain.py", pretraining(packed, out), name) for name in ("config.json", "loss.png", "metrics.jsonl")),
         ("finetune.py", finetuning(packed, out, "none", "full", *TINY_NETWORK), "curves.png"),

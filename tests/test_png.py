@@ -39,15 +39,12 @@ def planes(*given):
 
 GREY = picture(GREYS)
 SHADES = np.repeat(np.arange(256, dtype=np.uint8), 3).tobytes()
-GOOD = {
-    "8 bits": (GREY, 255),
-    "16 bits": (picture(GREYS * 257 - (GREYS > 99), bits=16), None),
-    "equal planes": (picture(planes(GREYS, GREYS, GREYS), colour=2), 255),
-    "opaque": (picture(planes(GREYS, GREYS, GREYS, 255), colour=6), 255),
-    "grey and opaque": (picture(planes(GREYS, 255), colour=4), 255),
-    "texts that unpack to much": (picture(GREYS, more=chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**7)))), 255),
-    "grey palette": (picture(GREYS, colour=3, more=chunk(b"PLTE", SHADES)), 255),
-}
+GOOD = {"8 bits": (GREY, 255), "16 bits": (picture(GREYS * 257 - (GREYS > 99), bits=16), None),
+        "equal planes": (picture(planes(GREYS, GREYS, GREYS), colour=2), 255),
+        "opaque": (picture(planes(GREYS, GREYS, GREYS, 255), colour=6), 255),
+        "grey and opaque": (picture(planes(GREYS, 255), colour=4), 255),
+        "texts that unpack to much": (picture(GREYS, more=chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**7)))), 255),
+        "grey palette": (picture(GREYS, colour=3, more=chunk(b"PLTE", SHADES)), 255)}  # fmt: skip
 BAD = {
     "colours": (picture(planes(GREYS, GREYS, 255 - GREYS), colour=2), "a picture in colours"),
     "transparent": (picture(planes(GREYS, GREYS), colour=4), "transparent pixels"),

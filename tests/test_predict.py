@@ -11,7 +11,6 @@ import pytest
 from conftest import Terminal, assert_user_error, run_code, run_script
 
 import predict
-from lib import plots, sheet
 
 
 def read_csv(path):
@@ -48,33 +47,13 @@ def test_prediction_reads_every_kind_and_lists_what_it_cannot(runs, folder, tmp_
         assert row["prediction"] == max(probabilities, key=probabilities.get)
     assert "gives no familiarity" in process.stderr
     by_name = dict(zip(names, rows, strict=True))
-    assert float(by_name["plain.npy"]["cdm"]) == pytest.approx(
-        float(by_name["stack.npy[2]"]["cdm"]), abs=1e-5
-    )
+    assert float(by_name["plain.npy"]["cdm"]) == pytest.approx(float(by_name["stack.npy[2]"]["cdm"]), abs=1e-5)
     errors = read_csv(tmp_path / "predictions.csv.errors.csv")
-    assert sorted(os.path.basename(row["file"]) for row in errors) == [
-        "broken.npy", "nan.npy", "small.npy",
-    ]  # fmt: skip
+    assert sorted(os.path.basename(row["file"]) for row in errors) == ["broken.npy", "nan.npy", "small.npy"]
 
     good = run_script("predict.py", *arguments, cutouts / "plain.npy")
     assert good.returncode == 0
     assert not (tmp_path / "predictions.csv.errors.csv").exists()
-
-
-def test_prediction_reads_npz_and_crops_when_asked(runs, tmp_path, lens_image):
-    np.savez_compressed(tmp_path / "two.npz", first=lens_image, second=np.stack([lens_image] * 2))
-    np.save(tmp_path / "large.npy", np.pad(lens_image, ((3, 3), (5, 5))))
-    command = ("predict.py", "--model", runs / "classifier.onnx", "--out", tmp_path / "p.csv")
-    process = run_script(*command, tmp_path, check=False)
-    assert process.returncode == 1
-    assert "--crop" in process.stderr
-    names = [row["file"] for row in read_csv(tmp_path / "p.csv")]
-    assert names == [f"{tmp_path}/two.npz:{n}" for n in ("first", "second[0]", "second[1]")]
-    run_script(*command, "--crop", tmp_path)
-    rows = read_csv(tmp_path / "p.csv")
-    assert len(rows) == 4
-    same = [float(row["axion"]) for row in rows]  # all are the same image
-    assert max(same) - min(same) < 1e-5
 
 
 def test_a_terminal_counts_images_of_all_that_there_are(runs, tmp_path, lens_image):
@@ -84,17 +63,6 @@ def test_a_terminal_counts_images_of_all_that_there_are(runs, tmp_path, lens_ima
     with contextlib.redirect_stderr(Terminal()) as terminal:
         predict.main(["--model", str(runs / "classifier.onnx"), "--out", str(tmp_path / "p.csv"), str(tmp_path)])
     assert "| 7/7 [" in terminal.getvalue()
-
-
-def test_names_reach_the_sheet_as_they_are(monkeypatch, tmp_path):
-    drawn = {}
-    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.update({path: figure}))
-    image = np.zeros((1, 8, 8), np.float32)
-    answer = predict.Answer("folder/a$b$.npy", image, [0.9, 0.1], "c$m$", None, None)
-    assert sheet.draw("s", [answer], ["c$m$", "other"], None, None) is None
-    panel = drawn["s"].axes[0]
-    assert panel.get_title() == "a\\$b\\$.npy\nc\\$m\\$"  # what matplotlib draws as a$b$.npy
-    assert panel.title.get_color() == "black"
 
 
 @pytest.mark.parametrize(("fingerprint", "doubted"), [("other", True), (None, True), ("None", True), ("", False)])
@@ -116,27 +84,21 @@ def test_maps_of_other_data_are_doubted(fingerprint, doubted, runs, lens_image, 
 
 def test_prediction_draws_a_sheet_with_maps(runs, folder, tmp_path):
     maps = runs / "reconstruction.onnx"
-    process = run_script(
-        "predict.py", "--model", runs / "classifier.onnx", "--maps", maps, "--out",
-        tmp_path / "p.csv", "--sheet", tmp_path / "sheet.png", "--sheet-images", 5, folder / "cdm",
-    )  # fmt: skip
+    process = run_script("predict.py", "--model", runs / "classifier.onnx", "--maps", maps, "--out", tmp_path / "p.csv",
+                         "--sheet", tmp_path / "sheet.png", "--sheet-images", 5, folder / "cdm")  # fmt: skip
     assert "5 of them in" in process.stdout
     assert (tmp_path / "sheet.png").stat().st_size > 5000
     rows = read_csv(tmp_path / "p.csv")
     assert list(rows[0])[-3:] == ["no_sub", "prediction", "residual"]
     assert all(float(row["residual"]) > 0 for row in rows)
-    refused = run_script(
-        "predict.py", "--model", runs / "classifier.onnx", "--maps", runs / "classifier.onnx",
-        "--out", tmp_path / "q.csv", folder / "cdm", check=False,
-    )  # fmt: skip
+    refused = run_script("predict.py", "--model", runs / "classifier.onnx", "--maps", runs / "classifier.onnx", "--out",
+                         tmp_path / "q.csv", folder / "cdm", check=False)  # fmt: skip
     assert_user_error(refused, "--what reconstruction")
 
 
 def test_prediction_of_a_large_stack_stays_small(runs, tmp_path):
     count = int(os.environ.get("PREDICT_IMAGES", "10000"))
-    stack = np.lib.format.open_memmap(
-        tmp_path / "stack.npy", mode="w+", dtype=np.float32, shape=(count, 64, 64)
-    )
+    stack = np.lib.format.open_memmap(tmp_path / "stack.npy", mode="w+", dtype=np.float32, shape=(count, 64, 64))
     stack[:, 32, 32] = 2  # a sparse file, but for one page an image
     stack[-1] = np.nan
     del stack
@@ -147,31 +109,10 @@ def test_prediction_of_a_large_stack_stays_small(runs, tmp_path):
         "print('grew', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
         "raise SystemExit(code)\n"
     )
-    process = run_code(
-        code, "--model", runs / "classifier.onnx", "--out", tmp_path / "out.csv",
-        tmp_path / "stack.npy", check=False,
-    )  # fmt: skip
+    process = run_code(code, "--model", runs / "classifier.onnx", "--out", tmp_path / "out.csv", tmp_path / "stack.npy",
+                       check=False)  # fmt: skip
     assert process.returncode == 1  # the last image
     grew = int(process.stdout.split("grew")[1])  # KiB
     assert grew < 100 * 1024, "the stack (160 MB or more) should not be held in memory"
     with (tmp_path / "out.csv").open() as file:
         assert sum(1 for _ in file) == count
-
-
-@pytest.mark.parametrize("content", [b"", b"no onnx", b"\x08\x07" * 50])
-def test_a_model_that_is_none_is_named(content, tmp_path, lens_image):
-    np.save(tmp_path / "one.npy", lens_image)
-    model = tmp_path / "model.onnx"
-    model.write_bytes(content)
-    process = run_script(
-        "predict.py", "--model", model, "--out", tmp_path / "x.csv", tmp_path / "one.npy",
-        check=False,
-    )  # fmt: skip
-    assert_user_error(process, model)
-    assert not (tmp_path / "x.csv").exists()
-
-
-@pytest.mark.parametrize(("advice", "end"), [("zeros: masked?", "masked?"), ("it is bright", "bright.")])
-def test_advice_ends_like_a_sentence(advice, end):
-    line = predict.about_unfamiliar(9, 10, 0.01, [advice])
-    assert line.endswith(end) and not line.endswith("?.")

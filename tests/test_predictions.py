@@ -3,7 +3,7 @@
 import csv
 
 import pytest
-from conftest import assert_refused, assert_user_error, run_script, write_classes
+from conftest import CLASSIFIER, assert_user_error, run_script, write_classes
 
 from lib import datasets, predictions
 from lib.errors import UserError
@@ -14,7 +14,7 @@ from lib.metrics import mcnemar
 def evaluated(runs, folder, tmp_path_factory):
     """Function from options to (process, rows of predictions.csv) of an evaluation of `full`."""
     arguments = ("evaluate.py", "--data", folder, "--cache-dir", runs / "cache", "--resamples", 20,
-                 "--weights", runs / "full" / "vit-mae-classifier-wt.pth")  # fmt: skip
+                 "--weights", runs / "full" / CLASSIFIER)  # fmt: skip
 
     def evaluate(*options, check=True):
         out = tmp_path_factory.mktemp("evaluation")
@@ -86,15 +86,6 @@ def test_files_of_one_name_in_two_classes_are_not_mixed_up(tmp_path):
     write(theirs, lines, ("file", "a", "b"))
     theirs.write_text("\ufeff" + theirs.read_text())  # as spreadsheets save it
     assert predictions.read(theirs, rows, dataset, tmp_path / "d").tolist() == [[1, 0]] * len(rows)
-
-
-def test_a_table_of_somebody_else_is_not_replaced(runs, folder, tmp_path):
-    (tmp_path / "predictions.csv").write_text("row,axion,cdm,no_sub\n")
-    for more in ((), ("--predictions", tmp_path / "predictions.csv")):
-        assert_refused("evaluate.py", ("--data", folder, "--cache-dir", runs / "cache", "--out", tmp_path, "--weights",
-                                       runs / "full" / "vit-mae-classifier-wt.pth", "--save-predictions", *more),
-                       "predictions.csv")  # fmt: skip
-    assert (tmp_path / "predictions.csv").read_text() == "row,axion,cdm,no_sub\n"
 
 
 def test_mcnemar_is_the_exact_binomial_test():

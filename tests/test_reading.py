@@ -90,16 +90,6 @@ def familiarity_of(image, tmp_path, *options):
     return float(row["familiarity"])
 
 
-def test_a_zero_point_brings_pixels_to_the_unit_of_the_model(calibrated, tmp_path):
-    """2.5 magnitudes are a factor of ten."""
-    image = image_of(0.2)
-    assert familiarity_of(image, tmp_path, *calibrated, "--zero-point", 25) == pytest.approx(0.2, abs=1e-6)
-    given = familiarity_of(image, tmp_path, *calibrated, "--zero-point", 27.5)
-    assert given == pytest.approx(0.02, abs=1e-6)
-    given = familiarity_of(image, tmp_path, *calibrated, "--zero-point", 25, "--exposure", 4)
-    assert given == pytest.approx(0.05, abs=1e-6)
-
-
 def test_images_are_resampled_to_the_pixels_of_the_model(calibrated, tmp_path):
     fine = np.random.default_rng(0).random((2 * SIDE, 2 * SIDE)) / 100
     given = familiarity_of(fine, tmp_path, *calibrated, "--pixel-scale", 0.05)

@@ -46,18 +46,6 @@ def test_other_pixels_with_the_same_names_sizes_and_times_are_packed_again(tmp_p
     assert load(first, tmp_path / "cache").fingerprint != one.fingerprint
 
 
-@pytest.mark.parametrize("time", [1, 4e9])
-def test_images_of_any_time_are_the_same_data_with_the_same_split(time, tmp_path):
-    root = write_classes(tmp_path / "lenses", {"a": 40, "b": 40})
-    before = load(root)
-    for path in (root, *root.rglob("*")):
-        os.utime(path, (time, time))
-    after = load(root)
-    assert after.fingerprint == before.fingerprint
-    for part, rows in datasets.split(before).items():
-        assert np.array_equal(datasets.split(after)[part], rows)
-
-
 def test_images_far_outside_the_rest_are_named(tmp_path, capsys):
     root = write_classes(tmp_path, {"a": 50, "b": 50})
     for name, value in (("a/007.npy", -99.0), ("b/003.npy", 1e9)):
@@ -131,9 +119,7 @@ def test_a_superset_of_the_training_images_is_refused_with_the_overlap(packed, r
     classifier, parts = runs / "head" / CLASSIFIER, datasets.split(dataset)
     rows = np.concatenate([parts["train"], parts["validation"]])
     smooth = (dataset.labels[rows] == dataset.class_names.index("no_sub")).sum()
-    for script, path, seen in (
-        ("evaluate.py", classifier, len(rows)), ("reconstruct.py", pretrained, smooth),
-    ):  # fmt: skip
+    for script, path, seen in (("evaluate.py", classifier, len(rows)), ("reconstruct.py", pretrained, smooth)):
         common = ("--data", more, "--weights", path, "--resamples", 5, "--out", tmp_path / script)
         assert_refused(script, (*common, "--split", "all"), f"trained on {seen} of these 301 images")
         run_script(script, *common)

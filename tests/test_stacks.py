@@ -25,12 +25,10 @@ def stacked(root, save, seed=0, count=20):
     return root, images.reshape(-1, SIDE, SIDE)
 
 
-LAYOUTS = {
-    "npy": lambda path, images: np.save(path.with_suffix(".npy"), images),
-    "npy with a channel": lambda path, images: np.save(path.with_suffix(".npy"), images[:, None]),
-    "npz": lambda path, images: np.savez_compressed(path.with_suffix(".npz"), images=images),
-    "objects": lambda path, images: np.save(path.with_suffix(".npy"), objects(*images), allow_pickle=True),
-}
+LAYOUTS = {"npy": lambda path, images: np.save(path.with_suffix(".npy"), images), "npy with a channel": lambda path,
+           images: np.save(path.with_suffix(".npy"), images[:, None]), "npz": lambda path,
+           images: np.savez_compressed(path.with_suffix(".npz"), images=images), "objects": lambda path,
+           images: np.save(path.with_suffix(".npy"), objects(*images), allow_pickle=True)}  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

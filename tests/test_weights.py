@@ -78,21 +78,6 @@ def test_what_is_saved_is_read_and_says_what_it_is(mae_file, classifier_file, ru
         weights.load_classifier(mae_file[0])
 
 
-def test_a_failed_write_names_the_file_and_leaves_the_old_one(mae_file, monkeypatch):
-    path, network = mae_file
-    before = path.read_bytes()
-
-    def half(_, temporary):
-        temporary.write(before[:100])
-        raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos")
-
-    monkeypatch.setattr(torch, "save", half)
-    with pytest.raises(UserError, match=r"mae\.pth: is the disk full"):
-        weights.save(path, network.state_dict(), {}, [], {}, SEEN)
-    assert path.read_bytes() == before
-    assert os.listdir(path.parent) == ["mae.pth"]
-
-
 class Touches:
     """Pickles as a call that leaves a file behind."""
 
@@ -192,7 +177,7 @@ def test_weights_of_no_transform_or_another_split_are_refused_by_every_script(
         ("export.py", ("--what", what, "--weights", tmp_path / file, "--out", tmp_path / "m.onnx")),
         ("finetune.py", ("--pretrained", tmp_path / file, "--strategy", strategy, "--out",
                          tmp_path / "run")),
-        ("evaluate.py" if run != "pretrain" else "reconstruct.py",
-         ("--weights", tmp_path / file, "--out", tmp_path / "out")),
+        *(("evaluate.py" if run != "pretrain" else "reconstruct.py",
+           ("--weights", tmp_path / file, "--out", tmp_path / "out", "--split", part)) for part in ("test", "all")),
     ):  # fmt: skip
         assert_refused(script, (*data, *command), named.format(file=tmp_path / file))
