@@ -9,20 +9,15 @@ import pytest
 import torch
 from conftest import CLASSIFIER, assert_refused, finetune_on, finetuning, run_script
 
-import finetune
-import pretrain
-from lib import convert, network, weights
+from lib import convert, weights
 from lib.errors import UserError
 from mae import MAE
 
 # As transformers 5.24 names a model's tensors in memory; its files have older names.
-NEWER = (
-    (r"vit\.encoder\.layer", "vit.layers"),
-    (r"attention\.attention\.(query|key|value)", lambda m: f"attention.{m[1][0]}_proj"),
-    (r"attention\.output\.dense", "attention.o_proj"),
-    (r"intermediate\.dense", "mlp.fc1"),
-    (r"(?<!attention\.)output\.dense", "mlp.fc2"),
-)
+NEWER = ((r"vit\.encoder\.layer", "vit.layers"),
+         (r"attention\.attention\.(query|key|value)", lambda m: f"attention.{m[1][0]}_proj"),
+         (r"attention\.output\.dense", "attention.o_proj"), (r"intermediate\.dense", "mlp.fc1"),
+         (r"(?<!attention\.)output\.dense", "mlp.fc2"))  # fmt: skip
 CONFIG = {"img_size": 64, "patch_size": 8, "in_chans": 1, "embed_dim": 96, "depth": 2, "num_heads": 12,
           "decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2, "mlp_ratio": 4.0,
           "norm_pix_loss": False}  # fmt: skip
@@ -52,9 +47,7 @@ def test_every_tensor_comes_back_from_hugging_face(generation):
             theirs = {re.sub(pattern, other, name): tensor for name, tensor in theirs.items()}
         assert "vit.layers.0.attention.q_proj.weight" in theirs
     if generation == "decoder renamed":
-        theirs = {
-            name.replace("decoder_layers", "decoder_encoder.layer"): tensor for name, tensor in theirs.items()
-        }
+        theirs = {name.replace("decoder_layers", "decoder_encoder.layer"): tensor for name, tensor in theirs.items()}
     back, arguments = convert.from_foreign(theirs, 12)
     assert back.keys() == ours.keys()
     assert all(torch.equal(back[name], ours[name]) for name in ours)
@@ -175,14 +168,4 @@ def test_what_cannot_be_started_from_is_named(packed, pretrained, tmp_path):
         path = tmp_path / f"{name}.pth"
         torch.save(content, path)
         more = ("--num-heads", 12) if name == "rgb" else ()
-        assert_refused("finetune.py", finetuning(packed, tmp_path / "run", path, "head", *more),
-                       path.name, named)  # fmt: skip
-
-
-def test_random_weights_have_the_default_heads():
-    common = ["--data", "d", "--out", "o"]
-    arguments = [*common, "--strategy", "full", "--pretrained"]
-    for given, expected in (((), 4), (("--num-heads", "2"), 2)):
-        args = finetune.parse_args([*arguments, "none", *given])
-        assert network.options_of(args, 64)["num_heads"] == expected
-        assert network.options_of(pretrain.parse_args([*common, *given]), 64)["num_heads"] == expected
+        assert_refused("finetune.py", finetuning(packed, tmp_path / "run", path, "head", *more), path.name, named)

@@ -5,15 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    assert_same_tensors,
-    finetuning,
-    history_of,
-    pretraining,
-    run_script,
-    sigterm_at,
-    tensors_in,
-)
+from conftest import (assert_same_tensors, finetuning, history_of, pretraining, run_script, sigterm_at, tensors_in)
 
 import export
 import finetune
@@ -38,9 +30,7 @@ def trained(packed, tmp_path_factory):
 
 
 @pytest.mark.parametrize("strategy", finetune.STRATEGIES)
-def test_a_classifier_answers_on_both_devices_and_in_onnxruntime_alike(
-    strategy, trained, packed, tmp_path
-):
+def test_a_classifier_answers_on_both_devices_and_in_onnxruntime_alike(strategy, trained, packed, tmp_path):
     dataset, rows = datasets.load(packed), np.arange(300)
     answers = []
     for device in (CPU, GPU):
@@ -62,9 +52,7 @@ def test_training_on_a_gpu_learns_what_training_on_a_cpu_does(trained, packed, t
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("what", ["pretrain", *finetune.STRATEGIES])
-def test_a_run_on_a_gpu_resumes_to_bit_identical_weights(
-    what, precision, trained, packed, tmp_path, no_pictures
-):
+def test_a_run_on_a_gpu_resumes_to_bit_identical_weights(what, precision, trained, packed, tmp_path, no_pictures):
     more = (*ON_GPU, "--precision", precision)
     script, file = ("pretrain", PRETRAINED) if what == "pretrain" else ("finetune", CLASSIFIER)
 

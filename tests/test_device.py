@@ -1,7 +1,5 @@
 """Where and how a step is computed: device, number format, attention kernel, memory."""
 
-import resource
-import sys
 
 import pytest
 import torch
@@ -18,44 +16,11 @@ def test_a_device_that_does_not_exist_is_named(name):
         device.resolve_device(name)
 
 
-def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert device.resolve_device("auto") == device.resolve_device("cpu") == CPU
-
-
-def test_products_of_float32_numbers_are_not_rounded_on_a_gpu(monkeypatch):
-    kinds = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [kind.allow_tf32 for kind in kinds], torch.backends.cudnn.deterministic
-    monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
-    try:
-        for kind in kinds:
-            kind.allow_tf32 = True
-        assert device.resolve_device("cuda").type == "cuda"
-        assert not any(kind.allow_tf32 for kind in kinds)
-    finally:
-        for kind, value in zip(kinds, before[0], strict=True):
-            kind.allow_tf32 = value
-        torch.backends.cudnn.deterministic = before[1]
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts page faults of Linux")
-def test_memory_of_freed_tensors_is_used_again():
-    device.resolve_device("cpu")
-    size, before = 100 * 2**20, 0
-    for repeat in range(30):
-        if repeat == 10:  # until then more may be asked for
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(size, dtype=torch.uint8)
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    assert faults < 10 * size / resource.getpagesize()  # twice that if all is new to the kernel
-
-
 # Precision
 
 
-@pytest.mark.parametrize(
-    ("in_bfloat16", "chosen"), [(500.0, "float32"), (0.9, "float32"), (0.6, "bfloat16"), (0.2, "bfloat16")]
-)
+@pytest.mark.parametrize(("in_bfloat16", "chosen"),
+                         [(500.0, "float32"), (0.9, "float32"), (0.6, "bfloat16"), (0.2, "bfloat16")])  # fmt: skip
 def test_bfloat16_is_taken_only_where_a_product_is_much_faster(in_bfloat16, chosen, monkeypatch):
     """A slow first product and disturbances do not decide."""
     measured = {torch.float32: 0, torch.bfloat16: 0}
@@ -72,25 +37,9 @@ def test_bfloat16_is_taken_only_where_a_product_is_much_faster(in_bfloat16, chos
     assert device.choose_precision("auto", CPU).name == chosen
 
 
-def test_a_named_precision_and_that_of_the_main_process_are_taken_unmeasured(monkeypatch):
-    monkeypatch.setattr(device, "bfloat16_is_fast", lambda _: pytest.fail("measured"))
-    for name in ("float32", "bfloat16"):
-        assert device.choose_precision(name, CPU).name == name
-    monkeypatch.setattr(device.distributed, "from_main", lambda compute: True)
-    assert device.choose_precision("auto", CPU).name == "bfloat16"
-
-
-def test_choosing_the_precision_leaves_the_random_numbers():
-    random_state = torch.get_rng_state()
-    assert device.choose_precision("auto", CPU).name in ("float32", "bfloat16")
-    assert torch.equal(torch.get_rng_state(), random_state)
-
-
 def test_products_have_the_chosen_format_and_attention_the_kernel_that_is_fast_in_it():
     a, gpu = torch.ones(4, 4), torch.device("cuda")
-    for name, dtype, attention in (
-        ("float32", torch.float32, "fused"), ("bfloat16", torch.bfloat16, "plain"),
-    ):  # fmt: skip
+    for name, dtype, attention in (("float32", torch.float32, "fused"), ("bfloat16", torch.bfloat16, "plain")):
         precision = device.choose_precision(name, CPU)
         assert precision.attention == attention
         with precision.autocast(CPU):

@@ -60,13 +60,6 @@ def test_what_a_process_with_the_same_number_elsewhere_writes_stays(tmp_path, mo
     assert (tmp_path / "d" / "x").read_text() == "theirs"
 
 
-def test_two_writers_of_one_process_have_names_of_their_own(tmp_path):
-    with atomic_write(tmp_path / "a") as one, atomic_write(tmp_path / "a") as other:
-        assert one != other
-        one.touch()
-        other.touch()
-
-
 def test_a_failed_folder_leaves_nothing_and_a_folder_in_use_is_refused(tmp_path):
     with pytest.raises(RuntimeError), atomic_directory(tmp_path / "d") as folder:
         (folder / "x").touch()

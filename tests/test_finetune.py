@@ -1,7 +1,6 @@
 """Fine-tuning: what each strategy changes, what it reads, and what its shortcuts leave equal."""
 
 import json
-import os
 import re
 from pathlib import Path
 from unittest import mock
@@ -9,17 +8,15 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    CLASSIFIER, PRETRAINED, ROOT, TINY_NETWORK, assert_refused, assert_same_tensors, assert_user_error, finetune_on, finetuning, history_of, images_of,
-    pretraining, run_script, sigterm_at, tensors_in,
-)  # fmt: skip
+from conftest import (CLASSIFIER, PRETRAINED, ROOT, TINY_NETWORK, assert_refused, assert_same_tensors, finetune_on,
+                      finetuning, history_of, images_of, pretraining, sigterm_at, tensors_in)  # fmt: skip
 from torch import nn
 
 import finetune
 import mae
 import pretrain
 import simulate
-from lib import class_evaluation, datasets, intensity, lenses, loader, metrics, optim, plots, strategies, weights
+from lib import class_evaluation, datasets, intensity, lenses, loader, metrics, optim, strategies, weights
 from lib.augment import augment
 from mae import Classifier
 
@@ -38,22 +35,12 @@ def test_a_strategy_changes_what_it_says_and_nothing_else(strategy, runs):
         assert after.keys() == before.keys()
     shared = [name for name in after if name in before]
     changed = {name for name in shared if not torch.equal(before[name], after[name])}
-    expected = {
-        "head": set(),
-        "layernorm": {name for name in shared if "norm" in name},
-        "full": set(shared) - {"pos_embed"},
-        "residual": set(),
-    }
+    expected = {"head": set(), "layernorm": {name for name in shared if "norm" in name},
+                "full": set(shared) - {"pos_embed"}, "residual": set()}  # fmt: skip
     assert changed == expected[strategy]
 
 
 def test_layers_near_the_input_learn_more_slowly(packed, pretrained, tmp_path, monkeypatch):
-    factor = strategies.layer_scale(0.5, 3)  # of three blocks
-    for name, expected in (
-        ("patch_embed.proj.weight", 0.5**4), ("blocks.0.norm1.bias", 0.5**3),
-        ("blocks.2.mlp.fc1.weight", 0.5), ("norm.weight", 1), ("fc.0.weight", 1),
-    ):  # fmt: skip
-        assert factor(name) == expected
     used, update = [], optim.update
 
     def spying(loss, optimizers, *more):
@@ -67,6 +54,9 @@ def test_layers_near_the_input_learn_more_slowly(packed, pretrained, tmp_path, m
         assert {scale for _, scale in step} == {1.0, 0.5, 0.25, 0.125}  # of two blocks
         largest = max(lr for lr, _ in step)
         assert all(lr == pytest.approx(scale * largest) for lr, scale in step)
+    factor = strategies.layer_scale(0.5, 3)
+    names = ("patch_embed.proj.weight", "blocks.0.norm1.bias", "blocks.2.mlp.fc1.weight", "norm.weight")
+    assert [factor(name) for name in names] == [0.5**4, 0.5**3, 0.5, 1]
 
 
 def test_batchnorm_statistics_are_those_of_the_training_images():
@@ -130,20 +120,6 @@ def test_stored_features_are_those_of_the_whole_network(pool, packed):
     assert not stored[others].any()  # they are not computed
 
 
-@pytest.mark.parametrize(("dropout", "kept"), [(0.5, 8), (0.75, 4), (0.9, 2), (0.99, 1)])
-def test_patch_dropout_keeps_as_many_patches_as_it_says_until_half_of_the_steps(dropout, kept):
-    model = Classifier(patch_size=16, embed_dim=32, depth=1, num_heads=2)  # 16 patches
-    for progress in (0.0, 0.25, strategies.ALL_PATCHES_FROM - 1e-9):
-        ids = strategies.patches_to_keep(model, 200, dropout, progress, CPU)
-        assert ids.shape == (200, kept)
-        assert all(len(set(row)) == kept and set(row) <= set(range(16)) for row in ids.tolist())
-    assert len(ids.unique(dim=0)) > 1
-    assert set(ids.flatten().tolist()) == set(range(16))
-    for progress in (strategies.ALL_PATCHES_FROM, 0.9):
-        assert strategies.patches_to_keep(model, 200, dropout, progress, CPU) is None
-    assert strategies.patches_to_keep(model, 50, 0.0, 0.0, CPU) is None
-
-
 @pytest.mark.parametrize("strategy", ["layernorm", "full"])
 def test_the_first_half_of_the_steps_sees_fewer_tokens_and_validation_sees_all(
     strategy, packed, pretrained, tmp_path, monkeypatch, no_pictures
@@ -165,6 +141,9 @@ def test_the_first_half_of_the_steps_sees_fewer_tokens_and_validation_sees_all(
     assert {tokens for tokens, _ in calls[False]} == {16 + class_token}
     assert {in_bfloat16 for _, in_bfloat16 in calls[True]} == {True}
     assert calls[False][0][1] and not calls[False][-1][1]
+    kept = strategies.patches_to_keep(mae.Classifier(patch_size=16), 200, 0.75, 0.0, CPU)
+    assert all(len(set(row)) == 4 for row in kept.tolist())
+    assert set(kept.flatten().tolist()) == set(range(16))
 
 
 # What is left
@@ -184,18 +163,6 @@ def test_the_weights_with_the_best_validation_are_kept(runs, folder):
         assert auc == pytest.approx(best["validation_macro_auc"], abs=0.02)
 
 
-@pytest.mark.parametrize("strategy", ["head", "layernorm", "full"])
-def test_the_temperature_is_fitted_on_validation_and_part_of_the_weights(strategy, runs, folder):
-    model, _ = weights.load_classifier(runs / strategy / CLASSIFIER)
-    dataset = datasets.load(folder, runs / "cache")
-    rows = datasets.split(dataset)["validation"]
-    with torch.no_grad():
-        logits = model.eval()(images_of(dataset, rows)).numpy()
-    temperature = model.temperature.item()
-    assert temperature > 1  # at its bound where the small network has learned nothing
-    assert metrics.fit_temperature(temperature * logits, dataset.labels[rows]) == pytest.approx(temperature, rel=0.02)
-
-
 def test_the_temperature_is_fitted_on_images_disturbed_as_in_validation(packed, pretrained, tmp_path):
     finetune_on(packed, tmp_path, pretrained, "full", "--augment", "halfturn,noise", "--epochs", 8)
     model, _ = weights.load_classifier(tmp_path / CLASSIFIER)
@@ -211,53 +178,14 @@ def test_the_temperature_is_fitted_on_images_disturbed_as_in_validation(packed, 
     assert model.temperature.item() != pytest.approx(fitted[()], rel=1e-3)
 
 
-def test_the_weights_are_there_if_the_picture_fails(packed, pretrained, tmp_path, monkeypatch):
-    monkeypatch.setattr(plots, "classifier_curves", lambda *_: 1 / 0)
-    process = finetune_on(packed, tmp_path, pretrained, "head", "--epochs", 1)
-    assert "not shown" in process.stderr
-    assert weights.load_classifier(tmp_path / CLASSIFIER)
-    assert not (tmp_path / "checkpoint.pth").exists()
-
-
-@pytest.mark.parametrize("strategy", [*finetune.STRATEGIES, "scratch"])
-def test_fine_tuning_leaves_what_it_promises(strategy, runs):
-    out = runs / strategy
-    assert sorted(os.listdir(out)) == [
-        ".lock", "config.json", "curves.png", "metrics.jsonl", CLASSIFIER,
-    ]  # fmt: skip
-    assert weights.load_classifier(out / CLASSIFIER)[1]["class_names"] == ["axion", "cdm", "no_sub"]
-
-
 # Recipes
 
 
 def recipe_of(strategy, images, source, *more):
     """The recipe of a training on so many images that starts from opened `Weights` or None."""
     start = "w.pth" if source else "none"
-    args = finetune.parse_args(
-        ["--data", "d", "--out", "o", "--pretrained", start, "--strategy", strategy, *more]
-    )
+    args = finetune.parse_args(["--data", "d", "--out", "o", "--pretrained", start, "--strategy", strategy, *more])
     return finetune.STRATEGIES[strategy].recipe(args, source, images)
-
-
-def test_the_steps_of_a_run_on_few_images_are_enough(packed, pretrained, tmp_path, monkeypatch):
-    head = finetune.STRATEGIES["head"]
-    monkeypatch.setattr(head, "defaults", head.defaults._replace(epochs=2, fewest_steps=30))
-    run_script("finetune.py", "--data", packed, "--pretrained", pretrained, "--strategy", "head",
-               "--out", tmp_path)  # fmt: skip
-    last = history_of(tmp_path)[-1]
-    assert (last["epoch"], last["step"]) == (30, 30)
-
-
-@pytest.mark.parametrize("name", finetune.STRATEGIES)
-def test_a_recipe_follows_the_strategy_and_what_it_starts_from(name, runs):
-    starts = runs / "pretrain" / PRETRAINED, runs / "head" / CLASSIFIER
-    first, continuing = (recipe_of(name, 10**6, weights.read(path)) for path in starts)
-    defaults = finetune.STRATEGIES[name].defaults
-    assert (first.lr, first.epochs) == (defaults.lr, defaults.epochs)
-    assert continuing.lr < first.lr
-    kept = ("last", 3) if name == "residual" else ("best", min(50, first.epochs))
-    assert (first.keep, first.validations) == kept
 
 
 def test_few_images_have_another_recipe_and_what_is_given_stands(runs):
@@ -268,6 +196,8 @@ def test_few_images_have_another_recipe_and_what_is_given_stands(runs):
     default = {name: getattr(usual, name) for name in names}
     given = ("--augment", "none", "--patch-dropout", "0.25", "--layer-decay", "0.5")
     assert few.keys() == set(names) and few != default
+    assert recipe_of("full", 10**6, classifier).lr < usual.lr
+    assert (recipe_of("full", 10**6, mae).keep, recipe_of("residual", 10**6, mae).keep) == ("best", "last")
     for images, start, more, expected in (
         (10**6, mae, (), default),
         (72_000, mae, ("--batch-size", "512"), default),
@@ -310,10 +240,8 @@ def test_a_classifier_that_continues_keeps_its_weights_if_none_are_better(strate
 
 def test_fine_tuning_continues_a_classifier_as_it_is(runs, packed, tmp_path):
     """Its head, its pooling, and the images that it has seen; the classes of its weights stay."""
-    for name, strategy, layers in (
-        ("scratch", "layernorm", ("fc.0.weight", "fc.4.bias", "blocks.0.norm1.weight")),
-        ("residual", "residual", ("network.fc.4.bias",)),
-    ):
+    for name, strategy, layers in (("scratch", "layernorm", ("fc.0.weight", "fc.4.bias", "blocks.0.norm1.weight")),
+                                   ("residual", "residual", ("network.fc.4.bias",))):  # fmt: skip
         content = torch.load(runs / name / CLASSIFIER, weights_only=True)
         elsewhere = 7
         content["seen"] = torch.cat([content["seen"], torch.tensor([elsewhere])])
@@ -340,6 +268,8 @@ REFUSED = [  # start, strategy, options, what the error names
     ("head", "residual", (), "head, layernorm or full"),
     ("residual", "full", (), "--strategy residual"),
     ("head", "full", ("--pool", "cls"), "--pool"),
+    ("pretrain", "full", ("--with-image",), "--with-image is for --strategy residual"),
+    ("residual", "residual", ("--with-image",), "sees no image beside its map"),
     *(("pretrain", "full", option, f"{option[0]} {option[1]}: the network of")
       for option in (("--patch-size", 8), ("--embed-dim", 64), ("--depth", 9), ("--num-heads", 1),
                      ("--transform", "asinh"))),
@@ -364,11 +294,8 @@ def test_images_in_another_unit_than_the_weights_are_refused(packed, runs, tmp_p
     writer.close()
     mae, classifier = runs / "pretrain" / PRETRAINED, runs / "full" / CLASSIFIER
     common = ("--data", counts, "--out", tmp_path / "out", "--weights")
-    for script, command in (
-        ("finetune.py", finetuning(counts, tmp_path / "run", mae, "full")),
-        ("evaluate.py", (*common, classifier)),
-        ("reconstruct.py", (*common, mae)),
-    ):
+    for script, command in (("finetune.py", finetuning(counts, tmp_path / "run", mae, "full")),
+                            ("evaluate.py", (*common, classifier)), ("reconstruct.py", (*common, mae))):  # fmt: skip
         assert_refused(script, command, "another unit")
 
 
@@ -393,22 +320,6 @@ def test_the_unit_of_the_data_changes_nothing(tmp_path, monkeypatch, no_pictures
         dataset = datasets.load(out)
         results.append(class_evaluation.predict_probabilities(model, dataset.images, parts["test"], CPU))
     assert np.abs(results[0] - results[1]).max() < 2e-3
-
-
-@pytest.mark.skipif(not os.environ.get("HEAVY"), reason="takes minutes: set HEAVY=1")
-def test_a_head_on_a_pretrained_encoder_tells_the_classes_apart(tmp_path):
-    """Two seeds gave a test accuracy of 0.954 and 0.955 and a macro AUC of 0.997."""
-    images, encoder, head = tmp_path / "lenses", tmp_path / "mae", tmp_path / "head"
-    simulate.main(["--per-class", "3000", "--out", str(images)])
-    pretrain.main(["--data", str(images), "--out", str(encoder), "--epochs", "12"])
-    finetune.main(["--data", str(images), "--out", str(head), "--strategy", "head", "--epochs",
-                   "30", "--pretrained", str(encoder / PRETRAINED)])  # fmt: skip
-    model, _ = weights.load_classifier(head / CLASSIFIER)
-    dataset = datasets.load(images)
-    rows = datasets.split(dataset)["test"]
-    probabilities = class_evaluation.predict_probabilities(model, dataset.images, rows, CPU)
-    assert metrics.accuracy(probabilities, dataset.labels[rows]) > 0.92
-    assert np.mean(metrics.auc_by_class(probabilities, dataset.labels[rows])) > 0.985
 
 
 # Residual maps
@@ -497,14 +408,6 @@ def test_residual_can_see_images_beside_its_maps(packed, pretrained, tmp_path, n
     with torch.no_grad():
         seen = model.maps(images_of(datasets.load(packed), parts["train"][:5]))
     assert np.allclose(stored[:5].reshape(seen.shape), seen.numpy(), rtol=1e-3, atol=1e-4)  # float16
-
-
-def test_images_beside_maps_are_refused_where_there_are_none(packed, pretrained, runs, tmp_path):
-    for start, strategy, named in (
-        (pretrained, "full", "--with-image is for --strategy residual"),
-        (runs / "residual" / CLASSIFIER, "residual", "sees no image beside its map"),
-    ):
-        assert_user_error(finetune_on(packed, tmp_path, start, strategy, "--with-image", check=False), named)
 
 
 def test_the_strategy_of_the_documentation_trains_what_it_says(pretrained, folder, runs, tmp_path):

@@ -12,8 +12,7 @@ from conftest import CLASSIFIER, PRETRAINED, TINY_DECODER, TINY_NETWORK, run_scr
 
 from lib import options
 
-HOSTILE = ("", "-1", "0", "1", "nan", "inf", "1e-300", "9" * 20, "é\n$\"'", "\udcff", "FIFO",
-           "a" * 300)  # fmt: skip
+HOSTILE = ("", "-1", "0", "1", "nan", "inf", "1e-300", "9" * 20, "é\n$\"'", "\udcff", "FIFO", "a" * 300)
 SMALL = ("--patch-size", "8", *TINY_NETWORK[2:])
 SCRIPTS = ("simulate", "data", "pretrain", "finetune", "evaluate", "reconstruct", "export", "predict")
 
@@ -23,16 +22,12 @@ def commands(root, out):
     data = ("--data", root / "data")
     run = (*data, "--epochs", 1, "--batch-size", 8, "--quiet", "--out", out)
     mae, classifier = root / "mae" / PRETRAINED, root / "full" / CLASSIFIER
-    return {
-        "simulate": ("--per-class", 1, "--out", out),
-        "data": data,
-        "pretrain": (*run, *SMALL, *TINY_DECODER),
-        "finetune": (*run, "--pretrained", mae, "--strategy", "full"),
-        "evaluate": (*data, "--weights", classifier, "--out", out, "--resamples", 2),
-        "reconstruct": (*data, "--weights", mae, "--out", out, "--resamples", 2),
-        "export": (*data, "--weights", classifier, "--out", out),
-        "predict": (root / "one.npy", "--model", root / "c.onnx", "--out", out),
-    }
+    return {"simulate": ("--per-class", 1, "--out", out), "data": data, "pretrain": (*run, *SMALL, *TINY_DECODER),
+            "finetune": (*run, "--pretrained", mae, "--strategy", "full"),
+            "evaluate": (*data, "--weights", classifier, "--out", out, "--resamples", 2),
+            "reconstruct": (*data, "--weights", mae, "--out", out, "--resamples", 2),
+            "export": (*data, "--weights", classifier, "--out", out),
+            "predict": (root / "one.npy", "--model", root / "c.onnx", "--out", out)}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +94,7 @@ def test_no_value_of_any_option_ends_in_a_traceback(script, place, monkeypatch, 
             folder.mkdir()
             signal.alarm(60)  # whoever opens a FIFO waits forever
             with sigterm_at(3):  # so that no number of epochs lasts
-                process = run_script(f"{script}.py", *command, f"{option}={value}", check=False,
-                                     folder=folder)  # fmt: skip
+                process = run_script(f"{script}.py", *command, f"{option}={value}", check=False, folder=folder)
             signal.alarm(0)
             what = f"{option}={value!r}: {process.returncode} {process.stdout} {process.stderr}"
             assert process.returncode in (0, 1, 2, 143), what

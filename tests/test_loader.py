@@ -73,11 +73,6 @@ def test_images_that_do_not_fit_into_memory_are_trained_on_all_the_same(
     assert set(in_blocks) == {True}
 
 
-def test_larger_than_memory_compares_with_this_machine():
-    assert not loader.larger_than_memory(np.zeros(10))
-    assert loader.larger_than_memory(np.broadcast_to(np.float32(0), (10**9, 150, 150)))
-
-
 # Memory
 
 

@@ -16,10 +16,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    CLASSIFIER, HUNG, PICTURES, PRETRAINED, ROOT, TINY_NETWORK, assert_refused, assert_same_tensors,
-    finetuning, history_of, pretrain_on, pretraining, run_script, sigterm_at, tensors_in,
-)  # fmt: skip
+from conftest import (CLASSIFIER, HUNG, PICTURES, PRETRAINED, ROOT, TINY_NETWORK, assert_refused, assert_same_tensors,
+                      finetuning, history_of, pretrain_on, pretraining, run_script, sigterm_at, tensors_in)  # fmt: skip
 from torch import nn
 
 import pretrain
@@ -63,9 +61,8 @@ def fit_line(out, validate=None, score=None, spoil=lambda rows, loss: loss, rows
     chosen, cpu = recipe.Defaults(3, 0, 8, 0.1).recipe(args, rows), torch.device("cpu")
     with open_run(args, dataset, "w.pth", chosen) as run:
         precision = loop.precision_of(chosen, run, cpu)
-        result = loop.fit(
-            learner, batch_loss, validate or whole_loss, chosen, np.arange(rows), run, cpu, precision, score
-        )
+        result = loop.fit(learner, batch_loss, validate or whole_loss, chosen, np.arange(rows), run, cpu, precision,
+                          score)  # fmt: skip
     return *result[:2], calls
 
 
@@ -97,10 +94,8 @@ def test_rows_that_fill_no_batch_wait_for_another_epoch(tmp_path):
     assert [sorted(rows) for rows, *_ in calls] == [list(range(5))] * 3
 
 
-@pytest.mark.parametrize(
-    ("epochs", "validations", "expected"),
-    [(3, None, [5, 10, 15]), (1, 2, [3, 5]), (3, 1, [15]), (1, 100, [1, 2, 3, 4, 5])],
-)
+@pytest.mark.parametrize(("epochs", "validations", "expected"),
+                         [(3, None, [5, 10, 15]), (1, 2, [3, 5]), (3, 1, [15]), (1, 100, [1, 2, 3, 4, 5])])  # fmt: skip
 def test_validations_are_spread_over_the_steps(epochs, validations, expected, tmp_path):
     _, history, *_ = fit_line(tmp_path, epochs=epochs, validations=validations)
     assert [line["step"] for line in history] == expected
@@ -303,9 +298,7 @@ def wait_for_change(path, process, before=None):
 
 
 @pytest.mark.parametrize("script", ["pretrain", "finetune"])
-def test_killed_training_resumes_to_bit_identical_weights(
-    script, packed, tmp_path, pretrained, start, no_pictures
-):
+def test_killed_training_resumes_to_bit_identical_weights(script, packed, tmp_path, pretrained, start, no_pictures):
     epochs = 2 * KILLS  # of 10 or 15 steps, each with a checkpoint: long enough for all kills
 
     def arguments(out, *more):

@@ -33,9 +33,7 @@ def test_steps_are_those_of_torch(shape):
     torch.manual_seed(0)
     start, gradients = torch.randn(shape), torch.randn(3, *shape)
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    reference = torch.optim.Muon(
-        [theirs], lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
-    )
+    reference = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     optimizer = optim.Muon([{"params": [ours]}], lr=0.02, weight_decay=0.1)
     for gradient in gradients:
         ours.grad, theirs.grad = gradient.clone(), gradient.clone()
@@ -73,10 +71,8 @@ def test_every_parameter_has_one_optimiser_its_weight_decay_and_its_learning_rat
         for optimizer in optim.new_optimizers(groups, 1e-3, (0.9, 0.95))
         for group in optimizer.param_groups for p in group["params"]
     }  # fmt: skip
-    assert found == {
-        "0.weight": ("Muon", 0.05, 0.5), "0.bias": ("AdamW", 0.0, 0.5), "1.weight": ("AdamW", 0.0, 1.0),
-        "1.bias": ("AdamW", 0.0, 1.0), "cls_token": ("AdamW", 0.0, 1.0),
-    }  # fmt: skip
+    assert found == {"0.weight": ("Muon", 0.05, 0.5), "0.bias": ("AdamW", 0.0, 0.5), "1.weight": ("AdamW", 0.0, 1.0),
+                     "1.bias": ("AdamW", 0.0, 1.0), "cls_token": ("AdamW", 0.0, 1.0)}  # fmt: skip
 
 
 def test_learning_rates_that_are_tensors_give_the_same_steps():
@@ -84,9 +80,8 @@ def test_learning_rates_that_are_tensors_give_the_same_steps():
     for capturable in (False, True):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8))
-        groups = optim.parameter_groups(
-            model.named_parameters(), 0.05, lambda name: 0.5 if name.startswith("0.") else 1.0
-        )
+        groups = optim.parameter_groups(model.named_parameters(), 0.05,
+                                        lambda name: 0.5 if name.startswith("0.") else 1.0)  # fmt: skip
         optimizers = optim.new_optimizers(groups, 1e-3, (0.9, 0.95))
         if capturable:
             optim.make_capturable(optimizers, torch.device("cpu"))

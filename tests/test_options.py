@@ -4,7 +4,7 @@ import argparse
 import importlib
 
 import pytest
-from conftest import WITH_OPTIONS, assert_refused
+from conftest import WITH_OPTIONS
 
 from lib.errors import UserError
 
@@ -37,11 +37,6 @@ def test_an_option_given_twice_is_refused(script, monkeypatch):
                     parser.parse_args([flag, value, f"{flag}={value}"])
                 tried += 1
     assert tried >= 1
-
-
-def test_the_second_of_two_lists_is_not_taken_for_both():
-    given = ("--data", "d", "--out", "o", "--classes", "a", "--classes", "b")
-    assert_refused("pretrain.py", given, "--classes")
 
 
 @pytest.mark.parametrize("script", WITH_OPTIONS)

@@ -6,19 +6,15 @@ import os
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    PRETRAINED, assert_refused, assert_user_error, history_of, images_of, pretrain_on, pretraining, run_script,
-    tensors_in, write_classes,
-)  # fmt: skip
+from conftest import (CLASSIFIER, PICTURES, PRETRAINED, assert_refused, assert_user_error, finetune_on, history_of,
+                      images_of, pretrain_on, pretraining, run_script, tensors_in, write_classes)  # fmt: skip
 
 import mae
 import pretrain
 from lib import datasets, network, plots, residuals, weights
 
 
-def test_pretraining_learns_and_sees_one_class_of_training_and_validation(
-    packed, tmp_path, monkeypatch, rows_read
-):
+def test_pretraining_learns_and_sees_one_class_of_training_and_validation(packed, tmp_path, monkeypatch, rows_read):
     trained_on = set()
     pictures = pretrain.held_out_reconstructions
 
@@ -38,16 +34,6 @@ def test_pretraining_learns_and_sees_one_class_of_training_and_validation(
     assert losses[-1] < 0.9 * losses[0]
 
 
-@pytest.mark.parametrize(
-    ("classes", "learned"), [(["all"], {0, 1, 2}), (["cdm"], {1}), (["cdm", "axion"], {0, 1})]
-)
-def test_the_classes_to_learn_from_are_chosen_by_name(classes, learned, packed):
-    dataset = datasets.load(packed)  # axion, cdm, no_sub
-    rows = datasets.split(dataset)["train"]
-    chosen = pretrain.rows_to_learn_from(dataset, rows, classes)
-    assert set(chosen) == {row for row in rows if dataset.labels[row] in learned}
-
-
 def test_every_validation_hides_the_same_patches():
     one, again, other = (pretrain.validation_noise(5, 16, seed) for seed in (0, 0, 1))
     assert torch.equal(one, again)
@@ -55,12 +41,16 @@ def test_every_validation_hides_the_same_patches():
     assert len(one.argsort(1).unique(dim=0)) == 5  # and others of each image
 
 
-def test_the_weights_are_there_if_the_pictures_fail(packed, tmp_path, monkeypatch):
-    for name in ("loss_curves", "reconstructions"):
+@pytest.mark.parametrize("script", ["pretrain", "finetune"])
+def test_the_weights_are_there_if_the_pictures_fail(script, packed, pretrained, tmp_path, monkeypatch):
+    for name in PICTURES:
         monkeypatch.setattr(plots, name, lambda *_: 1 / 0)
-    process = pretrain_on(packed, tmp_path, "--epochs", 1)
-    assert process.stderr.count("not shown") == 2
-    assert tensors_in(tmp_path / PRETRAINED)
+    if script == "pretrain":
+        process, file = pretrain_on(packed, tmp_path, "--epochs", 1), PRETRAINED
+    else:
+        process, file = finetune_on(packed, tmp_path, pretrained, "head", "--epochs", 1), CLASSIFIER
+    assert process.stderr.count("not shown") == (2 if script == "pretrain" else 1)
+    assert tensors_in(tmp_path / file)
     assert not (tmp_path / "checkpoint.pth").exists()
 
 
@@ -71,9 +61,8 @@ def test_more_patches_than_weights_may_have_are_refused_before_training(packed, 
     assert_refused("pretrain.py", arguments, "--patch-size 8 cuts", "more than 4×4")
 
 
-@pytest.mark.parametrize(("side", "remedy"), [
-    (65, "choose one that does (5, 13), or crop"), (61, "no patch size does; crop the images")
-])  # fmt: skip
+@pytest.mark.parametrize(("side", "remedy"), [(65, "choose one that does (5, 13), or crop"),
+                                              (61, "no patch size does; crop the images")])  # fmt: skip
 def test_a_side_that_the_patches_do_not_divide_is_refused_with_the_patch_sizes_that_do(side, remedy, tmp_path):
     data = write_classes(tmp_path / "data", {"no_sub": 10, "other": 10}, size=side)
     named = f"--patch-size {side // 4} does not divide the image size {side}: {remedy}"
@@ -98,9 +87,8 @@ def test_a_class_of_one_validation_image_does_not_cost_the_weights(tmp_path):
 
 def test_pretraining_leaves_what_it_promises(runs):
     out = runs / "pretrain"
-    assert sorted(os.listdir(out)) == [
-        ".lock", "config.json", "loss.png", "metrics.jsonl", "reconstructions.png", PRETRAINED,
-    ]  # fmt: skip
+    assert sorted(os.listdir(out)) == [".lock", "config.json", "loss.png", "metrics.jsonl", "reconstructions.png",
+                                       PRETRAINED]  # fmt: skip
     content = torch.load(out / PRETRAINED, weights_only=True)
     arguments = {k: v for k, v in content["config"].items() if k != "transform"}
     mae.MAE(**arguments).load_state_dict(content["model"])

@@ -12,9 +12,7 @@ DEFAULTS = Defaults(epochs=2, fewest_steps=1000, batch_size=64, lr=0.1, most_val
 
 
 def recipe_of(images, **given):
-    nothing = dict.fromkeys(
-        ("epochs", "batch_size", "lr", "weight_decay", "augment", "validations", "patch_dropout")
-    )
+    nothing = dict.fromkeys(("epochs", "batch_size", "lr", "weight_decay", "augment", "validations", "patch_dropout"))
     return DEFAULTS.recipe(argparse.Namespace(**{**nothing, "seed": 0, "precision": "auto", **given}), images)
 
 
@@ -31,23 +29,8 @@ def test_the_number_of_images_alone_says_whether_they_are_few():
         assert recipe_of(640, **given).augment == ("flips",)
 
 
-def test_what_is_given_stands():
-    chosen = recipe_of(10, augment=(), patch_dropout=0.0, lr=1.0, batch_size=8, validations=9)
-    assert (chosen.augment, chosen.patch_dropout, chosen.lr) == ((), 0.0, 1.0)
-    assert (chosen.batch_size, chosen.validations, chosen.epochs) == (8, 9, 1000)
-
-
 def test_epochs_are_validated_once_each_until_they_are_many():
     assert [recipe_of(64_000, epochs=n).validations for n in (1, 3, 100)] == [1, 3, 4]
-
-
-def test_the_help_tells_the_default_of_each():
-    parser = argparse.ArgumentParser()
-    recipe.add_arguments(parser, {"a": DEFAULTS, "b": DEFAULTS._replace(lr=0.25, augment=())})
-    text = " ".join(parser.format_help().split())
-    for told in ("learning rate (default: a 0.1, b 0.25)", "images per step (default: 64)",
-                 "a halfturn, b none", "(default: 2; more for few images)"):  # fmt: skip
-        assert told in text
 
 
 def test_augmentations_mean_the_same_in_any_order():

@@ -18,10 +18,8 @@ from lib.run import Run, open_run
 DATASET = SimpleNamespace(fingerprint="f" * 64, origin="a test", class_names=("a", "b"), labels=[0, 1])
 OTHER_DATA = SimpleNamespace(**{**vars(DATASET), "fingerprint": "0" * 64})
 RENAMED = SimpleNamespace(**{**vars(DATASET), "class_names": ("a", "c")})
-RECIPE = Recipe(
-    epochs=2, batch_size=8, lr=0.1, beta2=0.999, weight_decay=0.0, augment=("noise",), patch_dropout=0.0,
-    layer_decay=1.0, pool=None, validations=2, keep="best", seed=0, precision="float32",
-)  # fmt: skip
+RECIPE = Recipe(epochs=2, batch_size=8, lr=0.1, beta2=0.999, weight_decay=0.0, augment=("noise",), patch_dropout=0.0,
+                layer_decay=1.0, pool=None, validations=2, keep="best", seed=0, precision="float32")  # fmt: skip
 
 
 def options(out, **changed):
@@ -58,13 +56,6 @@ def test_a_second_run_into_the_same_folder_is_refused(packed, tmp_path):
         pass
 
 
-def test_a_checkpoint_is_resumed_only_on_demand(tmp_path):
-    assert resumed(tmp_path) is None
-    with_checkpoint(tmp_path)
-    assert resumed(tmp_path)["step"] == 3
-    assert opened(tmp_path, overwrite=True).checkpoint is None
-
-
 def test_update_resumes_a_run_of_the_same_settings_and_replaces_any_other(tmp_path):
     with_checkpoint(tmp_path)
     same = opened(tmp_path, update=True)
@@ -84,15 +75,12 @@ class Executes:
         return print, ("executed",)
 
 
-BROKEN = {
-    "empty": lambda path: path.write_bytes(b""),
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
-    "text": lambda path: path.write_text("no checkpoint"),
-    "a list": lambda path: torch.save([1], path),
-    "no settings": lambda path: torch.save({"step": 1}, path),
-    "settings of another kind": lambda path: torch.save({"settings": [1]}, path),
-    "hostile": lambda path: torch.save({"settings": Executes()}, path),
-}
+BROKEN = {"empty": lambda path: path.write_bytes(b""),
+          "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+          "text": lambda path: path.write_text("no checkpoint"), "a list": lambda path: torch.save([1], path),
+          "no settings": lambda path: torch.save({"step": 1}, path),
+          "settings of another kind": lambda path: torch.save({"settings": [1]}, path),
+          "hostile": lambda path: torch.save({"settings": Executes()}, path)}  # fmt: skip
 
 
 @pytest.mark.parametrize("how", BROKEN)
@@ -144,8 +132,7 @@ def test_the_configuration_says_how_to_repeat_the_run(tmp_path, monkeypatch):
     assert config["command"] == "python pretrain.py --data 'my lenses'"
     assert config["options"]["data"] == "lenses"
     assert config["recipe"]["augment"] == ["noise"]
-    assert config["data"] == {"origin": "a test", "fingerprint": "f" * 64,
-                              "class_names": ["a", "b"], "images": 2}  # fmt: skip
+    assert config["data"] == {"origin": "a test", "fingerprint": "f" * 64, "class_names": ["a", "b"], "images": 2}
     assert (config["model"], config["transform"]) == ({"depth": 4}, {"kind": "log"})
     assert config["versions"]["torch"] == torch.__version__
 
@@ -175,11 +162,9 @@ def test_the_weights_take_the_place_of_the_checkpoint(tmp_path, monkeypatch):
     assert set(content["seen"].tolist()) == {3, 2**64 - 1}
     recipe = json.loads(json.dumps(RECIPE._asdict()))
     assert set(content["run"].pop("made")) == {"commit", "date", "versions"}
-    assert content["run"] == {
-        **recipe, "mask_ratio": 0.5, "data_fingerprint": "f" * 64, "split": datasets.SPLIT,
-        "class_names": ["a", "b"], "pretrained_sha256": "abc", "number_format": "float32",
-        "data": "lenses", "cache_dir": None,
-    }  # fmt: skip
+    assert content["run"] == {**recipe, "mask_ratio": 0.5, "data_fingerprint": "f" * 64, "split": datasets.SPLIT,
+                              "class_names": ["a", "b"], "pretrained_sha256": "abc", "number_format": "float32",
+                              "data": "lenses", "cache_dir": None}  # fmt: skip
 
 
 def test_the_main_process_alone_writes(tmp_path, monkeypatch):
