@@ -7,7 +7,6 @@ import pytest
 
 from lib import clusters
 from lib.errors import UserError
-from lib.options import LARGEST_SEED
 
 SLOPES = (0.0, 1.0, 2.0)  # of the amplitude over the frequency: three kinds of noise
 
@@ -51,9 +50,7 @@ def test_the_power_is_the_mean_of_the_octave():
     assert clusters.octave_powers(10 * maps)[:, 0] == pytest.approx(expected + 2 * np.log(10))
 
 
-@pytest.mark.parametrize(
-    ("size", "octaves"), [(1, 1), (7, 1), (8, 2), (16, 3), (48, 4), (64, 5), (65, 5), (128, 6)]
-)
+@pytest.mark.parametrize(("size", "octaves"), [(1, 1), (7, 1), (8, 2), (16, 3), (48, 4), (64, 5), (65, 5), (128, 6)])
 def test_maps_of_any_size_have_their_octaves(size, octaves):
     powers = clusters.octave_powers(np.random.default_rng(0).standard_normal((2, size, size)))
     assert powers.shape == (2, octaves)
@@ -94,15 +91,6 @@ def test_of_several_fits_the_one_with_the_least_overlap_is_kept_and_told(monkeyp
     assert several.overlap < alone[0].overlap  # the first of the several
 
 
-def test_the_same_seed_gives_the_same_kinds(known):
-    powers, _ = known
-    one, again, other = (clusters.fit(powers, 3, seed) for seed in (5, 5, LARGEST_SEED))
-    assert np.array_equal(one.mixture.means_, again.mixture.means_)
-    assert np.array_equal(one.groups, again.groups)
-    assert one.overlap == again.overlap
-    assert not np.array_equal(one.mixture.means_, other.mixture.means_)
-
-
 def test_overlap_is_the_share_of_the_smaller_group_that_the_other_claims():
     shares = np.array([[1, 0, 0], [0.5, 0.5, 0], [0, 0.5, 0.5], [0, 0, 1], [0, 0, 1.0]])
     # Sizes 1.5, 1 and 2.5; products 0.25 of the first two, 0.25 of the last two.
@@ -120,14 +108,6 @@ def test_too_few_or_too_many_kinds_are_refused(kinds, images, named):
         clusters.fit(np.zeros((images, 5)), kinds, 0)
 
 
-@pytest.mark.parametrize(("kinds", "images"), [(2, 2), (20, 100)])
-def test_few_images_are_sorted_into_as_many_kinds_as_wished(kinds, images):
-    powers = np.random.default_rng(0).standard_normal((images, 5))
-    found = clusters.fit(powers, kinds, 0)
-    assert found.count == kinds
-    assert set(clusters.assign(found, powers)) == set(range(kinds))
-
-
 @pytest.mark.parametrize("different", [1, 2])
 def test_maps_that_are_all_alike_are_sorted_without_a_word(different):
     maps = np.zeros((40, 16, 16))
@@ -138,15 +118,6 @@ def test_maps_that_are_all_alike_are_sorted_without_a_word(different):
         found = clusters.assign(clusters.fit(powers, 3, 0), powers)
     assert set(found) <= {0, 1, 2}
     assert len({tuple(found[i::different]) for i in range(different)}) == different
-
-
-def test_doubt_names_its_reasons_or_keeps_quiet():
-    enough = clusters.Kinds(None, np.eye(3), 0.01, clusters.FEWEST_IMAGES)
-    assert clusters.doubt(enough) is None
-    assert "4,999 images" in clusters.doubt(enough._replace(images=4999))
-    both = clusters.doubt(enough._replace(images=4999, overlap=0.021))
-    assert both.startswith("the kinds may be wrong: ")
-    assert "4,999" in both and "overlap left 0.021" in both and "\n" not in both
 
 
 def test_kinds_are_matched_so_that_most_images_agree():
@@ -163,14 +134,3 @@ def test_kinds_are_matched_so_that_most_images_agree():
     table, class_of = clusters.match(np.array([0, 0, 0, 1]), np.array([0, 1, 1, 2]), 2, 3)
     assert table.shape == (3, 2)
     assert class_of.tolist() == [1, 2]
-
-
-def test_accuracy_counts_the_images_of_the_matched_kinds():
-    labels = np.repeat([0, 1], 100)
-    found = np.where(np.arange(200) < 90, 1, 0)  # 10 images of class 0 are in the kind of class 1
-    kinds = clusters.Kinds(None, np.eye(2), 0.015, 7000)
-    result = clusters.measure(kinds, found, labels, ["b", "a"])
-    accuracy = result.pop("accuracy")
-    assert accuracy["value"] == pytest.approx(0.95)
-    assert 0.9 < accuracy["low"] < 0.95 < accuracy["high"] < 1
-    assert result == {"overlap": 0.015, "fitted_on": 7000, "table": {"b": [10, 90], "a": [100, 0]}}

@@ -1,6 +1,5 @@
 """export.py and lib/onnxfile.py: the exported file is the network, or it is not written."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -12,7 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import CLASSIFIER, ROOT, TINY_NETWORK, Terminal, assert_user_error, run_script
+from conftest import CLASSIFIER, PRETRAINED, ROOT, TINY_NETWORK, assert_user_error, run_script
 
 import export
 import mae
@@ -25,7 +24,7 @@ from lib.files import sha256_of
 def test_less_precision_gives_a_smaller_file_that_agrees(precision, runs, folder, tmp_path):
     out = tmp_path / "small.onnx"
     process = run_script(
-        "export.py", "--weights", runs / "full" / "vit-mae-classifier-wt.pth", "--data", folder,
+        "export.py", "--weights", runs / "full" / CLASSIFIER, "--data", folder,
         "--cache-dir", runs / "cache", "--precision", precision, "--out", out,
         "--allowed-fall", 0.3,  # of 37 images, from a network that is hardly better than chance
     )  # fmt: skip
@@ -39,7 +38,7 @@ def test_less_precision_gives_a_smaller_file_that_agrees(precision, runs, folder
     reduced = export.run_session(out, images)[0]
     assert reduced.dtype == np.float32
     assert np.allclose(reduced.sum(1), 1, atol=1e-2)
-    model, _ = weights.load_classifier(runs / "full" / "vit-mae-classifier-wt.pth")
+    model, _ = weights.load_classifier(runs / "full" / CLASSIFIER)
     with torch.no_grad():
         expected = onnxwrite.Probabilities(model).eval()(torch.from_numpy(images)).numpy()
     spread = np.abs(expected - expected.mean(axis=0)).mean()  # how far a constant answer would be
@@ -78,25 +77,21 @@ def exported_already(runs, monkeypatch):
 
 
 @pytest.mark.parametrize("figure", ["macro AUC", "accuracy"])
-def test_an_export_that_loses_auc_or_accuracy_is_not_left(
-    figure, exported_already, runs, folder, tmp_path, monkeypatch
-):
+def test_an_export_that_loses_auc_or_accuracy_is_not_left(figure, exported_already, runs, folder, tmp_path,
+                                                          monkeypatch):  # fmt: skip
     same = {"macro AUC": 0.99, "accuracy": 0.99}
     values = iter((same, same | {figure: 0.98}))
     monkeypatch.setattr(export, "differences", lambda *_: {"probabilities": 0.0})
     monkeypatch.setattr(export, "figures_of", lambda *_: next(values))
     with pytest.raises(UserError, match=f"{figure} falls by 0.0100"):
-        export.main([
-            "--weights", str(runs / "head" / "vit-mae-classifier-wt.pth"), "--data", str(folder),
-            "--cache-dir", str(runs / "cache"), "--out", str(tmp_path / "x.onnx"),
-            "--precision", "float16",
-        ])  # fmt: skip
+        export.main(["--weights", str(runs / "head" / CLASSIFIER), "--data", str(folder), "--cache-dir",
+                     str(runs / "cache"), "--out", str(tmp_path / "x.onnx"), "--precision", "float16"])  # fmt: skip
     assert not list(tmp_path.iterdir())
 
 
 def test_an_export_uses_the_packed_copy_that_the_training_made(runs, folder, tmp_path):
     shutil.rmtree(folder / ".packed", ignore_errors=True)  # of other tests
-    path = runs / "head" / "vit-mae-classifier-wt.pth"
+    path = runs / "head" / CLASSIFIER
     arguments = ["--weights", str(path), "--out", str(tmp_path / "x.onnx")]
     export.main(arguments)
     assert not (folder / ".packed").exists()
@@ -108,23 +103,11 @@ def test_an_export_uses_the_packed_copy_that_the_training_made(runs, folder, tmp
     assert (folder / ".packed").exists()
 
 
-def test_each_step_is_named_on_a_terminal_alone(runs, folder, tmp_path, capsys):
-    arguments = ["--weights", runs / "full" / CLASSIFIER, "--data", folder, "--cache-dir", runs / "cache"]
-    with contextlib.redirect_stderr(Terminal()) as terminal:
-        export.main([*map(str, arguments), "--out", str(tmp_path / "x.onnx")])
-    steps = terminal.getvalue().splitlines()
-    assert len(steps) >= 4
-    assert all(step.endswith(" ...") for step in steps)
-    assert len(capsys.readouterr().out.splitlines()) == 2
-    process = run_script("export.py", *arguments, "--out", tmp_path / "y.onnx")
-    assert process.stderr == ""
-
-
 def test_exported_maps_are_those_of_pytorch(runs, folder):
     dataset = datasets.load(folder, runs / "cache")
     images = np.array(dataset.images[:5, None])
     residual, score = export.run_session(runs / "reconstruction.onnx", images, batch=2)
-    network, transform, _ = weights.load_mae(runs / "pretrain" / "vit-mae-wt.pth")
+    network, transform, _ = weights.load_mae(runs / "pretrain" / PRETRAINED)
     masks = mae.complementary_masks(network.num_patches, 0.75, onnxwrite.ROUNDS)
     with torch.no_grad():
         expected = network.eval().residual(transform(torch.from_numpy(images)), masks)
@@ -141,12 +124,12 @@ def test_exported_file_equals_pytorch_and_carries_its_identity(runs, folder):
     assert (proto.ir_version, proto.opset_import[0].version) == (10, 20)
     assert (ROOT / "LICENSE").read_text().startswith(metadata["licence"])
     strategies = ("head", "layernorm", "full")
-    digests = {sha256_of(runs / s / "vit-mae-classifier-wt.pth"): s for s in strategies}
+    digests = {sha256_of(runs / s / CLASSIFIER): s for s in strategies}
     strategy = digests[metadata["weights_sha256"]]
-    files = [runs / s / "vit-mae-classifier-wt.pth" for s in strategies]
+    files = [runs / s / CLASSIFIER for s in strategies]
     aucs = [weights.load_classifier(f)[1]["run"]["best"]["validation_macro_auc"] for f in files]
     assert aucs[strategies.index(strategy)] == max(aucs)
-    model, _ = weights.load_classifier(runs / strategy / "vit-mae-classifier-wt.pth")
+    model, _ = weights.load_classifier(runs / strategy / CLASSIFIER)
     images = np.array(datasets.load(folder, runs / "cache").images[:21, None])
     session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
     for count in (1, 7, 21):
@@ -157,21 +140,12 @@ def test_exported_file_equals_pytorch_and_carries_its_identity(runs, folder):
         assert np.abs(got - expected).max() < 1e-4
 
 
-def test_exporting_leaves_the_network_as_it_was(tmp_path):
-    network = mae.Classifier(patch_size=16, embed_dim=32, depth=2, num_heads=2).eval()
-    onnxwrite.write_onnx(onnxwrite.Probabilities(network).eval(), tmp_path / "x.onnx", {})
-    assert {block.attn.form for block in network.blocks} == {"fused"}
-    assert not any(isinstance(module, onnxwrite.FlatLinear) for module in network.modules())
-
-
 def test_a_differing_export_is_not_left(exported_already, runs, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "differences", lambda *_: {"probabilities": 2e-4})
     out = tmp_path / "bad.onnx"
     with pytest.raises(UserError, match=r"2\.0e-04"):
-        export.main([
-            "--weights", str(runs / "head" / "vit-mae-classifier-wt.pth"), "--data", str(folder),
-            "--cache-dir", str(runs / "cache"), "--out", str(out),
-        ])  # fmt: skip
+        export.main(["--weights", str(runs / "head" / CLASSIFIER), "--data", str(folder),
+                     "--cache-dir", str(runs / "cache"), "--out", str(out)])  # fmt: skip
     assert not list(tmp_path.iterdir())
 
 
@@ -186,14 +160,12 @@ def test_a_model_with_weights_in_another_file_is_refused(runs, tmp_path):
 def test_classifiers_validated_on_different_data_are_not_compared(runs, packed, tmp_path):
     run_script("finetune.py", "--data", packed, "--pretrained", "none", "--strategy", "full",
                "--epochs", 1, "--labels", 0.5, "--out", tmp_path / "other", *TINY_NETWORK)  # fmt: skip
-    other = tmp_path / "other" / "vit-mae-classifier-wt.pth"
+    other = tmp_path / "other" / CLASSIFIER
     content = torch.load(other, weights_only=True)
     content["run"]["data_fingerprint"] = "elsewhere"
     torch.save(content, other)
-    refused = run_script(
-        "export.py", "--weights", runs / "full" / "vit-mae-classifier-wt.pth", other, "--out",
-        tmp_path / "x.onnx", check=False,
-    )  # fmt: skip
+    refused = run_script("export.py", "--weights", runs / "full" / CLASSIFIER, other, "--out",
+                         tmp_path / "x.onnx", check=False)  # fmt: skip
     assert_user_error(refused, "validated on different data")
 
 
@@ -203,7 +175,7 @@ def test_data_of_other_classes_is_named_before_anything_is_exported(runs, tmp_pa
         (tmp_path / "data" / name).mkdir(parents=True)
         for i in range(12):
             np.save(tmp_path / "data" / name / f"{i}.npy", rng.random((64, 64)))
-    path = runs / "full" / "vit-mae-classifier-wt.pth"
+    path = runs / "full" / CLASSIFIER
     with pytest.raises(UserError, match=f"{path} knows the classes .*, not spiral: give data"):
         export.main(["--weights", str(path), "--data", str(tmp_path / "data"), "--precision", "float16",
                      "--out", str(tmp_path / "x.onnx")])  # fmt: skip

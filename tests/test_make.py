@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import HUNG, ROOT, TINY_DECODER, TINY_NETWORK
+from conftest import CLASSIFIER, HUNG, ROOT, TINY_DECODER, TINY_NETWORK
 from test_predict import read_csv
 
 # Writes down how it was called, and leaves the file that predict.py and make look at afterwards.
@@ -75,8 +75,7 @@ def option(words, name):
 
 
 def called(calls):
-    return [f"{script} {os.path.basename(option(words, '--out'))}" for script, words, _ in calls
-            if script != "data.py"]  # fmt: skip
+    return [f"{script} {os.path.basename(option(words, '--out'))}" for script, words, _ in calls if script != "data.py"]
 
 
 def images(folder, *classes, count=7):
@@ -96,7 +95,7 @@ def test_make_reproduce_runs_on_a_folder_and_does_nothing_twice(environment, fol
     printed = run_make(*command).stdout
     out = tmp_path / "runs"
     for run in ("head", "layernorm", "full", "residual", "scratch"):
-        assert (out / run / "vit-mae-classifier-wt.pth").exists()
+        assert (out / run / CLASSIFIER).exists()
     assert (out / "classifier.onnx").exists()
     assert len(read_csv(out / "predictions.csv")) == 15
     assert "| macro AUC |" in printed
@@ -110,31 +109,19 @@ def test_make_reproduce_runs_on_a_folder_and_does_nothing_twice(environment, fol
     assert not out.exists()
 
 
-@pytest.mark.parametrize(
-    ("goal", "expected"),
-    [
-        (("reproduce", "BASELINE=1"), {
-            "simulate.py", "pretrain.py", "finetune.py", "evaluate.py", "reconstruct.py",
-            "export.py", "predict.py",
-        }),
-        (("reproduce", "DATA=x"), {
-            "data.py", "pretrain.py", "finetune.py", "evaluate.py", "reconstruct.py", "export.py", "predict.py",
-        }),
-        (("study", "UNSEEN=x", "CUTOUTS=a b"), {
-            "simulate.py", "experiments/study.py", "experiments/results.py",
-        }),
-        (("real", "REAL=Makefile"), {
-            "simulate.py", "pretrain.py", "finetune.py", "experiments/real_images.py",
-        }),
-        (("mass", "DATA=x"), {"data.py", "pretrain.py", "finetune.py", "evaluate.py", "export.py"}),
-        (("quick",), {"simulate.py", "pretrain.py", "finetune.py", "evaluate.py", "reconstruct.py", "export.py", "predict.py"}),
-        (("sharpen",), {"simulate.py", "pretrain.py", "finetune.py", "evaluate.py", "export.py"}),
-        (("sharpen", "DATA=x"), {"data.py", "pretrain.py", "finetune.py", "evaluate.py", "export.py"}),
-        (("many-lenses",), {"simulate.py", "pretrain.py", "finetune.py", "evaluate.py", "export.py"}),
-        (("many-lenses", "DATA=x"), {"data.py", "pretrain.py", "finetune.py", "evaluate.py", "export.py"}),
-        (("bench",), {"experiments/bench.py"}),
-    ],
-)  # fmt: skip
+TRAINED = {"pretrain.py", "finetune.py", "evaluate.py", "export.py"}
+WHOLE = TRAINED | {"reconstruct.py", "predict.py"}
+
+
+@pytest.mark.parametrize(("goal", "expected"), [
+    (("reproduce", "BASELINE=1"), {"simulate.py", *WHOLE}), (("reproduce", "DATA=x"), {"data.py", *WHOLE}),
+    (("quick",), {"simulate.py", *WHOLE}), (("bench",), {"experiments/bench.py"}),
+    (("study", "UNSEEN=x", "CUTOUTS=a b"), {"simulate.py", "experiments/study.py", "experiments/results.py"}),
+    (("real", "REAL=Makefile"), {"simulate.py", "pretrain.py", "finetune.py", "experiments/real_images.py"}),
+    (("mass", "DATA=x"), {"data.py", *TRAINED}),
+    *(((goal, *data), {script, *TRAINED}) for goal in ("sharpen", "many-lenses")
+      for data, script in (((), "simulate.py"), (("DATA=x",), "data.py"))),
+])  # fmt: skip
 def test_make_calls_scripts_with_options_that_they_have(goal, expected, tmp_path):
     """Asks make what it would do in an empty folder of runs, and parses each command."""
     said = run_make("-n", *goal, "PY=python", f"RUNS={tmp_path / 'runs'}").stdout.replace("\\\n", " ")
@@ -149,8 +136,7 @@ def test_make_calls_scripts_with_options_that_they_have(goal, expected, tmp_path
 
 @pytest.mark.parametrize("goal", ["reproduce", "study", "real", "bench", "test"])
 def test_every_goal_makes_the_environment_that_it_needs(goal, tmp_path):
-    said = run_make("-n", goal, f"READY={tmp_path / 'ready'}", f"PEERS={tmp_path / 'peers'}",
-                    "REAL=Makefile").stdout  # fmt: skip
+    said = run_make("-n", goal, f"READY={tmp_path / 'ready'}", f"PEERS={tmp_path / 'peers'}", "REAL=Makefile").stdout
     notice, first, *_ = said.splitlines()
     assert notice.startswith("echo 'making .venv") and first == "python3 -m venv .venv"  # pip is silent for minutes
 
@@ -161,14 +147,13 @@ def test_stages_come_in_order_and_side_by_side_share_the_cores(jobs, make, monke
     _, calls = make(*jobs)
     assert sorted(called(calls)) == sorted(STAGES + SIMULATIONS)
     place = {name: i for i, name in enumerate(called(calls))}
-    for first, then in (
-        ("simulate.py data", "pretrain.py pretrain"), ("pretrain.py pretrain", "finetune.py full"),
-        ("finetune.py head", "finetune.py layernorm"), ("finetune.py layernorm", "evaluate.py evaluation"),
-        ("pretrain.py pretrain", "reconstruct.py residuals"),
-        ("finetune.py residual", "export.py classifier.onnx"),
-        ("export.py reconstruction.onnx", "predict.py predictions.csv"),
-        ("simulate.py samples", "predict.py predictions.csv"),
-    ):  # fmt: skip
+    for first, then in (("simulate.py data", "pretrain.py pretrain"), ("pretrain.py pretrain", "finetune.py full"),
+                        ("finetune.py head", "finetune.py layernorm"),
+                        ("finetune.py layernorm", "evaluate.py evaluation"),
+                        ("pretrain.py pretrain", "reconstruct.py residuals"),
+                        ("finetune.py residual", "export.py classifier.onnx"),
+                        ("export.py reconstruction.onnx", "predict.py predictions.csv"),
+                        ("simulate.py samples", "predict.py predictions.csv")):  # fmt: skip
         assert place[first] < place[then]
     for script, words, _ in calls:
         assert "--update" in words or script == "predict.py"
@@ -200,8 +185,13 @@ def test_options_reach_their_scripts(make, tmp_path):
         assert (option(words, "--clusters") if "--clusters" in words else None) == clusters
 
 
-def test_a_folder_without_class_folders_of_numbers_is_predicted_whole(make, tmp_path):
-    """Pictures, or images that a table labels."""
+def test_images_of_every_kind_are_predicted_on_and_pictures_or_images_of_a_table_as_a_whole(make, tmp_path):
+    (tmp_path / "fits" / "a").mkdir(parents=True)
+    paths = [tmp_path / "fits" / "a" / name for name in ("0.fits", "1.FIT.gz", "2.npz", "3.fts.bz2", "4.fz")]
+    for path in (*paths, tmp_path / "fits" / "a" / "5.txt"):
+        path.touch()
+    _, calls = make(f"DATA={tmp_path / 'fits'}")
+    assert calls[-1][1][-5:] == list(map(str, paths))
     for name in ("a/1.png", "b/1.png", "labels.csv", "1.npy"):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name).touch()
@@ -230,15 +220,6 @@ def test_a_packed_data_set_is_predicted_on_as_a_whole(make, tmp_path):
     (data / "dataset.json").write_text("{}")
     _, calls = make(f"DATA={data}")
     assert calls[-1][1][-1] == f"{data}/images.npy"
-
-
-def test_images_of_every_kind_are_predicted_on(make, tmp_path):
-    (tmp_path / "data" / "a").mkdir(parents=True)
-    paths = [tmp_path / "data" / "a" / name for name in ("0.fits", "1.FIT.gz", "2.npz", "3.fts.bz2", "4.fz")]
-    for path in (*paths, tmp_path / "data" / "a" / "5.txt"):
-        path.touch()
-    _, calls = make(f"DATA={tmp_path / 'data'}")
-    assert calls[-1][1][-5:] == list(map(str, paths))
 
 
 def test_predictions_of_an_earlier_call_do_not_hide_a_crash(make):

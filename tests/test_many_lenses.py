@@ -1,6 +1,5 @@
 """Many_Lenses and Pairs: what their populations, noise and files promise. See also test_real_lenses.py."""
 
-import hashlib
 
 import numpy as np
 import pytest
@@ -43,10 +42,9 @@ def test_the_lens_of_model_iii_is_one_set_of_arguments():
     source, masses, _ = lenses.sample("cdm", 3, np.random.default_rng(0))
     expected = lenses.render(source, masses, "Model_III")
     instrument = lenses.INSTRUMENTS["Model_III"]
-    each = [np.full(3, value) for value in (
-        lenses.einstein_radius(1e12), *lenses.LENS_ELLIPTICITY, *lenses.SHEAR, lenses.SOURCE_RADIUS,
-        lenses.SERSIC_INDEX, *lenses.SOURCE_ELLIPTICITY, lenses.amplitude_of(instrument), lenses.deflection_factor(),
-    )]  # fmt: skip
+    each = [np.full(3, value) for value in (lenses.einstein_radius(1e12), *lenses.LENS_ELLIPTICITY, *lenses.SHEAR,
+                                            lenses.SOURCE_RADIUS, lenses.SERSIC_INDEX, *lenses.SOURCE_ELLIPTICITY,
+                                            lenses.amplitude_of(instrument), lenses.deflection_factor())]  # fmt: skip
     scene = raytracing.Scene(torch.tensor(source[:, 0]), source[:, 1], masses, *each)
     assert torch.allclose(raytracing.render(scene, instrument.camera), expected, rtol=1e-10, atol=1e-15)
 
@@ -70,11 +68,10 @@ def test_parameters_fill_the_measured_ranges():
     assert 0.83 < scene.theta_e.min() < 0.9
     assert 1.6 < scene.theta_e.max() < 1.7
     assert scene.theta_e.mean() == pytest.approx(1.27, abs=0.02)
-    for values, low, high in (
-        (np.hypot(scene.gamma1, scene.gamma2), 0, 0.3), (np.hypot(scene.x, scene.y), 0, 0.5),
-        (np.arctan2(scene.y, scene.x), -np.pi, np.pi), (np.arctan2(scene.gamma2, scene.gamma1) / 2, -np.deg2rad(2 * np.pi), 0),
-        (np.arctan2(scene.source_e2, scene.source_e1) / 2, -np.deg2rad(2 * np.pi), 0),
-    ):  # fmt: skip
+    for values, low, high in ((np.hypot(scene.gamma1, scene.gamma2), 0, 0.3), (np.hypot(scene.x, scene.y), 0, 0.5),
+                              (np.arctan2(scene.y, scene.x), -np.pi, np.pi),
+                              (np.arctan2(scene.gamma2, scene.gamma1) / 2, -np.deg2rad(2 * np.pi), 0),
+                              (np.arctan2(scene.source_e2, scene.source_e1) / 2, -np.deg2rad(2 * np.pi), 0)):  # fmt: skip
         assert stats.kstest(values, "uniform", (low, high - low)).pvalue > 0.01
     c = np.hypot(scene.source_e1, scene.source_e2)
     assert stats.kstest((1 - c) / (1 + c), "uniform", (0.4, 0.6)).pvalue > 0.01
@@ -118,27 +115,9 @@ def test_noise_has_the_variance_of_photons_with_their_sky():
         assert chosen.mean() == pytest.approx(1, abs=5 * np.sqrt(2 / (count * chosen.size)) + 0.002)
 
 
-def test_noise_may_differ_from_image_to_image():
-    images = np.full((2, 100, 100), 3.0)
-    rng = np.random.default_rng(0)
-    noisy, truth = many_lenses.observe(images, rng, exposure=np.array([100.0, 10_000.0]))
-    k = [np.unique(image).size for image in noisy]
-    assert k[1] > 5 * k[0]
-    with_sky, _ = many_lenses.observe(0 * images, rng, sky=np.array([0.0, 1.0]))
-    assert not with_sky[0].any()  # no photon
-    assert with_sky[1].max() == 1
-
-
-def digest(model, count=3):
-    found = hashlib.sha256()
-    for _, images, _ in simulated.simulate(model, count, 5, progress=False):
-        found.update(np.ascontiguousarray(images))
-    return found.hexdigest()
-
-
 def test_the_same_seed_gives_the_same_images_and_classes_and_models_have_their_own():
-    assert digest("Many_Lenses") == digest("Many_Lenses")
-    parts = [images for _, images, _ in simulated.simulate("Many_Lenses", 2, 5, progress=False)]
+    parts, again = ([images for _, images, _ in simulated.simulate("Many_Lenses", 2, 5, progress=False)] for _ in range(2))
+    assert np.array_equal(parts, again)
     (pairs,) = (images for _, images, _ in simulated.simulate("Pairs", 2, 5, progress=False))
     other = [images for _, images, _ in simulated.simulate("Many_Lenses", 2, 6, progress=False)]
     every = [*parts, pairs, *other]

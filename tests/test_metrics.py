@@ -26,9 +26,7 @@ def test_auc_and_intervals_are_right_for_a_known_case():
 
 def test_each_class_has_its_own_auc_and_accuracy_counts_the_largest_probability():
     labels = np.array([0, 0, 1, 1, 2])
-    probabilities = np.array([
-        [0.8, 0.1, 0.1], [0.2, 0.5, 0.3], [0.3, 0.6, 0.1], [0.1, 0.4, 0.5], [0.1, 0.1, 0.8],
-    ])  # fmt: skip
+    probabilities = np.array([[0.8, 0.1, 0.1], [0.2, 0.5, 0.3], [0.3, 0.6, 0.1], [0.1, 0.4, 0.5], [0.1, 0.1, 0.8]])
     # Class 0: of the six pairs (own, other) five are in order; class 1: five; class 2: all four.
     assert metrics.auc_by_class(probabilities, labels) == pytest.approx([5 / 6, 5 / 6, 1.0])
     assert metrics.accuracy(probabilities, labels) == pytest.approx(3 / 5)
@@ -79,15 +77,6 @@ def test_calibration_error_is_that_of_a_known_case():
     error, table = metrics.calibration(confident, labels)
     assert error == pytest.approx(0.3)
     assert [(round(c, 6), a, n) for c, a, n in table] == [(0.9, 0.6, 10)]
-
-
-def test_the_fitted_temperature_makes_probabilities_calibrated():
-    rng = np.random.default_rng(0)
-    logits = (2 * rng.standard_normal((20_000, 3))).astype(np.float32)
-    cumulative = softmax(logits.astype(np.float64), axis=1).cumsum(axis=1)
-    labels = (rng.random((20_000, 1)) > cumulative).sum(axis=1).clip(max=2)
-    assert metrics.fit_temperature(logits, labels) == pytest.approx(1.0, abs=0.05)
-    assert metrics.fit_temperature(4 * logits, labels) == pytest.approx(4.0, abs=0.2)
 
 
 def test_the_temperature_stays_in_its_range():

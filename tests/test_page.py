@@ -19,7 +19,7 @@ from matplotlib import colormaps
 from matplotlib.colors import AsinhNorm
 from test_examples import damaged, needs_node, site  # noqa: F401, a fixture
 from test_images import objects
-from test_predict_inputs import GUARD, SIDE, image_of, write_classifier, write_models
+from test_predict_inputs import SIDE, image_of, write_models
 
 from lib import plots
 
@@ -284,28 +284,11 @@ def test_what_is_no_image_is_named_in_a_sentence(small, tmp_path):
             ["pickled.npy", "bright"], ["stack.npy[0]", "bright"], ["stack.npy[1]", "unfamiliar"],
             ["plain.fits", "bright"]]  # fmt: skip
         errors = errors_of(page)
-    for error, start in zip(errors, (
-        "gone.npy: there is no gone.npy beside this page", "stack.npy[2]: NaN or infinite pixels",
-        "text.npy: not an array", "evil.npy: not a pickle", "small.npy: not an image of 8×8 pixels or a stack",
-        "image.fits: not a whole FITS header",
-    ), strict=True):  # fmt: skip
+    for error, start in zip(errors, ("gone.npy: there is no gone.npy beside this page",
+                                     "stack.npy[2]: NaN or infinite pixels", "text.npy: not an array",
+                                     "evil.npy: not a pickle", "small.npy: not an image of 8×8 pixels or a stack",
+                                     "image.fits: not a whole FITS header"), strict=True):  # fmt: skip
         assert error.startswith(start)
-
-
-@needs_chromium
-def test_the_page_says_what_guards_a_file_that_cannot_refuse(small, cutouts, tmp_path):
-    folder = shutil.copytree(small, tmp_path / "page")
-    write_classifier(folder / "classifier.onnx", familiarity=False, pixel_range=(0, 40, 0.1))
-    with opened(folder, tmp_path / "profile") as (page, _):
-        page.pick("#pick", cutouts({"usual": 0.5, "blank": 0}))
-        until_finished(page)
-        reason = "classifier.onnx gives no familiarity (fewer than 100 validation images, or an old file)"
-        assert f"{reason}: only the range of pixels {GUARD}" in page.text()
-        assert UNLIKE not in page.text()
-        assert [row[0] for row in rows_of(page)] == ["usual.npy"]
-        assert "familiarity" not in page.evaluate("document.getElementById('head').textContent")
-        (error,) = errors_of(page)
-    assert error.startswith("blank.npy: pixels from 0 to 0, far outside those of the training images")
 
 
 # The table

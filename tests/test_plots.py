@@ -45,14 +45,6 @@ def test_a_run_has_one_colour_whichever_others_are_drawn(drawn):
     assert len(found) == 1
 
 
-def test_lines_that_agree_are_all_seen(drawn):
-    draw_runs(["full", "residual"])
-    for name in ("roc", "familiarity"):
-        below, above = (line.get_linewidth() for line in drawn[name].axes[0].get_lines()
-                        if str(line.get_label()).startswith(("full", "residual")))  # fmt: skip
-        assert below > above + 1
-
-
 @pytest.mark.parametrize("auc", [0.99974, 1.0])
 def test_one_validation_has_its_figures_in_words_and_no_axis_far_above_one(drawn, auc):
     line = {"epoch": 1.0, "train_loss": 0.5, "validation_loss": 0.25, "train_accuracy": 0.75,
@@ -68,15 +60,6 @@ def test_one_validation_has_its_figures_in_words_and_no_axis_far_above_one(drawn
     for axes in (accuracy, macro):
         assert 1 < axes.get_ylim()[1] <= 1.05
         assert axes.get_xlim()[0] == 0
-
-
-def test_curves_begin_with_the_weights_that_training_continues_from(drawn):
-    """They are validated before anything is trained, and have no figures of training."""
-    first = {"epoch": 0.0, "validation_loss": 0.25, "validation_accuracy": 0.875, "validation_macro_auc": 0.9}
-    then = first | {"epoch": 1.0, "train_loss": 0.5, "train_accuracy": 0.75}
-    plots.classifier_curves("curves", [first, then])
-    train, validation = drawn["curves"].axes[0].get_lines()
-    assert (train.get_xdata().tolist(), validation.get_xdata().tolist()) == ([1.0], [0.0, 1.0])
 
 
 def is_seen(axes):
@@ -145,10 +128,3 @@ def test_dots_of_groups_have_a_panel_each_and_are_read_on_a_phone(drawn):
     assert figure.get_figwidth() <= plots.WIDTH
     figure.canvas.draw()
     assert all(panel.get_position().width > 0.3 for panel in figure.axes)  # labels and legend leave room for marks
-
-
-def test_quantities_with_a_panel_each_stand_one_above_the_other(drawn):
-    points = [(1.0, 0.9, 0.0), (2.0, 0.99, 0.0)]
-    plots.series("series", {"mass": points, "strength": points}, None, "AUC", False)
-    upper, lower = drawn["series"].axes
-    assert upper.get_position().y0 > lower.get_position().y1 and drawn["series"].get_figwidth() <= plots.WIDTH

@@ -9,15 +9,10 @@ import subprocess
 import sys
 import zlib
 
-import numpy as np
 import pytest
-import torch
-from conftest import HUNG, ROOT, TINY_DECODER, TINY_NETWORK, replacing
+from conftest import HUNG, ROOT, replacing
 
-import finetune
-import pretrain
-import simulate
-from lib import datasets, lenses, simulated, strategies, weights
+from lib import lenses, strategies
 
 README = ROOT / "README.md"
 TEXTS = {path: path.read_text() for path in (README, *sorted((ROOT / "docs").glob("*.md")))}
@@ -117,15 +112,6 @@ def place(runs, sharp_runs, public, folder, packed, tmp_path_factory):
     return place
 
 
-def test_every_script_is_among_the_commands():
-    words = {word for command in COMMANDS + EXAMPLES for word in command.split()}
-    assert SCRIPTS.keys() | EXPERIMENTS.keys() <= words
-    assert len(SCRIPTS) == 8
-    assert len(EXPERIMENTS) == 6
-    in_readme = {word for command in commands_of(TEXTS[README]) for word in command.split()}
-    assert SCRIPTS.keys() - in_readme <= {"simulate.py"}  # which `make reproduce` runs
-
-
 def test_written_commands_use_the_projects_environment():
     """A reader has .venv/ from make, and may have no other python with torch."""
     for path, text in TEXTS.items():
@@ -137,23 +123,18 @@ def test_written_commands_use_the_projects_environment():
                 assert in_environment or makes_one, f"{path.name}: {command}"
 
 
-def test_readme_names_every_file():
+def test_readme_names_every_file_and_no_other():
     text = TEXTS[README]
-    named = set(re.findall(r"[\w.-]+", text))
-    files = [*ROOT.glob("*.py"), *ROOT.glob("*.txt"), ROOT / "Makefile"]
-    for folder in ("lib", "experiments"):
-        files += [p for p in (ROOT / folder).iterdir() if p.is_file() and p.name != "__init__.py"]
-    missing = {path.name for path in files} - named
-    assert not missing
+    folders = {folder: {path.name for path in (ROOT / folder).iterdir() if path.is_file()}
+               for folder in (".", "lib", "experiments", "docs")}  # fmt: skip
+    files = {name for name in folders["."] if name.endswith((".py", ".txt"))} | folders["lib"] | folders["experiments"]
+    assert {*files, "Makefile"} - {"__init__.py"} <= set(re.findall(r"[\w.-]+", text))
     for folder in ("lib", "experiments", "examples", "docs", "tests"):
         assert f"{folder}/" in text
-
-
-def test_readme_names_no_file_that_is_not_there():
-    tree = re.search(r"```text\n(.*?)```", TEXTS[README], re.DOTALL)[1]
-    there = {path.name for folder in (".", "lib", "experiments", "docs") for path in
-             (ROOT / folder).iterdir()}  # fmt: skip
-    assert set(re.findall(r"\b[\w-]+\.(?:py|txt)\b", tree)) <= there
+    tree = re.search(r"```text\n(.*?)```", text, re.DOTALL)[1]
+    assert set(re.findall(r"\b[\w-]+\.(?:py|txt)\b", tree)) <= set().union(*folders.values())
+    words = {word for command in COMMANDS + EXAMPLES for word in command.split()}
+    assert SCRIPTS.keys() | EXPERIMENTS.keys() <= words
 
 
 def test_every_link_leads_to_a_file_and_every_document_is_linked():
@@ -209,59 +190,8 @@ def test_python_of_the_documentation(path, place, monkeypatch, capsys):
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
 def test_make_knows_what_to_do(command, place):
     words = [word.replace("/path/to/dataset", "lenses") for word in command.split()]
-    process = subprocess.run(
-        ["make", "-n", *words[1:]], cwd=place, capture_output=True, text=True, timeout=HUNG
-    )
+    process = subprocess.run(["make", "-n", *words[1:]], cwd=place, capture_output=True, text=True, timeout=HUNG)
     assert process.returncode == 0, process.stderr
 
 
 # Options that make the chain take seconds.
-SMALL = {
-    "simulate.py": ["--per-class", "60"],
-    "pretrain.py": ["--epochs", "2", "--batch-size", "16", "--precision", "float32",
-                    *TINY_NETWORK, *TINY_DECODER],
-    "finetune.py": ["--epochs", "2", "--batch-size", "32", "--precision", "float32"],
-}  # fmt: skip
-
-
-def test_commands_in_a_row_give_the_weights_of_the_functions(tmp_path, monkeypatch):
-    """What a user types in a row is, bit for bit, what each function computes by itself."""
-    for name in ("typed", "called"):
-        (tmp_path / name).mkdir()
-
-    monkeypatch.chdir(tmp_path / "typed")
-    (simulation,) = (c for c in EXAMPLES if c.startswith("python simulate.py"))
-    own = [c for c in commands_of(TEXTS[README]) if "--out own/" in c]
-    for command in (simulation, *(c for c in own if c.split()[1] in SMALL)):
-        words = replacing(command.split()[1:], SMALL[command.split()[1]])
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
-        assert not ended.value.code
-
-    monkeypatch.chdir(tmp_path / "called")
-    origin = simulated.origin_of("Model_II", 60, 0, False)
-    batches = lenses.simulate("Model_II", 60, 0, progress=False)
-    simulate.write_packed("images", batches, 60, "Model_II", origin)
-    torch.rand(3)  # the state of random numbers from before must not matter
-    pretrain.pretrain(pretrain.parse_args(["--data", "images", "--out", "mae",
-                                           *SMALL["pretrain.py"]]))  # fmt: skip
-    torch.rand(5)
-    finetune.finetune(finetune.parse_args([
-        "--data", "images", "--pretrained", "mae/vit-mae-wt.pth", "--strategy", "residual",
-        "--out", "classifier", *SMALL["finetune.py"],
-    ]))  # fmt: skip
-
-    typed, called = (datasets.load(tmp_path / p) for p in ("typed/lenses", "called/images"))
-    assert np.array_equal(typed.images, called.images)
-    assert typed.fingerprint == called.fingerprint
-    for one, other in (("own/pretrain/vit-mae-wt.pth", "mae/vit-mae-wt.pth"),
-                       ("own/residual/vit-mae-classifier-wt.pth",
-                        "classifier/vit-mae-classifier-wt.pth")):  # fmt: skip
-        first, second = (weights.read(tmp_path / p).content
-                         for p in (f"typed/{one}", f"called/{other}"))  # fmt: skip
-        assert first["model"].keys() == second["model"].keys()
-        for name, tensor in first["model"].items():
-            assert torch.equal(tensor, second["model"][name]), (one, name)
-        assert first["config"] == second["config"]
-        assert first["class_names"] == second["class_names"]

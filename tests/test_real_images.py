@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import replacing
+from conftest import CLASSIFIER, replacing
 
 import simulate
 from experiments import real_images
@@ -71,26 +71,16 @@ def test_a_fit_finds_the_source_of_a_simulated_lens():
     assert np.abs(residual).max() < 1e-6
 
 
-def test_pictures_have_256_levels_and_keep_the_order(lens_image):
-    picture = real_images.as_pictures(lens_image.astype(np.float64))
-    assert len(np.unique(picture)) <= 256
-    assert picture.min() == 0
-    assert picture.max() == 1
-    assert np.abs(picture - lens_image / lens_image.max()).max() <= 1 / 256
-
-
 def test_files_that_hold_no_images_are_named(tmp_path):
     path = tmp_path / "x.npz"
     np.savez(path, pictures=np.zeros((2, 8, 8)))
     with pytest.raises(UserError, match="x.npz.*images"):
         real_images.main(["fit", "--images", str(path)])
     image = np.ones((1, 64, 64))
-    for content in (
-        {"images": np.full((1, 64, 64), np.nan)}, {"images": 0 * image}, {"images": image[:0]},
-        {"images": image[:, :32, :32]}, {"images": np.full((1, 64, 64), "x")},
-        {"images": image, "labels": np.array([1])}, {"images": image, "labels": np.array("cdm")},
-        {"images": image, "labels": np.array(["cdm"])},
-    ):  # fmt: skip
+    for content in ({"images": np.full((1, 64, 64), np.nan)}, {"images": 0 * image}, {"images": image[:0]},
+                    {"images": image[:, :32, :32]}, {"images": np.full((1, 64, 64), "x")},
+                    {"images": image, "labels": np.array([1])}, {"images": image, "labels": np.array("cdm")},
+                    {"images": image, "labels": np.array(["cdm"])}):  # fmt: skip
         np.savez(path, **content)
         with pytest.raises(UserError, match="x.npz"):
             real_images.main(["fit", "--images", str(path)])
@@ -134,9 +124,7 @@ def test_noisy_images_become_pictures_too_and_the_same_ones_once(tmp_path, packe
     assert len(datasets.load(packed).labels) == 300
 
 
-def test_a_data_set_of_pictures_is_written_and_real_ones_are_asked_about(
-    packed, runs, tmp_path, capsys
-):
+def test_a_data_set_of_pictures_is_written_and_real_ones_are_asked_about(packed, runs, tmp_path, capsys):
     out = tmp_path / "pictures"
     real_images.main(["pictures", "--data", str(packed), "--out", str(out), "--any"])
     pictures = datasets.load(out)
@@ -148,10 +136,9 @@ def test_a_data_set_of_pictures_is_written_and_real_ones_are_asked_about(
     file = tmp_path / "real.npz"
     labels = np.array(pictures.class_names)[pictures.labels[::30]]
     np.savez(file, images=pictures.images[::30], labels=labels)
-    weights = runs / "full" / "vit-mae-classifier-wt.pth"
+    weights = runs / "full" / CLASSIFIER
     answers = tmp_path / "answers.csv"
-    real_images.main(["classify", "--images", str(file), "--weights", str(weights),
-                      "--out", str(answers)])  # fmt: skip
+    real_images.main(["classify", "--images", str(file), "--weights", str(weights), "--out", str(answers)])
     lines = answers.read_text().splitlines()
     assert lines[0] == "image,exact,labels,axion,cdm,no_sub,prediction"
     assert len(lines) == 11

@@ -2,7 +2,6 @@
 
 import csv
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,15 +9,13 @@ import torch
 from conftest import run_script
 from sklearn.metrics import roc_auc_score
 
-from experiments import study
 from lib import clusters, datasets, plots, residuals, weights
 from lib.images import read_image
 
 
 def run_reconstruct(path, images, out, *more):
     """Run reconstruct.py with the weights at `path`; returns (stdout, stderr, rows of scores.csv)."""
-    process = run_script("reconstruct.py", "--data", images, "--weights", path, "--out", out,
-                         "--resamples", 20, *more)  # fmt: skip
+    process = run_script("reconstruct.py", "--data", images, "--weights", path, "--out", out, "--resamples", 20, *more)
     with (out / "scores.csv").open() as file:
         return process.stdout, process.stderr, list(csv.DictReader(file))
 
@@ -121,39 +118,9 @@ def test_without_a_split_the_images_themselves_show_the_kinds(pretrained, unseen
     assert {len(row) for row in counts} == {2}
 
 
-def test_scores_are_the_same_with_kinds_and_without(pretrained, packed):
-    maps_of, _ = residuals.residual_reader(weights.read(pretrained), datasets.load(packed), torch.device("cpu"), None, 2, 0)
-    rows = np.arange(0, 300, 60)
-    scores, _ = residuals.scores_and_powers(maps_of, rows)
-    assert np.array_equal(scores, residuals.scores_of(maps_of, rows))
-
-
-def test_the_study_finds_kinds_in_training_images_alone(pretrained, packed, unseen, fits, monkeypatch):
-    path, dataset = pretrained, datasets.load(packed)
-    own, unseen = study.Images(packed, dataset), study.Images(unseen, datasets.load(unseen), "all", "unseen")
-    lab = SimpleNamespace(own=own, device=torch.device("cpu"))
-    monkeypatch.setattr(study, "CLUSTERED_IMAGES", 100)
-    found = []
-    for images in (own, unseen):
-        result = study.cluster_accuracy(lab, path, images)
-        assert set(result) == {"clusters accuracy %"}
-        assert 100 / 3 <= result["clusters accuracy %"] <= 100
-        found.append(fits.pop())
-    read, powers, count, seed = found[0]
-    assert len(read) == 100
-    assert set(read) <= set(datasets.split(dataset)["train"].tolist())
-    assert (count, seed) == (3, 0)
-    assert powers == pytest.approx(powers_of(dataset, path, read), abs=1e-4)
-    # Another simulator's images are sorted into the kinds of the study's training images.
-    assert np.array_equal(found[1][1], powers)
-
-
-@pytest.mark.parametrize(
-    ("classes", "told", "some"), [("all", "axion, cdm, no_sub", "all"), ("spiral", "spiral", "none")]
-)
-def test_without_two_kinds_of_images_the_missing_auc_is_explained(
-    classes, told, some, pretrained, packed, tmp_path
-):
+@pytest.mark.parametrize(("classes", "told", "some"),
+                         [("all", "axion, cdm, no_sub", "all"), ("spiral", "spiral", "none")])  # fmt: skip
+def test_without_two_kinds_of_images_the_missing_auc_is_explained(classes, told, some, pretrained, packed, tmp_path):
     content = weights.read(pretrained).content
     path, out = tmp_path / "w.pth", tmp_path / "out"
     run, nothing = {**content["run"], "classes": [classes]}, np.array([1], dtype=np.uint64)

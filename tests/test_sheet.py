@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, assert_refused
 
 from lib import plots, sheet
 from lib.guard import UNFAMILIAR
@@ -16,10 +16,8 @@ def answer(name, confidence, prediction="a", familiarity=0.5, residual=1.0):
     return Answer(name, image, np.array([confidence, 1 - confidence]), prediction, familiarity, residual)
 
 
-ANSWERS = [
-    answer("sure", 0.9), answer("surest", 1.0, residual=3.0), answer("less", 0.6, "b", familiarity=0.02),
-    answer("strange", 1.0, UNFAMILIAR, familiarity=0.001, residual=9.0), answer("last", 0.9),
-]  # fmt: skip
+ANSWERS = [answer("sure", 0.9), answer("surest", 1.0, residual=3.0), answer("less", 0.6, "b", familiarity=0.02),
+           answer("strange", 1.0, UNFAMILIAR, familiarity=0.001, residual=9.0), answer("last", 0.9)]  # fmt: skip
 
 
 def chosen(order, most, answers=ANSWERS):
@@ -66,17 +64,6 @@ def test_one_bad_image_does_not_blank_the_maps_of_the_others(monkeypatch, tmp_pa
     assert np.ptp(bar.get_xdata()) == pytest.approx(10)  # pixels of 0.1 arcsec
 
 
-def test_a_sheet_of_what_is_not_there_is_refused(predict_refuses):
-    predict_refuses("--sheet-by", "substructure", named="--maps")
-
-
-@pytest.fixture
-def predict_refuses(runs, tmp_path):
-    from conftest import assert_user_error, run_script
-
-    def refuse(*options, named):
-        process = run_script("predict.py", "--model", runs / "classifier.onnx", "--out", tmp_path / "p.csv",
-                             "--sheet", tmp_path / "s.png", *options, ROOT, check=False)  # fmt: skip
-        assert_user_error(process, named)
-
-    return refuse
+def test_a_sheet_of_what_is_not_there_is_refused(runs, tmp_path):
+    assert_refused("predict.py", ["--model", runs / "classifier.onnx", "--out", tmp_path / "p.csv", "--sheet",
+                                  tmp_path / "s.png", "--sheet-by", "substructure", ROOT], "--maps")  # fmt: skip

@@ -1,24 +1,18 @@
 """experiments/study.py and results.py: every experiment runs, no run is repeated, figures are joined."""
 
 import json
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
-from conftest import TINY_DECODER, TINY_NETWORK, replacing
+from conftest import PRETRAINED, TINY_DECODER, TINY_NETWORK, replacing
 
 import finetune
 import pretrain
-from experiments import kinds, results, study
-from lib import class_evaluation, datasets, familiarity, lenses, plots, weights
+from experiments import results, study
+from lib import class_evaluation, familiarity
 from lib.errors import UserError
 
-TINY = {
-    "SCRATCH_EPOCHS": 2, "LABEL_SHARES": (0.2, 1.0), "UNFAMILIAR_PER_CLASS": 4,
-    "MISTAKES_PER_CLASS": 40, "STRENGTH_BINS": 2, "OTHER_PER_CLASS": 100,
-    "OTHER_MODELS": {"Model_III": ((), ("--epochs", 1))},
-}  # fmt: skip
+TINY = {"SCRATCH_EPOCHS": 2, "LABEL_SHARES": (0.2, 1.0), "UNFAMILIAR_PER_CLASS": 4, "MISTAKES_PER_CLASS": 40,
+        "STRENGTH_BINS": 2, "OTHER_PER_CLASS": 100, "OTHER_MODELS": {"Model_III": ((), ("--epochs", 1))}}  # fmt: skip
 NETWORK = f"--epochs 1 {' '.join(TINY_NETWORK)}"
 
 
@@ -74,45 +68,10 @@ def test_runs_that_are_there_are_not_repeated(tiny_study, unseen, tmp_path, pack
         patch.chdir(packed.parent)
         tiny_study(*both, "--data", packed.name, "--device", "cpu")
     assert {name: results.read(kept_in / f"{name}.json")["rows"] for name in rows} == rows
-    path = tmp_path / "runs" / "base" / "seed0" / "pretrain" / "vit-mae-wt.pth"
+    path = tmp_path / "runs" / "base" / "seed0" / "pretrain" / PRETRAINED
     before = path.read_bytes()
     tiny_study("--seeds", 0, "--only", "without_labels", "--pretraining", NETWORK.replace("1", "2", 1))
     assert path.read_bytes() != before
-
-
-def test_runs_on_other_data_are_not_replaced(tiny_study, unseen, tmp_path, monkeypatch):
-    """They may have taken hours; another data set needs another folder."""
-    monkeypatch.setattr(study, "EXPERIMENTS", {"none": SimpleNamespace(__doc__="x", __call__=None)})
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "data.json").write_text('{"fingerprint": "of others"}')
-    with pytest.raises(UserError, match="another data set: name another --out"):
-        tiny_study("--only", "none")
-    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["data.json"]
-
-
-def test_every_kind_of_images_is_asked_of_both_strategies(tiny_study):
-    """Real cutouts only where a folder of them is given."""
-    rows = results.read(tiny_study("--seeds", 0, "--only", "unfamiliar") / "unfamiliar.json")["rows"]
-    expected = {"clean", *kinds.DEVELOPMENT, *kinds.HELD_BACK} & {*kinds.KINDS}
-    for strategy in ("full", "residual"):
-        named = {row["run"].removeprefix(f"{strategy}: "): row for row in rows if row["strategy"] == strategy}
-        assert {name.removesuffix(" (held back)") for name in named} == expected
-        for name, row in named.items():
-            assert row["held_back"] == name.endswith(" (held back)")
-            assert ("AUC familiarity" in row) == (name != "clean")
-
-
-def test_weights_without_a_familiarity_are_named(tiny_study, monkeypatch):
-    monkeypatch.setattr(weights, "familiarity_in", lambda opened: None)
-    with pytest.raises(UserError, match=r"base.seed0.full.*no familiarity"):
-        tiny_study("--seeds", 0, "--only", "unfamiliar")
-
-
-def test_a_folder_without_cutouts_ends_a_study_before_it_starts(tiny_study, tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty"):
-        tiny_study("--only", "unfamiliar", "--cutouts", tmp_path / "empty")
-    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("own", ["--data x", "--seed=7", "--update", "--labels 0.5"])
@@ -120,57 +79,6 @@ def test_what_a_study_sets_itself_is_refused(own, tiny_study):
     """Other images, or the same seed for all, would change the figures without a word."""
     with pytest.raises(UserError, match=f"{own.split('=')[0].split()[0]}.*leave it out"):
         tiny_study("--only", "scratch", "--seeds", 0, f"--finetuning={own}")
-
-
-@pytest.mark.parametrize("text", ["--lr '1", "lr 1", "--lr 1 --lr 2"])
-def test_options_that_are_none_are_named(text, tiny_study, tmp_path):
-    with pytest.raises(UserError, match="lr"):
-        tiny_study("--finetuning", text)
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize(("classes", "epochs"), [("no_sub", 4), ("no_sub cdm", 8), ("all", 12)])
-def test_pretraining_on_all_classes_takes_as_many_steps_as_on_some(classes, epochs, packed):
-    lab = SimpleNamespace(
-        own=study.Images(packed, datasets.load(packed)),
-        args=SimpleNamespace(pretraining=f"--epochs 12 --classes {classes}"),
-    )
-    assert study.on_all_classes(lab) == ("--classes", "all", "--epochs", epochs)
-
-
-def test_the_ordinary_class_may_have_any_name(tiny_study, packed, tmp_path):
-    own = tmp_path / "own"
-    own.mkdir()
-    dataset = datasets.load(packed)
-    names = ["smooth" if name == "no_sub" else name for name in dataset.class_names]
-    writer = datasets.PackedWriter(own, dataset.images.shape, names, dataset.origin)
-    writer.append(dataset.images, dataset.labels)
-    writer.close()
-    command = ("--data", own, "--seeds", 0, "--only", "without_labels", "--pretraining")
-    kept_in = tiny_study(*command, f"{NETWORK} {' '.join(TINY_DECODER)} --classes smooth")
-    (row,) = json.loads((kept_in / "without_labels.json").read_text())["rows"]
-    assert 0 <= row["residual AUC cdm"] <= 1 and "residual AUC smooth" not in row
-    with pytest.raises(UserError, match="trained on all of the classes"):
-        tiny_study(*command, f"{NETWORK} {' '.join(TINY_DECODER)} --classes all")
-
-
-def test_an_image_without_subhalos_near_the_ring_has_a_strength(monkeypatch):
-    monkeypatch.setattr(study, "MISTAKES_PER_CLASS", 6)
-    monkeypatch.setattr(study, "RING_WIDTH", 0.0)
-    _, values = study.substructure_strengths()["cdm"]
-    assert values.tolist() == [6.0] * 6  # the smallest subhalo has 10⁶ M☉
-
-
-def test_strengths_belong_to_the_images(monkeypatch):
-    monkeypatch.setattr(study, "MISTAKES_PER_CLASS", 6)
-    strengths = study.substructure_strengths()
-    images = {n: i for n, i, _ in lenses.simulate("Model_II", 6, study.FRESH_SEED + 1)}
-    ((_, (source, masses, axion_mass)),) = lenses.draw("axion", 6, study.FRESH_SEED + 1)
-    assert np.array_equal(strengths["axion"][1], np.log10(axion_mass))
-    again = 2 * lenses.render(source, masses, dtype=torch.float32)
-    assert np.allclose(again, images["axion"], rtol=1e-4)
-    assert np.isfinite(strengths["cdm"][1]).all()
-    assert (strengths["cdm"][1] < 11.5).all()
 
 
 # results.py
@@ -186,16 +94,6 @@ def kept(folder, name, *rows, commit="abc"):
 def row(seed, auc, run="a"):
     return {"run": run, "seed": seed, "kind": "full", "labels": 10 * (1 + seed), "macro AUC": auc,
             "accuracy %": 100 * auc}  # fmt: skip
-
-
-def test_tables_have_mean_and_deviation_over_seeds():
-    rows = [{"run": "a", "seed": s, "PSF 20 %: AUC": v, "accuracy %": 90.0 + s, "kind": "x"}
-            for s, v in ((0, 0.98), (1, 0.99), (2, 1.0))]  # fmt: skip
-    assert results.table(rows).splitlines() == [
-        "| run | PSF 20 %: AUC | accuracy % |",
-        "| --- | --- | --- |",
-        "| a | 0.99000 ± 0.01000 | 91.00 ± 1.00 |",
-    ]
 
 
 def test_seeds_that_ran_apart_are_put_together(tmp_path):
@@ -222,15 +120,6 @@ def test_published_results_are_read_and_written_as_they_are(tmp_path):
     results.join([published], tmp_path)
     for path in (*published.glob("*.json"), published / "tables.md"):
         assert (tmp_path / path.name).read_text() == path.read_text(), path.name
-
-
-def test_a_line_of_joined_results_goes_from_few_labels_to_many(tmp_path, monkeypatch):
-    shares = {"much": row(2, 0.9, "c"), "little": row(0, 0.5), "some": row(1, 0.7, "b")}
-    folders = [kept(tmp_path / name, "labels", {**only, "seed": 0}) for name, only in shares.items()]
-    drawn = {}
-    monkeypatch.setattr(plots, "series", lambda path, series, *_: drawn.update(series))
-    results.join(folders, tmp_path / "all")
-    assert drawn == {"full": [(10, 50.0, 0.0), (20, 70.0, 0.0), (30, 90.0, 0.0)]}
 
 
 def test_a_seed_counts_once(tmp_path):

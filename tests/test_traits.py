@@ -13,18 +13,15 @@ REFERENCE = np.array(list(traits.reference_of(IMAGES).values()))
 NOISE = np.random.default_rng(0).normal(size=OTHERS.shape)
 
 
-@pytest.mark.parametrize(("changed", "said"), [
-    (OTHERS, None),
-    (255 * OTHERS, "times that of the training images (--scale 0.003"),
-    (OTHERS / 255, "--scale 25"),
-    (OTHERS + 1, "the darkest pixel is 1,"),
-    (OTHERS + 0.05 * NOISE, "the corners are noisy"),
-    (255 * (OTHERS + 0.05 * NOISE), "the corners are noisy"),
-    (np.roll(OTHERS, 6, axis=2), "off-centre by (+"),
-    (np.minimum(OTHERS, 2), "saturated"),
-    (np.where(OTHERS < 0.1, 0, OTHERS), "exactly zero"),
-    (np.zeros_like(OTHERS), "all pixels are equal"),
-])  # fmt: skip
+@pytest.mark.parametrize(("changed", "said"), [(OTHERS, None),
+                                               (255 * OTHERS, "times that of the training images (--scale 0.003"),
+                                               (OTHERS / 255, "--scale 25"), (OTHERS + 1, "the darkest pixel is 1,"),
+                                               (OTHERS + 0.05 * NOISE, "the corners are noisy"),
+                                               (255 * (OTHERS + 0.05 * NOISE), "the corners are noisy"),
+                                               (np.roll(OTHERS, 6, axis=2), "off-centre by (+"),
+                                               (np.minimum(OTHERS, 2), "saturated"),
+                                               (np.where(OTHERS < 0.1, 0, OTHERS), "exactly zero"),
+                                               (np.zeros_like(OTHERS), "all pixels are equal")])  # fmt: skip
 def test_what_is_measurable_is_named_and_nothing_is_said_of_ordinary_images(changed, said):
     found = traits.advice(traits.figures_of(changed.astype(np.float32)), REFERENCE)
     assert any(said in text for text in found) if said else found == []
