@@ -89,20 +89,6 @@ def test_an_export_that_loses_auc_or_accuracy_is_not_left(figure, exported_alrea
     assert not list(tmp_path.iterdir())
 
 
-def test_an_export_uses_the_packed_copy_that_the_training_made(runs, folder, tmp_path):
-    shutil.rmtree(folder / ".packed", ignore_errors=True)  # of other tests
-    path = runs / "head" / CLASSIFIER
-    arguments = ["--weights", str(path), "--out", str(tmp_path / "x.onnx")]
-    export.main(arguments)
-    assert not (folder / ".packed").exists()
-    (runs / "cache").rename(runs / "elsewhere")
-    try:
-        export.main(arguments)
-    finally:
-        (runs / "elsewhere").rename(runs / "cache")
-    assert (folder / ".packed").exists()
-
-
 def test_exported_maps_are_those_of_pytorch(runs, folder):
     dataset = datasets.load(folder, runs / "cache")
     images = np.array(dataset.images[:5, None])

@@ -189,19 +189,6 @@ def test_a_cell_of_markdown_is_plain_text():
     assert line == "| a\\|b \\<i> \\`c\\` \\*d\\* \\[e](f) g\\\\\\|h |"
 
 
-@pytest.mark.parametrize("name", ["$x^{$", "\\$", "_", "a$b$", "x" * 5000, "a\nb", "\udcff"])
-def test_a_label_is_plain_text(name):
-    label = plots.label_of(name)
-    figure, axes = plt.subplots()
-    axes.plot([0], label=label)
-    (shown,) = axes.legend().get_texts()
-    figure.canvas.draw()
-    assert shown._preprocess_math(shown.get_text())[1] is False
-    assert len(label) <= plots.LONGEST_LABEL + name.count("$") + 1
-    assert "\n" not in label
-    plt.close(figure)
-
-
 def test_every_residual_is_image_minus_prediction(monkeypatch):
     drawn = {}
     monkeypatch.setattr(plots, "save", lambda figure, path: drawn.update({path: figure}))

@@ -264,8 +264,9 @@ def test_no_name_and_no_terminal_costs_a_result(locale, models, tmp_path):
     assert [line.split()[0] for line in process.stderr.splitlines()] == [b"1", b"1"]
 
 
-@pytest.mark.parametrize("redirection", ["| true", ">&- 2>&-", ">/dev/full", ">/dev/full 2>/dev/full"])
-@pytest.mark.parametrize("buffered", ["", "1"])
+@pytest.mark.parametrize(("buffered", "redirection"), [
+    ("1", "| true"), *(("", each) for each in ("| true", ">&- 2>&-", ">/dev/full", ">/dev/full 2>/dev/full")),
+])  # fmt: skip
 def test_outputs_that_nobody_reads_or_that_are_closed_or_full_cost_no_result(redirection, buffered, models, tmp_path):
     np.save(tmp_path / "a.npy", IMAGES)
     np.save(tmp_path / "small.npy", IMAGES[0][:4])
