@@ -1,18 +1,21 @@
 """How familiar an image is, whatever a network says of it.
 
-`Familiarity` gives a conformal p-value (Vovk et al. 2005): the share of held-out validation images
-that are as strange as an image or stranger. Of images like the training images, 1 % have less than
-0.01, whatever strangeness is; a good strangeness leaves nothing above that for other images.
+The familiarity is a conformal p-value (Vovk et al. 2005): the share of held-out validation images that are as
+strange as an image or stranger. Of images like the training images 1 % have less than 0.01, whatever
+strangeness is; a good strangeness leaves nothing above that for other images. Some classes are stranger than
+others, so an image is compared with the validation images of its class, and 1 % holds in every class. It is
+the class that the classifier predicts, for both: nobody knows the true class of a new image.
 
-Some classes are stranger than others, so each image is compared with the validation images of its
-class, and 1 % holds in every class. It is the class that the classifier predicts, for both: nobody
-knows the true class of a new image.
+The strangeness comes from the image alone, in four steps, which are methods of `Familiarity`:
 
-It is computed from the image alone. Images of one kind of lens fill a curved surface of few
-dimensions, so a polynomial of the first principal components predicts everything else that is
-measured of an image: its other components, and statistics of its brightness and roughness. How far
-an image is from that prediction depends on its substructure, so a second regression predicts that
-distance. What is left of the statistics should be white noise of variance one.
+    measure    principal components of the image, and statistics of its brightness and roughness
+    unexplain  images of one kind of lens fill a curved surface of few dimensions, so a polynomial of the first
+               components predicts all other measurements: what it does not predict goes on
+    whiten     how much that is depends on the substructure of the image, so a second regression predicts its
+               spread. What is left of the statistics should be white noise of variance one
+    distances  the mean squares of that noise, which are compared with usual ones
+
+`fit` makes the same steps on the training images, and fits what each needs.
 """
 
 import itertools
@@ -33,7 +36,7 @@ BAND_EDGES = (8, 24, 56)  # of the other components, whose energies say how stro
 MOST_LEVELS = 4  # of roughness: the image, and averages of 2², 4² and 8² pixels
 FEWEST_IMAGES = 100  # of validation: with fewer, none has a familiarity below 1 %; and of training
 FIT_IMAGES = 40_000  # training images that are looked at
-SCALE_SHARE = 0.2  # of them, which only say how large a strangeness is usual
+SCALE_SHARE = 0.2  # of them, which only say how large a distance is usual
 PCA_PIXELS = 8e7  # in the images that the principal components come from
 IMAGES_A_NUMBER = 20  # at least so many images for each number that is fitted from them
 RIDGE = 1e-6
@@ -59,45 +62,110 @@ class Familiarity(nn.Module):
     images, by who has a classifier. Raises ValueError for a unit that is not positive.
     """
 
-    def __init__(
-        self, transform, img_size, unit, components, leading, calibration, any_orientation=False
-    ):
+    def __init__(self, transform, img_size, unit, components, leading, calibration, any_orientation=False):
         super().__init__()
         if not 0 < unit < math.inf:
             raise ValueError(f"unit must be positive, got {unit}")
         self.transform = IntensityTransform(**transform)
         self.unit, self.leading, self.any_orientation = float(unit), leading, any_orientation
-        self.levels = levels_of(img_size)
-        self.register_buffer("terms", monomials(leading, DEGREE), persistent=False)
-        self.quadratic = len(monomials(leading, 2))  # monomials are sorted by their degree
+        # Scales of roughness, each with half the pixels a side.
+        self.levels = max(1, min(MOST_LEVELS, int(math.log2(img_size / 4)) + 1))
         others = components - leading
-        edges = [0, *(edge for edge in BAND_EDGES if edge < others), others]
-        self.bands = list(itertools.pairwise(edges))
-        self.register_buffer("energy_terms", monomials(len(self.bands) + 2, 2), persistent=False)
-        # Statistics of the raw pixels, and those of their root and transform.
-        raw, faint = 5 * (1 + self.levels), 5 * (2 * self.levels - 1)
-        self.sizes = (raw, faint)
+        self.bands = list(itertools.pairwise([0, *(edge for edge in BAND_EDGES if edge < others), others]))
+        energies = len(self.bands) + 2
+        self.register_buffer("terms", monomials(leading, DEGREE), persistent=False)
+        self.register_buffer("energy_terms", monomials(energies, 2), persistent=False)
+        self.quadratic = len(monomials(leading, 2))  # monomials are sorted by their degree
         spread_terms = len(self.energy_terms) + self.quadratic - 1
-        for name, shape in {
+        # Two groups of statistics: of the raw pixels, and of their root and transform.
+        self.sizes = (5 * (1 + self.levels), 5 * (2 * self.levels - 1))
+        shapes = {
             "mean": (img_size**2,),
             "components": (img_size**2, components),
             "component_scale": (leading,),
-            "prediction": (len(self.terms), others + raw + faint),
-            "energy_mean": (len(self.bands) + 2,),
-            "energy_scale": (len(self.bands) + 2,),
+            "prediction": (len(self.terms), others + sum(self.sizes)),
+            "energy_mean": (energies,),
+            "energy_scale": (energies,),
             "usual": (2,),
             "above_usual": (2,),
             "strangeness_seen": (calibration,),
-        }.items():
+        }
+        for group, size in enumerate(self.sizes):
+            shapes |= {f"whitening_{group}": (size, size), f"spread_{group}": (spread_terms, size),
+                       f"second_whitening_{group}": (size, size)}  # fmt: skip
+        for name, shape in shapes.items():
             self.register_buffer(name, torch.zeros(shape))
         self.register_buffer("class_seen", torch.zeros(calibration, dtype=torch.int64))
-        for g, size in enumerate(self.sizes):
-            self.register_buffer(f"whitening_{g}", torch.zeros(size, size))
-            self.register_buffer(f"spread_{g}", torch.zeros(spread_terms, size))
-            self.register_buffer(f"second_whitening_{g}", torch.zeros(size, size))
 
     def forward(self, images, predicted):
         return self.rank(self.strangeness(images), predicted)
+
+    def strangeness(self, images):
+        """(B,), growing with the distance from the training images; the least of all orientations."""
+        views = [images]
+        if self.any_orientation:
+            views += [images.mT, images.flip(2), images.mT.flip(2)]
+        views += [view.flip(2, 3) for view in views]
+        distances = [self.distances(*self.measure(view)).clamp_min(TINY).log() for view in views]
+        above = [((distance - self.usual) / self.above_usual).clamp_max(20) for distance in distances]
+        return torch.stack([each.exp().sum(dim=1) for each in above]).amin(dim=0)
+
+    def measure(self, images):
+        """(components and statistics (B, c + s), log energies (B, 2) of what the components miss)."""
+        x = (images / self.unit).clamp(-1e4, 1e4)
+        z = self.transform(x * self.unit)
+        centred = z.flatten(1) - self.mean
+        components = centred @ self.components
+        missed = centred - F.linear(components, self.components)
+        energies = [missed.square().mean(dim=1) + TINY, missed.abs().amax(dim=1) + 1e-6]
+        return torch.cat([components, self.statistics(x, z)], dim=1), torch.stack(energies, dim=1).log()
+
+    def statistics(self, x, z):
+        """Logarithms (B, s) of brightness and of roughness at several scales."""
+        pixels = x.flatten(1)
+        squares = pixels.square()
+        moments = (pixels.mean(dim=1), squares.mean(dim=1), (squares * pixels).mean(dim=1).abs(),
+                   squares.square().mean(dim=1))  # fmt: skip
+        brightness = torch.stack([pixels.amax(dim=1), *moments], dim=1).clamp_min(TINY)
+        scaled = torch.cat([x, x.clamp_min(0).sqrt(), z], dim=1)  # (B, 3, H, W)
+        roughness = [roughness_of(scaled)]  # of each level (B, 3, 5)
+        for _ in range(1, self.levels):
+            scaled = F.avg_pool2d(scaled, 2)
+            roughness.append(roughness_of(scaled))
+        raw, root, transformed = torch.cat(roughness, dim=2).unbind(1)
+        root = root[:, : 5 * (self.levels - 1)]  # its coarsest level says nothing new
+        return torch.cat([brightness, raw, root, transformed], dim=1).log()
+
+    def polynomial(self, measured):
+        """Monomials (B, terms) of the leading components, which have a standard deviation of one."""
+        leading = measured[:, : self.leading] / self.component_scale
+        return products(leading.clamp(-6, 6), self.terms)
+
+    def energies_of(self, unexplained, energies):
+        """Log energies (B, bands + 2) of unexplained components, band by band, and of what components miss."""
+        bands = [unexplained[:, i:j].square().mean(dim=1) for i, j in self.bands]
+        return torch.cat([(torch.stack(bands, dim=1) + TINY).log(), energies], dim=1)
+
+    def unexplain(self, measured, energies):
+        """(what the polynomial does not predict of each group (B, size), the terms (B, ·) of its spread)."""
+        polynomial = self.polynomial(measured)
+        unexplained = measured[:, self.leading :] - polynomial @ self.prediction
+        energies = (self.energies_of(unexplained, energies) - self.energy_mean) / self.energy_scale
+        terms = products(energies.clamp(-4, 4), self.energy_terms)
+        groups = unexplained[:, -sum(self.sizes) :].split(self.sizes, dim=1)
+        return groups, torch.cat([terms, polynomial[:, 1 : self.quadratic]], dim=1)
+
+    def whiten(self, group, unexplained, terms):
+        """The statistics (B, size) of a group, whitened, over the standard deviation that the terms predict."""
+        whitened = unexplained @ getattr(self, f"whitening_{group}")
+        return whitened * (-0.5 * (terms @ getattr(self, f"spread_{group}"))).exp().clamp(1e-2, 1e3)
+
+    def distances(self, measured, energies):
+        """Mean squared deviation (B, 2) of each group of statistics."""
+        groups, terms = self.unexplain(measured, energies)
+        noises = [self.whiten(group, unexplained, terms) @ getattr(self, f"second_whitening_{group}")
+                  for group, unexplained in enumerate(groups)]  # fmt: skip
+        return torch.stack([noise.square().mean(dim=1) for noise in noises], dim=1)
 
     def rank(self, strangeness, predicted):
         """Familiarity (B,) of images of some strangeness (B,) and predicted classes (B,).
@@ -113,101 +181,17 @@ class Familiarity(nn.Module):
         in_all = (1 + stranger.float().sum(dim=1)) / (1 + len(self.strangeness_seen))
         return torch.where(count > 0, in_class, torch.minimum(in_class, in_all))
 
-    def strangeness(self, images):
-        """(B,), growing with the distance from the training images; the least of all orientations."""
-        views = [images, images.mT, images.flip(2), images.mT.flip(2)]
-        views = views if self.any_orientation else views[:1]
-        views += [view.flip(2, 3) for view in views]
-        return torch.stack([self.strangeness_of_view(view) for view in views]).amin(dim=0)
-
-    def strangeness_of_view(self, images):
-        """(B,) of images in the orientation that they have."""
-        distance = self.distances(*self.measure(images)).clamp_min(TINY).log()
-        return ((distance - self.usual) / self.above_usual).clamp_max(20).exp().sum(dim=1)
-
-    def measure(self, images):
-        """(components and statistics (B, c + s), log energies of what the components miss (B, 2))."""
-        x = (images / self.unit).clamp(-1e4, 1e4)
-        z = self.transform(x * self.unit)
-        centred = z.flatten(1) - self.mean
-        c = centred @ self.components
-        rest = centred - F.linear(c, self.components)
-        energies = torch.stack(
-            [rest.square().mean(dim=1) + TINY, rest.abs().amax(dim=1) + 1e-6], dim=1
-        ).log()
-        return torch.cat([c, self.statistics(x, z)], dim=1), energies
-
-    def statistics(self, x, z):
-        """Logarithms (B, s) of brightness and of roughness at several scales."""
-        pixels = x.flatten(1)
-        squares = pixels.square()
-        moments = (pixels.mean(dim=1), squares.mean(dim=1), (squares * pixels).mean(dim=1).abs(),
-                   squares.square().mean(dim=1))  # fmt: skip
-        brightness = torch.stack([pixels.amax(dim=1), *moments], dim=1).clamp_min(TINY)
-        views = torch.cat([x, x.clamp_min(0).sqrt(), z], dim=1)  # (B, 3, H, W)
-        roughness = []
-        for level in range(self.levels):
-            if level:
-                views = F.avg_pool2d(views, 2)
-            roughness.append(roughness_of(views))  # (B, 3, 5)
-        raw, root, transformed = torch.cat(roughness, dim=2).unbind(1)
-        root = root[:, : 5 * (self.levels - 1)]  # its coarsest level says nothing new
-        return torch.cat([brightness, raw, root, transformed], dim=1).log()
-
-    def inputs(self, measured, energies):
-        """What the prediction leaves (B, ·), and the terms (B, ·) that its spread depends on."""
-        polynomial = products(self.scaled(measured), self.terms)
-        left = measured[:, self.leading :] - polynomial @ self.prediction
-        energies = (self.all_energies(left, energies) - self.energy_mean) / self.energy_scale
-        terms = products(energies.clamp(-4, 4), self.energy_terms)
-        return left, torch.cat([terms, polynomial[:, 1 : self.quadratic]], dim=1)
-
-    def scaled(self, measured):
-        """The leading components (B, leading), of standard deviation one."""
-        return (measured[:, : self.leading] / self.component_scale).clamp(-6, 6)
-
-    def all_energies(self, left, energies):
-        bands = [left[:, i:j].square().mean(dim=1) for i, j in self.bands]
-        return torch.cat([(torch.stack(bands, dim=1) + TINY).log(), energies], dim=1)
-
-    def distances(self, measured, energies):
-        """Mean squared deviation (B, 2) of the raw pixels' statistics, and of the others."""
-        left, terms = self.inputs(measured, energies)
-        distances = []
-        groups = left[:, -sum(self.sizes) :].split(self.sizes, dim=1)
-        for g, own in enumerate(groups):
-            whitened = self.without_spread(g, own @ getattr(self, f"whitening_{g}"), terms)
-            whitened = whitened @ getattr(self, f"second_whitening_{g}")
-            distances.append(whitened.square().mean(dim=1))
-        return torch.stack(distances, dim=1)
-
-    def without_spread(self, g, whitened, terms):
-        """Whitened statistics over the standard deviation that the terms (B, ·) predict of them."""
-        return whitened * (-0.5 * (terms @ getattr(self, f"spread_{g}"))).exp().clamp(1e-2, 1e3)
-
-
-def levels_of(img_size):
-    """Scales of roughness, each with half the pixels a side, that an image has; at least one."""
-    return max(1, min(MOST_LEVELS, int(math.log2(img_size / 4)) + 1))
-
 
 def roughness_of(views):
     """Five statistics (B, C, 5) of the Laplacian of views (B, C, H, W)."""
-    inner = 4 * views[:, :, 1:-1, 1:-1]
     neighbours = (views[:, :, :-2, 1:-1] + views[:, :, 2:, 1:-1]
                   + views[:, :, 1:-1, :-2] + views[:, :, 1:-1, 2:])  # fmt: skip
-    laplacian = (inner - neighbours).flatten(2)
+    laplacian = (4 * views[:, :, 1:-1, 1:-1] - neighbours).flatten(2)
     squares = laplacian.square()
-    return torch.stack(
-        [
-            squares.mean(dim=2) + 1e-14,
-            laplacian.abs().mean(dim=2) + 1e-9,
-            laplacian.amax(dim=2).clamp_min(1e-9),
-            (-laplacian.amin(dim=2)).clamp_min(1e-9),
-            squares.square().mean(dim=2) + 1e-24,
-        ],
-        dim=2,
-    )
+    statistics = [squares.mean(dim=2) + 1e-14, laplacian.abs().mean(dim=2) + 1e-9,
+                  laplacian.amax(dim=2).clamp_min(1e-9), (-laplacian.amin(dim=2)).clamp_min(1e-9),
+                  squares.square().mean(dim=2) + 1e-24]  # fmt: skip
+    return torch.stack(statistics, dim=2)
 
 
 def monomials(variables, degree):
@@ -247,8 +231,7 @@ def fit(dataset, rows, validation, transform, augmentations=(), quiet=False):
         return read_disturbed(read, batch, augmentations)
 
     rows = np.random.default_rng(0).permutation(rows)[:FIT_IMAGES]
-    for_scale = rows[: round(SCALE_SHARE * len(rows))]
-    rows = rows[len(for_scale) :]
+    for_scale, rows = np.split(rows, [round(SCALE_SHARE * len(rows))])
     first = np.sort(rows[: int(PCA_PIXELS / dataset.img_size**2)])
     components, leading = numbers_to_fit(len(rows), len(first), dataset.img_size**2)
     unit = in_batches(lambda batch: images_of(batch).flatten(1).amax(dim=1), first).median().item()
@@ -264,31 +247,14 @@ def fit(dataset, rows, validation, transform, augmentations=(), quiet=False):
 
     bar = None if quiet else "familiarity"
     measured, energies = measured_of(model, images_of, rows, bar)
-    model.component_scale.copy_(measured[:, :leading].std(dim=0).clamp_min(TINY))
-    polynomial = products(model.scaled(measured), model.terms)
-    prediction = regression(polynomial, measured[:, leading:])
-    model.prediction.copy_(prediction)
-    left = measured[:, leading:] - polynomial @ prediction
-    all_energies = model.all_energies(left, energies)
-    model.energy_mean.copy_(all_energies.mean(dim=0))
-    model.energy_scale.copy_(all_energies.std(dim=0).clamp_min(TINY))
-    model.double()
-    left, terms = model.inputs(measured, energies)
-    for g, own in enumerate(left[:, -sum(model.sizes) :].split(model.sizes, dim=1)):
-        first_whitening = whitening(own, 1e-7, LEAST_VARIANCE)
-        whitened = own @ first_whitening
-        spread = regression(terms, (whitened.square() + 1e-3).log())
-        getattr(model, f"whitening_{g}").copy_(first_whitening)
-        getattr(model, f"spread_{g}").copy_(spread)
-        whitened = model.without_spread(g, whitened, terms).clamp(-8, 8)
-        getattr(model, f"second_whitening_{g}").copy_(whitening(whitened))
+    fit_prediction(model, measured, energies)
+    fit_spread(model.double(), measured, energies)
     model.float()
 
-    distance = model.distances(*(t.float() for t in measured_of(model, images_of, for_scale, bar)))
-    distance = distance.clamp_min(TINY).log()
-    model.usual.copy_(distance.quantile(0.5, dim=0))
-    high = distance.quantile(HIGH_QUANTILE, dim=0)
-    model.above_usual.copy_((high - model.usual).clamp_min(1e-3))
+    distances = model.distances(*(each.float() for each in measured_of(model, images_of, for_scale, bar)))
+    distances = distances.clamp_min(TINY).log()
+    model.usual.copy_(distances.quantile(0.5, dim=0))
+    model.above_usual.copy_((distances.quantile(HIGH_QUANTILE, dim=0) - model.usual).clamp_min(1e-3))
     model.strangeness_seen.copy_(in_batches(lambda batch: model.strangeness(images_of(batch)), validation))
     return model, config
 
@@ -298,21 +264,38 @@ def numbers_to_fit(images, pca_images, pixels):
     most = max(1, images // IMAGES_A_NUMBER)
     components = max(2, min(MOST_COMPONENTS, most, pca_images - 1, pixels))
     leading = 1
-    while (
-        leading < min(MOST_LEADING, components - 1) and math.comb(leading + 1 + DEGREE, DEGREE) <= most
-    ):
+    while leading < min(MOST_LEADING, components - 1) and math.comb(leading + 1 + DEGREE, DEGREE) <= most:
         leading += 1
     return components, leading
 
 
 def measured_of(model, images_of, rows, bar):
     """What `Familiarity.measure` gives of rows, in float64."""
+    measured = in_batches(lambda batch: torch.cat(model.measure(images_of(batch)), dim=1), rows, bar=bar).double()
+    return measured[:, :-2], measured[:, -2:]
 
-    def measure(batch):
-        return torch.cat(model.measure(images_of(batch)), dim=1)
 
-    together = in_batches(measure, rows, bar=bar).double()
-    return together[:, :-2], together[:, -2:]
+def fit_prediction(model, measured, energies):
+    """Fit the polynomial that predicts measurements, and the usual energies of what it does not predict."""
+    model.component_scale.copy_(measured[:, : model.leading].std(dim=0).clamp_min(TINY))
+    polynomial = model.polynomial(measured)
+    prediction = regression(polynomial, measured[:, model.leading :])
+    model.prediction.copy_(prediction)
+    energies = model.energies_of(measured[:, model.leading :] - polynomial @ prediction, energies)
+    model.energy_mean.copy_(energies.mean(dim=0))
+    model.energy_scale.copy_(energies.std(dim=0).clamp_min(TINY))
+
+
+def fit_spread(model, measured, energies):
+    """Fit what makes white noise of the statistics that the polynomial does not predict."""
+    groups, terms = model.unexplain(measured, energies)
+    for group, unexplained in enumerate(groups):
+        first = whitening(unexplained, 1e-7, LEAST_VARIANCE)
+        getattr(model, f"whitening_{group}").copy_(first)
+        spread = regression(terms, ((unexplained @ first).square() + 1e-3).log())
+        getattr(model, f"spread_{group}").copy_(spread)
+        noise = model.whiten(group, unexplained, terms).clamp(-8, 8)
+        getattr(model, f"second_whitening_{group}").copy_(whitening(noise))
 
 
 def regression(inputs, targets):
@@ -328,7 +311,5 @@ def whitening(values, ridge=0.0, least=TINY):
     A share `ridge` of each variance, and `least`, are added to it.
     """
     covariance = values.T @ values / len(values)
-    variances, directions = torch.linalg.eigh(
-        covariance + (ridge * covariance.diagonal() + least).diag()
-    )
+    variances, directions = torch.linalg.eigh(covariance + (ridge * covariance.diagonal() + least).diag())
     return directions / variances.clamp_min(least).sqrt()
