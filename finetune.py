@@ -22,7 +22,7 @@ starting(__name__)
 import numpy as np
 import torch
 
-from lib import datasets, distributed, familiarity, network, options, plots, recipe, weights
+from lib import datasets, distributed, familiarity, network, options, plots, recipe, traits, weights
 from lib.device import resolve_device
 from lib.guard import LEAST_FAMILIARITY
 from lib.loader import in_batches
@@ -127,7 +127,7 @@ def train(args, task, strategy, start, chosen, dataset, rows, parts, run):
         seen = np.concatenate([seen, start.content["seen"]])
     run.save_weights(
         model.state_dict(), config, seen, fitted, number_format=precision.name,
-        pixel_range=datasets.pixel_range(datasets.extremes_of(dataset, rows)), best=kept,
+        pixel_range=traits.pixel_range(datasets.extremes_of(dataset, rows)), best=kept,
     )  # fmt: skip
     plots.attempt(task.picture, args.out / "curves.png", history)
 

@@ -250,12 +250,12 @@ def answers_to(batches, path, session, class_names, guard, maps, masses, errors)
 def watched(answers, counts, choice, strange):
     """Pass on the answers; count the predictions in `counts`, and offer them to the `sheet.Choice`, if any.
 
-    The `traits.figures_of` unfamiliar images, of MOST_STRANGE at most, are appended to `strange`.
+    The `traits.traits_of` unfamiliar images, of MOST_STRANGE at most, are appended to `strange`.
     """
     for answer in answers:
         counts[answer.prediction] += 1
         if answer.prediction == UNFAMILIAR and len(strange) < MOST_STRANGE:
-            strange.append(traits.figures_of(answer.image)[0])
+            strange.append(traits.traits_of(answer.image)[0])
         if choice:
             choice.offer(answer)
         yield answer

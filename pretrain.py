@@ -15,7 +15,7 @@ starting(__name__)
 import numpy as np
 import torch
 
-from lib import datasets, distributed, familiarity, network, options, pairs, plots, recipe
+from lib import datasets, distributed, familiarity, listing, network, options, pairs, plots, recipe, traits
 from lib.augment import augment
 from lib.device import resolve_device
 from lib.intensity import fit_transform
@@ -94,7 +94,7 @@ def train(args, chosen, dataset, rows, validation, parts, run):
         state, {**config, "transform": constants},
         dataset.hashes[np.concatenate([rows, validation])], fitted,
         number_format=precision.name, last=last,
-        pixel_range=datasets.pixel_range(datasets.extremes_of(dataset, rows)),
+        pixel_range=traits.pixel_range(datasets.extremes_of(dataset, rows)),
         smooth_rms=left,
     )  # fmt: skip
     plots.attempt(
@@ -160,7 +160,7 @@ def parse_args(argv=None):
         "--norm-pix-loss", action="store_true", help="compare with patch-wise normalised pixels"
     )
     group.add_argument(
-        "--classes", nargs="+", type=datasets.normal_name, default=["no_sub"], metavar="CLASS",
+        "--classes", nargs="+", type=listing.normal_name, default=["no_sub"], metavar="CLASS",
         help="classes to learn from, without their labels; all for every class, unless one is called so",
     )  # fmt: skip
     group.add_argument(

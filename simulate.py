@@ -17,8 +17,8 @@ starting(__name__)
 
 import numpy as np
 
-from lib import copies, datasets, lenses, many_lenses, options, pairs, raytracing, simulated
-from lib.datasets import PACKED_FILES, PackedWriter, require_space
+from lib import copies, lenses, listing, many_lenses, options, packing, pairs, raytracing, simulated
+from lib.packing import PACKED_FILES, PackedWriter, require_space
 from lib.files import atomic_directory, make_folder
 from lib.provenance import is_current, made_from, require_origin, sign
 
@@ -96,7 +96,7 @@ def write_packed(out, batches, per_class, model, origin, made=None, replaced=Non
         writer = PackedWriter(folder, (len(class_names) * per_class, pixels, pixels), class_names, origin)
         places = np.tile([0.0, 1.0], (per_class, 1))  # now that there is known to be space for so many
         if train is not None:
-            places[:train, 1] = places[train:, 0] = datasets.BOUNDS[1]
+            places[:train, 1] = places[train:, 0] = listing.BOUNDS[1]
         for class_name, images, masses in batches:
             first, counts[class_name] = counts[class_name], counts[class_name] + len(images)
             masses = np.nan if masses is None else masses
@@ -131,7 +131,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    code = [module.__file__ for module in (lenses, many_lenses, pairs, raytracing, simulated, datasets, copies)]
+    code = [module.__file__ for module in (lenses, many_lenses, pairs, raytracing, simulated, listing, packing, copies)]
     made, replaced = made_from(args, [*code, __file__]), None
     if args.update:
         replaced = DESCRIPTIONS[args.layout]

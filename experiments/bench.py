@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import export
 import predict
 import simulate
-from lib import datasets, lenses, optim, options, tables
+from lib import datasets, lenses, listing, optim, options, tables
 from lib.cuda_graphs import GraphedStep
 from lib.device import choose_precision, resolve_device, seconds_of
 from lib.files import make_folder, require_own, write_json, write_text
@@ -312,7 +312,7 @@ def packing(args):
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "lenses"
         simulate.write_folder(folder, lenses.simulate("Model_II", -(-FILES // 3), 0, progress=False))
-        paths = [path for files in datasets.list_classes(folder)[0].values() for path in files]
+        paths = [path for files in listing.list_classes(folder)[0].values() for path in files]
         read = batch_reader(datasets.load(folder, progress=False).images, torch.device("cpu"))
         loader = DataLoader(paths, batch_size=64, shuffle=True, collate_fn=load)
 

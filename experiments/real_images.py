@@ -28,10 +28,10 @@ from scipy.ndimage import gaussian_filter
 from scipy.optimize import least_squares
 
 from lib.class_evaluation import predict_probabilities
-from lib import copies, datasets, lenses, options, weights
+from lib import copies, datasets, lenses, options, packing, weights
 from lib.device import resolve_device
 from lib.files import atomic_directory, require_own, write_csv
-from lib.images import read_npy, with_known_edges
+from lib.npy import read_npy
 from lib.provenance import identity_of, is_current, made_from, require_origin, sign
 
 EXAMPLE = """examples:
@@ -49,6 +49,21 @@ START_GRID = 15  # source positions a side that a fit starts from
 # and of the softening s of those that show log(1 + x/s), both over the image's maximum.
 SMOOTHED_NOISE_RANGE, LOGARITHM_RANGE = (-3.5, -2.7), (-2.5, 0.0)
 SPREAD, SPREAD_GAIN = 2.0, 5.0  # pixels, factor: errors reach beyond the light, at half the size
+
+
+def with_known_edges(images, edges):
+    """Images (N, H, W) whose outermost `edges` (N,) pixels are replaced by the nearest others.
+
+    Raises ValueError for edges that are no such numbers or leave no pixel.
+    """
+    if edges.shape != (len(images),) or edges.dtype.kind not in "iu":
+        raise ValueError(f"edge_unknown must be {len(images)} numbers of pixels")
+    filled, edges = images.copy(), edges.astype(np.int64)
+    for i in np.flatnonzero(edges):
+        if not 0 < 2 * edges[i] < images.shape[1]:
+            raise ValueError(f"edge_unknown of image {i} is {edges[i]} of {images.shape[1]} pixels")
+        filled[i] = np.pad(images[i, edges[i] : -edges[i], edges[i] : -edges[i]], edges[i], mode="edge")
+    return filled
 
 
 def load_images(path):
@@ -167,9 +182,9 @@ def pictures(args):
         if is_current(args.out / "dataset.json", made):
             return
         require_origin(args.out / "dataset.json", "pictures of ", "8-bit pictures ")
-    with atomic_directory(args.out, "dataset.json" if args.update else None, datasets.PACKED_FILES) as folder:
+    with atomic_directory(args.out, "dataset.json" if args.update else None, packing.PACKED_FILES) as folder:
         origin = f"{kind} of {dataset.origin}"
-        writer = datasets.PackedWriter(folder, dataset.images.shape, dataset.class_names, origin)
+        writer = packing.PackedWriter(folder, dataset.images.shape, dataset.class_names, origin)
         for start in range(0, len(dataset.images), BLOCK):
             images = np.asarray(dataset.images[start : start + BLOCK], np.float64)
             if not (images.max(axis=(1, 2)) > 0).all():

@@ -16,8 +16,8 @@ starting(__name__)
 import numpy as np
 import torch
 
+from experiments.real_images import with_known_edges
 from lib import options, pairs, tables
-from lib.images import with_known_edges
 from lib.onnxfile import open_sharpener, run_model
 from lib.sharp_evaluation import ssim
 

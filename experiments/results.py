@@ -65,15 +65,71 @@ def draw(path, rows, drawn):
     """
     runs = by_run(rows)
     if drawn is None:
-        plots.dots(path, {name: {k: v[:2] for k, v in figures.items() if "AUC" in k}
-                          for name, figures in runs.items()})  # fmt: skip
+        dots(path, {name: {k: v[:2] for k, v in figures.items() if "AUC" in k} for name, figures in runs.items()})
         return
-    series, rows_of = {}, {row["run"]: row for row in rows}
+    points_of, rows_of = {}, {row["run"]: row for row in rows}
     for name, figures in runs.items():
         point = (rows_of[name][drawn["x"]], *figures[drawn["y"]][:2])
-        series.setdefault(rows_of[name]["kind"], []).append(point)
-    series = {kind: sorted(points) for kind, points in series.items()}  # joined ones may come in any order
-    plots.series(path, series, drawn["label"], drawn["y"], drawn["logarithmic"])
+        points_of.setdefault(rows_of[name]["kind"], []).append(point)
+    lines = {kind: sorted(points) for kind, points in points_of.items()}  # joined ones may come in any order
+    series(path, lines, drawn["label"], drawn["y"], drawn["logarithmic"])
+
+
+def dots(path, runs):
+    """A line a run, a mark a figure; `runs`: {run: {figure: (AUC, its deviation)}}. Runs without figures are left out.
+
+    Runs named "group: run" have a panel a group. The axis is 1 − AUC, logarithmic: good figures differ near one only.
+    """
+    groups = {}
+    for name, figures in runs.items():
+        group, colon, own = name.partition(": ")
+        if figures:
+            groups.setdefault(group if colon else "", {})[own if colon else name] = figures
+    figure, axes = plots.plt.subplots(
+        len(groups), 1, figsize=(plots.WIDTH, 1 + sum(0.5 + 0.22 * len(group) for group in groups.values())),
+        squeeze=False, sharex=True, layout="constrained",
+        gridspec_kw={"height_ratios": [len(group) for group in groups.values()]},
+    )  # fmt: skip
+    names = list(dict.fromkeys(name for group in groups.values() for figures in group.values() for name in figures))
+    for panel, (group, own) in zip(axes[:, 0], groups.items(), strict=True):
+        for i, name in enumerate(names):
+            lines = [(y, figures[name]) for y, figures in enumerate(own.values()) if name in figures]
+            y = [line + 0.5 * (i - (len(names) - 1) / 2) / len(names) for line, _ in lines]
+            error = [max(1 - auc, 1e-6) for _, (auc, _) in lines]
+            deviations = [deviation for _, (_, deviation) in lines]
+            panel.errorbar(error, y, xerr=deviations, fmt="o", ms=4, color=f"C{i}", label=plots.label_of(name))
+        panel.set(xscale="log", title=plots.label_of(group), ylim=(len(own) - 0.5, -0.5))
+        panel.set_yticks(range(len(own)), [plots.label_of(name) for name in own])
+    axes[-1, 0].set_xlabel("1 − AUC (left is better; from 1e-6)")
+    handles = {label: handle for panel in axes[:, 0] for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside upper center", ncol=2)
+    plots.save(figure, path)
+
+
+def series(path, lines, x_label, y_label, logarithmic):
+    """How far a figure is from its best against a quantity, logarithmic.
+
+    `lines` is {name: [(x, figure, its deviation), ...]}; `y_label` names the figure, an AUC or, if
+    it ends in %, a percentage. Without an `x_label` every line has a panel and its name, the
+    quantity, stands below it; the panels are one above the other, for narrow screens.
+    """
+    panels = 1 if x_label else len(lines)
+    best, least = (100, 0.01) if y_label.endswith("%") else (1, 1e-6)
+    figure, axes = plots.plt.subplots(panels, 1, figsize=(plots.WIDTH, 0.5 + 3.2 * panels), squeeze=False)
+    for i, (name, points) in enumerate(lines.items()):
+        x, value, deviation = np.transpose(points)
+        missing = np.maximum(best - value, least)
+        panel = axes[i % panels, 0]
+        label = plots.label_of(name)
+        panel.errorbar(x, missing, yerr=deviation, marker="o", ms=4, label=label)
+        panel.set(
+            xscale="log" if logarithmic else "linear", yscale="log", xlabel=x_label or label,
+            ylabel=f"{best} − {y_label} (lower is better)",
+        )  # fmt: skip
+    if x_label:
+        axes[0, 0].legend()
+    figure.tight_layout()
+    plots.save(figure, path)
 
 
 def check_folder(folder, names):

@@ -8,8 +8,8 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
 GRID = 8  # blocks along the side of an image
-CELL = 0.05  # wide, in each figure; rounding to 8 bit changes a figure of a lens by 0.003 at most
-NEAR, FAR = 0.006, 0.04  # rounding to 8 bit changes the figures of a lens by less; those of noise
+CELL = 0.05  # wide, in each number of a signature; rounding to 8 bit changes one of a lens by 0.003 at most
+NEAR, FAR = 0.006, 0.04  # rounding to 8 bit changes the signatures of a lens by less; those of noise
 NEIGHBOURS = 6  # of an image, itself among them, of which the near ones are compared pixel by pixel
 CHUNK = 2**17  # pixels that stay in the processor's cache
 
@@ -20,11 +20,11 @@ def orientations(images):
     return mirrored + [view.swapaxes(-1, -2) for view in mirrored]
 
 
-def figures_of(images):
-    """Figures (b, 12) of images (b, H, H) that orientation, offset and scale do not change.
+def signatures_of(images):
+    """Signatures (b, 12) of images (b, H, H) that orientation, offset and scale do not change.
 
     The squared distance from the mean is averaged in 8 × 8 blocks and standardised. It shows bright
-    pixels, which rounding changes least. The figures are mean and root mean square of the blocks
+    pixels, which rounding changes least. The signatures are mean and root mean square of the blocks
     that the eight orientations exchange; those at the border are left out.
     """
     size = images.shape[1]
@@ -32,7 +32,7 @@ def figures_of(images):
     overlap = np.minimum(edges[1:, None], pixels + 1) - np.maximum(edges[:-1, None], pixels)
     averaging = overlap.clip(0) * GRID / size
     rows, columns = (index + 1 for index in np.triu_indices(GRID // 2 - 1))
-    figures = np.empty((len(images), 2 * len(rows)))
+    signatures = np.empty((len(images), 2 * len(rows)))
     step = max(1, CHUNK // size**2)
     for start in range(0, len(images), step):
         squares = images[start : start + step].astype(np.float64)
@@ -45,18 +45,18 @@ def figures_of(images):
         even = spread <= 1e-9 * mean + 1e-20 * peak**2  # what is left then is rounding of the mean
         blocks = np.where(even, 0, (blocks - mean) / np.where(even, 1, spread))
         turned = np.stack(orientations(blocks))[:, :, rows, columns]
-        figures[start : start + step] = np.hstack([turned.mean(axis=0), np.sqrt((turned**2).mean(axis=0))])
-    return figures
+        signatures[start : start + step] = np.hstack([turned.mean(axis=0), np.sqrt((turned**2).mean(axis=0))])
+    return signatures
 
 
-def hashes_of(images, figures):
-    """The hash (b,) uint64 of each image (b, H, H) float32 with its `figures_of`.
+def hashes_of(images, signatures):
+    """The hash (b,) uint64 of each image (b, H, H) float32 with its `signatures_of`.
 
-    The upper half is that of the cell of its figures, which its turned, rescaled and rounded copies
+    The upper half is that of the cell of its signatures, which its turned, rescaled and rounded copies
     have with few exceptions, and a few other images, too. The lower half is that of its pixels in
     the first of its orientations.
     """
-    cells = np.rint(figures / CELL).astype("<i8")
+    cells = np.rint(signatures / CELL).astype("<i8")
     halves = [_digest(cell) + _digest(_first_orientation(image)) for cell, image in zip(cells, images, strict=True)]
     return np.frombuffer(b"".join(halves), ">u8").astype(np.uint64)
 
@@ -73,10 +73,10 @@ def _first_orientation(image):
     return min(view.tobytes() for view, beginning in zip(turned, beginnings, strict=True) if beginning == first)
 
 
-def originals_of(images, hashes, figures):
+def originals_of(images, hashes, signatures):
     """What all copies of an image have in common (n,) uint64: the lowest of their hashes."""
     _, first, which = np.unique(hashes, return_index=True, return_inverse=True)
-    near = figures[first]
+    near = signatures[first]
     distance, found = cKDTree(near).query(near, NEIGHBOURS, p=np.inf, distance_upper_bound=FAR)
     limit = np.maximum(NEAR, distance[:, -1:] / 6)  # the second: much nearer than the others
     one, other = np.nonzero((found < len(first)) & (distance < limit))

@@ -38,7 +38,7 @@ def _settle_environment():
     for name in THREADS:
         value = os.environ.get(name, "")
         if value and not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", value):
-            _say(f"error: {name}={value} in the environment is no number of threads: unset it, or give one from 1")
+            warn(f"error: {name}={value} in the environment is no number of threads: unset it, or give one from 1")
             sys.exit(2)
     for name in OVERRIDING:
         os.environ.pop(name, None)
@@ -46,7 +46,7 @@ def _settle_environment():
 
 
 def _stop_at_once(*_):
-    _say("interrupted")
+    warn("interrupted")
     os._exit(130)
 
 
@@ -58,7 +58,7 @@ def _tell_what_is_missing(kind, error, trace):
     asks_for_help = not {"-h", "--help"}.isdisjoint(sys.argv[1:])
     if asks_for_help:
         print(sys.modules["__main__"].__doc__ or "")  # python -OO keeps none
-    _say(f"error: {about_missing(error)}")
+    warn(f"error: {about_missing(error)}")
     sys.exit(0 if asks_for_help else 2)
 
 
@@ -87,7 +87,7 @@ def run_main(main):
         with contextlib.suppress(BrokenPipeError):  # the work is done, even if nobody reads the output
             sys.stdout.flush()
     except UserError as error:
-        _say(f"error: {error}")
+        warn(f"error: {error}")
         code = 2
     except BrokenPipeError:
         code = 141  # as the shell reports SIGPIPE
@@ -95,10 +95,10 @@ def run_main(main):
         if error.filename is None and error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        _say(f"error: {where}{error.strerror or error}")
+        warn(f"error: {where}{error.strerror or error}")
         code = 2
     except KeyboardInterrupt:
-        _say("interrupted")
+        warn("interrupted")
         code = 130
     _discard_unwritten_output()
     sys.exit(code)
@@ -130,7 +130,7 @@ def _accept_any_output():
                 stream.reconfigure(errors="backslashreplace")
 
 
-def _say(text):
+def warn(text):
     """Print one line on stderr, if anything still reads it."""
     with contextlib.suppress(OSError):
         print(one_line(text), file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ class Guard(NamedTuple):
     calibration : number of validation images that calibrated the familiarity, 0 if it is unknown;
         None of a classifier without familiarity.
     least_familiarity : images of less are refused.
-    pixel_range : (low, high, faintest) of the training images, see `datasets.pixel_range`. It decides
+    pixel_range : (low, high, faintest) of the training images, see `traits.pixel_range`. It decides
         where the familiarity cannot refuse.
     """
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from lib.augment import augment
-from lib.images import forget_pages
+from lib.npy import forget_pages
 from lib.loader import batch_reader, fixed_random_numbers, in_batches
 from mae import IntensityTransform
 

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from lib import distributed
 from lib.augment import augment, disturbances
-from lib.images import forget_pages
+from lib.npy import forget_pages
 
 EVALUATION_BATCH = 256
 READ_BLOCK, BLOCKS_TOGETHER = 256, 64  # images, where not all of them fit into memory

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lib.datasets import FACTORS
+from lib.listing import FACTORS
 from lib.errors import UserError
 from lib.loader import batch_reader, in_batches
 

@@ -7,13 +7,13 @@ import torch
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
-from lib import compatibility, datasets, distributed, weights
+from lib import compatibility, datasets, distributed, packing, weights
 from lib.clusters import octave_powers
 from lib.errors import UserError
 from lib.files import atomic_write
-from lib.images import read_npy
 from lib.loader import batch_reader, in_batches
 from lib.metrics import auc_of_counts, bootstrap
+from lib.npy import read_npy
 from lib.traits import LEAST_RMS, typical_rms
 from mae import complementary_masks, residual_scores
 
@@ -95,7 +95,7 @@ def stored_maps(maps_of, rows, path, shape, quiet=False):
     stored = (len(rows), channels * side, side)
     if not distributed.from_main(lambda: _is_complete(path, stored)):
         if distributed.is_main():
-            datasets.require_space(path.parent, 2 * math.prod(stored))
+            packing.require_space(path.parent, 2 * math.prod(stored))
             with atomic_write(path) as temporary, temporary.open("wb") as file:
                 _write_maps(file, maps_of, rows, stored, quiet)
         else:

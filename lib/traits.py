@@ -1,4 +1,4 @@
-"""Figures of images and maps that have nothing to do with lensing, and what they tell; numpy alone."""
+"""Traits of images and maps that have nothing to do with lensing, and what they tell; numpy alone."""
 
 import json
 import math
@@ -6,10 +6,11 @@ import math
 import numpy as np
 
 LEAST_RMS = 1e-6  # of float32
+OUTLYING = 30  # see `pixel_range`
 EXTREMES = (0.01, 0.5, 0.99)  # quantiles of the training images that are kept
 
-# The columns of `figures_of`, and what a difference may mean.
-FIGURES = (
+# The columns of `traits_of`, and what a difference may mean.
+TRAITS = (
     ("brightest pixel", "another unit?"),
     ("darkest pixel", "another zero level?"),
     ("typical step between neighbours in the corners", "other noise?"),
@@ -20,8 +21,8 @@ FIGURES = (
 )
 
 
-def figures_of(images):
-    """The FIGURES (n, 7) of images (n, H, H)."""
+def traits_of(images):
+    """The TRAITS (n, 7) of images (n, H, H)."""
     pixels = images.reshape(len(images), -1).astype(np.float64)
     peak, lowest, side = pixels.max(axis=1), pixels.min(axis=1), images.shape[1]
     edge = max(2, side // 8)
@@ -37,35 +38,56 @@ def figures_of(images):
     ], axis=1)  # fmt: skip
 
 
+def far_outside(extremes):
+    """Rows of `extremes` (n, 2), minimum and maximum of each image, beyond `pixel_range`."""
+    low, high, _ = pixel_range(extremes)
+    return np.flatnonzero((extremes[:, 0] < low) | (extremes[:, 1] > high))
+
+
+def pixel_range(extremes):
+    """[low, high, faintest] of images that are not far outside those with these `extremes` (n, 2).
+
+    Pixels lie between low and high. The distance allowed beyond the median image is its range of
+    pixels and OUTLYING times the spread between the quartiles. The brightest pixel of an image is
+    at least `faintest`, a tenth of that of the faintest image above the zero level of the darkest images.
+    """
+    low, high = np.median(extremes, axis=0)
+    lower, upper = np.quantile(extremes, [0.25, 0.75], axis=0)
+    allowed = high - low + OUTLYING * (upper - lower)
+    zero = np.quantile(extremes[:, 0], 0.01)  # of some classes it may be above all pixels of others
+    faintest = zero + (extremes[:, 1].min() - zero) / 10
+    return [float(low - allowed[0]), float(high + allowed[1]), float(faintest)]
+
+
 def typical_rms(maps):
     """The median rms of residual maps (n, H, W): their unit where no file says what smooth lenses leave."""
     return max(float(np.median(np.sqrt(np.square(maps).mean(axis=(1, 2))))), LEAST_RMS)
 
 
 def reference_of(images):
-    """{figure: its EXTREMES} of training images (n, H, W)."""
-    values = np.quantile(figures_of(images), EXTREMES, axis=0).T.tolist()
-    return dict(zip((name for name, _ in FIGURES), values, strict=True))
+    """{trait: its EXTREMES} of training images (n, H, W)."""
+    values = np.quantile(traits_of(images), EXTREMES, axis=0).T.tolist()
+    return dict(zip((name for name, _ in TRAITS), values, strict=True))
 
 
 def reference_in(metadata):
     """The `reference_of` in the metadata of an exported file, (7, 3); None if none there can be used."""
     try:
         stored = json.loads(metadata["figures"])
-        reference = np.array([stored[name] for name, _ in FIGURES], dtype=np.float64)
+        reference = np.array([stored[name] for name, _ in TRAITS], dtype=np.float64)
     except (KeyError, TypeError, ValueError, RecursionError):
         return None
-    sound = reference.shape == (len(FIGURES), len(EXTREMES)) and np.isfinite(reference).all()
+    sound = reference.shape == (len(TRAITS), len(EXTREMES)) and np.isfinite(reference).all()
     return reference if sound else None
 
 
-def advice(figures, reference, unit_known=False, by_chance=False):
-    """What is measurably unlike the training images in most of some images, [text]; see `figures_of`.
+def advice(traits, reference, unit_known=False, by_chance=False):
+    """What is measurably unlike the training images in most of some images, [text]; see `traits_of`.
 
     Without `unit_known`, it says which --scale would make them as bright. `by_chance`: so few images may be the
     strangest of ordinary ones, which often are off-centre.
     """
-    peak, darkest, step, zeros, saturated, row, column = np.median(figures, axis=0)
+    peak, darkest, step, zeros, saturated, row, column = np.median(traits, axis=0)
     low, usual, high = reference.T
     light = max(usual[0] - usual[1], np.finfo(float).tiny)  # of a training image
     found = []
@@ -87,7 +109,7 @@ def advice(figures, reference, unit_known=False, by_chance=False):
         found.append(f"{saturated:.1%} of the pixels are as bright as the brightest: saturated?")
     shift = column - usual[6], row - usual[5]
     # The median of n images scatters less than one image: sqrt(pi / 2 n) of it, for normal centres.
-    share = 1 if by_chance else min(1, math.sqrt(math.pi / 2 / len(figures)))
+    share = 1 if by_chance else min(1, math.sqrt(math.pi / 2 / len(traits)))
     low, high = usual + share * (low - usual), usual + share * (high - usual)
     if not (low[5] <= row <= high[5] and low[6] <= column <= high[6]):
         found.append(f"the light is off-centre by ({shift[0]:+.1f}, {shift[1]:+.1f}) pixels")

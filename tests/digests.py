@@ -21,7 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lib.datasets import PackedWriter
+from lib.packing import PackedWriter
 
 CLASS_NAMES = ("line", "points", "smooth")
 SIDE = 16

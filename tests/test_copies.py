@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import CLASSIFIER, assert_refused, run_script, write_classes
 
-from lib import compatibility, copies, datasets, lenses
+from lib import compatibility, copies, datasets, lenses, packing
 
 
 def eight_bit(images):
@@ -44,7 +44,7 @@ FAMILIES = {"lenses": simulated, "small": lambda: numbers(8), "noise": lambda: n
 
 def described(images):
     images = np.ascontiguousarray(images, dtype=np.float32)
-    figures = copies.figures_of(images)
+    figures = copies.signatures_of(images)
     return images, copies.hashes_of(images, figures), figures
 
 
@@ -124,7 +124,7 @@ def test_images_that_are_copies_of_training_images_are_refused(packed, runs, tmp
     images = np.array(dataset.images)
     more = tmp_path / "more"
     more.mkdir()
-    writer = datasets.PackedWriter(more, (300, 64, 64), dataset.class_names, "turned")
+    writer = packing.PackedWriter(more, (300, 64, 64), dataset.class_names, "turned")
     writer.append(np.rot90(images, 1, (1, 2)), dataset.labels)
     writer.close()
     trained = sum(len(rows) for part, rows in datasets.split(dataset).items() if part != "test")

@@ -70,9 +70,9 @@ def test_an_image_stays_in_its_part_whatever_else_is_there(tmp_path):
     extra = write_classes(tmp_path / "more", {"a": 40, "c": 60}, seed=1)
     shutil.copytree(extra, root, dirs_exist_ok=True)
     after = datasets.load(root)
-    for part in datasets.PARTS:
+    for part in listing.PARTS:
         assert contents(before, part) == contents(after, part) & contents(before, part)
-        others = set().union(*(contents(after, p) for p in datasets.PARTS if p != part))
+        others = set().union(*(contents(after, p) for p in listing.PARTS if p != part))
         assert not contents(before, part) & others
 
 

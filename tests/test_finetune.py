@@ -288,7 +288,7 @@ def test_what_makes_no_sense_for_a_strategy_or_its_start_is_refused(
 def test_images_in_another_unit_than_the_weights_are_refused(packed, runs, tmp_path):
     dataset, counts = datasets.load(packed), tmp_path / "counts"
     counts.mkdir()
-    writer = datasets.PackedWriter(counts, (300, 64, 64), dataset.class_names, "counts")
+    writer = packing.PackedWriter(counts, (300, 64, 64), dataset.class_names, "counts")
     for image, label in zip(dataset.images, dataset.labels.tolist(), strict=True):
         writer.append(1000 * image[None], label)
     writer.close()

@@ -9,7 +9,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from lib import files, images, onnxfile, weights
+from lib import files, images, npy, onnxfile, weights
 from lib.errors import UserError
 
 FUZZED_FILES = int(os.environ.get("FUZZED_FILES", "2000"))
@@ -76,7 +76,7 @@ def test_damaged_npy(tmp_path):
     np.save(tmp_path / "plain.npy", image)
     np.save(tmp_path / "object.npy", np.array([image, 1e-23], dtype=object), allow_pickle=True)
     originals = [(tmp_path / name).read_bytes() for name in ("plain.npy", "object.npy")]
-    refused = fuzz(images.read_npy, tmp_path / "damaged.npy", originals, FUZZED_FILES)
+    refused = fuzz(npy.read_npy, tmp_path / "damaged.npy", originals, FUZZED_FILES)
     assert FUZZED_FILES / 4 < refused < FUZZED_FILES
 
 

@@ -19,8 +19,10 @@ from conftest import bound_by_permissions, run_python
 
 from lib import images
 from lib import fits as fits_reader
+from lib import npy as npy_reader
 from lib.errors import UserError
-from lib.images import How, Said, find_files, read_image, read_images, read_npy, read_stack
+from lib.images import How, Said, find_files, read_image, read_images, read_stack
+from lib.npy import read_npy
 
 SIDE = 8
 IMAGES = np.random.default_rng(0).random((3, SIDE, SIDE)).astype(np.float32)
@@ -331,7 +333,7 @@ def test_a_damaged_hostile_or_huge_npz_file_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cannot read .*x\.npz: No such file"):
         read_image(path)
     np.savez_compressed(path, zeros=np.zeros((400, 400)))
-    monkeypatch.setattr(images, "MAX_NPZ_BYTES", 10_000)
+    monkeypatch.setattr(npy_reader, "MAX_NPZ_BYTES", 10_000)
     assert_refused(path, "too large")
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import assert_refused, run_script, write_classes
 
-from lib import datasets
+from lib import datasets, listing
 
 
 def flat(root, seed=0):
@@ -84,5 +84,5 @@ def test_whatever_is_wrong_is_one_line_that_names_it(lines, named, tmp_path):
 
 
 def test_a_huge_table_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "MAX_LABELS_BYTES", 10)
+    monkeypatch.setattr(listing, "MAX_LABELS_BYTES", 10)
     assert_refused("data.py", ["--data", flat(tmp_path / "d")], "is it a table of files and labels?")

@@ -9,7 +9,7 @@ import torch
 from conftest import finetune_on, pretrain_on
 
 import pretrain
-from lib import datasets, images, intensity, lenses, loader, strategies
+from lib import datasets, intensity, lenses, loader, npy, strategies
 
 CPU = torch.device("cpu")
 
@@ -110,7 +110,7 @@ def test_looking_at_images_from_everywhere_leaves_no_pages_behind(tmp_path):
 
     stored = np.random.default_rng(0).random((4000, 1, 1)).astype(np.float32)
     np.save(tmp_path / "images.npy", np.broadcast_to(stored, (4000, 64, 64)))
-    mapped = images.read_npy(tmp_path / "images.npy")
+    mapped = npy.read_npy(tmp_path / "images.npy")
     before = resident()
     intensity.fit_transform(mapped, np.arange(4000), "log")
     assert resident() - before < 16e6  # of 66 MB

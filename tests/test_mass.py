@@ -24,7 +24,7 @@ def mass_run(runs):
 
 def test_the_masses_of_object_arrays_are_packed_and_those_of_other_files_unknown(folder, runs):
     dataset = datasets.load(folder, runs / "cache")
-    for name, paths in datasets.list_classes(folder)[0].items():
+    for name, paths in listing.list_classes(folder)[0].items():
         own = dataset.masses[dataset.labels == dataset.class_names.index(name)]
         if name == "axion":
             assert np.array_equal(own, [np.load(path, allow_pickle=True)[1] for path in paths])
@@ -51,7 +51,7 @@ def test_too_few_validation_images_with_a_mass_are_named(images, folder, runs, t
     data.mkdir()
     masses_left = np.array(dataset.masses)
     masses_left[[row for row in parts["validation"] if np.isfinite(dataset.masses[row])][images:]] = np.nan
-    writer = datasets.PackedWriter(data, dataset.images.shape, dataset.class_names, "few")
+    writer = packing.PackedWriter(data, dataset.images.shape, dataset.class_names, "few")
     writer.append(np.array(dataset.images), dataset.labels, masses=masses_left)
     writer.close()
     out = tmp_path / "out"
@@ -125,7 +125,7 @@ def test_a_network_learns_the_mass_of_vortices_from_their_images(tmp_path):
     """From 480 images alone; a constant has an error of 0.5 dex."""
     data, out = tmp_path / "data", tmp_path / "out"
     data.mkdir()
-    writer = datasets.PackedWriter(data, (600, 64, 64), ["axion"], "vortices")
+    writer = packing.PackedWriter(data, (600, 64, 64), ["axion"], "vortices")
     _, images, found = next(lenses.simulate("Model_II", 600, seed=0, progress=False))  # axion is the first class
     writer.append(images, 0, masses=found)
     writer.close()

@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 from matplotlib.colors import to_hex
 
+from experiments import results
 from lib import plots
 from predict import Answer
 
@@ -119,7 +120,7 @@ def test_the_page_draws_maps_in_the_colours_of_the_sheet():
 
 def test_dots_of_groups_have_a_panel_each_and_are_read_on_a_phone(drawn):
     kinds = {f"a kind of image with a long name, {i}": {"AUC one": (0.9, 0.01), "AUC two": (1.0, 0.0)} for i in range(9)}
-    plots.dots("dots", {f"{group}: {name}": figures for group in ("full", "residual")
+    results.dots("dots", {f"{group}: {name}": figures for group in ("full", "residual")
                         for name, figures in ({"clean": {}} | kinds).items()})  # fmt: skip
     figure = drawn["dots"]
     assert [panel.get_title() for panel in figure.axes] == ["full", "residual"]

@@ -11,7 +11,7 @@ from conftest import CLASSIFIER, assert_refused, run_script, write_classes
 
 import pretrain
 import simulate
-from lib import datasets, lenses
+from lib import datasets, lenses, packing, traits
 from lib.errors import UserError
 
 
@@ -63,7 +63,7 @@ def test_images_far_outside_the_rest_are_named(tmp_path, capsys):
 def test_no_image_of_the_benchmark_is_far_outside_the_rest(model, noise):
     parts = lenses.simulate(model, 100, 0, noise, progress=False)
     images = np.concatenate([images for _, images, _ in parts]).reshape(300, -1)
-    assert not len(datasets.far_outside(np.stack([images.min(1), images.max(1)], axis=1)))
+    assert not len(traits.far_outside(np.stack([images.min(1), images.max(1)], axis=1)))
 
 
 def test_what_systems_leave_behind_is_no_image_and_what_else_is_not_read_is_named(tmp_path, capsys):
@@ -85,7 +85,7 @@ def test_a_class_above_another_does_not_put_it_out_of_range(bright):
     """With a majority of bright images the zero level was above every pixel of the faint ones."""
     levels = np.repeat([0.0, 1.0], [120 - bright, bright])
     extremes = np.stack([levels + 1e-4, levels + 0.9995], axis=1)
-    low, high, faintest = datasets.pixel_range(extremes)
+    low, high, faintest = traits.pixel_range(extremes)
     assert low < extremes[:, 0].min() and extremes[:, 1].max() < high and faintest < extremes[:, 1].min()
 
 
@@ -111,7 +111,7 @@ def test_a_superset_of_the_training_images_is_refused_with_the_overlap(packed, r
     dataset = datasets.load(packed)
     more = tmp_path / "more"
     more.mkdir()
-    writer = datasets.PackedWriter(more, (301, 64, 64), dataset.class_names, "one more")
+    writer = packing.PackedWriter(more, (301, 64, 64), dataset.class_names, "one more")
     writer.append(np.ones((1, 64, 64)), 0)
     for image, label in zip(dataset.images, dataset.labels.tolist(), strict=True):
         writer.append(image[None], label)
@@ -136,7 +136,7 @@ def test_an_image_that_moved_from_training_to_test_is_found_out(packed, runs, tm
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+    monkeypatch.setattr(packing.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
     with pytest.raises(UserError, match="GB left"):
         load(write_classes(tmp_path / "d", {"a": 20, "b": 20}), tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
@@ -178,7 +178,7 @@ def test_a_class_name_is_the_same_however_its_accents_are_written(name, tmp_path
     assert asked == NAMES[:1] * 2
     assert set(dataset.labels[datasets.rows_of_classes(dataset, np.arange(40), asked)]) == {1}
     (tmp_path / "packed").mkdir()
-    writer = datasets.PackedWriter(tmp_path / "packed", (1, 4, 4), [name], "")
+    writer = packing.PackedWriter(tmp_path / "packed", (1, 4, 4), [name], "")
     writer.append(np.ones((1, 4, 4)), 0)
     writer.close()
     assert load(tmp_path / "packed").class_names == (NAMES[0],)

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, write_classes
 from test_images import objects
 
-from lib import datasets, predictions
+from lib import datasets, listing, predictions
 from lib.errors import UserError
 from lib.images import Said, read_images
 
@@ -51,7 +51,7 @@ def test_the_split_of_a_stack_is_that_of_its_images_in_files_of_their_own(tmp_pa
         np.save(tmp_path / "files" / "ab"[row // 60] / f"{row:03d}.npy", image)
     stacks, files = datasets.load(root), datasets.load(tmp_path / "files")
     assert stacks.fingerprint == files.fingerprint
-    assert all(np.array_equal(datasets.split(stacks)[part], datasets.split(files)[part]) for part in datasets.PARTS)
+    assert all(np.array_equal(datasets.split(stacks)[part], datasets.split(files)[part]) for part in listing.PARTS)
 
 
 def test_stacks_and_files_of_one_image_and_its_mass_stand_side_by_side(tmp_path):

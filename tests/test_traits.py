@@ -23,13 +23,13 @@ NOISE = np.random.default_rng(0).normal(size=OTHERS.shape)
                                                (np.where(OTHERS < 0.1, 0, OTHERS), "exactly zero"),
                                                (np.zeros_like(OTHERS), "all pixels are equal")])  # fmt: skip
 def test_what_is_measurable_is_named_and_nothing_is_said_of_ordinary_images(changed, said):
-    found = traits.advice(traits.figures_of(changed.astype(np.float32)), REFERENCE)
+    found = traits.advice(traits.traits_of(changed.astype(np.float32)), REFERENCE)
     assert any(said in text for text in found) if said else found == []
 
 
 @pytest.mark.parametrize("shift", [(3, -3), (0, 2)])
 def test_a_shift_of_many_images_is_named_though_one_image_may_be_so(shift):
-    shifted = traits.figures_of(np.roll(OTHERS, shift, axis=(1, 2)))
+    shifted = traits.traits_of(np.roll(OTHERS, shift, axis=(1, 2)))
     assert any(text.startswith("the light is off-centre by (") for text in traits.advice(shifted, REFERENCE))
     (row, column), usual = np.median(shifted[:, 5:], axis=0), REFERENCE[5:, 1]
     assert np.all((REFERENCE[5:, 0] < (row, column)) & ((row, column) < REFERENCE[5:, 2]))
@@ -38,9 +38,9 @@ def test_a_shift_of_many_images_is_named_though_one_image_may_be_so(shift):
 
 def test_a_shift_of_as_few_images_as_chance_makes_strange_is_none():
     """The strangest ordinary images are off-centre: they are chosen for it."""
-    shifted = traits.figures_of(np.roll(OTHERS, (3, -3), axis=(1, 2)))
+    shifted = traits.traits_of(np.roll(OTHERS, (3, -3), axis=(1, 2)))
     assert traits.advice(shifted, REFERENCE, by_chance=True) == []
-    assert traits.advice(traits.figures_of(255 * OTHERS), REFERENCE, by_chance=True)
+    assert traits.advice(traits.traits_of(255 * OTHERS), REFERENCE, by_chance=True)
 
 
 def test_figures_of_a_file_are_used_only_if_they_are_sound():
