@@ -129,7 +129,7 @@ def train(args, task, strategy, start, chosen, dataset, rows, parts, run):
         model.state_dict(), config, seen, fitted, number_format=precision.name,
         pixel_range=traits.pixel_range(datasets.extremes_of(dataset, rows)), best=kept,
     )  # fmt: skip
-    plots.attempt(task.picture, args.out / "curves.png", history)
+    plots.attempt(plots.curves, args.out / "curves.png", history, task.curves)
 
 
 def familiarity_of(start, dataset, parts, config, chosen, args):

@@ -22,8 +22,8 @@ LONGEST_LABEL = 80
 WITH_METADATA = (".png", ".pdf", ".svg", ".eps", ".ps")  # other formats cannot say who made them
 RESIDUAL = "residual (image − prediction), in the network's scale"
 SIGMAS = "residual (image − prediction), in σ of smooth lenses"
-SHARES = ("accuracy", "macro_auc")  # figures of a training that are 1 at best
-WIDE = 3  # ratio of the largest to the smallest figure from which curves are logarithmic
+SHARES = ("accuracy", "macro_auc")  # values of a training that are 1 at best
+WIDE = 3  # ratio of the largest to the smallest value from which curves are logarithmic
 MOST_SIGMAS, LINEAR_SIGMAS = 100, 3  # where the colours of a map end, and up to where they are linear
 TICKS = (-MOST_SIGMAS, -20, -5, 0, 5, 20, MOST_SIGMAS)
 
@@ -88,29 +88,32 @@ def run_styles(runs):
     }
 
 
-def _curves(axes, history, name, label):
+def _draw_curves(axes, history, name, label):
     """A line for each part, with its last value in the legend; of one validation the values, and no line.
 
-    Positive figures that vary by more than WIDE have a logarithmic axis; those of SHARES are drawn up to 1, their best.
+    Positive values that vary by more than WIDE have a logarithmic axis; those of SHARES are drawn up to 1, their best.
     """
     # The weights that a classifier continues from are validated before anything is trained.
-    points = {part: [(line["epoch"], line[f"{part}_{name}"]) for line in history if f"{part}_{name}" in line]
-              for part in ("train", "validation")}  # fmt: skip
+    points = {}
+    for part in ("train", "validation"):
+        column = name if name.startswith(part) else f"{part}_{name}"
+        points[part] = [(line["epoch"], line[column]) for line in history if column in line]
     last = ", last" if len(history) > 1 else ""
-    for part, own in points.items():
-        if not own:
+    is_single, every = len(history) == 1, []
+    for (part, pairs), marker, colour, side in zip(points.items(), "so", ("0.45", "black"), (-7, 7), strict=True):
+        if not pairs:
             continue
-        epochs, values = zip(*own, strict=True)
-        marker, colour = ("s", "0.45") if part == "train" else ("o", "black")
+        epochs, values = zip(*pairs, strict=True)
+        every += values
         axes.plot(epochs, values, marker=marker, ms=4, color=colour, label=f"{part}{last} {values[-1]:.6g}")
-        if len(history) == 1:
-            _value_beside(axes, epochs[0], values[0], is_left=part == "train")
+        if is_single:  # the value as text on one side of its mark
+            axes.annotate(f"{values[0]:.6g}", pairs[0], (side, 0), textcoords="offset points", va="center",
+                          ha="right" if side < 0 else "left")  # fmt: skip
     end = history[-1]["epoch"]
-    axes.set(xlim=(0, 1.04 * end), xlabel="epoch", ylabel=label)
-    if len(history) == 1:
-        axes.set(xlim=(0, 2 * end), title="one validation, so there is no curve")
-    figures = [value for own in points.values() for _, value in own]
-    low, high = min(figures), max(figures)
+    axes.set(xlim=(0, 2 * end if is_single else 1.04 * end), xlabel="epoch", ylabel=label)
+    if is_single:
+        axes.set_title("one validation, so there is no curve")
+    low, high = min(every), max(every)
     if name in SHARES:
         missing = 1 - low or 0.1
         axes.set_ylim(1 - 1.4 * missing, 1 + 0.1 * missing)
@@ -119,57 +122,47 @@ def _curves(axes, history, name, label):
     axes.legend()
 
 
-def _value_beside(axes, x, y, is_left):
-    """A value as text on one side of its mark."""
-    axes.annotate(f"{y:.6g}", (x, y), (-7 if is_left else 7, 0), textcoords="offset points", va="center",
-                  ha="right" if is_left else "left")  # fmt: skip
+def curves(path, history, panels):
+    """A panel for each of `panels`, {name in the history: label}, one above the other, for narrow screens.
 
-
-def _panels_of_curves(path, history, *panels):
-    """Panels of (name in the history, label), one above the other, for narrow screens."""
+    A name such as train_loss is of one part, loss of both.
+    """
     figure, axes = plt.subplots(len(panels), 1, figsize=(4.2, 2.8 * len(panels) + 0.6), squeeze=False)
-    for panel, (name, label) in zip(axes[:, 0], panels, strict=True):
-        _curves(panel, history, name, label)
+    for panel, (name, label) in zip(axes[:, 0], panels.items(), strict=True):
+        _draw_curves(panel, history, name, label)
     figure.tight_layout()
     save(figure, path)
-
-
-def loss_curves(path, history, label):
-    """Training and validation loss over the epochs."""
-    _panels_of_curves(path, history, ("loss", label))
-
-
-def classifier_curves(path, history):
-    """Loss, accuracy and macro AUC over the epochs."""
-    _panels_of_curves(path, history, ("loss", "cross-entropy"), ("accuracy", "accuracy"),
-                      ("macro_auc", "macro one-vs-rest AUC"))  # fmt: skip
-
-
-def mass_curves(path, history):
-    """Loss and mean error of the axion's mass over the epochs."""
-    _panels_of_curves(path, history, ("loss", "negative log-likelihood"), ("error", "mean error of log10 mass, dex"))
-
-
-def sharpening_curves(path, history):
-    """The training loss in units of what interpolation leaves, and the PSNR of the validation, over the epochs."""
-    history = [{name: line[name] for name in ("epoch", "train_loss", "validation_psnr")} for line in history]
-    _panels_of_curves(path, history, ("loss", "loss / that of interpolation"), ("psnr", "PSNR, dB"))
 
 
 def sharpened(path, coarse, ours, sharp, sigmas):
     """Rows of (coarse image, ours, sharp image, error in σ of the noise), each (n, pixels, pixels)."""
     titles = ("coarse", "ours", "sharp", "(sharp − ours) / σ")
-    figure, axes = plt.subplots(len(ours), 4, figsize=(9, 2.2 * len(ours)), squeeze=False, layout="constrained")
+    figure, axes = _grid(len(ours), 4, (9, 2.2 * len(ours)))
     for row, *images, error in zip(axes, coarse, ours, sharp, sigmas, strict=True):
         low, high = images[-1].min(), images[-1].max()
         for panel, image in zip(row, images, strict=False):
-            shown = panel.imshow(image, vmin=low, vmax=high, cmap="magma", origin="lower")
+            shown = _show(panel, image, vmin=low, vmax=high)
         figure.colorbar(shown, ax=row[2])
-        figure.colorbar(row[3].imshow(error, vmin=-4, vmax=4, cmap="RdBu_r", origin="lower"), ax=row[3])
+        figure.colorbar(_show(row[3], error, "RdBu_r", vmin=-4, vmax=4), ax=row[3])
         for panel, title in zip(row, titles, strict=True):
             panel.set(xticks=[], yticks=[], title=title)
             panel.grid(visible=False)
     save(figure, path)
+
+
+def _grid(rows, columns, size):
+    """A figure of a size in inches, and its panels (rows, columns)."""
+    return plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+
+
+def _show(panel, image, cmap="magma", **scale):
+    """Draw an image (H, W), its first row below."""
+    return panel.imshow(image, cmap=cmap, origin="lower", **scale)
+
+
+def _without_axes(axes):
+    for panel in axes.flat:
+        panel.set_axis_off()
 
 
 def masses(path, truth, estimates, low, high, shares, coverage):
@@ -200,18 +193,15 @@ def reconstructions(path, original, masked, reconstruction, class_names):
     """Rows of (original, masked, reconstruction, residual); arrays (classes, examples, H, W)."""
     classes, examples = original.shape[:2]
     titles = ("original", "masked", "reconstruction", "residual")
-    figure, axes = plt.subplots(
-        classes * examples, 4, figsize=(7.8, 1.8 * classes * examples), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
+    figure, axes = _grid(classes * examples, 4, (7.8, 1.8 * classes * examples))
     residual = original - reconstruction
     limit = np.quantile(np.abs(residual[np.abs(residual) > 0]), 0.99) if residual.any() else 1
     for i, row in enumerate(axes):
         c, e = divmod(i, examples)
         low, high = original[c, e].min(), original[c, e].max()
         for panel, image in zip(row, (original, masked, reconstruction), strict=False):
-            panel.imshow(image[c, e], vmin=low, vmax=high, cmap="magma", origin="lower")
-        last = row[3].imshow(residual[c, e], vmin=-limit, vmax=limit, cmap="RdBu_r", origin="lower")
+            _show(panel, image[c, e], vmin=low, vmax=high)
+        last = _show(row[3], residual[c, e], "RdBu_r", vmin=-limit, vmax=limit)
         for panel, title in zip(row, titles, strict=True):
             panel.set(xticks=[], yticks=[], title=title if i == 0 else "")
             panel.set_facecolor("0.8")
@@ -227,7 +217,7 @@ def substructure_map(panel, residual, sigma):
     Returns what `map_scale` takes.
     """
     norm = AsinhNorm(linear_width=LINEAR_SIGMAS, vmin=-MOST_SIGMAS, vmax=MOST_SIGMAS)
-    return panel.imshow(residual / sigma, norm=norm, cmap="RdBu_r", origin="lower")
+    return _show(panel, residual / sigma, "RdBu_r", norm=norm)
 
 
 def map_scale(figure, drawn, axes, label=SIGMAS, ticks=TICKS, **where):
@@ -243,19 +233,16 @@ def residual_maps(path, images, residuals, sigma, titles, marks=None):
     """
     columns = 3
     rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(
-        2 * rows, columns, figsize=(PANEL * columns, (2 * PANEL + 0.25) * rows + 0.8), squeeze=False,
-        layout="constrained",
-    )  # fmt: skip
-    for panel in axes.flat:
-        panel.set_axis_off()
+    figure, axes = _grid(2 * rows, columns, (PANEL * columns, (2 * PANEL + 0.25) * rows + 0.8))
+    _without_axes(axes)
     for i, (image, residual, title) in enumerate(zip(images, residuals, titles, strict=True)):
         row, column = divmod(i, columns)
-        axes[2 * row, column].imshow(image, cmap="magma", origin="lower")
-        axes[2 * row, column].set_title(label_of(title), fontsize=8)
-        shown = substructure_map(axes[2 * row + 1, column], residual, sigma)
+        upper, lower = axes[2 * row : 2 * row + 2, column]
+        _show(upper, image)
+        upper.set_title(label_of(title), fontsize=8)
+        shown = substructure_map(lower, residual, sigma)
         if marks is not None:
-            circles(axes[2 * row + 1, column], marks[i])
+            circles(lower, marks[i])
     more = "" if marks is None else "\ncircles: true point masses, Einstein radii"
     map_scale(figure, shown, axes[0], SIGMAS + more, **ABOVE)
     save(figure, path)
@@ -264,9 +251,7 @@ def residual_maps(path, images, residuals, sigma, titles, marks=None):
 def circles(panel, marks):
     """Thin circles (P, 3): x, y, radius in pixels; at least half a pixel, to be seen."""
     drawn = [plt.Circle((x, y), max(radius, 0.5)) for x, y, radius in marks]
-    panel.add_collection(
-        PatchCollection(drawn, facecolor="none", edgecolor="black", linewidth=0.4)
-    )
+    panel.add_collection(PatchCollection(drawn, facecolor="none", edgecolor="black", linewidth=0.4))
 
 
 def contact_sheet(path, answers, class_names, maps, sigma, pixel_scale=None):
@@ -279,29 +264,27 @@ def contact_sheet(path, answers, class_names, maps, sigma, pixel_scale=None):
     panels = 1 if maps is None else 2
     columns = min(4 // panels, len(answers))  # for narrow screens
     rows = -(-len(answers) // columns)
-    figure, axes = plt.subplots(
-        rows, columns * panels,
-        figsize=(PANEL_OF_SHEET * columns * panels, (PANEL_OF_SHEET + 0.4) * rows + 0.7 * (panels - 1)),
-        squeeze=False, layout="constrained",
-    )  # fmt: skip
-    for panel in axes.flat:
-        panel.set_axis_off()
+    size = (PANEL_OF_SHEET * columns * panels, (PANEL_OF_SHEET + 0.4) * rows + 0.7 * (panels - 1))
+    figure, axes = _grid(rows, columns * panels, size)
+    _without_axes(axes)
     unit = None if maps is None else sigma or typical_rms(maps)
     for i, answer in enumerate(answers):
-        line, column = divmod(i, columns)
-        panel = axes[line, panels * column]
-        panel.imshow(_stretched(answer.image[0]), cmap="magma", origin="lower")
-        rows_of_text = zip(class_names, answer.probabilities, strict=True)
-        each = "\n".join(f"{label_of(name)} {p:.3f}" for name, p in rows_of_text)
+        panel, *beside = axes.reshape(-1, panels)[i]
+        _show(panel, _stretched(answer.image[0]))
+        shares = zip(class_names, answer.probabilities, strict=True)
         title = f"{label_of(shortened(answer.name, 18))}\n{label_of(answer.prediction)}"
         colour = "black" if answer.prediction in class_names else "crimson"
         panel.set_title(title, fontsize=8, fontweight="bold", color=colour)
-        panel.text(0.02, 0.02, each, fontsize=7, color="white", transform=panel.transAxes)
-        if maps is not None:
-            drawn = substructure_map(axes[line, 2 * column + 1], maps[i], unit)
-            axes[line, 2 * column + 1].set_title("substructure map", fontsize=8)
+        panel.text(0.02, 0.02, "\n".join(f"{label_of(name)} {p:.3f}" for name, p in shares), fontsize=7, color="white",
+                   transform=panel.transAxes)  # fmt: skip
+        for panel_of_map in beside:
+            drawn = substructure_map(panel_of_map, maps[i], unit)
+            panel_of_map.set_title("substructure map", fontsize=8)
     if pixel_scale:
-        _arcsec_bar(axes[0, 0], answers[0].image.shape[-1], pixel_scale)
+        side = answers[0].image.shape[-1]
+        end = 0.95 * side
+        axes[0, 0].plot([end - 1 / pixel_scale, end], [0.06 * side] * 2, color="white", linewidth=1.5)
+        axes[0, 0].text(end, 0.08 * side, "1″", color="white", fontsize=7, ha="right")
     if maps is not None:
         map_scale(figure, drawn, axes[0], **ABOVE)
     save(figure, path)
@@ -311,12 +294,6 @@ def shortened(text, most):
     """A text of at most `most` characters: what is left out is in its middle, since names end in numbers."""
     half = most // 2
     return text if len(text) <= most else f"{text[:half]}…{text[half + 1 - most :]}"
-
-
-def _arcsec_bar(panel, side, pixel_scale):
-    end = 0.95 * side
-    panel.plot([end - 1 / pixel_scale, end], [0.06 * side] * 2, color="white", linewidth=1.5)
-    panel.text(end, 0.08 * side, "1″", color="white", fontsize=7, ha="right")
 
 
 def _stretched(image):
@@ -344,9 +321,7 @@ def roc_curves(path, curves):
     The false positive rate is logarithmic: good classifiers differ near zero only.
     """
     class_names, styles = list(next(iter(curves.values()))), run_styles(curves)
-    figure, axes = plt.subplots(
-        len(class_names), 1, figsize=(4.2, 3.4 * len(class_names)), squeeze=False
-    )
+    figure, axes = plt.subplots(len(class_names), 1, figsize=(4.2, 3.4 * len(class_names)), squeeze=False)
     for panel, class_name in zip(axes[:, 0], class_names, strict=True):
         for run, by_class in curves.items():
             false_positive, true_positive, auc = by_class[class_name]
@@ -354,13 +329,8 @@ def roc_curves(path, curves):
             panel.plot(false_positive, true_positive, label=label, **styles[run])
         chance = np.geomspace(1e-4, 1)
         panel.plot(chance, chance, color="0.7", linestyle=":")
-        panel.set(
-            xscale="log",
-            xlim=(1e-4, 1),
-            title=f"{label_of(class_name)} against the rest",
-            xlabel="false positive rate",
-            ylabel="true positive rate",
-        )
+        panel.set(xscale="log", xlim=(1e-4, 1), title=f"{label_of(class_name)} against the rest",
+                  xlabel="false positive rate", ylabel="true positive rate")  # fmt: skip
         panel.legend(title="AUC", loc="lower right")
     figure.tight_layout()
     save(figure, path)
@@ -390,9 +360,9 @@ def familiarity(path, values, least):
     diagonal, styles = np.array([1e-4, 1]), run_styles(values)
     axes.plot(diagonal, diagonal, color="0.7", linestyle=":", label="like the training images")
     axes.axvline(least, color="black", linewidth=1, label=f"refused below {least:g}")
-    for run_name, own in values.items():
-        share = np.arange(1, len(own) + 1) / len(own)
-        axes.step(np.sort(own), share, where="post", label=label_of(run_name), **styles[run_name])
+    for run, of_run in values.items():
+        share = np.arange(1, len(of_run) + 1) / len(of_run)
+        axes.step(np.sort(of_run), share, where="post", label=label_of(run), **styles[run])
     axes.set(xscale="log", yscale="log", xlabel="familiarity", ylabel="share of images below")
     axes.legend()
     save(figure, path)
@@ -402,18 +372,14 @@ def mistakes(path, images, chosen, class_names):
     """Images (N, H, W) at `chosen`: [(row, true class, predicted class, probability), ...]."""
     columns = 3
     rows = max(1, -(-len(chosen) // columns))
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(1.8 * columns, 2.1 * rows), squeeze=False, layout="constrained"
-    )
-    for panel in axes.flat:
-        panel.set_axis_off()
+    figure, axes = _grid(rows, columns, (1.8 * columns, 2.1 * rows))
+    _without_axes(axes)
     if not chosen:
         axes[0, 0].text(0, 0.5, "no mistakes")
     for panel, (row, true, predicted, probability) in zip(axes.flat, chosen, strict=False):
-        panel.imshow(_stretched(images[row]), cmap="magma", origin="lower")
+        _show(panel, _stretched(images[row]))
         taken, given = label_of(class_names[true]), label_of(class_names[predicted])
-        title = f"{taken} taken for\n{given} ({probability:.3f})"
-        panel.set_title(title, fontsize=8)
+        panel.set_title(f"{taken} taken for\n{given} ({probability:.3f})", fontsize=8)
     save(figure, path)
 
 

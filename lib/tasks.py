@@ -10,10 +10,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lib import datasets, masses, metrics, pairs, plots
+from lib import datasets, masses, metrics, pairs
 from lib.errors import UserError
 
 UNIT_PAIRS = 200  # training pairs that the unit of the loss comes from
+CLASS_CURVES = {"loss": "cross-entropy", "accuracy": "accuracy", "macro_auc": "macro one-vs-rest AUC"}
+MASS_CURVES = {"loss": "negative log-likelihood", "error": "mean error of log10 mass, dex"}
+# The loss of training is in units of what interpolation leaves, that of validation is not.
+SHARP_CURVES = {"train_loss": "loss / that of interpolation", "psnr": "PSNR, dB"}
 
 
 class Task(NamedTuple):
@@ -27,7 +31,7 @@ class Task(NamedTuple):
     validation_figures : (outputs (n, width), targets (n, ...)) -> {"loss": number, ...}.
     score : the validation figure whose largest value is the best; None where the last weights are kept.
     calibrated : (outputs, targets) of the validation images -> {name of a buffer: its value}.
-    picture : (path, lines of metrics.jsonl) -> draws the training's curves.
+    curves : what of a training is drawn, see `plots.curves`.
     about : what else decides the weights, beside images and options.
     inputs : the `Dataset` whose images the network sees; None: that of the targets.
     """
@@ -40,7 +44,7 @@ class Task(NamedTuple):
     validation_figures: callable
     score: str | None
     calibrated: callable
-    picture: callable
+    curves: dict
     about: dict = {}  # noqa: RUF012
     inputs: datasets.Dataset | None = None
 
@@ -54,7 +58,7 @@ def classification(dataset, rows):
         torch.from_numpy(np.array(dataset.labels)), np.ones(len(dataset.labels), bool),
         cross_entropy_and_accuracy, classification_figures, "macro_auc",
         lambda logits, labels: {"temperature": metrics.fit_temperature(logits, labels)},
-        plots.classifier_curves,
+        CLASS_CURVES,
     )  # fmt: skip
 
 
@@ -77,7 +81,7 @@ def mass(dataset, rows):
         "vit-mae-mass-wt.pth", {"centre": float(np.mean(own)), "edges": edges},
         torch.from_numpy(targets).float(), np.isfinite(targets), laplace, laplace_figures, None,
         lambda outputs, log_masses: {"widths": masses.fit_widths(outputs, log_masses, edges)},
-        plots.mass_curves,
+        MASS_CURVES,
         {"masses_sha256": hashlib.sha256(dataset.masses).hexdigest(), "mass_classes": classes},
     )  # fmt: skip
 
@@ -107,7 +111,7 @@ def sharpening(dataset, rows):
     return Task(
         "vit-mae-sharpen-wt.pth", {**config, "unit": unit}, targets, np.ones(len(dataset.labels), bool),
         training_figures, sharpening_figures, None, lambda outputs, sharp: {"error_scale": error_scale(outputs, sharp)},
-        plots.sharpening_curves, {"coarse_sha256": hashlib.sha256(inputs.images).hexdigest()}, inputs,
+        SHARP_CURVES, {"coarse_sha256": hashlib.sha256(inputs.images).hexdigest()}, inputs,
     )  # fmt: skip
 
 

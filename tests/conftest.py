@@ -29,7 +29,7 @@ from lib import errors, lenses, loader, loop, plots, residuals, simulated, strat
 HUNG = 900
 TINY_NETWORK = ["--patch-size", "16", "--embed-dim", "32", "--depth", "2", "--num-heads", "2"]
 TINY_DECODER = ["--decoder-embed-dim", "16", "--decoder-num-heads", "2"]
-PICTURES = ("loss_curves", "reconstructions", "classifier_curves", "mass_curves", "sharpening_curves")  # of lib/plots.py, in training
+PICTURES = ("curves", "reconstructions")  # of lib/plots.py, in training
 # Weights files of the scripts.
 PRETRAINED, CLASSIFIER, MASS = "vit-mae-wt.pth", "vit-mae-classifier-wt.pth", "vit-mae-mass-wt.pth"
 SHARPENER = "vit-mae-sharpen-wt.pth"

@@ -10,7 +10,7 @@ from conftest import ROOT
 from matplotlib.colors import to_hex
 
 from experiments import results
-from lib import plots
+from lib import plots, tasks
 from predict import Answer
 
 
@@ -50,7 +50,7 @@ def test_a_run_has_one_colour_whichever_others_are_drawn(drawn):
 def test_one_validation_has_its_figures_in_words_and_no_axis_far_above_one(drawn, auc):
     line = {"epoch": 1.0, "train_loss": 0.5, "validation_loss": 0.25, "train_accuracy": 0.75,
             "validation_accuracy": 0.875, "validation_macro_auc": auc}  # fmt: skip
-    plots.classifier_curves("curves", [line])
+    plots.curves("curves", [line], tasks.CLASS_CURVES)
     loss, accuracy, macro = drawn["curves"].axes
     texts = [[text.get_text() for text in axes.get_legend().get_texts()] for axes in (loss, accuracy, macro)]
     assert texts == [["train 0.5", "validation 0.25"], ["train 0.75", "validation 0.875"], [f"validation {auc:g}"]]
@@ -79,9 +79,9 @@ def test_every_curve_lies_inside_its_axes_whatever_its_sign_and_range(drawn, val
                "macro_auc": 1 - 0.01 / steps}  # fmt: skip
     history = [{"epoch": float(step), **{f"{part}_{name}": float(values[step - 1]) for name, values in figures.items()
                                          for part in ("train", "validation")}} for step in steps]  # fmt: skip
-    for draw in (plots.mass_curves, plots.sharpening_curves, plots.classifier_curves):
-        draw("curves", history)
-        assert all(is_seen(axes) for axes in drawn["curves"].axes), draw.__name__
+    for panels in (tasks.MASS_CURVES, tasks.SHARP_CURVES, tasks.CLASS_CURVES):
+        plots.curves("curves", history, panels)
+        assert all(is_seen(axes) for axes in drawn["curves"].axes), panels
         assert drawn["curves"].get_figwidth() <= 5.4
         plt.close("all")
 
@@ -89,7 +89,7 @@ def test_every_curve_lies_inside_its_axes_whatever_its_sign_and_range(drawn, val
 def test_the_loss_of_sharpening_is_drawn_in_its_one_unit(drawn):
     """Training gives it in units of what interpolation leaves, validation as it is."""
     history = [{"epoch": float(i), "train_loss": 0.9, "validation_loss": 6e-5, "validation_psnr": 42.0} for i in (1, 2)]
-    plots.sharpening_curves("curves", history)
+    plots.curves("curves", history, tasks.SHARP_CURVES)
     assert [len(axes.get_lines()) for axes in drawn["curves"].axes] == [1, 1]
     assert drawn["curves"].axes[0].get_yscale() == "linear"
 
