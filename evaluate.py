@@ -77,7 +77,7 @@ def leave_classification(args, opened, dataset, device, about, made):
     ours = class_evaluation.predictions_of(opened, dataset, device, args.split == "all")
     class_names = list(dataset.class_names)
     predictions, comparisons = class_evaluation.with_theirs(ours, dataset, args)
-    results = {name: class_evaluation.figures(p, class_names, args) for name, p in predictions.items()}
+    results = {name: class_evaluation.results_of(p, class_names, args) for name, p in predictions.items()}
     matrices = {name: class_evaluation.confusion_of(p, class_names) for name, p in predictions.items()}
     published = class_evaluation.published_rows(dataset)
     table = tables.markdown(tables.comparison(results, class_names) + published)

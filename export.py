@@ -138,9 +138,9 @@ def load_model(args):
         mae, transform = weights.mae_of(opened[0])
         return Residuals(mae, transform, mask_ratio_of(opened[0].content)).eval(), opened[0]
     if args.what == "mass":
-        return Masses(weights.mass_estimator_of(opened[0])).eval(), opened[0]
+        return Masses(weights.network_of(opened[0], "mass")).eval(), opened[0]
     if args.what == "sharpen":
-        return Sharpened(weights.sharpener_of(opened[0])).eval(), opened[0]
+        return Sharpened(weights.network_of(opened[0], "sharpener")).eval(), opened[0]
     classifiers = [weights.classifier_of(file) for file in opened]
     best = best_on_validation(opened) if len(opened) > 1 else 0
     model = Probabilities(classifiers[best], weights.familiarity_in(opened[best]))

@@ -1,6 +1,5 @@
-"""What evaluate.py does with classifiers: their answers on test images, figures, pictures and refusals."""
+"""What evaluate.py does with classifiers: their answers on test images, how good they are, pictures and refusals."""
 
-import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -10,16 +9,15 @@ from sklearn.metrics import confusion_matrix, roc_curve
 
 from lib import compatibility, many_lenses, metrics, plots, weights
 from lib import predictions as written
-from lib.errors import UserError
+from lib.errors import UserError, warn
 from lib.guard import LEAST_FAMILIARITY, Guard
 from lib.loader import batch_reader, in_batches
 
 SHOWN_MISTAKES = 12
 SIGNIFICANCE = 0.01  # of the test whether more images of a class are unfamiliar than should be
 
-# (work, AUC by class, macro AUC, accuracy) that others report of Test VI.A, which holds images of
-# Model_II; None: not given. Names with a slash are repositories on GitHub, whose figures are of
-# their own held-out images.
+# (work, AUC by class, macro AUC, accuracy) that others report of Test VI.A, which holds images of Model_II; None: not
+# given. Names with a slash are repositories on GitHub, which report their own held-out images.
 PUBLISHED = (
     ("iampratyusht/Deeplense-task, head", {"axion": 0.92, "cdm": 0.92, "no_sub": 0.99}, None, None),
     ("the same, LayerNorm", {"axion": 0.94, "cdm": 0.90, "no_sub": 0.99}, None, None),
@@ -62,13 +60,13 @@ def predictions_of(opened, dataset, device, whole):
     UserError as `compatibility.rows_to_evaluate` raises it, and for classes or sizes that do not fit.
     """
     predictions, strangenesses, trained_on = {}, {}, []
-    for name, own in opened.items():
-        model, content = weights.classifier_of(own), own.content
-        compatibility.check_size(own.path, model, dataset)
-        order = compatibility.class_order(content["class_names"], dataset, own.path)
+    for name, run in opened.items():
+        model, content = weights.classifier_of(run), run.content
+        compatibility.check_size(run.path, model, dataset)
+        order = compatibility.class_order(content["class_names"], dataset, run.path)
         rows = compatibility.rows_to_evaluate(dataset, content, whole)
         probabilities = predict_probabilities(model, dataset.images, rows, device)
-        judge, familiarity, guard = weights.familiarity_in(own), None, None
+        judge, familiarity, guard = weights.familiarity_in(run), None, None
         if judge is not None:
             # Classifiers from one pre-training share the strangeness.
             identity = weights.identity({**content["familiarity"], "model": judge.state_dict()})
@@ -78,12 +76,9 @@ def predictions_of(opened, dataset, device, whole):
             familiarity = ranked(judge.cpu(), strangenesses[identity], predicted)
             guard = Guard(len(judge.strangeness_seen))
         trained_on.append(content["run"].get("data_fingerprint"))
-        predictions[name] = Prediction(
-            rows, dataset.labels[rows], probabilities[:, order], familiarity, guard
-        )
+        predictions[name] = Prediction(rows, dataset.labels[rows], probabilities[:, order], familiarity, guard)
     if len(set(trained_on)) > 1:
-        print("these weights were trained on different data, so their figures differ by more than the "
-              "training", file=sys.stderr)  # fmt: skip
+        warn("these weights were trained on different data, so their figures differ by more than the training")
     return predictions
 
 
@@ -123,7 +118,7 @@ def draw(out, dataset, predictions, results, matrices, best):
         (plots.roc_curves, "roc.png", curves),
         (plots.confusion_matrices, "confusion_matrix.png", matrices, class_names),
         (plots.reliability, "reliability.png", reliability),
-        (draw_familiarity, "familiarity.png", familiarities),
+        (plots.familiarity, "familiarity.png", familiarities, LEAST_FAMILIARITY),
         (plots.mistakes, "mistakes.png", dataset.images, mistakes, class_names),
     )
     return all([plots.attempt(show, out / name, *what) for show, name, *what in pictures])
@@ -133,9 +128,7 @@ def predict_probabilities(model, images, rows, device):
     """Class probabilities (n, K) of rows of the raw `images` (N, H, W), in float32."""
     read = batch_reader(images, device, once=True)
     model.to(device)
-    return in_batches(
-        lambda batch: model(read(batch)).softmax(dim=1), rows, bar="evaluation"
-    ).numpy()
+    return in_batches(lambda batch: model(read(batch)).softmax(dim=1), rows, bar="evaluation").numpy()
 
 
 def strangeness_of(judge, images, rows, device):
@@ -147,15 +140,8 @@ def strangeness_of(judge, images, rows, device):
 
 def ranked(judge, strangeness, predicted):
     """Familiarity (n,) of images of some strangeness (n,) and predicted classes (n,), tensors."""
-    return in_batches(
-        lambda batch: judge.rank(strangeness[batch], predicted[batch]), np.arange(len(predicted))
-    ).numpy()
-
-
-def draw_familiarity(path, familiarities):
-    """The picture of the familiarities of each run, or none where no run has them."""
-    if familiarities:
-        plots.familiarity(path, familiarities, LEAST_FAMILIARITY)
+    rows = np.arange(len(predicted))
+    return in_batches(lambda batch: judge.rank(strangeness[batch], predicted[batch]), rows).numpy()
 
 
 def refusals(prediction, class_names):
@@ -200,37 +186,28 @@ def about_refusals(name, result):
         text += f"; of the others {result['familiar_accuracy']:.2%} are classified correctly"
     yield text
     for key in result["refused_too_often"]:
-        yield (
-            f"{name}: of {key} {by_class[key]} are refused as unfamiliar, more than the "
-            f"{LEAST_FAMILIARITY:.0%} of ordinary images: train with more images of it"
-        )
+        yield (f"{name}: of {key} {by_class[key]} are refused as unfamiliar, more than the {LEAST_FAMILIARITY:.0%} of "
+               "ordinary images: train with more images of it")  # fmt: skip
 
 
-def figures(prediction, class_names, args):
-    """{"auc": {class name: figure}, "macro": figure, "accuracy": figure, "images": n,
-    "calibration_error"} and, with a familiarity, what `refusals` gives.
+def results_of(prediction, class_names, args):
+    """{"auc": {class name: AUC}, "macro": AUC, "accuracy", "images": n, "calibration_error"}.
 
-    A figure is {"value", "low", "high"}; the intervals are of a bootstrap, that of the accuracy is
-    Wilson's.
+    AUC and accuracy are a `metrics.measure`; the intervals are of a bootstrap, that of the accuracy is Wilson's.
+    With a familiarity there is also what `refusals` gives.
     """
     labels, probabilities = prediction.labels, prediction.probabilities
     values = metrics.measures(probabilities, labels)
-    measure = metrics.measures_of_counts(probabilities, labels)
-    intervals = metrics.bootstrap(measure, labels, args.resamples, args.seed)
-    *aucs, macro, _ = (
-        {"value": value, "low": low, "high": high}
-        for value, (low, high) in zip(values.tolist(), intervals.tolist(), strict=True)
-    )
-    by_class = dict(zip(class_names, aucs, strict=True))
-    right = (probabilities.argmax(axis=1) == labels).sum()
-    low, high = metrics.wilson(right, len(labels))
-    accuracy = {"value": values[-1].item(), "low": low, "high": high}
+    statistic = metrics.measures_of_counts(probabilities, labels)
+    intervals = metrics.bootstrap(statistic, labels, args.resamples, args.seed)
+    *aucs, macro, _ = map(metrics.measure, values, intervals)
+    accuracy = metrics.share_of(probabilities.argmax(axis=1) == labels)
     error, _ = metrics.calibration(probabilities, labels)
-    result = {"auc": by_class, "macro": macro, "accuracy": accuracy, "images": len(labels),
-              "calibration_error": error}  # fmt: skip
+    results = {"auc": dict(zip(class_names, aucs, strict=True)), "macro": macro, "accuracy": accuracy,
+               "images": len(labels), "calibration_error": error}  # fmt: skip
     if prediction.familiarity is not None:
-        result |= refusals(prediction, class_names)
-    return result
+        results |= refusals(prediction, class_names)
+    return results
 
 
 def most_confident_mistakes(prediction):

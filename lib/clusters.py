@@ -15,7 +15,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
 from lib.errors import UserError
-from lib.metrics import wilson
+from lib.metrics import share_of
 
 GAUSSIANS = 20
 IMAGES_A_GAUSSIAN = 200  # with fewer, some Gaussians hold a few images each, and are left as kinds
@@ -81,16 +81,14 @@ def fit(powers, clusters, seed):
     gaussians = gaussians_for(clusters, len(powers))
     fits = []
     for state in np.random.default_rng(seed).integers(2**32, size=FITS).tolist():
-        mixture = GaussianMixture(
-            gaussians, reg_covar=LEAST_VARIANCE, max_iter=ITERATIONS, random_state=state
-        )
+        mixture = GaussianMixture(gaussians, reg_covar=LEAST_VARIANCE, max_iter=ITERATIONS, random_state=state)
         with warnings.catch_warnings():  # the overlap says how good a fit is
             warnings.simplefilter("ignore", ConvergenceWarning)
             mixture.fit(powers)
         shares = mixture.predict_proba(powers)
         groups = merged(shares, clusters)
         fits.append((overlaps(shares @ groups).max(), mixture, groups))
-    overlap, mixture, groups = min(fits, key=lambda found: found[0])
+    overlap, mixture, groups = min(fits, key=lambda each: each[0])
     strength = (mixture.weights_ * mixture.means_.mean(axis=1)) @ groups / (mixture.weights_ @ groups)
     return Kinds(mixture, groups[:, np.argsort(strength)], float(overlap), len(powers))
 
@@ -157,15 +155,9 @@ def match(found, labels, clusters, classes):
 def measure(kinds, found, labels, class_names):
     """How well kinds agree with classes: {"accuracy", "overlap", "fitted_on", "table"}.
 
-    The accuracy is {"value", "low", "high"}, with Wilson's 95 % interval under the same match.
-    The table is {class: images of it in each kind}.
+    The accuracy is `metrics.share_of` the images under the same match. The table is {class: images of it in each
+    kind}.
     """
     table, class_of = match(found, labels, kinds.count, len(class_names))
-    right = class_of[found] == labels
-    low, high = wilson(right.sum(), len(right))
-    return {
-        "accuracy": {"value": float(right.mean()), "low": low, "high": high},
-        "overlap": kinds.overlap,
-        "fitted_on": kinds.images,
-        "table": dict(zip(class_names, table.tolist(), strict=True)),
-    }
+    return {"accuracy": share_of(class_of[found] == labels), "overlap": kinds.overlap, "fitted_on": kinds.images,
+            "table": dict(zip(class_names, table.tolist(), strict=True))}  # fmt: skip

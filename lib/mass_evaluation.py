@@ -16,20 +16,18 @@ def evaluate(args, opened, dataset, device):
 
     Raises UserError as `compatibility.rows_to_evaluate` does, and if none of the images has a mass.
     """
-    results, found = {}, {}
-    for name, own in opened.items():
-        found[name] = estimates_of(own, dataset, device, args.split == "all")
-        results[name] = masses.figures(*found[name], args.resamples, args.seed)
+    estimates = {name: estimates_of(each, dataset, device, args.split == "all") for name, each in opened.items()}
+    results = {name: masses.results_of(*each, args.resamples, args.seed) for name, each in estimates.items()}
     intervals = f"95 %; errors: {args.resamples} bootstrap resamples, seed {args.seed}; shares: Wilson"
     best = min(results, key=lambda name: results[name]["error"]["value"])
     parts = results[best]["half_decades"]
     shares = {name: list(part["coverage"].values()) for name, part in parts.items()}
-    return Outcome(intervals, results, table_of(results), (plots.masses, *found[best], shares, masses.COVERAGE))
+    return Outcome(intervals, results, table_of(results), (plots.masses, *estimates[best], shares, masses.COVERAGE))
 
 
 def estimates_of(opened, dataset, device, whole):
     """(true log10 masses, estimates, low, high), each (n,), of the rows to evaluate that have a mass."""
-    model = weights.mass_estimator_of(opened).to(device)
+    model = weights.network_of(opened, "mass").to(device)
     compatibility.check_size(opened.path, model, dataset)
     rows = compatibility.rows_to_evaluate(dataset, opened.content, whole)
     known = rows[[]] if dataset.masses is None else rows[np.isfinite(dataset.masses[rows])]
@@ -50,6 +48,6 @@ def table_of(results):
     rows = [HEADER]
     for name, result in results.items():
         rows.append(cells(name, result, with_interval(result["error"], 4), f"{result['median_error']:.4f}"))
-        for part, own in result["half_decades"].items():
-            rows.append(cells(f"{name}, {part}", own, f"{own['error']['value']:.4f}"))
+        for part, in_part in result["half_decades"].items():
+            rows.append(cells(f"{name}, {part}", in_part, f"{in_part['error']['value']:.4f}"))
     return rows

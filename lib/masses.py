@@ -1,11 +1,11 @@
-"""The mass of the axion: intervals of estimates, their calibration, and figures of both."""
+"""The mass of the axion: intervals of estimates, their calibration, and how good both are."""
 
 import math
-import sys
 
 import numpy as np
 
-from lib.metrics import bootstrap, wilson
+from lib.errors import warn
+from lib.metrics import bootstrap, measure, share_of
 
 COVERAGE = 0.9  # share of the intervals that hold the true mass
 FEWEST_IMAGES = 100  # validation images that give a group of estimates a width of its own
@@ -35,10 +35,10 @@ def fit_widths(outputs, log_masses, edges):
     group = (estimates[:, None] > np.array(edges)).sum(axis=1)
     every, images = _conformal(scores), len(scores)
     if images / (images + 1) < COVERAGE:
-        print(f"{images} validation images have a mass: an interval holds it in {100 * images / (images + 1):.0f} of "
-              f"100 images, not in {100 * COVERAGE:.0f}", file=sys.stderr)  # fmt: skip
-    own = [scores[group == i] for i in range(len(edges) + 1)]
-    return np.array([_conformal(part) if len(part) >= FEWEST_IMAGES else every for part in own])
+        warn(f"{images} validation images have a mass: an interval holds it in {100 * images / (images + 1):.0f} of "
+             f"100 images, not in {100 * COVERAGE:.0f}")  # fmt: skip
+    parts = [scores[group == i] for i in range(len(edges) + 1)]
+    return np.array([_conformal(part) if len(part) >= FEWEST_IMAGES else every for part in parts])
 
 
 def _conformal(scores):
@@ -53,23 +53,20 @@ def by_half_decade(log_masses):
     return {f"{low:g} to {low + 0.5:g}": lower == low for low in np.unique(lower)}
 
 
-def figures(truth, estimates, low, high, resamples, seed):
+def results_of(truth, estimates, low, high, resamples, seed):
     """What estimates and intervals, log10 of masses (n,), are worth, beside the true masses (n,).
 
-    {"error": figure of the mean error in dex, "median_error", "coverage": figure of the share of intervals
-    that hold the truth, "width": mean width in dex, "images": n, "half_decades": {name: the same without the
-    median}}. A figure is {"value", "low", "high"}: a bootstrap's interval of the error, Wilson's of the share.
+    {"error": `measure` of the mean error in dex, "median_error", "coverage": `share_of` the intervals that hold
+    the truth, "width": mean width in dex, "images": n, "half_decades": {name: the same without the median and the
+    interval of the error, which is a bootstrap's}}.
     """
     error = np.abs(estimates - truth)
     (interval,) = bootstrap(lambda counts: [np.average(error, weights=counts)], np.zeros(len(error)), resamples, seed)
-    whole = _figures(error, (low <= truth) & (truth <= high), high - low)
-    whole["error"] |= {"low": float(interval[0]), "high": float(interval[1])}
-    groups = by_half_decade(truth).items()
-    parts = {name: _figures(error[own], ((low <= truth) & (truth <= high))[own], (high - low)[own]) for name, own in groups}
+
+    def results_in(part):
+        return {"error": {"value": float(error[part].mean())}, "width": float((high - low)[part].mean()),
+                "images": int(part.sum()), "coverage": share_of(((low <= truth) & (truth <= high))[part])}  # fmt: skip
+
+    whole = results_in(np.ones(len(truth), bool)) | {"error": measure(error.mean(), interval)}
+    parts = {name: results_in(part) for name, part in by_half_decade(truth).items()}
     return {**whole, "median_error": float(np.median(error)), "half_decades": parts}
-
-
-def _figures(error, held, width):
-    low, high = wilson(held.sum(), len(held))
-    return {"error": {"value": float(error.mean())}, "width": float(width.mean()), "images": len(held),
-            "coverage": {"value": float(held.mean()), "low": low, "high": high}}  # fmt: skip

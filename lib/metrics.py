@@ -1,4 +1,4 @@
-"""Figures of a classifier's probabilities: accuracy, AUC, calibration, intervals, temperature."""
+"""Measures of a classifier's probabilities: accuracy, AUC, calibration, intervals, temperature."""
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -18,14 +18,11 @@ def accuracy(probabilities, labels):
 
 def auc_by_class(probabilities, labels):
     """One-vs-rest area under the ROC curve of each class: (N, K), (N,) -> list of K."""
-    return [
-        float(roc_auc_score(labels == k, probabilities[:, k]))
-        for k in range(probabilities.shape[1])
-    ]
+    return [float(roc_auc_score(labels == k, probabilities[:, k])) for k in range(probabilities.shape[1])]
 
 
 def measures(probabilities, labels):
-    """The figures of one evaluation as an array: AUC of each class, macro AUC, accuracy."""
+    """What is measured in one evaluation, an array: AUC of each class, macro AUC, accuracy."""
     aucs = auc_by_class(probabilities, labels)
     return np.array([*aucs, np.mean(aucs), accuracy(probabilities, labels)])
 
@@ -102,6 +99,17 @@ def mcnemar(only_one, only_other):
     """
     different = only_one + only_other
     return float(binomtest(only_one, different).pvalue) if different else 1.0
+
+
+def measure(value, interval):
+    """A value with its interval (low, high), as results hold it: {"value", "low", "high"}."""
+    low, high = interval
+    return {"value": float(value), "low": float(low), "high": float(high)}
+
+
+def share_of(right):
+    """The `measure` of a share of images, from (n,) bool, with Wilson's interval."""
+    return measure(right.mean(), wilson(right.sum(), len(right)))
 
 
 def wilson(right, images):

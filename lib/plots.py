@@ -352,10 +352,12 @@ def reliability(path, runs):
 
 
 def familiarity(path, values, least):
-    """Share of images below a familiarity, both logarithmic; `values`: {run: familiarity (n,)}.
+    """Share of images below a familiarity, both logarithmic; `values`: {run: familiarity (n,)}, nothing for none.
 
     Images like the training images lie on the diagonal; `least` is where predictions end.
     """
+    if not values:
+        return
     figure, axes = plt.subplots(figsize=(4.5, 4))
     diagonal, styles = np.array([1e-4, 1]), run_styles(values)
     axes.plot(diagonal, diagonal, color="0.7", linestyle=":", label="like the training images")

@@ -40,8 +40,7 @@ def write(folder, opened, results, dataset, best, published, remarks):
     ----------
     opened : {run: its `Weights`}. config.json and pictures beside them are shown if they are
         theirs, see `config_of`.
-    results : {run: {"auc": {class name: figure}, "macro": figure, "accuracy": figure, "images",
-        "calibration_error"}}, a figure being {"value", "low", "high"}.
+    results : {run: what `class_evaluation.results_of` gives}.
     dataset : the `datasets.Dataset` that was evaluated on.
     best : the run to highlight.
     published : rows of other work, see `class_evaluation.published_rows`.

@@ -7,7 +7,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
-from lib import compatibility, datasets, distributed, packing, weights
+from lib import compatibility, datasets, distributed, metrics, packing, weights
 from lib.clusters import octave_powers
 from lib.errors import UserError
 from lib.files import atomic_write
@@ -74,9 +74,7 @@ def smooth_rms(mae, images_of, rows, mask_ratio):
     """
     masks = complementary_masks(mae.num_patches, mask_ratio, rounds=2)
     rows = rows[:: max(1, len(rows) // SMOOTH_IMAGES)]
-    squares = in_batches(
-        lambda batch: mae.residual(images_of(batch), masks).square().mean(dim=(1, 2, 3)), rows
-    )
+    squares = in_batches(lambda batch: mae.residual(images_of(batch), masks).square().mean(dim=(1, 2, 3)), rows)
     return max(float(squares.double().mean().sqrt()), LEAST_RMS)
 
 
@@ -118,9 +116,7 @@ def _write_maps(file, maps_of, rows, shape, quiet):
         header = {"descr": "<f2", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
     largest = float(np.finfo(np.float16).max)
-    with tqdm(
-        total=len(rows), desc="residual maps", unit="img", disable=True if quiet else None
-    ) as bar:
+    with tqdm(total=len(rows), desc="residual maps", unit="img", disable=True if quiet else None) as bar:
         for start in range(0, len(rows), MAPS_TOGETHER):
             part = in_batches(maps_of, rows[start : start + MAPS_TOGETHER])
             if file:
@@ -140,21 +136,19 @@ def unlike_training(content, labels, class_names):
 
 
 def measure(scores, has_substructure, labels, class_names, resamples, seed):
-    """{"all": figure, "classes": {class: figure}}: AUC with 95 % bootstrap intervals.
+    """{"all": `metrics.measure`, "classes": {class: the same}}: AUC with 95 % bootstrap intervals.
 
-    All substructure, and each class of it, against smooth images. A figure is {"value", "low", "high"};
-    `has_substructure` (n,) bool marks images of another kind than the MAE was trained on.
+    All substructure, and each class of it, against smooth images. `has_substructure` (n,) bool marks images of
+    another kind than the MAE was trained on.
     """
-    found = np.unique(labels[has_substructure])
-    kept = [np.ones(len(labels), bool), *(~has_substructure | (labels == label) for label in found)]
-    aucs_of = [auc_of_counts(scores[own], has_substructure[own]) for own in kept]
+    strange = np.unique(labels[has_substructure])
+    kept = [np.ones(len(labels), bool), *(~has_substructure | (labels == label) for label in strange)]
+    aucs_of = [auc_of_counts(scores[part], has_substructure[part]) for part in kept]
 
     def statistic(counts):
-        return [auc_of(counts[own]) for own, auc_of in zip(kept, aucs_of, strict=True)]
+        return [auc_of(counts[part]) for part, auc_of in zip(kept, aucs_of, strict=True)]
 
     intervals = bootstrap(statistic, labels, resamples, seed)
-    every, *others = (
-        {"value": float(roc_auc_score(has_substructure[own], scores[own])), "low": low, "high": high}
-        for own, (low, high) in zip(kept, intervals.tolist(), strict=True)
-    )
-    return {"all": every, "classes": {class_names[k]: figure for k, figure in zip(found, others, strict=True)}}
+    every, *others = (metrics.measure(roc_auc_score(has_substructure[part], scores[part]), interval)
+                      for part, interval in zip(kept, intervals, strict=True))  # fmt: skip
+    return {"all": every, "classes": dict(zip((class_names[k] for k in strange), others, strict=True))}

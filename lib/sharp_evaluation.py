@@ -30,11 +30,11 @@ def evaluate(args, opened, dataset, device):
     rows = next(iter(every.values()))
     if any(not np.array_equal(rows, other) for other in every.values()):
         raise UserError("--weights: they are not tested on the same images: give one of them")
-    models = {name: weights.sharpener_of(own).to(device) for name, own in opened.items()}
+    models = {name: weights.network_of(each, "sharpener").to(device) for name, each in opened.items()}
     for name, model in models.items():
         compatibility.check_size(opened[name].path, model, coarse)
-    found = measured(models, dataset, coarse, rows, device)
-    results = {name: summary(each, args) for name, each in found.items()}
+    errors = measured(models, dataset, coarse, rows, device)
+    results = {name: summary(each, args) for name, each in errors.items()}
     best = min(models, key=lambda name: results[name]["mse"])
     shown = pictures(models[best], dataset, coarse, rows[:SHOWN_PAIRS], device)
     intervals = f"95 %: {args.resamples} bootstrap resamples, seed {args.seed}"
@@ -47,7 +47,7 @@ def measured(models, dataset, coarse, rows, device):
 
     References are both interpolations and, of simulated pairs, the noise-free truth and the ceiling.
     """
-    found = {}
+    by_name = {}
     for start in range(0, len(rows), EVALUATION_BATCH):
         batch = rows[start : start + EVALUATION_BATCH]
         seen = torch.from_numpy(np.array(coarse.images[batch])).unsqueeze(1)
@@ -58,25 +58,22 @@ def measured(models, dataset, coarse, rows, device):
             answers[name] = images[:, 0], errors
         answers |= references(seen, dataset, batch)
         for name, (images, *errors) in answers.items():
-            own = found.setdefault(name, {"mse": [], "ssim": [], "rms_error": []})
-            own["mse"].append(np.square(images - sharp, dtype=np.float64).mean(axis=(1, 2)))
-            own["ssim"].append([ssim(*pair) for pair in zip(images, sharp, strict=True)])
-            own["rms_error"] += errors
-    return {
-        name: {key: np.concatenate(each) for key, each in own.items() if each} for name, own in found.items()
-    }
+            parts = by_name.setdefault(name, {"mse": [], "ssim": [], "rms_error": []})
+            parts["mse"].append(np.square(images - sharp, dtype=np.float64).mean(axis=(1, 2)))
+            parts["ssim"].append([ssim(*pair) for pair in zip(images, sharp, strict=True)])
+            parts["rms_error"] += errors
+    return {name: {key: np.concatenate(each) for key, each in parts.items() if each} for name, parts in by_name.items()}
 
 
 def references(seen, dataset, rows):
     """{name: (images (n, H, H),)} that need no network, of coarse images (n, 1, h, h) in `rows`."""
     factor = dataset.img_size // seen.shape[-1]
-    found = {mode: (pairs.interpolated(seen, factor, mode)[:, 0].numpy(),) for mode in ("bilinear", "bicubic")}
+    images = {mode: (pairs.interpolated(seen, factor, mode)[:, 0].numpy(),) for mode in ("bilinear", "bicubic")}
     truth = truth_of(dataset.origin, rows)
-    if truth is None or dataset.coarse is not None:
-        return found
-    found["noise-free truth"] = (truth,)
-    found["ceiling"] = (ceiling(torch.from_numpy(truth), seen[:, 0], factor).numpy(),)
-    return found
+    if truth is not None and dataset.coarse is None:
+        images["noise-free truth"] = (truth,)
+        images["ceiling"] = (ceiling(torch.from_numpy(truth), seen[:, 0], factor).numpy(),)
+    return images
 
 
 def ceiling(truth, coarse, factor):
@@ -108,15 +105,12 @@ def ssim(image, other):
 
 
 def summary(measured, args):
-    """Figures of what `measured` gives; PSNR with a bootstrap interval, at a data range of one."""
+    """The results of what `measured` gives; PSNR with a bootstrap interval, at a data range of one."""
     mse = np.maximum(measured["mse"], 1e-30)
     psnr = -10 * np.log10(mse)
-
-    def resampled(counts):
-        return np.atleast_1d(counts @ psnr / counts.sum())
-
-    (low, high), = metrics.bootstrap(resampled, np.zeros(len(psnr), int), args.resamples, args.seed)
-    result = {"mse": float(mse.mean()), "psnr": {"value": float(psnr.mean()), "low": float(low), "high": float(high)},
+    (interval,) = metrics.bootstrap(lambda counts: [counts @ psnr / counts.sum()], np.zeros(len(psnr), int),
+                                    args.resamples, args.seed)  # fmt: skip
+    result = {"mse": float(mse.mean()), "psnr": metrics.measure(psnr.mean(), interval),
               "psnr_of_mean": -10 * math.log10(mse.mean()), "ssim": float(measured["ssim"].mean()),
               "images": len(mse)}  # fmt: skip
     if "rms_error" in measured:

@@ -8,10 +8,10 @@ from lib.errors import one_line
 
 
 class Outcome(NamedTuple):
-    """What an evaluation of another task than classification found.
+    """The outcome of an evaluation of another task than classification.
 
     intervals : how the intervals were made, as text.
-    results : {run: figures}.
+    results : {run: what is measured of it}.
     rows : of the table, the header first, as text.
     picture : a function of `plots` and what it draws.
     """
@@ -22,17 +22,16 @@ class Outcome(NamedTuple):
     picture: tuple
 
 
-def with_interval(figure, digits, scale=1):
-    """A figure {"value", "low", "high"}, times `scale`, as text such as 0.9958 (0.9941–0.9972)."""
-    value, low, high = (f"{scale * figure[name]:.{digits}f}" for name in ("value", "low", "high"))
+def with_interval(measure, digits, scale=1):
+    """A `metrics.measure`, times `scale`, as text such as 0.9958 (0.9941–0.9972)."""
+    value, low, high = (f"{scale * measure[name]:.{digits}f}" for name in ("value", "low", "high"))
     return f"{value} ({low}–{high})"
 
 
 def comparison(results, class_names):
     """Rows of text, the header first: AUC of each class, macro AUC and accuracy of each run.
 
-    `results` is {run: {"auc": {class name: figure}, "macro": figure, "accuracy": figure}}, a figure
-    being {"value", "low", "high"}.
+    `results` is {run: what `class_evaluation.results_of` gives}.
     """
     rows = [["run", *(f"AUC {name}" for name in class_names), "macro AUC", "accuracy %"]]
     for run, result in results.items():

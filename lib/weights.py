@@ -195,8 +195,7 @@ def _converted(path, content, num_heads):
             model_name = vars(options).get("model")
         content = content.get("model", content)
     if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor)
-        for name, tensor in content.items()
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items()
     ):
         raise UserError(f"{path}: not the weights of a masked autoencoder")
     try:
@@ -215,20 +214,17 @@ def _converted(path, content, num_heads):
     return {"model": state, "config": config, "class_names": [], "run": {}, "seen": nothing}
 
 
-# Networks
-
-
-# All are in evaluation mode, ready to use; `loop.fit` puts what it trains in training mode.
+# Networks, all in evaluation mode, ready to use; `loop.fit` puts what it trains in training mode
 
 
 def load_mae(path):
-    """The `MAE` of a weights file, ready to use (in evaluation mode), its `IntensityTransform`, and the file's content; UserError."""
+    """The `MAE` of a weights file, its `IntensityTransform`, and the file's content; UserError."""
     opened = read(path)
     return *mae_of(opened), opened.content
 
 
 def load_classifier(path):
-    """The `classifier_of` a weights file, ready to use (in evaluation mode), and the file's content; UserError."""
+    """The `classifier_of` a weights file, and the file's content; UserError."""
     opened = read(path)
     return classifier_of(opened), opened.content
 
@@ -287,55 +283,47 @@ def classifier_of(opened):
     return model
 
 
-def mass_estimator_of(opened):
-    """The `MassEstimator` of opened `Weights`; UserError as in `mae_of`."""
-    if opened.kind != "mass":
-        raise UserError(f"{opened.path} estimates no masses: give the weights of finetune.py --task mass")
+def network_of(opened, kind):
+    """The network of opened `Weights`, whose `kind` must be "mass" or "sharpener"; UserError as in `mae_of`."""
+    network, lacks, task = {"mass": (MassEstimator, "estimates no masses", "mass"),
+                            "sharpener": (Sharpener, "sharpens no images", "sharpen")}[kind]  # fmt: skip
+    if opened.kind != kind:
+        raise UserError(f"{opened.path} {lacks}: give the weights of finetune.py --task {task}")
     transform_in(opened)
-    return _build(opened.path, MassEstimator, opened.content["config"], opened.content["model"])
-
-
-def sharpener_of(opened):
-    """The `Sharpener` of opened `Weights`; UserError as in `mae_of`."""
-    if opened.kind != "sharpener":
-        raise UserError(f"{opened.path} sharpens no images: give the weights of finetune.py --task sharpen")
-    transform_in(opened)
-    return _build(opened.path, Sharpener, opened.content["config"], opened.content["model"])
+    return _build(opened.path, network, opened.content["config"], opened.content["model"])
 
 
 def familiarity_in(opened):
     """The `Familiarity` of opened `Weights`; None if they have none."""
     path, content = opened.path, opened.content
-    kept = content.get("familiarity")
-    if kept is None:
+    stored = content.get("familiarity")
+    if stored is None:
         return None
-    if not (isinstance(kept, dict) and isinstance(kept.get("model"), dict)
-            and isinstance(kept.get("config"), dict)):  # fmt: skip
+    if not isinstance(stored, dict) or not all(isinstance(stored.get(key), dict) for key in ("model", "config")):
         raise UserError(f"{path}: its familiarity is damaged; train again")
-    if _is_old(kept):
+    if _is_old(stored):
         raise UserError(f"{path}: its familiarity is of an older version, without classes: fine-tune again")
     network = content["config"].get("mae", content["config"])
-    if kept["config"].get("img_size") != network.get("img_size"):
+    if stored["config"].get("img_size") != network.get("img_size"):
         raise UserError(f"{path}: its familiarity is for images of another size; train again")
-    return _build(path, Familiarity, kept["config"], kept["model"])
+    return _build(path, Familiarity, stored["config"], stored["model"])
 
 
-def _is_old(kept):
+def _is_old(stored):
     """Whether a familiarity of a file knows no predicted classes."""
-    return isinstance(kept, dict) and "class_seen" not in kept.get("model", ())
+    return isinstance(stored, dict) and "class_seen" not in stored.get("model", ())
 
 
-def identity(kept):
+def identity(stored):
     """Digest of a familiarity, {"model": state dict, "config": arguments}; another fit has another one.
 
     Classifiers from one pre-training share the fit, and differ in the classes that they predict.
     """
-    digest = hashlib.sha256(repr(kept["config"]).encode())
-    for name, tensor in kept["model"].items():
-        if name == "class_seen":
-            continue
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().numpy())
+    digest = hashlib.sha256(repr(stored["config"]).encode())
+    for name, tensor in stored["model"].items():
+        if name != "class_seen":
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().numpy())
     return digest.hexdigest()
 
 
@@ -345,17 +333,14 @@ def familiarity_for(opened, dataset, augmentations):
     None if it was fitted to other images than those of `dataset`, if `augmentations` disturb or turn
     these otherwise than before, or if it is of an older version, which forgot the images' order.
     """
-    run = opened.content["run"]
+    run, stored = opened.content["run"], opened.content.get("familiarity")
     before = run.get("augment")
-    same_images = run.get("data_fingerprint") == dataset.fingerprint and isinstance(before, list)
-    if not same_images or disturbances(before) != disturbances(augmentations):
+    if run.get("data_fingerprint") != dataset.fingerprint or not isinstance(before, list) or _is_old(stored):
         return None
-    if ("flips" in before) != ("flips" in augmentations):
+    if disturbances(before) != disturbances(augmentations) or ("flips" in before) != ("flips" in augmentations):
         return None
-    if _is_old(opened.content.get("familiarity")):
-        return None
-    kept = familiarity_in(opened)
-    return kept and (kept, opened.content["familiarity"]["config"])
+    familiarity = familiarity_in(opened)
+    return familiarity and (familiarity, stored["config"])
 
 
 def _build(path, kind, arguments, state):
@@ -378,16 +363,10 @@ def _check_sizes(path, arguments):
         if not isinstance(value, int | float) or not 0 <= value <= limit:
             raise UserError(f"{path}: {name} = {value!r} in its configuration is out of range")
     if arguments.get("in_chans", 1) != 1:
-        raise UserError(
-            f"{path} is for images of {arguments['in_chans']} channels; those here have one"
-        )
+        raise UserError(f"{path} is for images of {arguments['in_chans']} channels; those here have one")
     side = max(arguments.get("img_size", 64), 1) // max(arguments.get("patch_size", 8), 1)
-    has_patches = "components" not in arguments  # of a Familiarity
-    if has_patches and side > MOST_PATCHES_A_SIDE:
-        raise UserError(
-            f"{path}: its configuration asks for more than {MOST_PATCHES_A_SIDE}×"
-            f"{MOST_PATCHES_A_SIDE} patches"
-        )
+    if side > MOST_PATCHES_A_SIDE and "components" not in arguments:  # a Familiarity has no patches
+        raise UserError(f"{path}: its configuration asks for more than {MOST_PATCHES_A_SIDE}×{MOST_PATCHES_A_SIDE} patches")
 
 
 def check_state(path, model, state):

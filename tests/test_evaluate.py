@@ -213,7 +213,7 @@ def test_a_class_that_is_refused_too_often_is_named():
     familiarity[:25], familiarity[2000:2002], familiarity[2010:2070] = 0.001, 0.001, 0.001
     args = evaluate.parse_args(["--data", "d", "--weights", "w", "--out", "o", "--resamples", "2"])
     prediction = class_evaluation.Prediction(labels, labels, np.eye(3)[labels], familiarity, class_evaluation.Guard(4000))
-    result = class_evaluation.figures(prediction, ["a", "b", "c"], args)
+    result = class_evaluation.results_of(prediction, ["a", "b", "c"], args)
     assert result["unfamiliar_by_class"] == {"a": 0.0125, "b": 0.2, "c": 0.03}
     assert result["refused_too_often"] == ["b", "c"]  # 25 of 2,000 is chance, 2 of 10 and 60 are none
     said = class_evaluation.about_results({"run": result}, {"run"})

@@ -112,7 +112,7 @@ def test_an_interval_is_as_wide_as_its_group_of_estimates_says():
 
 
 def test_a_turned_image_has_the_same_mass_and_a_batch_changes_nothing(mass_run, folder, runs):
-    model = weights.mass_estimator_of(weights.read(mass_run / MASS))
+    model = weights.network_of(weights.read(mass_run / MASS), "mass")
     images = images_of(datasets.load(folder, runs / "cache"), np.arange(5))
     with torch.no_grad():
         answers, turned = torch.stack(model(images)), torch.stack(model(images.flip(2, 3)))
@@ -159,7 +159,7 @@ def test_an_evaluation_has_the_errors_and_how_many_intervals_hold(mass_run, fold
     rows = datasets.split(dataset)["test"]
     rows = rows[np.isfinite(dataset.masses[rows])]
     with torch.no_grad():
-        model = weights.mass_estimator_of(weights.read(mass_run / MASS))
+        model = weights.network_of(weights.read(mass_run / MASS), "mass")
         estimate, low, high = (answer.double().numpy() for answer in model(images_of(dataset, rows)))
     truth = np.log10(dataset.masses[rows])
     assert result["images"] == len(rows)
@@ -171,7 +171,7 @@ def test_an_evaluation_has_the_errors_and_how_many_intervals_hold(mass_run, fold
 def test_predictions_have_a_mass_where_an_axion_is_predicted(mass_run, folder, runs, tmp_path):
     run_script("predict.py", "--model", runs / "classifier.onnx", "--mass", runs / "mass.onnx",
                "--least-familiarity", 0, "--out", tmp_path / "p.csv", folder)  # fmt: skip
-    dataset, model = datasets.load(folder, runs / "cache"), weights.mass_estimator_of(weights.read(mass_run / MASS))
+    dataset, model = datasets.load(folder, runs / "cache"), weights.network_of(weights.read(mass_run / MASS), "mass")
     files = [str(path) for path in datasets.files_of(folder, dataset)]
     kinds = set()
     with (tmp_path / "p.csv").open(newline="") as file:

@@ -104,7 +104,7 @@ def write_pairs(root, sides, others=None, reduction=lambda images: images):
 def test_any_two_folders_whose_sides_have_a_small_ratio_are_pairs(sides, tmp_path, no_pictures):
     data = write_pairs(tmp_path / "data", sides)
     sharpen_on(data, tmp_path / "out", "none", "--patch-size", 4, "--embed-dim", 16, "--num-heads", 2, "--depth", 1)
-    model = weights.sharpener_of(weights.read(tmp_path / "out" / SHARPENER))
+    model = weights.network_of(weights.read(tmp_path / "out" / SHARPENER), "sharpener")
     assert (model.img_size, model.factor, model.adds_noise) == (12, max(sides) // 12, True)
 
 
@@ -121,7 +121,7 @@ def test_noise_is_not_put_back_where_coarse_images_are_no_reductions(tmp_path, n
     data = write_pairs(tmp_path / "data", (24, 12), reduction=lambda image: image**2)
     process = sharpen_on(data, tmp_path / "out", "none", "--patch-size", 4, "--embed-dim", 16, "--num-heads", 2)
     assert "not put back" in process.stderr
-    model = weights.sharpener_of(weights.read(tmp_path / "out" / SHARPENER))
+    model = weights.network_of(weights.read(tmp_path / "out" / SHARPENER), "sharpener")
     coarse = torch.rand(2, 1, 12, 12)
     assert not model.adds_noise and torch.equal(model(coarse)[0], model.clean(coarse))
 
@@ -136,7 +136,7 @@ def test_a_turned_image_is_sharpened_to_the_turned_sharp_image():
 
 
 def test_sharp_images_reduce_to_the_coarse_ones_and_are_better_than_interpolated_ones(sharp_runs):
-    model = weights.sharpener_of(weights.read(sharp_runs / "sharpen" / SHARPENER))
+    model = weights.network_of(weights.read(sharp_runs / "sharpen" / SHARPENER), "sharpener")
     dataset = datasets.load(sharp_runs / "pairs")
     coarse, rows = pairs.coarse_of(dataset), datasets.split(dataset)["validation"]
     seen, sharp = images_of(coarse, rows), images_of(dataset, rows)
@@ -180,7 +180,7 @@ def test_predicted_sharp_images_have_names_of_their_own(sharp_runs, public, tmp_
     assert len(rows) == len({row["sharpened"] for row in rows}) == 2
     found = [np.load(tmp_path / "sharp" / row["sharpened"]) for row in rows]
     assert found[0].shape == (150, 150) and np.array_equal(*found)
-    model = weights.sharpener_of(weights.read(sharp_runs / "sharpen" / SHARPENER))
+    model = weights.network_of(weights.read(sharp_runs / "sharpen" / SHARPENER), "sharpener")
     with torch.no_grad():
         right, error = model(torch.from_numpy(np.load(public / "LR" / "sample1.npy"))[None])
     assert np.abs(found[0] - right[0, 0].numpy()).max() < 1e-4
