@@ -29,7 +29,7 @@ from lib.files import atomic_directory, atomic_write, check_outputs, require_own
 from lib.known_answers import difference
 from lib.metrics import accuracy, auc_by_class
 from lib.onnxfile import open_session
-from lib.onnxwrite import Masses, Probabilities, Residuals, Sharpened, reduce_precision, save_proto, write_onnx
+from lib.onnxwrite import Answers, Probabilities, Residuals, reduce_precision, save_proto, write_onnx
 from lib.provenance import LIBRARY, circumstances, made_from
 from lib.residuals import mask_ratio_of
 from lib.simulated import measures_of
@@ -44,6 +44,8 @@ LICENCE = "MIT"
 # float32 always.
 TOLERANCES = {"probabilities": 1e-4, "familiarity": 0.03, "residual": 1e-4, "score": 1e-4}
 TOLERANCES |= {"log10_mass": 1e-4, "low": 1e-4, "high": 1e-4, "sharpened": 1e-4, "rms_error": 1e-4}
+# By --what: the kind of weights, and what their answers are called.
+OUTPUTS = {"mass": ("mass", ("log10_mass", "low", "high")), "sharpen": ("sharpener", ("sharpened", "rms_error"))}
 CHECKED_BATCHES = (1, 7, 256)
 DESCRIBED_IMAGES = 1000  # training images whose figures are kept, see `traits`
 JUDGED_IMAGES = 3000  # validation images on which lower precision is judged
@@ -137,10 +139,9 @@ def load_model(args):
     if args.what == "reconstruction":
         mae, transform = weights.mae_of(opened[0])
         return Residuals(mae, transform, mask_ratio_of(opened[0].content)).eval(), opened[0]
-    if args.what == "mass":
-        return Masses(weights.network_of(opened[0], "mass")).eval(), opened[0]
-    if args.what == "sharpen":
-        return Sharpened(weights.network_of(opened[0], "sharpener")).eval(), opened[0]
+    if args.what in OUTPUTS:
+        kind, outputs = OUTPUTS[args.what]
+        return Answers(weights.network_of(opened[0], kind), outputs).eval(), opened[0]
     classifiers = [weights.classifier_of(file) for file in opened]
     best = best_on_validation(opened) if len(opened) > 1 else 0
     model = Probabilities(classifiers[best], weights.familiarity_in(opened[best]))
@@ -149,17 +150,10 @@ def load_model(args):
 
 def best_on_validation(opened):
     """Index of the weights with the best validation macro AUC, then the lowest loss."""
-
-    first = opened[0]
-    for other in opened[1:]:
-        same = (
-            other.content["run"].get("data_fingerprint") == first.content["run"].get("data_fingerprint")
-            and other.content["class_names"] == first.content["class_names"]
-        )
-        if not same:
-            raise UserError(
-                f"{first.path} and {other.path} were validated on different data: export one of them"
-            )
+    data = [(each.content["run"].get("data_fingerprint"), each.content["class_names"]) for each in opened]
+    for other, of_other in zip(opened, data, strict=True):
+        if of_other != data[0]:
+            raise UserError(f"{opened[0].path} and {other.path} were validated on different data: export one of them")
 
     def rank(i):
         best = opened[i].content["run"].get("best")
@@ -244,10 +238,7 @@ def made_from_in(path):
 def run_session(path, images, batch=256):
     """Outputs of an exported file on images (n, 1, H, W), a list of arrays."""
     session, _ = open_session(path, "cpu")
-    parts = [
-        session.run(None, {"images": images[start : start + batch]})
-        for start in range(0, len(images), batch)
-    ]
+    parts = [session.run(None, {"images": images[start : start + batch]}) for start in range(0, len(images), batch)]
     return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
 
@@ -293,10 +284,7 @@ def require_agreement(found, out):
     """UserError if any of the differences {output: largest} is more than float32 explains."""
     for name, value in found.items():
         if not value <= TOLERANCES[name]:
-            raise UserError(
-                f"{out} not written: its {name} is {value:.1e} from PyTorch's, more than "
-                f"{TOLERANCES[name]:g}"
-            )
+            raise UserError(f"{out} not written: its {name} is {value:.1e} from PyTorch's, more than {TOLERANCES[name]:g}")
 
 
 def as_text(found):
@@ -311,44 +299,30 @@ def lower_precision(path, args, model, dataset, order, parts, images, metadata):
     rows = parts["validation"][:: max(1, len(parts["validation"]) // JUDGED_IMAGES)]
     labels = order[dataset.labels[rows]]
     say(f"judging float32 on {len(rows)} validation images")
-    before = figures_of(path, dataset.images[rows], labels)
+    before = quality_of(path, dataset.images[rows], labels)
     calibration = some_images(dataset, parts["train"], max(CHECKED_BATCHES), args.seed)
     say(f"reducing to {args.precision}, and judging that")
     reduce_precision(path, args.precision, calibration, metadata)
-    after = figures_of(path, dataset.images[rows], labels)
+    after = quality_of(path, dataset.images[rows], labels)
     found = differences(model, path, images)
-    changes = [f"{name} {before[name]:.5f} -> {after[name]:.5f}" for name in before]
-    print(
-        f"{size_and_speed(args.precision, path, images)}; {as_text(found)}; "
-        f"{', '.join(changes)} on {len(rows)} validation images"
-    )
+    changes = ", ".join(f"{name} {before[name]:.5f} -> {after[name]:.5f}" for name in before)
+    print(f"{size_and_speed(args.precision, path, images)}; {as_text(found)}; {changes} on {len(rows)} validation images")
     require_agreement({name: found[name] for name in found if name == "familiarity"}, args.out)
     for name in before:
         fall = before[name] - after[name]
         if not fall <= args.allowed_fall:
-            raise UserError(
-                f"{args.out} not written: its {name} falls by {fall:.4f}, more than --allowed-fall "
-                f"{args.allowed_fall}"
-            )
+            raise UserError(f"{args.out} not written: its {name} falls by {fall:.4f}, more than --allowed-fall "
+                            f"{args.allowed_fall}")  # fmt: skip
 
 
-def figures_of(path, images, labels):
+def quality_of(path, images, labels):
     """{"macro AUC", "accuracy"} of an exported classifier on raw images (n, H, W)."""
     probabilities, *_ = run_session(path, images[:, None])
-    return {
-        "macro AUC": float(np.mean(auc_by_class(probabilities, labels))),
-        "accuracy": accuracy(probabilities, labels),
-    }
+    return {"macro AUC": float(np.mean(auc_by_class(probabilities, labels))), "accuracy": accuracy(probabilities, labels)}
 
 
 def size_and_speed(precision, path, images):
-    one, many = latency(path, images)
-    size = path.stat().st_size / 1e6
-    return f"{precision}: {size:.2f} MB, {one:.2f} ms for 1 image, {many:.1f} ms for 256"
-
-
-def latency(path, images):
-    """Median milliseconds of a call with 1 and with 256 images on this machine."""
+    """A file's size, and the median milliseconds of a call with 1 and with 256 images on this machine, as text."""
     session, _ = open_session(path, "cpu")
     medians = []
     for batch, repeats in ((1, 30), (256, 5)):
@@ -358,7 +332,8 @@ def latency(path, images):
             session.run(None, {"images": images[:batch]})
             seconds.append(time.perf_counter() - start)
         medians.append(1e3 * float(np.median(seconds[1:])))  # the first warms up
-    return medians
+    size, (one, many) = path.stat().st_size / 1e6, medians
+    return f"{precision}: {size:.2f} MB, {one:.2f} ms for 1 image, {many:.1f} ms for 256"
 
 
 def store_known_answers(path, args, model, images, metadata):

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # which python -P leaves out
-from lib.errors import UserError, one_line, path_argument, run_main, starting
+from lib.errors import UserError, one_line, path_argument, run_main, starting, warn
 
 starting(__name__)
 
@@ -30,7 +30,7 @@ from lib import options, reading, sheet, traits
 from lib.files import PICTURE, check_outputs, identity, require_own, write_csv
 from lib.guard import LEAST_FAMILIARITY, UNFAMILIAR, Guard
 from lib.images import Said, find_files, read_placed_images
-from lib.onnxfile import classify, number_in, open_classifier, open_maps, open_masses, open_sharpener, run_model
+from lib.onnxfile import classify, metadata_of, number_in, open_beside, open_classifier, open_sharpener, run_model
 from lib.outputs import STANDARD_OUTPUT, require_writable, write_table
 
 EXAMPLE = """examples:
@@ -100,8 +100,8 @@ class Answer(NamedTuple):
 def predict(args):
     session, class_names, img_size = open_classifier(args.model, args.device)
     guard = Guard.of(session, args.least_familiarity)
-    maps = open_maps(args.maps, session, img_size, args.device) if args.maps else None
-    masses = open_masses(args.mass, session, img_size, args.device) if args.mass else None
+    maps = open_beside("--maps", args.maps, session, img_size, args.device)
+    masses = open_beside("--mass", args.mass, session, img_size, args.device)
     choice = sheet_choice(args, guard) if args.sheet else None
     files, said, batches = inputs_of(args, session, img_size, guard, maps)
     others, errors = said.others, said.errors
@@ -132,12 +132,12 @@ def predict(args):
     if args.save_maps:
         say(args, f"{len(saved)} substructure maps in {args.save_maps}, {sum(map(bool, saved))} of them with a WCS")
     doubts = [source.doubt for source in (maps, masses) if source and source.doubt]
-    reference = traits.reference_in(session.get_modelmeta().custom_metadata_map)
+    reference = traits.reference_in(metadata_of(session))
     unit_known = (args.scale, args.zero_point) != (None, None) or any(kind == "unit" for kind, *_ in said.notes)
     told = warnings_of(args, guard, counts, others, errors, advice_on(strange, reference, unit_known,
                       by_chance(counts.get(UNFAMILIAR, 0), total, args.least_familiarity)))  # fmt: skip
     for line in (*doubts, *said.about_notes(), *told):
-        print(one_line(line), file=sys.stderr)
+        warn(line)
     if sheet_error:
         raise UserError(f"{sheet_error}; the predictions are in {args.out}")
     return 1 if errors else 0
@@ -169,7 +169,7 @@ def sharpen(args):
     write_errors(args.out, said.errors)
     say(args, f"{len(rows)} sharp images in {args.sharpened}, their rms errors in {args.out}")
     for line in (*said.about_notes(), *about_files(args, said.others, said.errors)):
-        print(one_line(line), file=sys.stderr)
+        warn(line)
     return 1 if said.errors else 0
 
 

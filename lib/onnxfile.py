@@ -58,19 +58,19 @@ def require_known_answers(session, path, img_size):
     Files of older versions store none.
     """
     with named_errors(path, WHAT):
-        metadata = session.get_modelmeta().custom_metadata_map
+        metadata = metadata_of(session)
         if known_answers.KEY not in metadata:
             return
         images, answers = known_answers.read(metadata[known_answers.KEY], img_size)
         allowed = known_answers.TOLERANCES[metadata["precision"]]
         names = [output.name for output in session.get_outputs()]
         outputs = known_answers.thinned(dict(zip(names, run_model(session, images, path), strict=True)))
-        found = known_answers.differences(answers, outputs)
-        wrong = [name for name in found if not found[name] <= allowed[name]]
+        differences = known_answers.differences(answers, outputs)
+        wrong = [name for name, difference in differences.items() if not difference <= allowed[name]]
     if wrong:
         name, again = wrong[0], "" if metadata["precision"] == "float32" else " in float32"
         raise UserError(
-            f"{path}: its {name} of the images stored in it is {found[name]:.2g} from PyTorch's, more "
+            f"{path}: its {name} of the images stored in it is {differences[name]:.2g} from PyTorch's, more "
             f"than {allowed[name]:g}: use --device cpu or another onnxruntime, or export it again{again}"
         )
 
@@ -83,7 +83,7 @@ def open_classifier(path, device="auto"):
     """
     session, img_size = open_session(path, device)
     with named_errors(path, WHAT):
-        class_names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
+        class_names = json.loads(metadata_of(session)["class_names"])
         outputs = session.get_outputs()
         if any(output.type != "tensor(float)" for output in outputs):
             raise ValueError("outputs of another kind than numbers")
@@ -106,61 +106,33 @@ def classify(session, images, path):
     return probabilities, familiarity[0] if familiarity else None
 
 
-class Maps(NamedTuple):
-    """What an exported MAE says of images.
+class Beside(NamedTuple):
+    """An exported file that stands beside a classifier: an MAE, or what estimates masses.
 
-    of : function from images (b, 1, H, H) to (residual maps (b, 1, H, H), scores (b,)).
-    sigma : rms of the residuals of smooth lenses, None if the file does not say.
+    of : function from images (b, 1, H, H) to (residual maps (b, 1, H, H), scores (b,)) of an MAE, or (log10 of the
+        axion's mass in eV, low, high), each (b,).
     doubt : a line if it was not trained on the same data as the classifier, else None.
+    sigma : of an MAE, the rms of its residuals of smooth lenses, None if the file does not say.
+    classes : names of the classes whose images have a mass.
     """
 
     of: Callable
-    sigma: float | None
     doubt: str | None
+    sigma: float | None = None
+    classes: list = []  # noqa: RUF012
+
+
+def metadata_of(session):
+    return session.get_modelmeta().custom_metadata_map
 
 
 def number_in(session, key):
     """The positive number that a file's metadata has under `key`, None if there is none."""
     try:
-        number = float(session.get_modelmeta().custom_metadata_map[key])
+        number = float(metadata_of(session)[key])
     except (KeyError, ValueError):
         return None
     return number if 0 < number < math.inf else None
-
-
-def open_maps(path, classifier, img_size, device="auto"):
-    """The `Maps` of an exported MAE, to stand beside a classifier.
-
-    `classifier` is a session of one for images of `img_size`. Raises UserError for anything but a file of
-    `export.py --what reconstruction` for images of this size.
-    """
-    session, doubt = _open_beside(path, classifier, img_size, device, "--maps", ["residual", "score"],
-                                  "reconstruction", "residuals and maps")  # fmt: skip
-    return Maps(lambda images: run_model(session, images, path), number_in(session, "smooth_rms"), doubt)
-
-
-class Masses(NamedTuple):
-    """What an exported file says of the axions of images.
-
-    of : function from images (b, 1, H, H) to (log10 of the mass in eV, low, high), each (b,).
-    classes : names of the classes whose images have such a mass.
-    doubt : see `Maps`.
-    """
-
-    of: Callable
-    classes: list
-    doubt: str | None
-
-
-def open_masses(path, classifier, img_size, device="auto"):
-    """The `Masses` of a file of `export.py --what mass`; as `open_maps`."""
-    session, doubt = _open_beside(path, classifier, img_size, device, "--mass", ["log10_mass", "low", "high"],
-                                  "mass", "masses")  # fmt: skip
-    with named_errors(path, WHAT):
-        classes = json.loads(session.get_modelmeta().custom_metadata_map["mass_classes"])
-        if not isinstance(classes, list):
-            raise ValueError("no classes that have a mass")
-    return Masses(lambda images: run_model(session, images, path), classes, doubt)
 
 
 def open_sharpener(path, device="auto"):
@@ -171,26 +143,36 @@ def open_sharpener(path, device="auto"):
     return session, img_size
 
 
-def _open_beside(path, classifier, img_size, device, flag, outputs, what, answers):
-    """(session of a file that stands beside a classifier, see `Maps.doubt`); UserError if it does not fit."""
+# By option: the outputs of its file, how export.py calls it, and what a user reads of it.
+BESIDE = {"--maps": (["residual", "score"], "reconstruction", "residuals and maps"),
+          "--mass": (["log10_mass", "low", "high"], "mass", "masses")}  # fmt: skip
+
+
+def open_beside(flag, path, classifier, img_size, device="auto"):
+    """The file `Beside` a classifier that an option of BESIDE names, None without a `path`.
+
+    `classifier` is a session of one for images of `img_size`. Raises UserError for another file than export.py
+    writes for this option, or one for images of another size.
+    """
+    if path is None:
+        return None
+    outputs, what, answers = BESIDE[flag]
     session, side = open_session(path, device)
     if [output.name for output in session.get_outputs()] != outputs:
         raise UserError(f"{flag} {path}: export it with --what {what}")
     if side != img_size:
         raise UserError(f"{flag} {path} is for images of {side} pixels, not {img_size}")
-    doubt = None
-    if _data_of(session) is None or _data_of(session) != _data_of(classifier):
-        doubt = (
-            f"{flag} {path} was trained on other data than the classifier, or one of them does not say on "
-            f"which: {answers} may mean nothing"
-        )
-    return session, doubt
-
-
-def _data_of(session):
-    """The fingerprint of the images that an exported network was trained on, None if it is unknown."""
-    stated = session.get_modelmeta().custom_metadata_map.get("data_fingerprint", "None")
-    return None if stated == "None" else stated
+    fingerprints = [metadata_of(each).get("data_fingerprint", "None") for each in (session, classifier)]
+    doubt, classes = None, []
+    if fingerprints[0] == "None" or fingerprints[0] != fingerprints[1]:
+        doubt = (f"{flag} {path} was trained on other data than the classifier, or one of them does not say on which: "
+                 f"{answers} may mean nothing")  # fmt: skip
+    if flag == "--mass":
+        with named_errors(path, WHAT):
+            classes = json.loads(metadata_of(session)["mass_classes"])
+            if not isinstance(classes, list):
+                raise ValueError("no classes that have a mass")
+    return Beside(lambda images: run_model(session, images, path), doubt, number_in(session, "smooth_rms"), classes)
 
 
 def run_model(session, images, path):
@@ -198,9 +180,8 @@ def run_model(session, images, path):
     try:
         outputs = session.run(None, {session.get_inputs()[0].name: images})
     except Exception as error:  # onnxruntime raises many kinds
-        reason = reason_of(error)
         raise UserError(
-            f"{path} fails on {len(images)} images; a smaller --batch-size may help: {reason}"
+            f"{path} fails on {len(images)} images; a smaller --batch-size may help: {reason_of(error)}"
         ) from None
     if any(np.shape(output)[:1] != (len(images),) for output in outputs):
         raise UserError(f"{path}: not a usable {WHAT}: it gives no row for each image")

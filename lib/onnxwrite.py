@@ -16,13 +16,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 from torch import nn
 
-from mae import (
-    Block,
-    IntensityTransform,
-    complementary_masks,
-    residual_scores,
-    set_attention_form,
-)
+from mae import Block, IntensityTransform, complementary_masks, residual_scores, set_attention_form
 
 OPSET, IR_VERSION = 20, 10  # onnxruntime reads them since 1.18 of May 2024
 ROUNDS = 2  # of complementary masks in a residual
@@ -67,33 +61,16 @@ class Residuals(nn.Module):
         return residual + unknown, residual_scores(residual) + unknown.flatten()
 
 
-class Masses(nn.Module):
-    """Raw images (B, 1, H, W) to log10 of the axion's mass in eV and its interval, low and high, each (B,)."""
+class Answers(nn.Module):
+    """What a `MassEstimator` or `Sharpener` answers to raw images (B, 1, H, W): `outputs`, (B,) or (B, 1, fH, fW)."""
 
-    outputs = ("log10_mass", "low", "high")
-
-    def __init__(self, estimator):
+    def __init__(self, network, outputs):
         super().__init__()
-        self.estimator, self.img_size = estimator, estimator.img_size
+        self.network, self.outputs, self.img_size = network, outputs, network.img_size
 
     def forward(self, images):
-        unknown = zero_or_nan(images).flatten()
-        return tuple(answer + unknown for answer in self.estimator(images))
-
-
-class Sharpened(nn.Module):
-    """Raw coarse images (B, 1, H, H) to sharp ones (B, 1, fH, fH), and an estimate of their rms error (B,)."""
-
-    outputs = ("sharpened", "rms_error")
-
-    def __init__(self, sharpener):
-        super().__init__()
-        self.sharpener, self.img_size = sharpener, sharpener.img_size
-
-    def forward(self, images):
-        sharp, error = self.sharpener(images)
         unknown = zero_or_nan(images)
-        return sharp + unknown, error + unknown.flatten()
+        return tuple(answer + (unknown if answer.dim() == 4 else unknown.flatten()) for answer in self.network(images))
 
 
 def zero_or_nan(images):
@@ -266,8 +243,7 @@ def nodes_for_familiarity_alone(graph):
         return names
 
     outputs = {value.name for value in graph.output}
-    own = outputs & {"familiarity"}
-    return sorted(needed(own) - needed(outputs - own))
+    return sorted(needed(outputs & {"familiarity"}) - needed(outputs - {"familiarity"}))
 
 
 def skip_round_trips(graph, wide_nodes):
@@ -281,11 +257,8 @@ def skip_round_trips(graph, wide_nodes):
             wide |= set(node.output)
     casts = [node for node in graph.node if node.op_type == "Cast"]
     copied = {cast.output[0]: cast.input[0] for cast in casts if cast.input[0] in wide}
-    restored = {
-        cast.output[0]: copied[cast.input[0]]
-        for cast in casts
-        if cast.input[0] in copied and cast.attribute[0].i == onnx.TensorProto.FLOAT
-    }
+    restored = {cast.output[0]: copied[cast.input[0]] for cast in casts
+                if cast.input[0] in copied and cast.attribute[0].i == onnx.TensorProto.FLOAT}  # fmt: skip
     for node in graph.node:
         for i, name in enumerate(node.input):
             node.input[i] = restored.get(name, name)

@@ -71,7 +71,7 @@ def require_drawable(path):
 def draw(path, answers, class_names, maps, pixel_scale):
     """Draw the answers; returns None, or why that failed.
 
-    maps : an `onnxfile.Maps`, or None.
+    maps : an `onnxfile.Beside`, or None.
     pixel_scale : arcsec, None if unknown.
     """
     from lib import plots

@@ -82,7 +82,7 @@ def test_an_export_that_loses_auc_or_accuracy_is_not_left(figure, exported_alrea
     same = {"macro AUC": 0.99, "accuracy": 0.99}
     values = iter((same, same | {figure: 0.98}))
     monkeypatch.setattr(export, "differences", lambda *_: {"probabilities": 0.0})
-    monkeypatch.setattr(export, "figures_of", lambda *_: next(values))
+    monkeypatch.setattr(export, "quality_of", lambda *_: next(values))
     with pytest.raises(UserError, match=f"{figure} falls by 0.0100"):
         export.main(["--weights", str(runs / "head" / CLASSIFIER), "--data", str(folder), "--cache-dir",
                      str(runs / "cache"), "--out", str(tmp_path / "x.onnx"), "--precision", "float16"])  # fmt: skip
