@@ -99,7 +99,7 @@ def train(args, task, strategy, start, chosen, dataset, rows, parts, run):
     freeze_others(model, learner.learning)
 
     def batch_loss(batch, progress):
-        return task.training_figures(training_outputs(batch, progress).float(), targets[batch])
+        return task.training_measures(training_outputs(batch, progress).float(), targets[batch])
 
     def validation_outputs():
         reestimate_batchnorm(learner.model, outputs_of, rows)
@@ -108,7 +108,7 @@ def train(args, task, strategy, start, chosen, dataset, rows, parts, run):
     def validate():
         with precision.autocast(device):
             outputs = validation_outputs()
-        return task.validation_figures(outputs, task.targets[validation])
+        return task.validation_measures(outputs, task.targets[validation])
 
     learner = learner._replace(is_trained=start is not None and start.is_classifier)
     state, history, kept = fit(learner, batch_loss, validate, chosen, rows, run, device, precision, task.score)

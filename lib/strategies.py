@@ -13,14 +13,7 @@ from lib import compatibility, distributed, network, weights
 from lib.augment import KINDS, SYMMETRIES, augment
 from lib.errors import UserError
 from lib.intensity import fit_transform
-from lib.loader import (
-    EVALUATION_BATCH,
-    StoredImages,
-    batch_reader,
-    in_batches,
-    larger_than_memory,
-    read_disturbed,
-)
+from lib.loader import EVALUATION_BATCH, StoredImages, batch_reader, in_batches, larger_than_memory, read_disturbed
 from lib.loop import Learner
 from lib.recipe import Defaults
 from lib.residuals import mask_ratio_of, stored_maps
@@ -55,9 +48,7 @@ class Strategy:
     def check(self, args):
         """UserError, naming the flag, for options that this strategy has no use for."""
         if args.pretrained == "none" and self.from_scratch is None:
-            raise UserError(
-                f"--pretrained none: --strategy {self.name} needs pre-trained weights; use --strategy full"
-            )
+            raise UserError(f"--pretrained none: --strategy {self.name} needs pre-trained weights; use --strategy full")
         if args.batch_size == 1:
             raise UserError("--batch-size must be at least 2: BatchNorm needs several images a step")
         if set(args.augment or ()) - set(self.augmentations):
@@ -66,8 +57,7 @@ class Strategy:
             raise UserError("--patch-dropout: all patches are needed; use --strategy layernorm or full")
         if args.pool and not self.has_pool:
             raise UserError("--pool: there are no patch tokens; leave it out or use another --strategy")
-        decays = self.decays_layers and args.pretrained != "none"
-        if args.layer_decay not in (None, 1) and not decays:
+        if args.layer_decay not in (None, 1) and (not self.decays_layers or args.pretrained == "none"):
             raise UserError("--layer-decay needs --strategy full and pre-trained weights")
         if args.with_image and not self.shows_image:
             raise UserError("--with-image is for --strategy residual with --task classes")
@@ -132,14 +122,10 @@ class Strategy:
             names = f"{', '.join(others)} or {last}" if others else last
             raise UserError(f"{start.path} is a classifier of --strategy {names}: continue with that")
         if content["class_names"] != list(dataset.class_names):
-            raise UserError(
-                f"{start.path} tells {', '.join(content['class_names'])} apart; start from an MAE for "
-                "other classes"
-            )
+            raise UserError(f"{start.path} tells {', '.join(content['class_names'])} apart; start from an MAE for other "
+                            "classes")  # fmt: skip
         if self.has_pool and model.pool != recipe.pool:
-            raise UserError(
-                f"{start.path} has --pool {model.pool}; start from an MAE for another --pool"
-            )
+            raise UserError(f"{start.path} has --pool {model.pool}; start from an MAE for another --pool")
         return model
 
     def around(self, args, start, pretrained, recipe, more):
@@ -171,18 +157,22 @@ class Strategy:
             part = distributed.local_slice(len(batch))
             ids_keep = patches_to_keep(model, len(batch), recipe.patch_dropout, progress, device)
             images = augment(read(batch[part]), recipe.augment, len(batch), part)
-            own = model.features(images, None if ids_keep is None else ids_keep[part])
-            return model.fc(distributed.gather(own))
+            features = model.features(images, None if ids_keep is None else ids_keep[part])
+            return model.fc(distributed.gather(features))
 
         def outputs(batch):
             return model.fc(model.features(read_disturbed(read, batch, recipe.augment)))
 
-        learner = Learner(
-            model, self.learning(model), isinstance(read, StoredImages), larger_than_memory(dataset.images),
+        learner = self.learner_of(model, model, dataset, read)._replace(
             changes_at=(ALL_PATCHES_FROM,) if recipe.patch_dropout else (),
             lr_scale=layer_scale(recipe.layer_decay, len(model.blocks)),
-        )  # fmt: skip
+        )
         return learner, training_outputs, outputs
+
+    def learner_of(self, model, trained, dataset, *readers):
+        """The `Learner` of what is `trained` of a model, whose steps read images and maps with the `readers`."""
+        on_device = all(isinstance(read, StoredImages) for read in readers)
+        return Learner(trained, self.learning(model), on_device, larger_than_memory(dataset.images))
 
 
 class Head(Strategy):
@@ -245,9 +235,7 @@ class Residual(Strategy):
 
     name, kind = "residual", ResidualClassifier
     # The last weights are kept: the AUC of validation soon reaches 1 and says no more.
-    defaults = Defaults(
-        epochs=3, fewest_steps=1000, batch_size=64, lr=3e-3, keep="last", most_validations=3
-    )
+    defaults = Defaults(epochs=3, fewest_steps=1000, batch_size=64, lr=3e-3, keep="last", most_validations=3)
     continuing = {"lr": 3e-4, "epochs": 1, "fewest_steps": 300, "keep": "best"}
     augmentations = SYMMETRIES
     no_augmentation = f"residual maps are computed once, so only {', '.join(SYMMETRIES)} or none is possible"
@@ -270,24 +258,23 @@ class Residual(Strategy):
         return list(model.network.named_parameters())
 
     def reader_of_maps(self, model, read, dataset, rows, run, device, shape):
-        """(function from some of the `rows` to maps (b, *shape), whether it needs the device alone).
+        """(function from some of the `rows` to maps (b, *shape), the `batch_reader` that it uses).
 
         The maps are computed by the `model` from what `read` gives, and stored. `shape` is (channels, side, side).
         """
         model.eval()
         maps = stored_maps(lambda batch: model.maps(read(batch)), rows, run.maps_path, shape, run.quiet)
         read_maps = batch_reader(maps, device)
-        on_device = isinstance(read_maps, StoredImages)
         place = np.full(len(dataset.labels), -1)
         place[rows] = np.arange(len(rows))
-        if on_device:
+        if isinstance(read_maps, StoredImages):
             place = torch.from_numpy(place).to(device)
-        return lambda batch: read_maps(place[batch]).view(-1, *shape), on_device
+        return lambda batch: read_maps(place[batch]).view(-1, *shape), read_maps
 
     def learner(self, model, recipe, dataset, rows, run, device):
         read = batch_reader(dataset.images, device)
         shape = (model.channels, model.map_side, model.map_side)
-        maps, on_device = self.reader_of_maps(model, read, dataset, rows, run, device, shape)
+        maps, read_maps = self.reader_of_maps(model, read, dataset, rows, run, device, shape)
 
         def training_outputs(batch, progress):
             return model.network(augment(maps(batch), recipe.augment))
@@ -295,8 +282,7 @@ class Residual(Strategy):
         def outputs(batch):
             return model.logits(maps(batch))
 
-        learner = Learner(model.network, self.learning(model), on_device, larger_than_memory(dataset.images))
-        return learner, training_outputs, outputs
+        return self.learner_of(model, model.network, dataset, read_maps), training_outputs, outputs
 
 
 class Mass(Residual):
@@ -325,23 +311,21 @@ class Mass(Residual):
         return constructed(self.kind, config, "--task mass"), config
 
     def around(self, args, start, pretrained, recipe, more):
-        return on_mae(
-            self.kind, start, pretrained, {"mask_ratio": mask_ratio_of(start.content), **more}, "--task mass"
-        )
+        more = {"mask_ratio": mask_ratio_of(start.content), **more}
+        return on_mae(self.kind, start, pretrained, more, "--task mass")
 
     def learner(self, model, recipe, dataset, rows, run, device):
         read = batch_reader(dataset.images, device)
-        maps, on_device = None, isinstance(read, StoredImages)
+        maps, readers = None, [read]
         if model.mae is not None:
             shape = (1, model.img_size, model.img_size)
-            maps, map_on_device = self.reader_of_maps(model, read, dataset, rows, run, device, shape)
-            on_device = on_device and map_on_device
+            maps, read_maps = self.reader_of_maps(model, read, dataset, rows, run, device, shape)
+            readers.append(read_maps)
 
         def outputs(batch, progress=None):
             return model.estimates(read(batch), maps and maps(batch))
 
-        learner = Learner(model.network, self.learning(model), on_device, larger_than_memory(dataset.images))
-        return learner, outputs, outputs
+        return self.learner_of(model, model.network, dataset, *readers), outputs, outputs
 
 
 class Sharpen(Strategy):
@@ -383,9 +367,7 @@ class Sharpen(Strategy):
                 sharp, error = model.with_noise(images, clean)
             return torch.cat([sharp.flatten(1), error.unsqueeze(1)], dim=1)
 
-        on_device = isinstance(read, StoredImages)
-        learner = Learner(model, self.learning(model), on_device, larger_than_memory(dataset.images))
-        return learner, outputs, outputs
+        return self.learner_of(model, model, dataset, read), outputs, outputs
 
 
 STRATEGIES = {strategy.name: strategy for strategy in (Head(), LayerNorm(), Full(), Residual())}
@@ -405,9 +387,7 @@ def on_mae(kind, start, pretrained, more, what, remedy=""):
     Raises UserError, naming `what` the options ask for, for an MAE without decoder or arguments that do not fit.
     """
     if not isinstance(pretrained, MAE):
-        raise UserError(
-            f"{start.path} is from elsewhere: {what} needs the decoder of an MAE of pretrain.py{remedy}"
-        )
+        raise UserError(f"{start.path} is from elsewhere: {what} needs the decoder of an MAE of pretrain.py{remedy}")
     config = {"mae": {k: v for k, v in start.content["config"].items() if k != "transform"}, **more}
     model = constructed(kind, config, what, remedy)
     model.mae.load_state_dict(pretrained.state_dict())
@@ -434,16 +414,16 @@ def layer_scale(layer_decay, depth):
 
     The rate of a block is `layer_decay` times that of the next one; the head's factor is 1.
     """
-    return lambda name: layer_decay ** (depth + 1 - layer_of(name, depth))
 
+    def scale(name):
+        layer = depth + 1  # of the head; 0 of the embedding
+        if name.startswith(("patch_embed", "cls_token")):
+            layer = 0
+        elif name.startswith("blocks."):
+            layer = int(name.split(".")[1]) + 1
+        return layer_decay ** (depth + 1 - layer)
 
-def layer_of(name, depth):
-    """How deep a parameter lies: 0 the embedding, 1..depth the blocks, depth + 1 the head."""
-    if name.startswith(("patch_embed", "cls_token")):
-        return 0
-    if name.startswith("blocks."):
-        return int(name.split(".")[1]) + 1
-    return depth + 1
+    return scale
 
 
 def stored_features(model, read, rows, count):

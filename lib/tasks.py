@@ -1,8 +1,7 @@
-"""What a network is trained for: targets, loss, validation figures and calibration."""
+"""What a network is trained for: targets, loss, validation and calibration."""
 
 import hashlib
 import math
-import sys
 import warnings
 from typing import NamedTuple
 
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from lib import datasets, masses, metrics, pairs
-from lib.errors import UserError
+from lib.errors import UserError, warn
 
 UNIT_PAIRS = 200  # training pairs that the unit of the loss comes from
 CLASS_CURVES = {"loss": "cross-entropy", "accuracy": "accuracy", "macro_auc": "macro one-vs-rest AUC"}
@@ -27,9 +26,9 @@ class Task(NamedTuple):
     config : arguments of the network's constructor that are the task's.
     targets : (N, ...) tensor, what is right for every row.
     known : (N,) bool, the rows that have a target.
-    training_figures : (outputs (b, width), targets (b, ...)) -> {"loss": scalar tensor, ...}.
-    validation_figures : (outputs (n, width), targets (n, ...)) -> {"loss": number, ...}.
-    score : the validation figure whose largest value is the best; None where the last weights are kept.
+    training_measures : (outputs (b, width), targets (b, ...)) -> {"loss": scalar tensor, ...}.
+    validation_measures : (outputs (n, width), targets (n, ...)) -> {"loss": number, ...}.
+    score : the validation measure whose largest value is the best; None where the last weights are kept.
     calibrated : (outputs, targets) of the validation images -> {name of a buffer: its value}.
     curves : what of a training is drawn, see `plots.curves`.
     about : what else decides the weights, beside images and options.
@@ -40,8 +39,8 @@ class Task(NamedTuple):
     config: dict
     targets: torch.Tensor
     known: np.ndarray
-    training_figures: callable
-    validation_figures: callable
+    training_measures: callable
+    validation_measures: callable
     score: str | None
     calibrated: callable
     curves: dict
@@ -56,7 +55,7 @@ def classification(dataset, rows):
     return Task(
         "vit-mae-classifier-wt.pth", {"num_classes": len(dataset.class_names)},
         torch.from_numpy(np.array(dataset.labels)), np.ones(len(dataset.labels), bool),
-        cross_entropy_and_accuracy, classification_figures, "macro_auc",
+        cross_entropy_and_accuracy, classification_measures, "macro_auc",
         lambda logits, labels: {"temperature": metrics.fit_temperature(logits, labels)},
         CLASS_CURVES,
     )  # fmt: skip
@@ -71,15 +70,16 @@ def mass(dataset, rows):
         raise UserError(f"{dataset.origin}: no file holds the mass of an axion: --task mass needs object arrays "
                         "[image, mass in eV], as the benchmark's axion files are")  # fmt: skip
     targets = np.log10(dataset.masses)
-    own = targets[rows][np.isfinite(targets[rows])]
-    if len(own) < 2:
-        raise UserError(f"{dataset.origin}: {len(own)} training images have a mass: --task mass needs more")
-    edges = masses.half_decades(own)
+    known = targets[rows][np.isfinite(targets[rows])]
+    if len(known) < 2:
+        raise UserError(f"{dataset.origin}: {len(known)} training images have a mass: --task mass needs more")
+    edges = masses.half_decades(known)
     with_mass = np.unique(dataset.labels[np.isfinite(targets)])
     classes = [dataset.class_names[label] for label in with_mass]
     return Task(
-        "vit-mae-mass-wt.pth", {"centre": float(np.mean(own)), "edges": edges},
-        torch.from_numpy(targets).float(), np.isfinite(targets), laplace, laplace_figures, None,
+        "vit-mae-mass-wt.pth", {"centre": float(np.mean(known)), "edges": edges},
+        torch.from_numpy(targets).float(), np.isfinite(targets), laplace,
+        lambda *outputs: {name: value.item() for name, value in laplace(*outputs).items()}, None,
         lambda outputs, log_masses: {"widths": masses.fit_widths(outputs, log_masses, edges)},
         MASS_CURVES,
         {"masses_sha256": hashlib.sha256(dataset.masses).hexdigest(), "mass_classes": classes},
@@ -95,14 +95,14 @@ def sharpening(dataset, rows):
     inputs = pairs.coarse_of(dataset)
     config = {"factor": pairs.factor_of(dataset, inputs), "adds_noise": pairs.are_reductions(dataset, inputs, rows)}
     if not config["adds_noise"]:
-        print(f"{dataset.origin}: coarse images are not the bicubic reductions of sharp ones, so the noise that "
-              "they show is not put back", file=sys.stderr)  # fmt: skip
+        warn(f"{dataset.origin}: coarse images are not the bicubic reductions of sharp ones, so the noise that they "
+             "show is not put back")  # fmt: skip
     some = rows[np.linspace(0, len(rows) - 1, min(len(rows), UNIT_PAIRS)).astype(int)]
     sharp, coarse = (torch.from_numpy(each.images[some]).unsqueeze(1) for each in (dataset, inputs))
     left = mean_square(pairs.interpolated(coarse, config["factor"], "bilinear"), sharp).sqrt().item()
     unit = left or 1.0  # of blank images
 
-    def training_figures(outputs, sharp):
+    def training_measures(outputs, sharp):
         return {"loss": mean_square(outputs[:, :-1], sharp) / unit**2}
 
     with warnings.catch_warnings():
@@ -110,7 +110,7 @@ def sharpening(dataset, rows):
         targets = torch.from_numpy(dataset.images)
     return Task(
         "vit-mae-sharpen-wt.pth", {**config, "unit": unit}, targets, np.ones(len(dataset.labels), bool),
-        training_figures, sharpening_figures, None, lambda outputs, sharp: {"error_scale": error_scale(outputs, sharp)},
+        training_measures, sharpening_measures, None, lambda outputs, sharp: {"error_scale": error_scale(outputs, sharp)},
         SHARP_CURVES, {"coarse_sha256": hashlib.sha256(inputs.images).hexdigest()}, inputs,
     )  # fmt: skip
 
@@ -120,7 +120,7 @@ def mean_square(images, others):
     return (images.flatten(1) - others.flatten(1)).square().mean()
 
 
-def sharpening_figures(outputs, sharp):
+def sharpening_measures(outputs, sharp):
     """Mean squared error of outputs (n, H·H + 1) from sharp images (n, H, H), and its PSNR at a range of one."""
     loss = mean_square(outputs[:, :-1], sharp).item()
     return {"loss": loss, "psnr": -10 * math.log10(max(loss, 1e-30)) if math.isfinite(loss) else loss}
@@ -142,17 +142,13 @@ def laplace(outputs, target):
     return {"loss": (log_spread + error * torch.exp(-log_spread)).mean(), "error": error.detach().mean()}
 
 
-def laplace_figures(outputs, target):
-    return {name: value.item() for name, value in laplace(outputs, target).items()}
-
-
 def cross_entropy_and_accuracy(logits, target):
     """Loss and accuracy of a training step, from logits (b, K) and classes (b,)."""
     correct = (logits.detach().argmax(dim=1) == target).float().mean()
     return {"loss": F.cross_entropy(logits, target), "accuracy": correct}
 
 
-def classification_figures(logits, target):
+def classification_measures(logits, target):
     """Loss, accuracy and macro AUC of logits (n, K); the loss alone if it is not finite."""
     loss = F.cross_entropy(logits, target).item()
     if not math.isfinite(loss):
