@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # which python -P leaves out
-from lib.errors import UserError, one_line, path_argument, run_main, starting
+from lib.errors import UserError, path_argument, run_main, starting
 
 starting(__name__)
 
@@ -84,9 +84,9 @@ def train(args, task, strategy, start, chosen, dataset, rows, parts, run):
     device, validation = resolve_device(args.device), parts["validation"]
     torch.manual_seed(chosen.seed)
     model, config = strategy.build(args, start, chosen, task, dataset, rows)
-    if distributed.is_main():  # now that the options are known to fit together
-        few = " (few)" if strategy.defaults_from(start).are_few(len(rows)) else ""
-        print(f"{args.strategy}, {len(rows):,} training images{few}: {chosen}")
+    few = " (few)" if strategy.defaults_from(start).are_few(len(rows)) else ""
+    # Now that the options are known to fit together.
+    distributed.say(f"{args.strategy}, {len(rows):,} training images{few}: {chosen}")
     model.to(device)
     targets = task.targets.to(device)
     precision = precision_of(chosen, run, device)
@@ -143,11 +143,9 @@ def familiarity_of(start, dataset, parts, config, chosen, args):
         fitted = familiarity.fit(
             dataset, parts["train"], parts["validation"], config["transform"], chosen.augment, args.quiet
         )
-    if fitted is None and distributed.is_main():
-        print(
-            f"a familiarity needs {familiarity.FEWEST_IMAGES} validation images, and there are "
-            f"{len(parts['validation'])}: the classifier cannot refuse images unlike its training images"
-        )
+    if fitted is None:
+        distributed.say(f"a familiarity needs {familiarity.FEWEST_IMAGES} validation images, and there are "
+                        f"{len(parts['validation'])}: the classifier cannot refuse images unlike its training images")
     return fitted
 
 
@@ -155,11 +153,9 @@ def say_small_classes(predicted, class_names):
     """One line if too few validation images (n,) are `predicted` as a class for a share of 1 %."""
     counts = zip(class_names, predicted.bincount(minlength=len(class_names)).tolist(), strict=True)
     few = [f"{name} ({count})" for name, count in counts if count < familiarity.FEWEST_IMAGES]
-    if few and distributed.is_main():
-        print(one_line(
-            f"fewer than {familiarity.FEWEST_IMAGES} validation images are predicted as {', '.join(few)}: of n "
-            f"such images up to 1/(1 + n) may be refused as unfamiliar, not {LEAST_FAMILIARITY:.0%}"
-        ))  # fmt: skip
+    if few:
+        distributed.say(f"fewer than {familiarity.FEWEST_IMAGES} validation images are predicted as {', '.join(few)}: of "
+                        f"n such images up to 1/(1 + n) may be refused as unfamiliar, not {LEAST_FAMILIARITY:.0%}")
 
 
 def start_argument(text):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # which python -P leaves out
-from lib.errors import one_line, run_main, starting
+from lib.errors import run_main, starting
 
 starting(__name__)
 
@@ -54,8 +54,8 @@ def train(args, chosen, dataset, rows, validation, parts, run):
 
     torch.manual_seed(chosen.seed)
     model = network.build(MAE, config).to(device)
-    if distributed.is_main():  # now that the options are known to fit together
-        print(one_line(f"{', '.join(args.classes)}, {len(rows):,} training images: {chosen}"))
+    # Now that the options are known to fit together.
+    distributed.say(f"{', '.join(args.classes)}, {len(rows):,} training images: {chosen}")
     transform = IntensityTransform(**constants).to(device)
     read = batch_reader(dataset.images, device)
     noise = validation_noise(len(validation), model.num_patches, seed=0)

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # which python -P leaves out
-from lib.errors import UserError, one_line, path_argument, run_main, starting
+from lib.errors import UserError, one_line, path_argument, run_main, starting, warn
 
 starting(__name__)
 
@@ -26,14 +26,8 @@ from lib.files import PICTURE, make_folder, write_csv, write_json
 from lib.metrics import about_intervals
 from lib.provenance import LIBRARY, identity_of, is_current, made_from, require_own_results, sign
 from lib.residuals import (
-    mask_ratio_of,
-    measure,
-    residual_reader,
-    scores_and_powers,
-    scores_of,
-    smooth_rms_of,
-    unlike_training,
-)
+    mask_ratio_of, measure, residual_reader, scores_and_powers, scores_of, smooth_rms_of, unlike_training,
+)  # fmt: skip
 from lib.tables import with_interval
 
 EXAMPLE = """examples:
@@ -87,7 +81,8 @@ def reconstruct(args):
         result |= {"weights": str(args.weights), "data_fingerprint": dataset.fingerprint}
         write_json(args.out / "metrics.json", result)
     plots.attempt(print, "\n".join(lines))
-    plots.attempt(warn, clusters.doubt(kinds) if kinds else None)
+    if kinds and clusters.doubt(kinds):
+        warn(clusters.doubt(kinds))
     pictures = (
         (plots.score_histogram, args.out / "scores.png", scores, labels, dataset.class_names),
         (draw_maps, args.out / "maps.png", dataset, rows, scores, transformed, residuals, content),
@@ -128,12 +123,6 @@ def separation(scores, labels, has_substructure, trained_on, how):
     lines += [f"{one_line(name)}: AUC {with_interval(auc, 4)}" for name, auc in measured["classes"].items()]
     lines += filter(None, [about_intervals([measured["all"], *measured["classes"].values()])])
     return {"auc": measured}, lines
-
-
-def warn(text):
-    """Print a line on stderr; None is skipped."""
-    if text:
-        print(text, file=sys.stderr)
 
 
 def write_scores(path, rows, labels, scores, class_names, found, files):

@@ -1,11 +1,9 @@
 """Whether weights and a data set fit each other; each check is a UserError that says why not."""
 
-import sys
-
 import numpy as np
 
 from lib import datasets
-from lib.errors import UserError
+from lib.errors import UserError, warn
 
 
 def rows_to_evaluate(dataset, content, whole):
@@ -21,19 +19,14 @@ def rows_to_evaluate(dataset, content, whole):
     seen = dataset.originals[np.isin(dataset.hashes, content["seen"])]
     overlap = int(np.isin(dataset.originals[rows], seen).sum())
     if overlap:
-        remedy = (
-            "use --split test or other images" if whole
-            else "a class or its split has changed since then: train again on this data"
-        )  # fmt: skip
-        raise UserError(
-            f"--split {'all' if whole else 'test'}: the weights were trained on {overlap} of these "
-            f"{len(rows)} images; {remedy}"
-        )
+        split, remedy = "test", "a class or its split has changed since then: train again on this data"
+        if whole:
+            split, remedy = "all", "use --split test or other images"
+        raise UserError(f"--split {split}: the weights were trained on {overlap} of these {len(rows)} images; {remedy}")
     check_unit(dataset, rows, content["run"])
     different = datasets.without_copies(dataset, rows)
     if len(different) < len(rows):
-        print(f"{len(rows) - len(different)} of {len(rows)} images are copies of others and left out",
-              file=sys.stderr)  # fmt: skip
+        warn(f"{len(rows) - len(different)} of {len(rows)} images are copies of others and left out")
     return different
 
 
@@ -48,27 +41,21 @@ def check_unit(dataset, rows, run):
     lowest, highest = datasets.extremes_of(dataset, rows).T
     outside = (lowest < low) | (highest > high) | (highest < faintest)
     if outside.mean() > 0.5:
-        raise UserError(
-            f"{outside.mean():.0%} of the images have pixels far outside those that the weights "
-            f"were trained on ({low:.3g} to {high:.3g}): are they in another unit?"
-        )
+        raise UserError(f"{outside.mean():.0%} of the images have pixels far outside those that the weights were trained "
+                        f"on ({low:.3g} to {high:.3g}): are they in another unit?")  # fmt: skip
 
 
 def check_split(run):
     """UserError unless the training that a weights file describes (`run`) used this split."""
     if run.get("split") != datasets.SPLIT:
-        raise UserError(
-            "the weights were trained under another split of the data, so what they have seen is unknown: train again"
-        )
+        raise UserError("the weights were trained under another split of the data, so what they have seen is unknown: "
+                        "train again")  # fmt: skip
 
 
 def check_size(path, network, dataset, remedy=""):
     """UserError, naming the weights, if the data's images have another size than the network's."""
     if network.img_size != dataset.img_size:
-        raise UserError(
-            f"{path} is for images of {network.img_size} pixels, the data has "
-            f"{dataset.img_size}{remedy}"
-        )
+        raise UserError(f"{path} is for images of {network.img_size} pixels, the data has {dataset.img_size}{remedy}")
 
 
 def class_order(class_names, dataset, path):
@@ -78,9 +65,7 @@ def class_order(class_names, dataset, path):
     """
     for name in dataset.class_names:
         if name not in class_names:
-            raise UserError(
-                f"{path} knows the classes {', '.join(class_names)}, not {name}: give data of its classes"
-            )
+            raise UserError(f"{path} knows the classes {', '.join(class_names)}, not {name}: give data of its classes")
     for name in class_names:
         if name not in dataset.class_names:
             raise UserError(f"the data has no class folder {name}, which {path} was trained on")

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lib.errors import UserError
+from lib.errors import UserError, one_line
 
 # A run ends with an error if a process is silent for longer; packing a large folder takes hours.
 TIMEOUT = timedelta(hours=12)
@@ -38,6 +38,12 @@ def is_main():
     return rank() == 0
 
 
+def say(line):
+    """Print a line on standard output, once for all processes."""
+    if is_main():
+        print(one_line(line))
+
+
 def local_device():
     """Name of the GPU that belongs to this process."""
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -53,9 +59,8 @@ def process_group(device_name):
         yield
         return
     if any(not os.environ.get(name) for name in BY_TORCHRUN):
-        raise UserError(
-            "WORLD_SIZE is set, but torchrun has not started this process: unset WORLD_SIZE, or start with torchrun"
-        )
+        raise UserError("WORLD_SIZE is set, but torchrun has not started this process: unset WORLD_SIZE, or start with "
+                        "torchrun")  # fmt: skip
     on_gpu = device_name.startswith("cuda") or (device_name == "auto" and torch.cuda.is_available())
     if on_gpu:
         name = local_device() if device_name in ("auto", "cuda") else device_name
@@ -63,8 +68,7 @@ def process_group(device_name):
             torch.cuda.set_device(name)
         except (RuntimeError, AssertionError, ValueError, AttributeError):  # the last without CUDA
             raise UserError(
-                f"{name} is not available here: start as many processes as there are GPUs, or give "
-                "--device cpu"
+                f"{name} is not available here: start as many processes as there are GPUs, or give --device cpu"
             ) from None
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT)
     try:
@@ -73,9 +77,7 @@ def process_group(device_name):
         wait()
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise UserError(
-                "another process of this run has ended: its message says why; resume with --resume"
-            ) from None
+            raise UserError("another process of this run has ended: its message says why; resume with --resume") from None
         raise
     finally:
         dist.destroy_process_group()
@@ -101,33 +103,33 @@ def local_slice(batch_size):
     """Slice of a batch that this process computes; ValueError if the batch does not divide."""
     if batch_size % world_size():
         raise ValueError(f"a batch of {batch_size} cannot be split over {world_size()} processes")
-    own = batch_size // world_size()
-    return slice(rank() * own, (rank() + 1) * own)
+    size = batch_size // world_size()
+    return slice(rank() * size, (rank() + 1) * size)
 
 
-def gather(own):
-    """The whole batch from each process's part (b, ...); gradients flow to the own part.
+def gather(part):
+    """The whole batch from each process's part (b, ...); gradients flow to this process's.
 
     Downstream, every process computes the same gradients from the whole batch. Upstream, each has
     the gradients of its own part, which DDP averages over the processes; they are multiplied by
     world_size here, to get their sum.
     """
     if world_size() == 1:
-        return own
-    parts = [torch.empty_like(own) for _ in range(world_size())]
-    dist.all_gather(parts, own.detach().contiguous())
-    if own.requires_grad:
-        own.register_hook(lambda gradient: gradient * world_size())
-    parts[rank()] = own
+        return part
+    parts = [torch.empty_like(part) for _ in range(world_size())]
+    dist.all_gather(parts, part.detach().contiguous())
+    if part.requires_grad:
+        part.register_hook(lambda gradient: gradient * world_size())
+    parts[rank()] = part
     return torch.cat(parts)
 
 
-def gather_list(own):
+def gather_list(part):
     """One list from the processes' lists; process p holds elements p, p + world_size(), ..."""
     if world_size() == 1:
-        return own
+        return part
     lists = [None] * world_size()
-    dist.all_gather_object(lists, own)
+    dist.all_gather_object(lists, part)
     return [lists[i % world_size()][i // world_size()] for i in range(sum(map(len, lists)))]
 
 

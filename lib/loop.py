@@ -6,7 +6,6 @@ and validate, and a `Recipe`.
 
 import math
 import signal
-import sys
 import time
 from typing import NamedTuple
 
@@ -18,16 +17,9 @@ from tqdm import tqdm
 from lib import distributed
 from lib.cuda_graphs import GraphedStep
 from lib.device import Precision, choose_precision
-from lib.errors import UserError
+from lib.errors import UserError, warn
 from lib.loader import shuffled
-from lib.optim import (
-    learning_rate,
-    make_capturable,
-    new_optimizers,
-    parameter_groups,
-    set_learning_rate,
-    update,
-)
+from lib.optim import learning_rate, make_capturable, new_optimizers, parameter_groups, set_learning_rate, update
 
 CHECKPOINT_SECONDS = 30.0
 # What a checkpoint holds of a `Training` beside its network, optimizers and random numbers.
@@ -66,7 +58,7 @@ def fit(learner, batch_loss, validate, recipe, rows, run, device, precision, sco
 
     Returns (state dict, history: a list of dicts, the lines of metrics.jsonl, line of the state). The
     state is that of the best validation or the last one, as the recipe says.
-    Raises UserError if a figure is not finite; SystemExit 130 or 143 after SIGINT or SIGTERM, with
+    Raises UserError if a number is not finite; SystemExit 130 or 143 after SIGINT or SIGTERM, with
     a checkpoint left behind.
     """
     batch_size = check_batch(recipe, rows)
@@ -75,41 +67,42 @@ def fit(learner, batch_loss, validate, recipe, rows, run, device, precision, sco
     score = score if recipe.keep == "best" else None
 
     training = Training(learner, batch_loss, recipe, run, device, precision)
-    if distributed.is_main():
-        print(f"{device}: {precision.name}, {precision.attention} attention")
-        if training.step:
-            print(f"resumes at step {training.step} of {steps}")
-    if learner.is_trained and score and not training.step:
+    distributed.say(f"{device}: {precision.name}, {precision.attention} attention")
+    if training.step:
+        distributed.say(f"resumes at step {training.step} of {steps}")
+    elif learner.is_trained and score:
         training.validate(validate, 0.0, score)
-    batches = batches_from(training.step, rows, batch_size, recipe, training.in_blocks)
-
-    bar = progress_bar(run, steps * batch_size, training.step * batch_size)
-    figure, shown = score or "loss", {}
+    # A live line on a terminal, nothing elsewhere.
+    hidden = True if run.quiet or not distributed.is_main() else None
+    bar = tqdm(total=steps * batch_size, initial=training.step * batch_size, unit="img", unit_scale=True,
+               desc=run.out.name, disable=hidden)  # fmt: skip
+    judged_by, shown = score or "loss", {}
     with bar, Interruption() as interruption:
-        for batch in batches:
+        for batch in batches_from(training.step, rows, batch_size, recipe, training.in_blocks):
             lr = learning_rate(training.step, steps, recipe.lr)
             loss = training.take_step(batch, training.step / steps, lr)
             epoch = training.step / steps_per_epoch
             shown |= {"epoch": f"{epoch:.1f}/{recipe.epochs}", "loss": f"{loss:.5f}"}
 
-            if validation_is_due(training.step, steps, recipe.validations):
+            # The validations are spread evenly over the steps.
+            if training.step * recipe.validations // steps > (training.step - 1) * recipe.validations // steps:
                 line = training.validate(validate, round(epoch, 4), score)
                 run.write_metrics(training.history)
-                shown[f"validation {figure}"] = f"{line[f'validation_{figure}']:.5f}"
+                shown[f"validation {judged_by}"] = f"{line[f'validation_{judged_by}']:.5f}"
                 if distributed.is_main():
                     left = line["seconds"] * (steps - training.step) / training.step
                     bar.write(f"{as_text(line, recipe.epochs)}; {left:.0f} s left")
             bar.set_postfix(shown, refresh=False)
             bar.update(batch_size)
-            if training.checkpoint_is_due() or interruption.signal or training.step == steps:
+            is_due = time.perf_counter() - training.saved_at > CHECKPOINT_SECONDS
+            if is_due or interruption.signal or training.step == steps:
                 training.save_checkpoint()
             if interruption.signal:
-                print(f"stopped at step {training.step} of {steps}: resume with --resume",
-                      file=sys.stderr)  # fmt: skip
+                warn(f"stopped at step {training.step} of {steps}: resume with --resume")
                 raise SystemExit(128 + interruption.signal)
     run.write_metrics(training.history)
-    if learner.is_trained and training.best and training.best["line"]["step"] == 0 and distributed.is_main():
-        print("no later weights are better on validation: those that it started from are kept")
+    if learner.is_trained and training.best and training.best["line"]["step"] == 0:
+        distributed.say("no later weights are better on validation: those that it started from are kept")
     if training.best:
         return training.best["model"], training.history, training.best["line"]
     return learner.model.state_dict(), training.history, training.history[-1]
@@ -146,13 +139,13 @@ class Training:
         """Take over a checkpoint's state; returns the seconds that the run has taken so far."""
         self.model.load_state_dict(checkpoint["model"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizers"], strict=True):
-            own = optimizer.state_dict()["param_groups"]  # depend on options and device
-            optimizer.load_state_dict({**state, "param_groups": own})
+            groups = optimizer.state_dict()["param_groups"]  # depend on options and device
+            optimizer.load_state_dict({**state, "param_groups": groups})
         for name in PROGRESS:
             setattr(self, name, checkpoint[name])
-        if checkpoint["device"] != self.device.type and distributed.is_main():
-            print(f"continues on another device than {checkpoint['device']}: the weights will not be "
-                  "those of an uninterrupted run")  # fmt: skip
+        if checkpoint["device"] != self.device.type:
+            distributed.say(f"continues on another device than {checkpoint['device']}: the weights will not be those "
+                            "of an uninterrupted run")  # fmt: skip
         torch.set_rng_state(checkpoint["rng"])
         if self.device.type == "cuda" and checkpoint["cuda_rng"] is not None:
             torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.device)
@@ -174,9 +167,6 @@ class Training:
         })  # fmt: skip
         self.saved_at = time.perf_counter()
 
-    def checkpoint_is_due(self):
-        return time.perf_counter() - self.saved_at > CHECKPOINT_SECONDS
-
     def take_step(self, batch, progress, lr):
         """One step on a batch of rows; returns its loss."""
         self.lr = lr
@@ -184,8 +174,8 @@ class Training:
         if not self.model.training:
             self.model.train()
         # Every process keeps the same sums, so that a checkpoint of one is a checkpoint of all.
-        figures = distributed.mean(self.compute(batch, progress).tolist())
-        losses = dict(zip(self.names, figures, strict=True))
+        values = distributed.mean(self.compute(batch, progress).tolist())
+        losses = dict(zip(self.names, values, strict=True))
         self.require_finite("training loss", losses["loss"])
         for name, value in losses.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -238,10 +228,8 @@ def check_batch(recipe, rows):
     if len(rows) < 2:
         raise UserError("fewer than two training images: give a larger data set")
     if batch_size % distributed.world_size():
-        raise UserError(
-            f"a batch of {batch_size} images cannot be split over {distributed.world_size()} "
-            "processes: choose another --batch-size"
-        )
+        raise UserError(f"a batch of {batch_size} images cannot be split over {distributed.world_size()} processes: "
+                        "choose another --batch-size")  # fmt: skip
     return batch_size
 
 
@@ -256,27 +244,11 @@ def batches_from(first_step, rows, batch_size, recipe, in_blocks):
         position = 0
 
 
-def validation_is_due(step, steps, validations):
-    """Whether one of the `validations`, spread evenly over the steps, falls on this step."""
-    return step * validations // steps > (step - 1) * validations // steps
-
-
-def progress_bar(run, images, done):
-    """A live line on a terminal, nothing elsewhere."""
-    return tqdm(
-        total=images, initial=done, unit="img", unit_scale=True, desc=run.out.name,
-        disable=True if run.quiet or not distributed.is_main() else None,
-    )  # fmt: skip
-
-
 def as_text(line, epochs):
     """A line of the history as text."""
-    figures = ", ".join(
-        f"{name.replace('_', ' ')} {value:.5f}"
-        for name, value in line.items()
-        if name.startswith(("train", "validation"))
-    )
-    return f"epoch {line['epoch']:g}/{epochs}: {figures}"
+    values = [f"{name.replace('_', ' ')} {value:.5f}" for name, value in line.items()
+              if name.startswith(("train", "validation"))]  # fmt: skip
+    return f"epoch {line['epoch']:g}/{epochs}: {', '.join(values)}"
 
 
 class Interruption:

@@ -1,7 +1,6 @@
 """Every picture of the project; nothing here computes a result."""
 
 import os
-import sys
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "Agg"  # another value may be for a notebook, or unknown
@@ -14,7 +13,7 @@ import numpy as np
 from matplotlib.collections import PatchCollection
 from matplotlib.colors import AsinhNorm
 
-from lib.errors import one_line, reason_of
+from lib.errors import one_line, reason_of, warn
 from lib.files import CREATOR, atomic_write
 from lib.traits import typical_rms
 
@@ -55,7 +54,7 @@ def attempt(show, *what):
         show(*what)
     except Exception as error:  # matplotlib, the fonts, the terminal or a full disk
         plt.close("all")
-        print(f"not shown ({show.__name__}): {one_line(reason_of(error))}", file=sys.stderr)
+        warn(f"not shown ({show.__name__}): {reason_of(error)}")
         return False
     return True
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from lib import datasets, distributed, weights
-from lib.errors import UserError, one_line
+from lib.errors import UserError, warn
 from lib.files import is_hidden, make_folder, write_json, write_text
 from lib.provenance import FREE_OPTIONS, circumstances
 from lib.simulated import measures_of
@@ -77,18 +77,13 @@ class Run:
             difference = f"{name} = {before.get(name)}, now it is {self.settings.get(name)}"
         if self.args.update:
             self.replaces = True
-            if distributed.is_main():
-                print(one_line(f"replaces the run in {self.out}: {difference}"))
+            distributed.say(f"replaces the run in {self.out}: {difference}")
         elif isinstance(before, dict):
-            raise UserError(
-                f"--resume: the run in {self.out} has {difference}: use the same settings, or --overwrite "
-                "instead of --resume"
-            )
+            raise UserError(f"--resume: the run in {self.out} has {difference}: use the same settings, or --overwrite "
+                            "instead of --resume")  # fmt: skip
         else:
-            raise UserError(
-                f"{self.checkpoint_path} is broken or of another version: remove it, or give "
-                "--overwrite instead of --resume, to start again"
-            )
+            raise UserError(f"{self.checkpoint_path} is broken or of another version: remove it, or give --overwrite "
+                            "instead of --resume, to start again")  # fmt: skip
 
     def _settings_of_weights(self):
         """Those of the finished run; with --update None if its weights cannot be read."""
@@ -102,24 +97,18 @@ class Run:
 
     def _refuse_to_overwrite(self, checkpoint):
         """UserError if the folder holds what this run would replace without --overwrite."""
-        own = (self.weights_path, self.checkpoint_path)
-        others = [p for p in self.out.glob("*.pth") if p not in own and not is_hidden(p.name)]
+        ours = (self.weights_path, self.checkpoint_path)
+        others = [p for p in self.out.glob("*.pth") if p not in ours and not is_hidden(p.name)]
         if others:
             raise UserError(f"{self.out} holds {others[0].name} of another run: choose another --out")
-        if checkpoint is not None:
-            theirs = checkpoint.get("weights_file", self.weights_path.name)
-            if theirs != self.weights_path.name:
-                raise UserError(
-                    f"{self.out} holds a stopped run of another script: choose another --out"
-                )
+        if checkpoint and checkpoint.get("weights_file", self.weights_path.name) != self.weights_path.name:
+            raise UserError(f"{self.out} holds a stopped run of another script: choose another --out")
         if self.args.resume or self.args.overwrite or self.args.update:
             return
         for path, state in ((self.checkpoint_path, "stopped"), (self.weights_path, "finished")):
             if path.exists():
-                raise UserError(
-                    f"{self.out} holds a {state} run: give --resume to continue it, --overwrite to "
-                    "replace it, or another --out"
-                )
+                raise UserError(f"{self.out} holds a {state} run: give --resume to continue it, --overwrite to replace "
+                                "it, or another --out")  # fmt: skip
 
     def _read_checkpoint(self):
         """The content of the checkpoint; {} if it cannot be read."""
@@ -197,8 +186,8 @@ def open_run(args, dataset, file, recipe, **more):
                 raise UserError(f"{args.out} holds {name}, which no training left there: choose another --out")
     with _locked(args.out):
         run = Run(args, dataset, file, recipe, **more)
-        if run.is_finished and distributed.is_main():
-            print(f"already finished: weights in {run.weights_path}")
+        if run.is_finished:
+            distributed.say(f"already finished: weights in {run.weights_path}")
         yield run
 
 
@@ -217,8 +206,7 @@ def _locked(out):
         except BlockingIOError:
             raise UserError(f"another run is writing into {out}: choose another --out") from None
         except OSError as error:  # some network file systems have no locks
-            print(f"{out} cannot be locked ({error.strerror}): let no other run write into it",
-                  file=sys.stderr)  # fmt: skip
+            warn(f"{out} cannot be locked ({error.strerror}): let no other run write into it")
         try:
             yield
         finally:
