@@ -50,10 +50,8 @@ def evaluate(args):
     opened = {name: weights.read(path)
               for name, path in zip(names_of_runs(args.weights), args.weights, strict=True)}  # fmt: skip
     theirs = sha256_of(args.predictions) if args.predictions else None
-    hashes = {name: own.sha256 for name, own in opened.items()}
-    made = made_from(
-        args, [*LIBRARY, __file__], data=identity_of(dataset), weights=hashes, theirs=theirs
-    )
+    hashes = {name: run.sha256 for name, run in opened.items()}
+    made = made_from(args, [*LIBRARY, __file__], data=identity_of(dataset), weights=hashes, theirs=theirs)
     kind = kind_of(opened, args)
     beside = ["comparison.md", *BESIDE[kind]]
     beside += [PREDICTIONS] if args.save_predictions else []
@@ -61,62 +59,57 @@ def evaluate(args):
         return
     about = {
         "data": {"origin": dataset.origin, "fingerprint": dataset.fingerprint},
-        "weights": {name: str(own.path) for name, own in opened.items()},
+        "weights": {name: str(run.path) for name, run in opened.items()},
         "split": args.split,
     }
     device = resolve_device(args.device)
-    if kind in OTHER_TASKS:
+    if kind == "classifier":
+        is_complete = evaluate_classifiers(args, opened, dataset, device, about)
+    else:
         task, outcome_of = OTHER_TASKS[kind]
-        leave(args.out, outcome_of(args, opened, dataset, device), BESIDE[kind][0], about | {"task": task}, made)
-        return
-    leave_classification(args, opened, dataset, device, about, made)
+        outcome = outcome_of(args, opened, dataset, device)
+        measured = {"task": task, "intervals": outcome.intervals, "results": outcome.results}
+        leave(args.out, about | measured, outcome.rows, [])
+        show, *what = outcome.picture
+        is_complete = plots.attempt(show, args.out / BESIDE[kind][0], *what)
+    if is_complete:  # else --update tries again
+        sign(args.out / "metrics.json", made)
 
 
-def leave_classification(args, opened, dataset, device, about, made):
-    """Leave all that an evaluation of classifiers leaves in --out, and print its table and remarks."""
+def evaluate_classifiers(args, opened, dataset, device, about):
+    """Leave all that an evaluation of classifiers leaves in --out; returns whether all pictures are there."""
     ours = class_evaluation.predictions_of(opened, dataset, device, args.split == "all")
     class_names = list(dataset.class_names)
     predictions, comparisons = class_evaluation.with_theirs(ours, dataset, args)
     results = {name: class_evaluation.results_of(p, class_names, args) for name, p in predictions.items()}
     matrices = {name: class_evaluation.confusion_of(p, class_names) for name, p in predictions.items()}
     published = class_evaluation.published_rows(dataset)
-    table = tables.markdown(tables.comparison(results, class_names) + published)
-    write_json(
-        args.out / "metrics.json",
-        {
-            **about,
-            "intervals": f"95 %; AUC: {args.resamples} bootstrap resamples, seed {args.seed}; accuracy: Wilson",
-            "class_names": class_names,
-            "results": results,
-            "confusion": {name: matrix.tolist() for name, matrix in matrices.items()},
-        },
-    )
-    write_text(args.out / "comparison.md", table + "\n")
+    measured = {
+        "intervals": f"95 %; AUC: {args.resamples} bootstrap resamples, seed {args.seed}; accuracy: Wilson",
+        "class_names": class_names,
+        "results": results,
+        "confusion": {name: matrix.tolist() for name, matrix in matrices.items()},
+    }
     if args.save_predictions:
         written.write(args.out / PREDICTIONS, predictions, dataset, args.data)
     remarks = [*class_evaluation.about_results(results, ours), *comparisons]
-    plots.attempt(print, "\n".join([table, *map(one_line, remarks)]))
+    leave(args.out, about | measured, tables.comparison(results, class_names) + published, remarks)
     best = max(results, key=lambda name: results[name]["macro"]["value"])
     drawn = class_evaluation.draw(args.out, dataset, predictions, results, matrices, best)
-    reported = plots.attempt(report.write, args.out, opened, results, dataset, best, published, remarks)
-    if drawn and reported:  # else --update tries again
-        sign(args.out / "metrics.json", made)
+    return plots.attempt(report.write, args.out, opened, results, dataset, best, published, remarks) and drawn
 
 
-def leave(out, outcome, picture, about, made):
-    """Leave metrics.json, comparison.md and the picture of a `tables.Outcome` in `out`, and print its table."""
-    table = tables.markdown(outcome.rows)
-    write_json(out / "metrics.json", about | {"intervals": outcome.intervals, "results": outcome.results})
+def leave(out, content, rows, remarks):
+    """Leave the `content` of metrics.json and comparison.md in `out`, and print the table of `rows`, and remarks."""
+    table = tables.markdown(rows)
+    write_json(out / "metrics.json", content)
     write_text(out / "comparison.md", table + "\n")
-    plots.attempt(print, table)
-    show, *what = outcome.picture
-    if plots.attempt(show, out / picture, *what):
-        sign(out / "metrics.json", made)
+    plots.attempt(print, "\n".join([table, *map(one_line, remarks)]))
 
 
 def kind_of(opened, args):
     """The kind of opened `Weights`; UserError if they have several, or for options of classifiers."""
-    kinds = {own.kind for own in opened.values()}
+    kinds = {run.kind for run in opened.values()}
     if not kinds & OTHER_TASKS.keys():
         return "classifier"
     if len(kinds) > 1:
@@ -146,9 +139,7 @@ def names_of_runs(paths):
 def parse_args(argv=None):
     parser = options.new_parser(__doc__, EXAMPLE)
     options.add_data_arguments(parser)
-    parser.add_argument(
-        "--weights", type=path_argument, nargs="+", required=True, metavar="PTH", help="classifiers"
-    )
+    parser.add_argument("--weights", type=path_argument, nargs="+", required=True, metavar="PTH", help="classifiers")
     options.add_test_arguments(parser)
     parser.add_argument("--save-predictions", action="store_true",
                         help="also write predictions.csv, a line an image")  # fmt: skip

@@ -21,6 +21,7 @@ from lib.errors import UserError, one_line, path_argument, run_main, starting, w
 starting(__name__)
 
 import contextlib
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -46,19 +47,9 @@ NAMED_OTHERS = 5  # of the files that are not read
 
 def batches_of(images, batch_size):
     """Collect (name, image, WCS) triples: yield (names, images (b, 1, H, W), WCS of each)."""
-    batch = []
-    for found in images:
-        batch.append(found)
-        if len(batch) == batch_size:
-            yield _together(batch)
-            batch = []
-    if batch:
-        yield _together(batch)
-
-
-def _together(batch):
-    names, images, skies = zip(*batch, strict=True)
-    return names, np.stack(images)[:, None], skies
+    while batch := list(itertools.islice(images, batch_size)):
+        names, pixels, skies = zip(*batch, strict=True)
+        yield names, np.stack(pixels)[:, None], skies
 
 
 def progress(answers, files, said):
@@ -117,8 +108,7 @@ def predict(args):
     with saved_maps.saving(args.save_maps, maps.sigma) if args.save_maps else contextlib.nullcontext() as save:
         write_table(args.out, rows_of(header, passed_to(save, answers, saved) if save else answers))
     write_errors(args.out, errors)
-    shown = choice.answers() if choice else []
-    sheet_error = None
+    shown, sheet_error = choice.answers() if choice else [], None
     if shown:
         sheet_error = sheet.draw(args.sheet, shown, class_names, maps, number_in(session, "pixel_scale"))
 
@@ -131,12 +121,17 @@ def predict(args):
                   if shown else f"nothing to draw in {args.sheet}")  # fmt: skip
     if args.save_maps:
         say(args, f"{len(saved)} substructure maps in {args.save_maps}, {sum(map(bool, saved))} of them with a WCS")
-    doubts = [source.doubt for source in (maps, masses) if source and source.doubt]
-    reference = traits.reference_in(metadata_of(session))
-    unit_known = (args.scale, args.zero_point) != (None, None) or any(kind == "unit" for kind, *_ in said.notes)
-    told = warnings_of(args, guard, counts, others, errors, advice_on(strange, reference, unit_known,
-                      by_chance(counts.get(UNFAMILIAR, 0), total, args.least_familiarity)))  # fmt: skip
-    for line in (*doubts, *said.about_notes(), *told):
+    lines = [*(source.doubt for source in (maps, masses) if source and source.doubt), *said.about_notes()]
+    if not guard.can_refuse:
+        lines.append(guard.weakness(args.model))
+    elif counts[UNFAMILIAR]:
+        reference, least = traits.reference_in(metadata_of(session)), args.least_familiarity
+        unit_known = (args.scale, args.zero_point) != (None, None) or any(kind == "unit" for kind, *_ in said.notes)
+        chance, advice = by_chance(counts[UNFAMILIAR], total, least), []
+        if reference is not None:
+            advice = traits.advice(np.array(strange), reference, unit_known, chance)
+        lines.append(about_unfamiliar(counts[UNFAMILIAR], total, least, advice))
+    for line in (*lines, *about_files(args, others, errors)):
         warn(line)
     if sheet_error:
         raise UserError(f"{sheet_error}; the predictions are in {args.out}")
@@ -233,8 +228,7 @@ def answers_to(batches, path, session, class_names, guard, maps, masses, errors)
         of_axions = np.stack(masses.of(images), axis=1) if masses else np.empty((len(images), 0))
         for i, name in enumerate(names):
             if not np.isfinite(probabilities[i]).all():
-                reason = "the network gives no finite probabilities for such pixels"
-                errors.append((name, f"{name}: {reason}"))
+                errors.append((name, f"{name}: the network gives no finite probabilities for such pixels"))
                 continue
             prediction = class_names[predicted[i]] if answered[i] else UNFAMILIAR
             has_mass = masses and prediction in masses.classes
@@ -279,20 +273,11 @@ def rows_of(header, answers):
         yield row + [f"{number:.4f}" for number in answer.mass]
 
 
-def warnings_of(args, guard, counts, others, errors, advice):
-    """What a user should know of the predictions, a line each."""
-    if not guard.can_refuse:
-        yield guard.weakness(args.model)
-    elif counts[UNFAMILIAR]:
-        images = sum(counts.values())
-        yield about_unfamiliar(counts[UNFAMILIAR], images, args.least_familiarity, advice)
-    yield from about_files(args, others, errors)
-
-
 def about_files(args, others, errors):
-    """Lines on files that were not read."""
+    """Lines on files that were not read, with the names of the first."""
     if others:
-        yield not_read(others)
+        names = ", ".join(others[:NAMED_OTHERS]) + (", ..." if len(others) > NAMED_OTHERS else "")
+        yield f"{len(others)} other {'file was' if len(others) == 1 else 'files were'} not read: {names}"
     if errors and args.out == STANDARD_OUTPUT:
         yield from (f"not read: {reason}" for _, reason in errors)
     elif errors:
@@ -303,13 +288,6 @@ def about_files(args, others, errors):
 def by_chance(count, total, least):
     """Whether so many of ordinary images may be unfamiliar."""
     return count <= 3 * least * total
-
-
-def advice_on(strange, reference, unit_known, chance):
-    """What is measurably unlike the training images in unfamiliar ones, [text]; see `traits`."""
-    if not strange or reference is None:
-        return []
-    return traits.advice(np.array(strange), reference, unit_known, chance)
 
 
 def about_unfamiliar(count, total, least, advice):
@@ -340,14 +318,6 @@ def write_errors(out, errors):
         errors_path_of(out).unlink(missing_ok=True)
 
 
-def not_read(others):
-    """One line that counts the files that are no images and names the first of them."""
-    names = ", ".join(others[:NAMED_OTHERS]) + (", ..." if len(others) > NAMED_OTHERS else "")
-    if len(others) == 1:
-        return f"1 other file was not read: {names}"
-    return f"{len(others)} other files were not read: {names}"
-
-
 def add_other_tasks(parser):
     """The options for files of export.py that hold no classifier."""
     parser.add_argument(
@@ -364,7 +334,6 @@ def add_other_tasks(parser):
 
 def parse_args(argv=None):
     parser = options.new_parser(__doc__, EXAMPLE)
-    reading.add_paths(parser)
     parser.add_argument(
         "--model", type=path_argument, default=None, metavar="FILE.onnx",
         help="classifier that export.py wrote (default: models/classifier.onnx, with the maps of "
@@ -390,23 +359,17 @@ def parse_args(argv=None):
         help="folder for the substructure map of every image, in sigma of smooth lenses: FITS with the image's WCS "
         "for FITS files, .npy for others, and maps.csv, which says which is whose",
     )  # fmt: skip
-    group.add_argument(
-        "--sheet", type=path_argument, metavar="PNG", help="picture of some predictions"
-    )
+    group.add_argument("--sheet", type=path_argument, metavar="PNG", help="picture of some predictions")
     group.add_argument(
         "--sheet-by", choices=tuple(sheet.ORDERS), default="prediction",
         help="which are on it: " + "; ".join(f"{name}: {text}" for name, text in sheet.ORDERS.items()),
     )  # fmt: skip
-    group.add_argument(
-        "--sheet-images", type=int, default=40, help="images on the sheet"
-    )
+    group.add_argument("--sheet-images", type=int, default=40, help="images on the sheet")
     parser.add_argument(
         "--batch-size", type=int, default=BATCH_SIZE,
         help="images at once; more may be faster on a GPU",
     )  # fmt: skip
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="what computes"
-    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what computes")
     args = options.parsed(parser, argv)
     reading.refuse_unused(args, argv)
     if not args.sheet:

@@ -7,7 +7,7 @@ import torch
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, roc_curve
 
-from lib import compatibility, many_lenses, metrics, plots, weights
+from lib import compatibility, lenses, many_lenses, metrics, plots, weights
 from lib import predictions as written
 from lib.errors import UserError, warn
 from lib.guard import LEAST_FAMILIARITY, Guard
@@ -153,18 +153,14 @@ def refusals(prediction, class_names):
     answered = prediction.guard.answers(predicted, prediction.familiarity)
     right = predicted == prediction.labels
     refused = {name: ~answered[prediction.labels == k] for k, name in enumerate(class_names)}
+    by_chance = {name: binomtest(int(of_class.sum()), len(of_class), LEAST_FAMILIARITY, alternative="greater").pvalue
+                 for name, of_class in refused.items()}  # fmt: skip
     return {
         "unfamiliar": float(1 - answered.mean()),
         "unfamiliar_by_class": {name: float(of_class.mean()) for name, of_class in refused.items()},
-        "refused_too_often": [name for name, of_class in refused.items() if exceeds_chance(of_class)],
+        "refused_too_often": [name for name, chance in by_chance.items() if chance < SIGNIFICANCE],
         "familiar_accuracy": float(right[answered].mean()) if answered.any() else None,
     }
-
-
-def exceeds_chance(refused):
-    """Whether more of the images (n,) of a class are refused than a share of LEAST_FAMILIARITY explains."""
-    test = binomtest(int(refused.sum()), len(refused), LEAST_FAMILIARITY, alternative="greater")
-    return test.pvalue < SIGNIFICANCE
 
 
 def about_results(results, ours):
@@ -226,21 +222,15 @@ def published_rows(dataset):
     Empty for data that can be neither of Test VI.A nor of the Common Test: other classes, another size, another
     data model, noise.
     """
-    origin = dataset.origin
-    pictures = "pictures of simulate.py" in origin
-    if not pictures and dataset.class_names == many_lenses.CLASS_NAMES and dataset.img_size == many_lenses.CAMERA.pixels:
-        return _as_rows(COMMON_TEST, dataset.class_names)
+    origin, names, side = dataset.origin, set(dataset.class_names), dataset.img_size
     of_model = origin.startswith("simulate.py Model_II,") and origin.endswith("noise-free")
-    other_images = "simulate.py " in origin and not of_model
-    other_classes = set(dataset.class_names) != {"axion", "cdm", "no_sub"}
-    if other_classes or other_images or dataset.img_size != 64:
-        return []
-    return _as_rows(PUBLISHED, dataset.class_names)
-
-
-def _as_rows(published, class_names):
+    published = ()
+    if (names, side) == (set(many_lenses.CLASS_NAMES), many_lenses.CAMERA.pixels):
+        published = COMMON_TEST if "pictures of simulate.py" not in origin else ()
+    elif (names, side) == (set(lenses.CLASS_NAMES), 64) and (of_model or "simulate.py " not in origin):
+        published = PUBLISHED
     return [
-        [name, *(f"{aucs[key]:.2f}" if key in aucs else "" for key in class_names),
+        [name, *(f"{aucs[key]:.2f}" if key in aucs else "" for key in dataset.class_names),
          f"{macro:.4g}" if macro else "", f"{100 * correct:.4g}" if correct else ""]
         for name, aucs, macro, correct in published
     ]  # fmt: skip

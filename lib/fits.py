@@ -55,7 +55,11 @@ def read_fits(path, hdu=None):
     with _opened(path) as (units, stored, steps):
         shapes = _shapes_of(units)
         images = [i for i, shape in enumerate(shapes) if len(shape) >= 2]
-        chosen = _named(units, hdu, images) if hdu is not None else _showing_the_sky(units, images)
+        if hdu is None:
+            chosen = _showing_the_sky(units, images)
+        else:
+            number = int(hdu) if str(hdu).isdigit() else None
+            chosen = [i for i in images if i == number or units[i].name.upper() == str(hdu).upper()]
         if len(chosen) != 1:
             listed = ", ".join(f"{i} {units[i].name} {shapes[i] or 'no image'}" for i in chosen or range(len(units)))
             whose = "they are" if chosen else "its HDUs"
@@ -63,7 +67,9 @@ def read_fits(path, hdu=None):
         (i,) = chosen
         where = "" if len(images) == 1 else units[i].name or str(i)
         pixels = _pixels_of(units[i], stored[i]).reshape(shapes[i])
-        return FitsImage(pixels, where, steps[i], _scale_of(units[i]), _cards_of(units, i))
+        # What the header does not say, the first may say of all, if it has no pixels itself.
+        cards = ({} if units[0].shape else wcs.plain(units[0].header)) | wcs.plain(units[i].header)
+        return FitsImage(pixels, where, steps[i], _scale_of(units[i]), cards)
 
 
 def all_images(path):
@@ -74,11 +80,6 @@ def all_images(path):
 
 
 # Choosing an HDU
-
-
-def _named(units, hdu, images):
-    number = int(hdu) if str(hdu).isdigit() else None
-    return [i for i in images if i == number or units[i].name.upper() == str(hdu).upper()]
 
 
 def _showing_the_sky(units, images):
@@ -102,8 +103,8 @@ def _why_none_is_chosen(chosen, images, hdu):
         return "there is no image in it"
     if hdu is not None:
         return f"{'no image' if not chosen else 'several images'} with --hdu {hdu}"
-    found = "several images that may be meant" if chosen else "only maps of weights, errors, masks or PSFs"
-    return f"{found}; predict.py --hdu NAME chooses one, and training needs it in a file of its own"
+    reason = "several images that may be meant" if chosen else "only maps of weights, errors, masks or PSFs"
+    return f"{reason}; predict.py --hdu NAME chooses one, and training needs it in a file of its own"
 
 
 # Opening
@@ -163,12 +164,6 @@ def _scale_of(unit):
         return None
     is_square = math.isfinite(width) and width > 0 and abs(width - height) < 0.01 * width
     return 3600 * float(width + height) / 2 if is_square else None
-
-
-def _cards_of(units, i):
-    """The cards of an HDU; what it does not say, the first may say of all, if it has no pixels itself."""
-    shared = {} if units[0].shape else wcs.plain(units[0].header)
-    return shared | wcs.plain(units[i].header)
 
 
 def _without_unit_axes(shape):

@@ -24,7 +24,9 @@ def orthogonalise(matrices):
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_min(1e-12)
-    x = _by_gram(x) if _is_cheaper_by_gram(x) else _directly(x)
+    # The Gram matrix is cheaper if matrices are much longer than wide; squaring loses half the digits.
+    is_float32 = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    x = _by_gram(x) if is_float32 and x.shape[2] >= 2 * x.shape[1] else _directly(x)
     return x.mT if tall else x
 
 
@@ -48,12 +50,6 @@ def _by_gram(x):
         if iteration < ITERATIONS - 1:
             gram = torch.bmm(torch.bmm(polynomial, gram), polynomial)
     return torch.bmm(product, x)
-
-
-def _is_cheaper_by_gram(x):
-    """For matrices much longer than wide; in float32 only, since squaring loses half the digits."""
-    full_precision = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    return full_precision and x.shape[2] >= 2 * x.shape[1]
 
 
 class Muon(torch.optim.Optimizer):
@@ -107,9 +103,8 @@ def parameter_groups(named_parameters, weight_decay, lr_scale=lambda name: 1.0):
         is_matrix = parameter.ndim > 1 and not name.endswith("_token")
         parts = 3 if name.endswith("qkv.weight") else 1
         key = (lr_scale(name), is_matrix, parts)
-        decay = weight_decay if is_matrix else 0.0
         group = {"params": [], "lr_scale": key[0], "matrix": is_matrix, "parts": parts,
-                 "weight_decay": decay}  # fmt: skip
+                 "weight_decay": weight_decay if is_matrix else 0.0}  # fmt: skip
         groups.setdefault(key, group)["params"].append(parameter)
     return list(groups.values())
 

@@ -14,19 +14,14 @@ from lib.images import MINMAX, How
 from lib.onnxfile import number_in
 
 
-def add_paths(parser):
+def add_arguments(parser):
     parser.add_argument(
         "paths", type=word_argument, nargs="+", metavar="PATH",
         help="files, folders, patterns such as 'cutouts/**/*.fits', @FILE with a path a line, or - for such "
         "lines on standard input",
     )  # fmt: skip
-
-
-def add_arguments(parser):
     group = parser.add_argument_group("reading")
-    group.add_argument(
-        "--crop", action="store_true", help="use the centre of images larger than the network's"
-    )
+    group.add_argument("--crop", action="store_true", help="use the centre of images larger than the network's")
     group.add_argument(
         "--centre", type=centre_argument, metavar="X,Y",
         help="crop around this column and row, counted from 0, or (brightest) around the brightest pixel",
@@ -41,7 +36,7 @@ def add_arguments(parser):
         "the band to use. By default the planes of a .npy file are lenses, and a FITS cube is refused",
     )  # fmt: skip
     group.add_argument(
-        "--scale", type=scale_argument, metavar="FACTOR",
+        "--scale", type=word_or_number(MINMAX, "a positive number"), metavar="FACTOR",
         help="multiply all pixels by it: for images in another unit than the training images (0.00392 for 1/255); "
         "1 leaves FITS images as they are. Without it their headers say the unit, where they are unambiguous. "
         f"{MINMAX}: scale each image to its own minimum and maximum, as the training images of make many-lenses are",
@@ -54,7 +49,7 @@ def add_arguments(parser):
         "--exposure", type=float, default=1.0, metavar="SECONDS", help="of images in counts, beside --zero-point"
     )
     group.add_argument(
-        "--pixel-scale", type=pixel_scale_argument, metavar="ARCSEC",
+        "--pixel-scale", type=word_or_number("wcs", "a number of arcsec"), metavar="ARCSEC",
         help="of the images' pixels, or wcs for what FITS headers say: resamples them to the model's",
     )  # fmt: skip
 
@@ -73,19 +68,12 @@ def how_to_read(args, session):
     if args.pixel_scale and not wanted:
         raise UserError(f"--pixel-scale: {args.model} does not say the scale of its own pixels")
     how = How(args.hdu, args.planes, args.crop, args.centre, args.pixel_scale, wanted)
-    if args.scale is None and args.zero_point is None:
-        return how._replace(zero_point=number_in(session, "zero_point"))
-    return how._replace(factor=factor_of(args, session))
-
-
-def factor_of(args, session):
-    """What pixels are multiplied by: --scale, or what brings --zero-point and --exposure to the model's unit."""
+    zero_point = number_in(session, "zero_point")  # of the model's unit
     if args.zero_point is None:
-        return args.scale
-    own = number_in(session, "zero_point")
-    if not own:
+        return how._replace(zero_point=zero_point) if args.scale is None else how._replace(factor=args.scale)
+    if not zero_point:
         raise UserError(f"--zero-point: {args.model} does not say the zero point of its own unit: use --scale")
-    return 10 ** (0.4 * (own - args.zero_point)) / args.exposure
+    return how._replace(factor=10 ** (0.4 * (zero_point - args.zero_point)) / args.exposure)
 
 
 def paths_named(words):
@@ -132,20 +120,16 @@ def centre_argument(text):
     return x, y
 
 
-def pixel_scale_argument(text):
-    """"wcs", or a positive number."""
-    with contextlib.suppress(ValueError):
-        if text == "wcs" or 0 < float(text) < math.inf:
-            return text if text == "wcs" else float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is neither wcs nor a number of arcsec")
+def word_or_number(word, number):
+    """Function from the text of an argument to the `word` or a positive number, which is called so."""
 
+    def argument(text):
+        with contextlib.suppress(ValueError):
+            if text == word or 0 < float(text) < math.inf:
+                return text if text == word else float(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is neither {word} nor {number}")
 
-def scale_argument(text):
-    """MINMAX, or a positive number."""
-    with contextlib.suppress(ValueError):
-        if text == MINMAX or 0 < float(text) < math.inf:
-            return text if text == MINMAX else float(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is neither {MINMAX} nor a positive number")
+    return argument
 
 
 def planes_argument(text):

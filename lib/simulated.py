@@ -1,5 +1,6 @@
 """The data models by name, and what the origin of a simulated data set tells of its images."""
 
+import functools
 import math
 import re
 from typing import NamedTuple
@@ -52,10 +53,8 @@ def measures_of(origin):
     instrument = lenses.INSTRUMENTS[match[1]]
     if instrument.counts:
         return {"pixel_scale": instrument.pixel_scale, "unit": "counts"}
-    unit, copies = f"counts per second, zero point {instrument.zero_point}", 1
-    if match[2] and instrument.copies > 1:  # noise-free
-        copies = instrument.copies
-        unit = f"{copies} × {unit}"
+    copies = instrument.copies if match[2] else 1  # noise-free
+    unit = f"{f'{copies} × ' if copies > 1 else ''}counts per second, zero point {instrument.zero_point}"
     zero_point = instrument.zero_point + 2.5 * math.log10(copies)
     return {"pixel_scale": instrument.pixel_scale, "unit": unit, "zero_point": zero_point}
 
@@ -75,24 +74,19 @@ def point_masses_of(origin, rows):
     if not parsed(origin):
         return None
     model, per_class, seed = parsed(origin)
-    batches, masses = {}, []
-    for row in rows:
-        label, place = divmod(int(row), per_class)
-        start = place - place % lenses.BATCH
-        if (label, start) not in batches:
-            count = min(lenses.BATCH, per_class - start)
-            batches[label, start] = drawn_masses(model, label, start, count, seed)
-        masses.append(batches[label, start][place - start])
+
+    @functools.cache
+    def masses_of(label, start):
+        """Point masses (n, P, 3) of the batch of a class from place `start` on."""
+        class_name, count = MODELS[model].class_names[label], min(lenses.BATCH, per_class - start)
+        if model in lenses.INSTRUMENTS:
+            return lenses.sample(class_name, count, lenses.batch_rng(seed, label, start))[1]
+        rng = lenses.batch_rng(seed, many_lenses.label_of(class_name), start)
+        return many_lenses.sample(class_name, count, rng).point_masses
+
+    labels_and_places = [divmod(int(row), per_class) for row in rows]
+    masses = [masses_of(label, place - place % lenses.BATCH)[place % lenses.BATCH] for label, place in labels_and_places]
     return masses, MODELS[model].camera
-
-
-def drawn_masses(model, label, start, count, seed):
-    """Point masses (count, P, 3) of the images of a class from place `start` on."""
-    class_name = MODELS[model].class_names[label]
-    if model in lenses.INSTRUMENTS:
-        return lenses.sample(class_name, count, lenses.batch_rng(seed, label, start))[1]
-    rng = lenses.batch_rng(seed, many_lenses.label_of(class_name), start)
-    return many_lenses.sample(class_name, count, rng).point_masses
 
 
 def truth_of(origin, rows):
