@@ -73,10 +73,10 @@ def export(args):
         say("tracing the network")
         write_onnx(model, temporary, metadata)
         say(f"comparing it with PyTorch on {len(images)} images")
-        found = differences(model, temporary, images)
-        require_agreement(found, args.out)
+        apart = differences(model, temporary, images)
+        require_agreement(apart, args.out)
         say("measuring its time")
-        print(f"{size_and_speed('float32', temporary, images)}; {as_text(found)}")
+        print(f"{size_and_speed('float32', temporary, images)}; {as_text(apart)}")
         if args.precision != "float32":
             lower_precision(temporary, args, model, dataset, order, parts, images, metadata)
         say("storing images with known answers")
@@ -261,8 +261,8 @@ def differences(model, path, images):
         count = min(7 * batch, len(images))
         got = dict(zip(answers, run_session(path, images[:count], batch), strict=True))
         right = {name: a[:count] for name, a in answers.items()}
-        found = known_answers.differences(right, got, None if steps is None else steps[:count])
-        worst = {name: max(worst[name], found[name]) for name in worst}
+        apart = known_answers.differences(right, got, None if steps is None else steps[:count])
+        worst = {name: max(worst[name], apart[name]) for name in worst}
     return worst
 
 
@@ -280,15 +280,15 @@ def rank_steps(model, answers):
     return 2 / (1 + counts[probabilities.argmax(axis=1)])
 
 
-def require_agreement(found, out):
+def require_agreement(apart, out):
     """UserError if any of the differences {output: largest} is more than float32 explains."""
-    for name, value in found.items():
+    for name, value in apart.items():
         if not value <= TOLERANCES[name]:
             raise UserError(f"{out} not written: its {name} is {value:.1e} from PyTorch's, more than {TOLERANCES[name]:g}")
 
 
-def as_text(found):
-    return ", ".join(f"{name} within {value:.1e}" for name, value in found.items()) + " of PyTorch"
+def as_text(apart):
+    return ", ".join(f"{name} within {value:.1e}" for name, value in apart.items()) + " of PyTorch"
 
 
 def lower_precision(path, args, model, dataset, order, parts, images, metadata):
@@ -304,10 +304,10 @@ def lower_precision(path, args, model, dataset, order, parts, images, metadata):
     say(f"reducing to {args.precision}, and judging that")
     reduce_precision(path, args.precision, calibration, metadata)
     after = quality_of(path, dataset.images[rows], labels)
-    found = differences(model, path, images)
+    apart = differences(model, path, images)
     changes = ", ".join(f"{name} {before[name]:.5f} -> {after[name]:.5f}" for name in before)
-    print(f"{size_and_speed(args.precision, path, images)}; {as_text(found)}; {changes} on {len(rows)} validation images")
-    require_agreement({name: found[name] for name in found if name == "familiarity"}, args.out)
+    print(f"{size_and_speed(args.precision, path, images)}; {as_text(apart)}; {changes} on {len(rows)} validation images")
+    require_agreement({name: apart[name] for name in apart if name == "familiarity"}, args.out)
     for name in before:
         fall = before[name] - after[name]
         if not fall <= args.allowed_fall:

@@ -412,8 +412,8 @@ class MAE(Encoder):
                 ids.unsqueeze(1).expand(-1, b, -1).flatten(0, 1) for ids in (visible, hidden)
             )
             pred = self.decode(self.encode(repeated, ids_keep), ids_keep, ids_removed)
-            own = gather_patches(repeated, ids_removed)
-            difference = (own - self.pixels(pred, own)).unflatten(0, (m, b))
+            target = gather_patches(repeated, ids_removed)
+            difference = (target - self.pixels(pred, target)).unflatten(0, (m, b))
             # One mask at a time hides a patch once, so a GPU adds in the same order every time.
             for ids, of_mask in zip(hidden, difference, strict=True):
                 total = total.index_add(1, ids, of_mask)

@@ -63,15 +63,15 @@ def reconstruct(args):
         return
 
     if args.clusters:
-        scores, kinds, found = sort_into_kinds(residuals, rows, fitted, args.clusters, args.seed)
+        scores, kinds, kind_of_row = sort_into_kinds(residuals, rows, fitted, args.clusters, args.seed)
     else:
-        scores, kinds, found = scores_of(residuals, rows), None, None
+        scores, kinds, kind_of_row = scores_of(residuals, rows), None, None
     (args.out / "metrics.json").unlink(missing_ok=True)  # an earlier call's
-    write_scores(args.out / "scores.csv", rows, labels, scores, dataset.class_names, found, files)
+    write_scores(args.out / "scores.csv", rows, labels, scores, dataset.class_names, kind_of_row, files)
     how = dataset.class_names, args.resamples, args.seed
     result, lines = separation(scores, labels, has_substructure, trained_on, how)
     if kinds:
-        result["clusters"] = measured = clusters.measure(kinds, found, labels, dataset.class_names)
+        result["clusters"] = measured = clusters.measure(kinds, kind_of_row, labels, dataset.class_names)
         lines += [f"{args.clusters} clusters: accuracy {with_interval(measured['accuracy'], 2, 100)} %, "
                   f"overlap left {kinds.overlap:.3f}"]  # fmt: skip
     if result:
@@ -125,12 +125,12 @@ def separation(scores, labels, has_substructure, trained_on, how):
     return {"auc": measured}, lines
 
 
-def write_scores(path, rows, labels, scores, class_names, found, files):
+def write_scores(path, rows, labels, scores, class_names, kind_of_row, files):
     """A line an image: row in the data set, class, score and, where they are known, cluster and file."""
     columns = {"row": rows, "class": [class_names[label] for label in labels],
                "score": [f"{score:.6g}" for score in scores]}  # fmt: skip
-    if found is not None:
-        columns["cluster"] = found
+    if kind_of_row is not None:
+        columns["cluster"] = kind_of_row
     if files:
         columns["file"] = [files[row] for row in rows]
     write_csv(path, [columns, *(map(str, line) for line in zip(*columns.values(), strict=True))])

@@ -137,27 +137,27 @@ def doubt(kinds):
 # Scoring, which alone uses labels
 
 
-def match(found, labels, clusters, classes):
+def match(kind_of, labels, clusters, classes):
     """Give every kind the class that makes most images agree, no class twice.
 
-    `found` (n,) are kinds from 0 to `clusters` - 1, `labels` (n,) classes from 0 to `classes` - 1.
+    `kind_of` (n,) are kinds from 0 to `clusters` - 1, `labels` (n,) classes from 0 to `classes` - 1.
     Returns (table (classes, clusters) of counts, the class of each kind (clusters,), -1 for a kind
     that is left over).
     """
     table = np.zeros((classes, clusters), dtype=int)
-    np.add.at(table, (labels, found), 1)
+    np.add.at(table, (labels, kind_of), 1)
     class_of = np.full(clusters, -1)
     matched, kinds = linear_sum_assignment(table, maximize=True)
     class_of[kinds] = matched
     return table, class_of
 
 
-def measure(kinds, found, labels, class_names):
+def measure(kinds, kind_of, labels, class_names):
     """How well kinds agree with classes: {"accuracy", "overlap", "fitted_on", "table"}.
 
     The accuracy is `metrics.share_of` the images under the same match. The table is {class: images of it in each
     kind}.
     """
-    table, class_of = match(found, labels, kinds.count, len(class_names))
-    return {"accuracy": share_of(class_of[found] == labels), "overlap": kinds.overlap, "fitted_on": kinds.images,
+    table, class_of = match(kind_of, labels, kinds.count, len(class_names))
+    return {"accuracy": share_of(class_of[kind_of] == labels), "overlap": kinds.overlap, "fitted_on": kinds.images,
             "table": dict(zip(class_names, table.tolist(), strict=True))}  # fmt: skip

@@ -50,8 +50,8 @@ BLOCK_TO_HUGGING_FACE = {
 def our_name(name):
     """Our name of a tensor of Hugging Face's; `attn.q`, `.k` and `.v` are still separate."""
     for pattern, ours in PARTS.items():
-        name, found = re.subn(f"^{pattern}", ours, name)
-        if found:
+        name, count = re.subn(f"^{pattern}", ours, name)
+        if count:
             break
     block = re.match(r"((?:decoder_)?blocks\.\d+\.)(.*)\.(weight|bias)$", name)
     if block:

@@ -77,10 +77,10 @@ def originals_of(images, hashes, signatures):
     """What all copies of an image have in common (n,) uint64: the lowest of their hashes."""
     _, first, which = np.unique(hashes, return_index=True, return_inverse=True)
     near = signatures[first]
-    distance, found = cKDTree(near).query(near, NEIGHBOURS, p=np.inf, distance_upper_bound=FAR)
+    distance, nearest = cKDTree(near).query(near, NEIGHBOURS, p=np.inf, distance_upper_bound=FAR)
     limit = np.maximum(NEAR, distance[:, -1:] / 6)  # the second: much nearer than the others
-    one, other = np.nonzero((found < len(first)) & (distance < limit))
-    other = found[one, other]
+    one, other = np.nonzero((nearest < len(first)) & (distance < limit))
+    other = nearest[one, other]
     one, other = np.unique(np.sort(np.stack([one, other])[:, one != other], axis=0), axis=1)
     same = np.array([is_copy(images[first[i]], images[first[j]]) for i, j in zip(one, other, strict=True)], bool)
     links = coo_array((same[same], (one[same], other[same])), shape=(len(first),) * 2)

@@ -223,8 +223,8 @@ def rows_of_classes(dataset, rows, names):
     """Those of `rows` whose class is among `names`; UserError for an unknown class."""
     for name in names:
         if name not in dataset.class_names:
-            found = ", ".join(dataset.class_names)
-            raise UserError(f"--classes {name}: no such class in the data (found: {found})")
+            there = ", ".join(dataset.class_names)
+            raise UserError(f"--classes {name}: no such class in the data (found: {there})")
     labels = [dataset.class_names.index(name) for name in names]
     return rows[np.isin(dataset.labels[rows], labels)]
 

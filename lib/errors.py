@@ -165,7 +165,7 @@ def named_errors(path, kind):
 
 def readable(text):
     """`text` as valid Unicode: bytes of a file name that are not UTF-8 become escapes (\\xff)."""
-    text = re.sub("[\ud800-\udc7f\udd00-\udfff]", lambda found: ascii(found[0])[1:-1], text)
+    text = re.sub("[\ud800-\udc7f\udd00-\udfff]", lambda match: ascii(match[0])[1:-1], text)
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 

@@ -48,18 +48,18 @@ def atomic_write(path):
 
 
 @contextlib.contextmanager
-def atomic_directory(path, replaced=None, own=""):
+def atomic_directory(path, replaced=None, pattern=""):
     """Yield a temporary folder beside `path`; when the block succeeds, rename it to `path`.
 
     `replaced` names a file that `path` holds if it is complete, and allows to replace that folder;
-    all paths inside must match the pattern `own`. Raises UserError if `path` is anything else but an
+    all paths inside must match `pattern`. Raises UserError if `path` is anything else but an
     empty folder.
     """
     path = Path(path)
     replaces = replaced and (path / replaced).is_file() and not path.is_symlink()
     if replaces:
         inside = (str(entry.relative_to(path)) for entry in path.rglob("*"))
-        foreign = next((name for name in inside if not re.fullmatch(own, name)), None)
+        foreign = next((name for name in inside if not re.fullmatch(pattern, name)), None)
         if foreign:
             raise UserError(f"{path} holds {foreign}, which is not its own: choose another folder")
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):

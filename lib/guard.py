@@ -59,11 +59,11 @@ class Guard(NamedTuple):
         `errors`, [(name, reason)].
         """
         low, high, faintest = self.pixel_range
-        for found in images:
-            name, image = found[:2]
+        for each in images:
+            name, image = each[:2]
             smallest, largest = float(image.min()), float(image.max())
             if self.can_refuse or (low <= smallest and faintest <= largest <= high):
-                yield found
+                yield each
                 continue
             reason = (
                 f"pixels from {smallest:.3g} to {largest:.3g}, far outside those of the training images "

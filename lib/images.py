@@ -82,7 +82,7 @@ def _walk(root, errors):
     def cannot_list(error):
         errors.append((error.filename, f"cannot list folder {error.filename}: {error.strerror}"))
 
-    found, listed, links = [], set(), [root]
+    entries, listed, links = [], set(), [root]
     for link in links:  # which grows; all folders that are no links come first
         for folder, subfolders, names in os.walk(link, onerror=cannot_list):
             if os.path.realpath(folder) in listed:
@@ -96,8 +96,8 @@ def _walk(root, errors):
             images = set(images_among([path for path in paths if path.name not in no_images]))
             for path in paths:
                 regular = path.is_file() or not path.exists()  # a dangling link becomes an error
-                found.append((path, regular and path in images))
-    return sorted(found)
+                entries.append((path, regular and path in images))
+    return sorted(entries)
 
 
 # Reading images
@@ -160,10 +160,10 @@ class Said(NamedTuple):
     def about_notes(self):
         """A line on each kind of note, with the name and the detail of the first."""
         for kind, text in NOTES.items():
-            found = [(name, detail) for of_kind, name, detail in self.notes if of_kind == kind]
-            if found:
-                name, detail = found[0]
-                count = f"{len(found)} file{'s' * (len(found) > 1)}"
+            of_this = [(name, detail) for of_kind, name, detail in self.notes if of_kind == kind]
+            if of_this:
+                name, detail = of_this[0]
+                count = f"{len(of_this)} file{'s' * (len(of_this) > 1)}"
                 yield f"read {count}, such as {name}, {text.format(detail)}"
 
 

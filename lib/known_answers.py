@@ -77,12 +77,12 @@ def differences(right, got, steps=None):
     A familiarity is a rank among the images of the predicted class, so it is compared where the
     classes agree. They may differ where two are nearly as probable. It may differ by `steps` (n,).
     """
-    found = {name: difference(got[name], answer) for name, answer in right.items() if name != "familiarity"}
+    apart = {name: difference(got[name], answer) for name, answer in right.items() if name != "familiarity"}
     if "familiarity" in right:
         same = right["probabilities"].argmax(axis=1) == got["probabilities"].argmax(axis=1)
         allowed = 0 if steps is None else steps[same]
-        found["familiarity"] = difference(got["familiarity"][same], right["familiarity"][same], allowed)
-    return found
+        apart["familiarity"] = difference(got["familiarity"][same], right["familiarity"][same], allowed)
+    return apart
 
 
 def difference(got, right, allowed=0):
@@ -94,8 +94,8 @@ def difference(got, right, allowed=0):
         return math.inf
     if not got.size:
         return 0.0
-    found = float(np.maximum(np.abs(got - right) - allowed, 0).max()) / max(1.0, float(np.abs(right).max()))
-    return math.inf if math.isnan(found) else found
+    largest = float(np.maximum(np.abs(got - right) - allowed, 0).max()) / max(1.0, float(np.abs(right).max()))
+    return math.inf if math.isnan(largest) else largest
 
 
 def _step(side):

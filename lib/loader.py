@@ -65,9 +65,9 @@ def in_batches(function, rows, bar=None):
     """
     starts = range(0, len(rows), EVALUATION_BATCH)
     parts = [rows[i : i + EVALUATION_BATCH] for i in starts]
-    own = parts[distributed.rank() :: distributed.world_size()]
+    mine = parts[distributed.rank() :: distributed.world_size()]
     hidden = True if bar is None or not distributed.is_main() else None
-    shown = tqdm(own, desc=bar, unit="batch", leave=False, disable=hidden)
+    shown = tqdm(mine, desc=bar, unit="batch", leave=False, disable=hidden)
     results = [function(part).float().cpu() for part in shown]
     return torch.cat(distributed.gather_list(results))
 

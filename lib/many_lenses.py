@@ -115,9 +115,9 @@ def observed(class_name, count, seed, starts=None):
         size = min(lenses.BATCH, count - start)
         scene = sample(class_name, size, rng)
         for first in range(0, size, PIECE):
-            own = raytracing.part_of(scene, slice(first, first + PIECE))
-            own = own._replace(x=torch.from_numpy(own.x))
-            yield start + first, *observe(raytracing.render(own, CAMERA, torch.float32).numpy(), rng)
+            piece = raytracing.part_of(scene, slice(first, first + PIECE))
+            piece = piece._replace(x=torch.from_numpy(piece.x))
+            yield start + first, *observe(raytracing.render(piece, CAMERA, torch.float32).numpy(), rng)
 
 
 def simulate(per_class, seed, class_names=CLASS_NAMES, progress=True):

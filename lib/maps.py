@@ -61,13 +61,13 @@ def saving_sharp(folder):
 
 
 @contextlib.contextmanager
-def _folder_of(folder, what, index, own):
+def _folder_of(folder, what, index, pattern):
     """Yield a function from (name of an image, suffix, function that writes a path) to the name of the new file.
 
     The folder appears at the end, with a table `index` whose columns are `file` and `what`; an earlier one, whose
-    paths match `own`, is replaced. UserError as `atomic_directory` raises it.
+    paths match `pattern`, is replaced. UserError as `atomic_directory` raises it.
     """
-    with atomic_directory(folder, index, own) as temporary:
+    with atomic_directory(folder, index, pattern) as temporary:
         rows, taken = [("file", what)], set()
 
         def add(name, suffix, write):

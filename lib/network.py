@@ -48,8 +48,8 @@ def options_of(args, img_size, start=None):
     return network
 
 
-def build(kind, config):
-    """`kind(**config)`, an `MAE` or `Classifier`; UserError, naming the flag, if that is invalid."""
+def build(model_class, config):
+    """`model_class(**config)`, an `MAE` or `Classifier`; UserError, naming the flag, if that is invalid."""
     for name, limit in LARGEST.items():
         if config.get(name, 0) > limit:
             raise UserError(f"--{name.replace('_', '-')} must be at most {limit}, got {config[name]}")
@@ -67,7 +67,7 @@ def build(kind, config):
         if int(config.get(name, 1) * config.get("mlp_ratio", 4.0)) < 1:
             raise UserError(f"--mlp-ratio {config['mlp_ratio']} leaves no width: choose a larger one")
     try:
-        return kind(**config)
+        return model_class(**config)
     except ValueError as error:
         raise UserError(f"these network options do not fit together: {error}") from None
 

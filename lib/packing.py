@@ -179,7 +179,7 @@ def images_of(paths, writer, per_file, size, first):
             writer.announce(len(stack) - 1)
         per_file.append(len(stack))
         beside = numbers or [()] * len(stack)
-        yield from ((image, i, mass_among(own)) for image, own in zip(images_in(path, stack), beside, strict=True))
+        yield from ((image, i, mass_among(beside_it)) for image, beside_it in zip(images_in(path, stack), beside, strict=True))
 
 
 def images_in(path, stack):

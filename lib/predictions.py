@@ -47,18 +47,18 @@ def read(path, rows, dataset, folder):
         raise UserError(f"--predictions {path} needs the columns {wanted}")
     name_of = str if key == "row" else shortest_name(files)
     wanted = [name_of(row if key == "row" else files[row]) for row in rows]
-    found = {}
+    line_of = {}
     for line in table:
         name = name_of(line[key])
-        if found.setdefault(name, line) is not line:
+        if line_of.setdefault(name, line) is not line:
             raise UserError(f"--predictions {path} has {line[key]} twice: give one model's predictions")
-    absent = [name for name in wanted if name not in found]
+    absent = [name for name in wanted if name not in line_of]
     if absent:
         raise UserError(
             f"--predictions {path} lacks {len(absent)} of the {len(rows)} test images, such as {absent[0]}"
         )
     try:
-        probabilities = np.array([[float(found[name][c]) for c in names] for name in wanted])
+        probabilities = np.array([[float(line_of[name][c]) for c in names] for name in wanted])
     except (TypeError, ValueError):
         raise UserError(f"--predictions {path} has cells that are no probabilities") from None
     sums = probabilities.sum(axis=1)

@@ -192,10 +192,10 @@ def render(scene, camera, dtype=torch.float64):
     images = torch.empty(b, camera.pixels, camera.pixels, dtype=dtype, device=device)
     for start in range(0, b, CHUNK):
         part = slice(start, start + CHUNK)
-        own = part_of(scene, part)
-        ray_x, ray_y = rays or (ray.to(dtype) for ray in smooth_rays(x, y, own))
-        beta_x, beta_y = ray_x - own.x.to(dtype), ray_y - own.y.to(dtype)  # (chunk, H, W)
-        subtract_point_masses(beta_x, beta_y, point_masses[part], axis, own.factor)
+        lens = part_of(scene, part)
+        ray_x, ray_y = rays or (ray.to(dtype) for ray in smooth_rays(x, y, lens))
+        beta_x, beta_y = ray_x - lens.x.to(dtype), ray_y - lens.y.to(dtype)  # (chunk, H, W)
+        subtract_point_masses(beta_x, beta_y, point_masses[part], axis, lens.factor)
         brightness = sersic(beta_x, beta_y, part_of(source, part))
         own_blur = blur if blur.dim() == 2 else blur[part]
         torch.matmul(own_blur @ brightness, own_blur.mT, out=images[part])

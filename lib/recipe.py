@@ -98,7 +98,7 @@ def add_arguments(parser, defaults):
     """The options of a training. `defaults`: {what it is for, such as a strategy: `Defaults`}."""
 
     def add(group, name, help, **more):
-        told = {key: _as_text(getattr(own, name)) for key, own in defaults.items()}
+        told = {key: _as_text(getattr(each, name)) for key, each in defaults.items()}
         same = len(set(told.values())) == 1
         text = next(iter(told.values())) if same else ", ".join(f"{k} {v}" for k, v in told.items())
         few = "; more for few images" if name == "epochs" else ""
@@ -116,12 +116,12 @@ def add_arguments(parser, defaults):
         "shear and source are symmetric under half a turn; flips: mirror images and quarter turns)",
         type=augmentation_kinds, metavar="KIND,...",
     )  # fmt: skip
-    if any(own.patch_dropout for own in defaults.values()):
+    if any(each.patch_dropout for each in defaults.values()):
         add(group, "patch_dropout", "fraction of patches dropped at random in the first half of the "
             "steps, which makes them faster (layernorm, full)", type=float)  # fmt: skip
         add(group, "layer_decay", "learning rate of a block, as a fraction of the next block's (full, pre-trained)",
             type=float)  # fmt: skip
-    most = min(own.most_validations for own in defaults.values())
+    most = min(each.most_validations for each in defaults.values())
     group.add_argument(
         "--validations", type=int, default=None, metavar="N",
         help=f"validations in all (default: one an epoch, at most {MOST_VALIDATIONS}"

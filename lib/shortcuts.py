@@ -44,10 +44,10 @@ def differences(dataset):
         if auc < TOLD_APART:
             continue
         of_class = labels == large[place]
-        own, others = np.median(values[of_class]), np.median(values[~of_class])
-        times = f" ({own / others:.3g} times)" if own * others > 0 else ""
+        here, others = np.median(values[of_class]), np.median(values[~of_class])
+        times = f" ({here / others:.3g} times)" if here * others > 0 else ""
         lines.append(
-            f"the {name} is {own:.3g} in the median image of class {dataset.class_names[large[place]]} and "
+            f"the {name} is {here:.3g} in the median image of class {dataset.class_names[large[place]]} and "
             f"{others:.3g} in that of the others{times}: {meaning} It alone tells them apart, AUC {auc:.3f}"
         )
     return lines or [

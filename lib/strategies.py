@@ -28,6 +28,7 @@ OTHER_SIZE = ": pre-train on images of this size"
 class Strategy:
     """A head on the pre-trained encoder, a `Classifier`; base of all strategies.
 
+    network : the class of what it trains.
     defaults : of its recipe when it starts from an MAE.
     from_scratch : what differs for random weights; None: it needs weights to start from.
     continuing : what differs when it continues from a classifier, whose head is already trained.
@@ -36,7 +37,7 @@ class Strategy:
     classifies : whether it trains a classifier, whose weights hold a familiarity, and may continue one.
     """
 
-    name, kind = None, Classifier
+    name, network = None, Classifier
     defaults = None
     from_scratch, continuing = None, {}
     augmentations, no_augmentation = KINDS, ""
@@ -109,7 +110,7 @@ class Strategy:
     def with_random_weights(self, sizes, recipe, more):
         """A network of random weights, whose encoder has these `sizes`, and its arguments; `more` are given."""
         config = {**sizes, **more, "pool": recipe.pool}
-        return network.build(self.kind, config), config
+        return network.build(self.network, config), config
 
     def continued(self, args, start, recipe, dataset):
         """The classifier of opened `Weights`, taken whole to be trained further; UserError if it does not fit."""
@@ -117,8 +118,8 @@ class Strategy:
         model = weights.classifier_of(start)
         compatibility.check_split(content["run"])
         compatibility.check_size(start.path, model, dataset, OTHER_SIZE)
-        if not isinstance(model, self.kind):
-            *others, last = (name for name, s in STRATEGIES.items() if isinstance(model, s.kind))
+        if not isinstance(model, self.network):
+            *others, last = (name for name, s in STRATEGIES.items() if isinstance(model, s.network))
             names = f"{', '.join(others)} or {last}" if others else last
             raise UserError(f"{start.path} is a classifier of --strategy {names}: continue with that")
         if content["class_names"] != list(dataset.class_names):
@@ -133,7 +134,7 @@ class Strategy:
         sizes = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
         known = start.content["config"]
         config = {name: known[name] for name in sizes if name in known} | {"pool": recipe.pool, **more}
-        model = self.kind(**config)
+        model = self.network(**config)
         encoder = {k: v for k, v in pretrained.state_dict().items() if k in model.state_dict()}
         model.load_state_dict({**model.state_dict(), **encoder})
         return model, config
@@ -233,7 +234,7 @@ class Residual(Strategy):
     step, as it does for the head: it is short.
     """
 
-    name, kind = "residual", ResidualClassifier
+    name, network = "residual", ResidualClassifier
     # The last weights are kept: the AUC of validation soon reaches 1 and says no more.
     defaults = Defaults(epochs=3, fewest_steps=1000, batch_size=64, lr=3e-3, keep="last", most_validations=3)
     continuing = {"lr": 3e-4, "epochs": 1, "fewest_steps": 300, "keep": "best"}
@@ -246,7 +247,7 @@ class Residual(Strategy):
             "mask_ratio": mask_ratio_of(start.content), "map_pool": default_map_pool(pretrained.img_size),
             "with_image": args.with_image, "orientations": 8 if "flips" in recipe.augment else 2, **more,
         }  # fmt: skip
-        return on_mae(self.kind, start, pretrained, more, "--strategy residual", "; use another strategy")
+        return on_mae(self.network, start, pretrained, more, "--strategy residual", "; use another strategy")
 
     def continued(self, args, start, recipe, dataset):
         model = super().continued(args, start, recipe, dataset)
@@ -291,7 +292,7 @@ class Mass(Residual):
     It computes in float32 by default: short vortices differ by a thousandth.
     """
 
-    kind, classifies = MassEstimator, False
+    network, classifies = MassEstimator, False
     defaults = Defaults(epochs=10, fewest_steps=2000, batch_size=64, lr=3e-3, augment=(), keep="last")
     from_scratch = {}
     augmentations, no_augmentation = (), "the mass is learned from images as they are"
@@ -308,11 +309,11 @@ class Mass(Residual):
 
     def with_random_weights(self, sizes, recipe, more):
         config = {"img_size": sizes["img_size"], **more}
-        return constructed(self.kind, config, "--task mass"), config
+        return constructed(self.network, config, "--task mass"), config
 
     def around(self, args, start, pretrained, recipe, more):
         more = {"mask_ratio": mask_ratio_of(start.content), **more}
-        return on_mae(self.kind, start, pretrained, more, "--task mass")
+        return on_mae(self.network, start, pretrained, more, "--task mass")
 
     def learner(self, model, recipe, dataset, rows, run, device):
         read = batch_reader(dataset.images, device)
@@ -334,7 +335,7 @@ class Sharpen(Strategy):
     Data sets are those of the coarse images. Of several processes each takes the whole step.
     """
 
-    name, kind, classifies = "full", Sharpener, False
+    name, network, classifies = "full", Sharpener, False
     defaults = Defaults(epochs=4, fewest_steps=2000, batch_size=16, lr=3e-3, beta2=0.95, augment=(), keep="last")
     from_scratch = {}
     augmentations, no_augmentation = (), "coarse and sharp images belong together as they are"
@@ -348,10 +349,10 @@ class Sharpen(Strategy):
     def with_random_weights(self, sizes, recipe, more):
         network.build(MAE, sizes)  # names the flag of a size that does not fit
         config = {"mae": sizes, **more}
-        return self.kind(**config), config
+        return self.network(**config), config
 
     def around(self, args, start, pretrained, recipe, more):
-        return on_mae(self.kind, start, pretrained, more, "--task sharpen")
+        return on_mae(self.network, start, pretrained, more, "--task sharpen")
 
     def learning(self, model):
         unused = ("mae.mask_token", "mae.decoder_pred", "mae.pos_embed", "mae.decoder_pos_embed")
@@ -381,23 +382,23 @@ def strategy_of(args):
 # Parts of a training
 
 
-def on_mae(kind, start, pretrained, more, what, remedy=""):
-    """A network `kind` that holds the MAE of opened `Weights`, and its arguments; `more` of them are given.
+def on_mae(model_class, start, pretrained, more, what, remedy=""):
+    """A `model_class` that holds the MAE of opened `Weights`, and its arguments; `more` of them are given.
 
     Raises UserError, naming `what` the options ask for, for an MAE without decoder or arguments that do not fit.
     """
     if not isinstance(pretrained, MAE):
         raise UserError(f"{start.path} is from elsewhere: {what} needs the decoder of an MAE of pretrain.py{remedy}")
     config = {"mae": {k: v for k, v in start.content["config"].items() if k != "transform"}, **more}
-    model = constructed(kind, config, what, remedy)
+    model = constructed(model_class, config, what, remedy)
     model.mae.load_state_dict(pretrained.state_dict())
     return model, config
 
 
-def constructed(kind, config, what, remedy=""):
-    """`kind(**config)`; UserError if its arguments do not fit."""
+def constructed(model_class, config, what, remedy=""):
+    """`model_class(**config)`; UserError if its arguments do not fit."""
     try:
-        return kind(**config)
+        return model_class(**config)
     except ValueError as error:
         raise UserError(f"{what}: {error}{remedy}") from None
 

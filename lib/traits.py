@@ -90,27 +90,27 @@ def advice(traits, reference, unit_known=False, by_chance=False):
     peak, darkest, step, zeros, saturated, row, column = np.median(traits, axis=0)
     low, usual, high = reference.T
     light = max(usual[0] - usual[1], np.finfo(float).tiny)  # of a training image
-    found = []
+    unlike = []
     factor = (peak - darkest) / light
     if factor <= 0:
         return ["all pixels are equal"]
     if not 0.8 * (low[0] - usual[1]) <= peak - darkest <= 1.25 * (high[0] - usual[1]):
         remedy = "" if unit_known else f" (--scale {1 / factor:.3g}, if that is the unit)"
-        found.append(f"the brightest pixel is {factor:.3g} times that of the training images{remedy}")
+        unlike.append(f"the brightest pixel is {factor:.3g} times that of the training images{remedy}")
     if abs(darkest / factor - usual[1]) > 0.01 * light:
-        found.append(f"the darkest pixel is {darkest:.3g}, {usual[1]:.3g} in the training images: another zero "
+        unlike.append(f"the darkest pixel is {darkest:.3g}, {usual[1]:.3g} in the training images: another zero "
                      "level, or noise")  # fmt: skip
     if step / factor > max(2 * high[2], 1e-4 * light):
-        found.append(f"the corners are noisy: neighbours differ by {step / factor / light:.1%} of the peak, "
+        unlike.append(f"the corners are noisy: neighbours differ by {step / factor / light:.1%} of the peak, "
                      f"{usual[2] / light:.1%} in the training images")  # fmt: skip
     if zeros > high[3] + 0.01:
-        found.append(f"{zeros:.0%} of the pixels are exactly zero: rounded or masked?")
+        unlike.append(f"{zeros:.0%} of the pixels are exactly zero: rounded or masked?")
     if saturated > high[4] + 0.002:
-        found.append(f"{saturated:.1%} of the pixels are as bright as the brightest: saturated?")
+        unlike.append(f"{saturated:.1%} of the pixels are as bright as the brightest: saturated?")
     shift = column - usual[6], row - usual[5]
     # The median of n images scatters less than one image: sqrt(pi / 2 n) of it, for normal centres.
     share = 1 if by_chance else min(1, math.sqrt(math.pi / 2 / len(traits)))
     low, high = usual + share * (low - usual), usual + share * (high - usual)
     if not (low[5] <= row <= high[5] and low[6] <= column <= high[6]):
-        found.append(f"the light is off-centre by ({shift[0]:+.1f}, {shift[1]:+.1f}) pixels")
-    return found
+        unlike.append(f"the light is off-centre by ({shift[0]:+.1f}, {shift[1]:+.1f}) pixels")
+    return unlike

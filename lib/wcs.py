@@ -22,14 +22,14 @@ def cards_of(header):
 
     header : {name: number or text}. A text where a number belongs, or the reverse, does not count.
     """
-    found = {name: value for name, value in header.items()
+    kept = {name: value for name, value in header.items()
              if KEPT.fullmatch(name) and isinstance(value, str) == bool(TEXTS.fullmatch(name))}  # fmt: skip
-    starts = [str(found.get(f"CTYPE{axis}", ""))[:4].strip("-") for axis in (1, 2)]
+    starts = [str(kept.get(f"CTYPE{axis}", ""))[:4].strip("-") for axis in (1, 2)]
     has_tables = any(map(TABLES.fullmatch, header)) or any(
-        str(found.get(f"CTYPE{axis}", "")).endswith("-TAB") for axis in (1, 2)
+        str(kept.get(f"CTYPE{axis}", "")).endswith("-TAB") for axis in (1, 2)
     )
-    known = set(starts) <= set(SKY) and all(f"{name}{axis}" in found for name in ("CRVAL", "CRPIX") for axis in (1, 2))
-    return {} if has_tables or not known else found
+    known = set(starts) <= set(SKY) and all(f"{name}{axis}" in kept for name in ("CRVAL", "CRPIX") for axis in (1, 2))
+    return {} if has_tables or not known else kept
 
 
 def moved(cards, shape, size, corner):

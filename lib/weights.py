@@ -276,8 +276,8 @@ def classifier_of(opened):
     if not opened.is_classifier:
         raise UserError(f"{opened.path} is no classifier: give the weights of finetune.py")
     transform_in(opened)
-    kind = ResidualClassifier if "mae" in config else Classifier
-    model = _build(opened.path, kind, config, opened.content["model"])
+    model_class = ResidualClassifier if "mae" in config else Classifier
+    model = _build(opened.path, model_class, config, opened.content["model"])
     if len(opened.content["class_names"]) != config.get("num_classes"):
         raise UserError(f"{opened.path}: the number of class names is wrong; train again")
     return model
@@ -343,13 +343,13 @@ def familiarity_for(opened, dataset, augmentations):
     return familiarity and (familiarity, stored["config"])
 
 
-def _build(path, kind, arguments, state):
-    """`kind(**arguments)` with the tensors `state`, in evaluation mode; UserError if they do not fit."""
+def _build(path, model_class, arguments, state):
+    """`model_class(**arguments)` with the tensors `state`, in evaluation mode; UserError if they do not fit."""
     _check_sizes(path, arguments)
     try:
-        model = kind(**arguments)
+        model = model_class(**arguments)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise UserError(f"{path}: no {kind.__name__} has its configuration: {reason_of(error)}") from None
+        raise UserError(f"{path}: no {model_class.__name__} has its configuration: {reason_of(error)}") from None
     check_state(path, model, state)
     model.load_state_dict(state)
     return model.eval()
