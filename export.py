@@ -47,7 +47,7 @@ TOLERANCES |= {"log10_mass": 1e-4, "low": 1e-4, "high": 1e-4, "sharpened": 1e-4,
 # By --what: the kind of weights, and what their answers are called.
 OUTPUTS = {"mass": ("mass", ("log10_mass", "low", "high")), "sharpen": ("sharpener", ("sharpened", "rms_error"))}
 CHECKED_BATCHES = (1, 7, 256)
-DESCRIBED_IMAGES = 1000  # training images whose figures are kept, see `traits`
+DESCRIBED_IMAGES = 1000  # training images whose traits are kept, see `traits`
 JUDGED_IMAGES = 3000  # validation images on which lower precision is judged
 
 
@@ -195,10 +195,10 @@ def metadata_of(args, model, opened, dataset, train):
     """The text {key: value} that the file carries; `train` are rows of training images."""
     # The file may be published: without the paths of this machine.
     trained = {k: v for k, v in opened.content["run"].items() if k not in ("data", "cache_dir")}
-    familiarity, figures, measures = getattr(model, "familiarity", None), "null", trained
+    familiarity, reference, measures = getattr(model, "familiarity", None), "null", trained
     if trained.get("data_fingerprint") == dataset.fingerprint:
         some = train[:: max(1, len(train) // DESCRIBED_IMAGES)]
-        figures = json.dumps(traits.reference_of(dataset.images[some]))
+        reference = json.dumps(traits.reference_of(dataset.images[some]))
         measures = measures_of(dataset.origin)
     checked_on = [dataset.fingerprint, dataset.class_names]
     made = made_from(args, [*LIBRARY, __file__], data=checked_on, weights=opened.sha256)
@@ -216,7 +216,7 @@ def metadata_of(args, model, opened, dataset, train):
         **{name: json.dumps(measures.get(name)) for name in ("pixel_scale", "unit", "zero_point")},
         "smooth_rms": json.dumps(trained.get("smooth_rms")),
         "mass_classes": json.dumps(trained.get("mass_classes")),
-        "figures": figures,
+        "figures": reference,
         "made": json.dumps(circumstances()),
         "run": json.dumps(trained),
         "made_from": json.dumps(made),

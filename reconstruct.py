@@ -107,7 +107,7 @@ def sort_into_kinds(residuals, rows, fitted, count, seed):
 
 
 def separation(scores, labels, has_substructure, trained_on, how):
-    """How well scores tell substructure from what the MAE was trained on: ({"auc": figures}, lines).
+    """How well scores tell substructure from what the MAE was trained on: ({"auc": measured}, lines).
 
     `how` are class names, resamples and seed of `residuals.measure`. Without images of both kinds the
     dict is empty.

@@ -61,7 +61,7 @@ WHOLE = "reproduce"  # what the row `reproduction` lets make do
 
 
 def compare(args, what, against, ours, peers, images, peer_images=None, operations=0):
-    """A row: figures of our function and of a peer's {form: function}, {} without the peer.
+    """A row: measures of our function and of a peer's {form: function}, {} without the peer.
 
     `images` are those of a call; of the `operations` an image, the share of the machine's peak is stated.
     """

@@ -245,7 +245,7 @@ def scaled(cutouts, peak):
 
 
 def answers_to(kinds, model, familiarity, device):
-    """Yield (kind, figures) of a classifier and its familiarity; `kinds` yields what `every` does.
+    """Yield (kind, measures) of a classifier and its familiarity; `kinds` yields what `every` does.
 
     AUC tells clean images, which come first, from those of a kind by a score that is low for others:
     the familiarity, the largest probability, or minus the energy.

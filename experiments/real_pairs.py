@@ -2,7 +2,7 @@
 
 The pairs are an .npz with HR (N, 2H, 2H), LR (N, H, H) and edge_unknown (N,): so many pixels of HR
 at each border are not known. They are replaced by their neighbours, LR is reduced again, and no
-figure counts them.
+measure counts them.
 """
 
 import sys
@@ -39,7 +39,7 @@ def load_pairs(path):
     return sharp, coarse, np.where(edges > 0, edges + REACH, 0)
 
 
-def figures_of(images, sharp, edges):
+def measures_of(images, sharp, edges):
     """(mean MSE, mean PSNR, PSNR of the mean MSE, mean SSIM) without the borders."""
     inner = [(slice(edge, -edge or None),) * 2 for edge in edges]
     known = [(a[i], b[i]) for a, b, i in zip(images, sharp, inner, strict=True)]
@@ -49,7 +49,7 @@ def figures_of(images, sharp, edges):
 
 
 def compare(model, path):
-    """{what: `figures_of` all pairs, and of those without an unknown border}, true over estimated rms error."""
+    """{what: `measures_of` all pairs, and of those without an unknown border}, true over estimated rms error."""
     sharp, coarse, edges = load_pairs(path)
     session, side = open_sharpener(model)
     if coarse.shape[1:] != (side, side):
@@ -58,12 +58,12 @@ def compare(model, path):
     seen = torch.from_numpy(coarse)[:, None]
     found = {"ours": images[:, 0]}
     found |= {mode: pairs.interpolated(seen, 2, mode)[:, 0].numpy() for mode in ("bilinear", "bicubic")}
-    true = np.sqrt([figures_of(*each)[0] for each in zip(images, sharp[:, None], edges[:, None], strict=True)])
+    true = np.sqrt([measures_of(*each)[0] for each in zip(images, sharp[:, None], edges[:, None], strict=True)])
     whole = edges == 0
-    figures = {name: figures_of(each, sharp, edges) for name, each in found.items()}
-    figures |= {f"{name}, {whole.sum()} without an unknown border": figures_of(each[whole], sharp[whole], edges[whole])
+    measures = {name: measures_of(each, sharp, edges) for name, each in found.items()}
+    measures |= {f"{name}, {whole.sum()} without an unknown border": measures_of(each[whole], sharp[whole], edges[whole])
                 for name, each in found.items()}  # fmt: skip
-    return figures, float((true / errors).mean())
+    return measures, float((true / errors).mean())
 
 
 def parse_args(argv=None):
@@ -75,9 +75,9 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    figures, ratio = compare(args.model, args.pairs)
+    measures, ratio = compare(args.model, args.pairs)
     rows = [["", "mean MSE", "PSNR, dB", "PSNR of the mean MSE, dB", "SSIM"]]
-    rows += [[name, f"{a:.4e}", f"{b:.3f}", f"{c:.3f}", f"{d:.4f}"] for name, (a, b, c, d) in figures.items()]
+    rows += [[name, f"{a:.4e}", f"{b:.3f}", f"{c:.3f}", f"{d:.4f}"] for name, (a, b, c, d) in measures.items()]
     print(tables.markdown(rows))
     print(f"true over estimated rms error: {ratio:.3f} in the mean")
 

@@ -20,80 +20,80 @@ from lib.files import PICTURE, read_json, require_own, write_json, write_text
 EXAMPLE = """example:
   python experiments/results.py runs/study/all-0/results runs/study/all-1/results --out runs/results"""
 
-FIGURES = ("AUC", "%")  # keys of a row with one of these in them are measured
+MEASURES = ("AUC", "%")  # keys of a row with one of these in them are measured
 HOW = ("command", "commit", "precision")  # how rows were made
 
 
 def by_run(rows):
-    """{run: {figure: (mean, standard deviation, seeds)}}, in the order of the rows."""
+    """{run: {measure: (mean, standard deviation, seeds)}}, in the order of the rows."""
     runs = {}
     for row in rows:
-        for key in filter(is_figure, row):
+        for key in filter(is_measure, row):
             runs.setdefault(row["run"], {}).setdefault(key, []).append(row[key])
     return {
         name: {k: (float(np.mean(v)), float(np.std(v, ddof=1)) if len(v) > 1 else 0.0, len(v))
-               for k, v in figures.items()}
-        for name, figures in runs.items()
+               for k, v in measures.items()}
+        for name, measures in runs.items()
     }  # fmt: skip
 
 
-def is_figure(key):
-    return any(part in key for part in FIGURES)
+def is_measure(key):
+    return any(part in key for part in MEASURES)
 
 
 def table(rows):
     """Markdown: a line a run, mean ± standard deviation over the seeds."""
 
-    def cell(key, figures):
-        if key not in figures:
+    def cell(key, measures):
+        if key not in measures:
             return ""
-        mean, deviation, seeds = figures[key]
+        mean, deviation, seeds = measures[key]
         digits = 2 if key.endswith("%") else 5
         return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if seeds > 1 else "")
 
     runs = by_run(rows)
-    keys = list(dict.fromkeys(key for figures in runs.values() for key in figures))
-    lines = [[name, *(cell(key, figures) for key in keys)] for name, figures in runs.items()]
+    keys = list(dict.fromkeys(key for measures in runs.values() for key in measures))
+    lines = [[name, *(cell(key, measures) for key in keys)] for name, measures in runs.items()]
     return tables.markdown([["run", *keys], *lines])
 
 
 def draw(path, rows, drawn):
-    """The picture of an experiment: a dot a run or, as `drawn` says, a figure against a quantity.
+    """The picture of an experiment: a dot a run or, as `drawn` says, a measure against a quantity.
 
     `drawn` is None or {"x": key of a row, "label": its label or None where every kind has its own,
-    "logarithmic": bool, "y": the figure}.
+    "logarithmic": bool, "y": the measure}.
     """
     runs = by_run(rows)
     if drawn is None:
-        dots(path, {name: {k: v[:2] for k, v in figures.items() if "AUC" in k} for name, figures in runs.items()})
+        dots(path, {name: {k: v[:2] for k, v in measures.items() if "AUC" in k} for name, measures in runs.items()})
         return
     points_of, rows_of = {}, {row["run"]: row for row in rows}
-    for name, figures in runs.items():
-        point = (rows_of[name][drawn["x"]], *figures[drawn["y"]][:2])
+    for name, measures in runs.items():
+        point = (rows_of[name][drawn["x"]], *measures[drawn["y"]][:2])
         points_of.setdefault(rows_of[name]["kind"], []).append(point)
     lines = {kind: sorted(points) for kind, points in points_of.items()}  # joined ones may come in any order
     series(path, lines, drawn["label"], drawn["y"], drawn["logarithmic"])
 
 
 def dots(path, runs):
-    """A line a run, a mark a figure; `runs`: {run: {figure: (AUC, its deviation)}}. Runs without figures are left out.
+    """A line a run, a mark a measure; `runs`: {run: {measure: (AUC, its deviation)}}. Runs without measures are left out.
 
-    Runs named "group: run" have a panel a group. The axis is 1 − AUC, logarithmic: good figures differ near one only.
+    Runs named "group: run" have a panel a group. The axis is 1 − AUC, logarithmic: good measures differ near one only.
     """
     groups = {}
-    for name, figures in runs.items():
+    for name, measures in runs.items():
         group, colon, own = name.partition(": ")
-        if figures:
-            groups.setdefault(group if colon else "", {})[own if colon else name] = figures
+        if measures:
+            groups.setdefault(group if colon else "", {})[own if colon else name] = measures
     figure, axes = plots.plt.subplots(
         len(groups), 1, figsize=(plots.WIDTH, 1 + sum(0.5 + 0.22 * len(group) for group in groups.values())),
         squeeze=False, sharex=True, layout="constrained",
         gridspec_kw={"height_ratios": [len(group) for group in groups.values()]},
     )  # fmt: skip
-    names = list(dict.fromkeys(name for group in groups.values() for figures in group.values() for name in figures))
+    names = list(dict.fromkeys(name for group in groups.values() for measures in group.values() for name in measures))
     for panel, (group, own) in zip(axes[:, 0], groups.items(), strict=True):
         for i, name in enumerate(names):
-            lines = [(y, figures[name]) for y, figures in enumerate(own.values()) if name in figures]
+            lines = [(y, measures[name]) for y, measures in enumerate(own.values()) if name in measures]
             y = [line + 0.5 * (i - (len(names) - 1) / 2) / len(names) for line, _ in lines]
             error = [max(1 - auc, 1e-6) for _, (auc, _) in lines]
             deviations = [deviation for _, (_, deviation) in lines]
@@ -107,9 +107,9 @@ def dots(path, runs):
 
 
 def series(path, lines, x_label, y_label, logarithmic):
-    """How far a figure is from its best against a quantity, logarithmic.
+    """How far a measure is from its best against a quantity, logarithmic.
 
-    `lines` is {name: [(x, figure, its deviation), ...]}; `y_label` names the figure, an AUC or, if
+    `lines` is {name: [(x, measure, its deviation), ...]}; `y_label` names the measure, an AUC or, if
     it ends in %, a percentage. Without an `x_label` every line has a panel and its name, the
     quantity, stands below it; the panels are one above the other, for narrow screens.
     """
@@ -167,7 +167,7 @@ def read(path):
         axes = [drawn["x"], drawn["y"]] if drawn else []
         texts = [kept["what"], *(made[key] for made in kept["made"] for key in HOW)]
         texts += [row[key] for row in rows for key in (("run", "kind") if drawn else ("run",))]
-        numbers = [row[key] for row in rows for key in ("seed", *axes, *filter(is_figure, row))]
+        numbers = [row[key] for row in rows for key in ("seed", *axes, *filter(is_measure, row))]
         is_valid = isinstance(rows, list) and (not drawn or {"label", "logarithmic"} <= drawn.keys())
     except (KeyError, TypeError, AttributeError):
         is_valid = False

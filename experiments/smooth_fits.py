@@ -5,7 +5,7 @@ their minimum and maximum; `labels` (N,), class names (without them all are `no`
 (N,), how many pixels at each border are invalid; `error` or `hr_error` (N,), the rms of decoding;
 and `exact` (N,), which pictures have 256 levels. Simulated images are disturbed likewise: rounded,
 or with noise of that rms. The smooth lens has seven parameters, a scale and a zero. For each class,
-the command prints the mean of three figures, real and simulated, and the probability of a
+the command prints the mean of three measures, real and simulated, and the probability of a
 two-sample Kolmogorov-Smirnov test.
 
 With --find N instead, it fits N simulated images of each class, undisturbed, and prints how well χ²
@@ -48,7 +48,7 @@ LOWEST = np.array([0.5, -0.5, -0.5, -1.5, -1.5, -0.7, -0.7])
 HIGHEST = np.array([2.2, 0.5, 0.5, 1.5, 1.5, 0.7, 0.7])
 FREE = len(TYPICAL) + 2  # with scale and zero
 CORNER = 20  # pixels a side of the dark corners
-FIGURES = {"chi2": "reduced χ²", "rms": "rms of what is left", "corner": "noise in the corners"}
+MEASURES = {"chi2": "reduced χ²", "rms": "rms of what is left", "corner": "noise in the corners"}
 
 
 class Fit(NamedTuple):
@@ -184,8 +184,8 @@ def fits_of(pictures):
 
 
 def compared(real, others):
-    """{figure: (mean, mean of the others, probability of a KS test)} of two lists of `Fit`."""
-    return {name: (np.mean(one), np.mean(other), ks_2samp(one, other).pvalue) for name in FIGURES
+    """{measure: (mean, mean of the others, probability of a KS test)} of two lists of `Fit`."""
+    return {name: (np.mean(one), np.mean(other), ks_2samp(one, other).pvalue) for name in MEASURES
             for one, other in [[[getattr(found, name) for found in fits] for fits in (real, others)]]}  # fmt: skip
 
 
@@ -214,8 +214,8 @@ def main(argv=None):
     args = parse_args(argv)
     if args.find is not None:
         found = found_by_chi2(args.find, args.seed)
-        for name, figure in {**found["classes"], "all": found["all"]}.items():
-            print(f"{name} against {many_lenses.CLASS_NAMES[0]}, by χ² of the smooth fit: AUC {with_interval(figure, 4)}")
+        for name, auc in {**found["classes"], "all": found["all"]}.items():
+            print(f"{name} against {many_lenses.CLASS_NAMES[0]}, by χ² of the smooth fit: AUC {with_interval(auc, 4)}")
         return
     for class_name, every in read(args.images).items():
         for exact in (True, False):
@@ -225,7 +225,7 @@ def main(argv=None):
             others = fits_of(simulated(class_name, args.per_class, args.seed, pictures))
             kind = f"{class_name}, {len(pictures)} {'exact' if exact else 'solved'} pictures"
             for name, (mean, other, p) in compared(fits_of(pictures), others).items():
-                print(f"{kind}: {FIGURES[name]} {mean:.4g}, simulated {other:.4g}, p = {p:.2g}", flush=True)
+                print(f"{kind}: {MEASURES[name]} {mean:.4g}, simulated {other:.4g}, p = {p:.2g}", flush=True)
 
 
 if __name__ == "__main__":
