@@ -118,7 +118,7 @@ def kind_of(opened, args):
     does = "estimate masses" if kind == "mass" else "sharpen images"
     for name in ("save_predictions", "predictions"):
         if getattr(args, name):
-            raise UserError(f"--{name.replace('_', '-')} is for classifiers; these weights {does}")
+            raise UserError(f"{options.flag_of(name)} is for classifiers; these weights {does}")
     return kind
 
 

@@ -17,16 +17,18 @@ PARTS = {
     r"(?:vit\.)?(?:encoder\.layer|layers)\.(\d+)\.": r"blocks.\1.",
     r"decoder\.(?:decoder_layers|decoder_encoder\.layer)\.(\d+)\.": r"decoder_blocks.\1.",
 }
+# Likewise inside a block: the name that we write, and others that are read.
 IN_BLOCK = {
-    r"attention\.(?:attention\.)?(?:query|q_proj)": "attn.q",
-    r"attention\.(?:attention\.)?(?:key|k_proj)": "attn.k",
-    r"attention\.(?:attention\.)?(?:value|v_proj)": "attn.v",
-    r"attention\.(?:output\.dense|o_proj)": "attn.proj",
-    r"layernorm_before": "norm1",
-    r"layernorm_after": "norm2",
-    r"(?:intermediate\.dense|mlp\.fc1)": "mlp.fc1",
-    r"(?:output\.dense|mlp\.fc2)": "mlp.fc2",
+    "attn.q": ("attention.attention.query", "attention.query", "attention.q_proj", "attention.attention.q_proj"),
+    "attn.k": ("attention.attention.key", "attention.key", "attention.k_proj", "attention.attention.k_proj"),
+    "attn.v": ("attention.attention.value", "attention.value", "attention.v_proj", "attention.attention.v_proj"),
+    "attn.proj": ("attention.output.dense", "attention.o_proj"),
+    "norm1": ("layernorm_before",),
+    "norm2": ("layernorm_after",),
+    "mlp.fc1": ("intermediate.dense", "mlp.fc1"),
+    "mlp.fc2": ("output.dense", "mlp.fc2"),
 }
+OURS_IN_BLOCK = {theirs: ours for ours, names in IN_BLOCK.items() for theirs in names}
 # Of facebookresearch's models: width of the encoder and its attention heads.
 PUBLISHED_HEADS = {"base": (768, 12), "large": (1024, 16), "huge": (1280, 16)}
 TO_HUGGING_FACE = {
@@ -34,16 +36,6 @@ TO_HUGGING_FACE = {
     "cls_token": "vit.embeddings.cls_token",
     "pos_embed": "vit.embeddings.position_embeddings",
     "norm": "vit.layernorm",
-}
-BLOCK_TO_HUGGING_FACE = {
-    "attn.q": "attention.attention.query",
-    "attn.k": "attention.attention.key",
-    "attn.v": "attention.attention.value",
-    "attn.proj": "attention.output.dense",
-    "norm1": "layernorm_before",
-    "norm2": "layernorm_after",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
 }
 
 
@@ -54,11 +46,7 @@ def our_name(name):
         if count:
             break
     block = re.match(r"((?:decoder_)?blocks\.\d+\.)(.*)\.(weight|bias)$", name)
-    if block:
-        for pattern, ours in IN_BLOCK.items():
-            if re.fullmatch(pattern, block[2]):
-                return f"{block[1]}{ours}.{block[3]}"
-    return name
+    return f"{block[1]}{OURS_IN_BLOCK.get(block[2], block[2])}.{block[3]}" if block else name
 
 
 def from_foreign(state, num_heads):
@@ -111,8 +99,7 @@ def to_hugging_face(state, config):
             if block[3] == "attn.qkv":
                 pieces = dict(zip(("attn.q", "attn.k", "attn.v"), tensor.chunk(3), strict=True))
             for part, piece in pieces.items():
-                inside = BLOCK_TO_HUGGING_FACE[part]
-                theirs[f"{layer}.{block[2]}.{inside}.{block[4]}"] = piece.clone()
+                theirs[f"{layer}.{block[2]}.{IN_BLOCK[part][0]}.{block[4]}"] = piece.clone()
             continue
         stem, kind = re.fullmatch(r"(.*?)(\.weight|\.bias|)", name).groups()
         theirs[TO_HUGGING_FACE.get(stem, f"decoder.{stem}") + kind] = tensor

@@ -1,6 +1,7 @@
 """The options of a network that starts from random weights, and its checked construction."""
 
 from lib.errors import UserError
+from lib.options import flag_of
 from lib.weights import LARGEST, MOST_PATCHES_A_SIDE
 from mae import TRANSFORM_KINDS
 
@@ -14,9 +15,8 @@ def add_arguments(parser):
     group = parser.add_argument_group("network")
 
     def add(name, text, **more):
-        flag = f"--{name.replace('_', '-')}"
         default = f"1/{PATCHES_A_SIDE} of the image's side" if name == "patch_size" else DEFAULTS[name]
-        group.add_argument(flag, default=None, help=f"{text} (default: {default})", **more)
+        group.add_argument(flag_of(name), default=None, help=f"{text} (default: {default})", **more)
 
     add("patch_size", "side of a patch in pixels", type=int)
     add("embed_dim", "width of the encoder", type=int)
@@ -41,10 +41,8 @@ def options_of(args, img_size, start=None):
     network = {name: sizes.get(name, DEFAULTS[name]) for name in DEFAULTS} | {"transform": kind}
     for name, value in given.items():
         if value not in (None, network[name]):
-            raise UserError(
-                f"--{name.replace('_', '-')} {value}: the network of {start.path} has "
-                f"{network[name]}; leave the option out"
-            )
+            raise UserError(f"{flag_of(name)} {value}: the network of {start.path} has {network[name]}; leave the option "
+                            "out")  # fmt: skip
     return network
 
 
@@ -52,17 +50,13 @@ def build(model_class, config):
     """`model_class(**config)`, an `MAE` or `Classifier`; UserError, naming the flag, if that is invalid."""
     for name, limit in LARGEST.items():
         if config.get(name, 0) > limit:
-            raise UserError(f"--{name.replace('_', '-')} must be at most {limit}, got {config[name]}")
+            raise UserError(f"{flag_of(name)} must be at most {limit}, got {config[name]}")
     patch_size, img_size = config["patch_size"], config["img_size"]
     if img_size % patch_size:
-        raise UserError(
-            f"--patch-size {patch_size} does not divide the image size {img_size}: {sizes_for(img_size)}"
-        )
+        raise UserError(f"--patch-size {patch_size} does not divide the image size {img_size}: {sizes_for(img_size)}")
     if img_size // patch_size > MOST_PATCHES_A_SIDE:
-        raise UserError(
-            f"--patch-size {patch_size} cuts images of {img_size} pixels into more than "
-            f"{MOST_PATCHES_A_SIDE}×{MOST_PATCHES_A_SIDE} patches: choose a larger one"
-        )
+        raise UserError(f"--patch-size {patch_size} cuts images of {img_size} pixels into more than "
+                        f"{MOST_PATCHES_A_SIDE}×{MOST_PATCHES_A_SIDE} patches: choose a larger one")  # fmt: skip
     for name in ("embed_dim", "decoder_embed_dim"):
         if int(config.get(name, 1) * config.get("mlp_ratio", 4.0)) < 1:
             raise UserError(f"--mlp-ratio {config['mlp_ratio']} leaves no width: choose a larger one")

@@ -101,10 +101,15 @@ def add_test_arguments(parser):
     add_update_argument(group)
 
 
+def flag_of(name):
+    """The flag of an option: "--batch-size" of "batch_size"."""
+    return f"--{name.replace('_', '-')}"
+
+
 def refuse_unused(argv, names, reason):
     """UserError if one of the options `names` is given, even with its default: it would do nothing."""
     given = {word.split("=")[0] for word in map(str, sys.argv[1:] if argv is None else argv)}
-    for flag in (f"--{name.replace('_', '-')}" for name in names):
+    for flag in map(flag_of, names):
         if flag in given:
             raise UserError(f"{flag}: {reason}; leave it out")
 
@@ -116,5 +121,5 @@ def parsed(parser, argv):
         for name in names:
             value = getattr(args, name, None)
             if value is not None and not is_valid(value):
-                raise UserError(f"--{name.replace('_', '-')} must be {expected}, got {value}")
+                raise UserError(f"{flag_of(name)} must be {expected}, got {value}")
     return args

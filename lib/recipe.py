@@ -102,8 +102,7 @@ def add_arguments(parser, defaults):
         same = len(set(told.values())) == 1
         text = next(iter(told.values())) if same else ", ".join(f"{k} {v}" for k, v in told.items())
         few = "; more for few images" if name == "epochs" else ""
-        flag = f"--{name.replace('_', '-')}"
-        group.add_argument(flag, default=None, help=f"{help} (default: {text}{few})", **more)
+        group.add_argument(options.flag_of(name), default=None, help=f"{help} (default: {text}{few})", **more)
 
     group = parser.add_argument_group("training")
     group.add_argument("--out", type=path_argument, required=True, help="folder of the run")
@@ -134,12 +133,8 @@ def add_arguments(parser, defaults):
     )  # fmt: skip
     options.add_device_argument(group)
     either = group.add_mutually_exclusive_group()
-    either.add_argument(
-        "--resume", action="store_true", help="resume from the run's checkpoint, if there is one"
-    )
-    either.add_argument(
-        "--overwrite", action="store_true", help="replace a finished or stopped run in --out"
-    )
+    either.add_argument("--resume", action="store_true", help="resume from the run's checkpoint, if there is one")
+    either.add_argument("--overwrite", action="store_true", help="replace a finished or stopped run in --out")
     either.add_argument(
         "--update", action="store_true",
         help="skip a finished run of the same settings and data, resume a stopped one, replace any other",
