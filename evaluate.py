@@ -100,7 +100,7 @@ def evaluate_classifiers(args, opened, dataset, device, about):
 
 
 def leave(out, content, rows, remarks):
-    """Leave the `content` of metrics.json and comparison.md in `out`, and print the table of `rows`, and remarks."""
+    """Leave the `content` of metrics.json and comparison.md in `out`, and print the `rows` and remarks."""
     table = tables.markdown(rows)
     write_json(out / "metrics.json", content)
     write_text(out / "comparison.md", table + "\n")
@@ -139,7 +139,9 @@ def names_of_runs(paths):
 def parse_args(argv=None):
     parser = options.new_parser(__doc__, EXAMPLE)
     options.add_data_arguments(parser)
-    parser.add_argument("--weights", type=path_argument, nargs="+", required=True, metavar="PTH", help="classifiers")
+    parser.add_argument(
+        "--weights", type=path_argument, nargs="+", required=True, metavar="PTH", help="classifiers"
+    )
     options.add_test_arguments(parser)
     parser.add_argument("--save-predictions", action="store_true",
                         help="also write predictions.csv, a line an image")  # fmt: skip

@@ -45,7 +45,10 @@ LICENCE = "MIT"
 TOLERANCES = {"probabilities": 1e-4, "familiarity": 0.03, "residual": 1e-4, "score": 1e-4}
 TOLERANCES |= {"log10_mass": 1e-4, "low": 1e-4, "high": 1e-4, "sharpened": 1e-4, "rms_error": 1e-4}
 # By --what: the kind of weights, and what their answers are called.
-OUTPUTS = {"mass": ("mass", ("log10_mass", "low", "high")), "sharpen": ("sharpener", ("sharpened", "rms_error"))}
+OUTPUTS = {
+    "mass": ("mass", ("log10_mass", "low", "high")),
+    "sharpen": ("sharpener", ("sharpened", "rms_error")),
+}
 CHECKED_BATCHES = (1, 7, 256)
 DESCRIBED_IMAGES = 1000  # training images whose traits are kept, see `traits`
 JUDGED_IMAGES = 3000  # validation images on which lower precision is judged
@@ -153,7 +156,9 @@ def best_on_validation(opened):
     data = [(each.content["run"].get("data_fingerprint"), each.content["class_names"]) for each in opened]
     for other, of_other in zip(opened, data, strict=True):
         if of_other != data[0]:
-            raise UserError(f"{opened[0].path} and {other.path} were validated on different data: export one of them")
+            raise UserError(
+                f"{opened[0].path} and {other.path} were validated on different data: export one of them"
+            )
 
     def rank(i):
         best = opened[i].content["run"].get("best")
@@ -238,7 +243,9 @@ def made_from_in(path):
 def run_session(path, images, batch=256):
     """Outputs of an exported file on images (n, 1, H, W), a list of arrays."""
     session, _ = open_session(path, "cpu")
-    parts = [session.run(None, {"images": images[start : start + batch]}) for start in range(0, len(images), batch)]
+    parts = [
+        session.run(None, {"images": images[start : start + batch]}) for start in range(0, len(images), batch)
+    ]
     return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
 
@@ -284,7 +291,9 @@ def require_agreement(apart, out):
     """UserError if any of the differences {output: largest} is more than float32 explains."""
     for name, value in apart.items():
         if not value <= TOLERANCES[name]:
-            raise UserError(f"{out} not written: its {name} is {value:.1e} from PyTorch's, more than {TOLERANCES[name]:g}")
+            raise UserError(
+                f"{out} not written: its {name} is {value:.1e} from PyTorch's, more than {TOLERANCES[name]:g}"
+            )
 
 
 def as_text(apart):
@@ -306,23 +315,28 @@ def lower_precision(path, args, model, dataset, order, parts, images, metadata):
     after = quality_of(path, dataset.images[rows], labels)
     apart = differences(model, path, images)
     changes = ", ".join(f"{name} {before[name]:.5f} -> {after[name]:.5f}" for name in before)
-    print(f"{size_and_speed(args.precision, path, images)}; {as_text(apart)}; {changes} on {len(rows)} validation images")
+    print(
+        f"{size_and_speed(args.precision, path, images)}; {as_text(apart)}; {changes} on {len(rows)} validation images"
+    )
     require_agreement({name: apart[name] for name in apart if name == "familiarity"}, args.out)
     for name in before:
         fall = before[name] - after[name]
         if not fall <= args.allowed_fall:
-            raise UserError(f"{args.out} not written: its {name} falls by {fall:.4f}, more than --allowed-fall "
-                            f"{args.allowed_fall}")  # fmt: skip
+            raise UserError(f"{args.out} not written: its {name} falls by {fall:.4f}, more than "
+                            f"--allowed-fall {args.allowed_fall}")  # fmt: skip
 
 
 def quality_of(path, images, labels):
     """{"macro AUC", "accuracy"} of an exported classifier on raw images (n, H, W)."""
     probabilities, *_ = run_session(path, images[:, None])
-    return {"macro AUC": float(np.mean(auc_by_class(probabilities, labels))), "accuracy": accuracy(probabilities, labels)}
+    return {
+        "macro AUC": float(np.mean(auc_by_class(probabilities, labels))),
+        "accuracy": accuracy(probabilities, labels),
+    }
 
 
 def size_and_speed(precision, path, images):
-    """A file's size, and the median milliseconds of a call with 1 and with 256 images on this machine, as text."""
+    """A file's size, and the median milliseconds of a call with 1 and with 256 images here, as text."""
     session, _ = open_session(path, "cpu")
     medians = []
     for batch, repeats in ((1, 30), (256, 5)):

@@ -144,8 +144,10 @@ def familiarity_of(start, dataset, parts, config, chosen, args):
             dataset, parts["train"], parts["validation"], config["transform"], chosen.augment, args.quiet
         )
     if fitted is None:
-        distributed.say(f"a familiarity needs {familiarity.FEWEST_IMAGES} validation images, and there are "
-                        f"{len(parts['validation'])}: the classifier cannot refuse images unlike its training images")
+        distributed.say(
+            f"a familiarity needs {familiarity.FEWEST_IMAGES} validation images, and there are "
+            f"{len(parts['validation'])}: the classifier cannot refuse images unlike its training images"
+        )
     return fitted
 
 
@@ -154,8 +156,10 @@ def say_small_classes(predicted, class_names):
     counts = zip(class_names, predicted.bincount(minlength=len(class_names)).tolist(), strict=True)
     few = [f"{name} ({count})" for name, count in counts if count < familiarity.FEWEST_IMAGES]
     if few:
-        distributed.say(f"fewer than {familiarity.FEWEST_IMAGES} validation images are predicted as {', '.join(few)}: of "
-                        f"n such images up to 1/(1 + n) may be refused as unfamiliar, not {LEAST_FAMILIARITY:.0%}")
+        distributed.say(
+            f"fewer than {familiarity.FEWEST_IMAGES} validation images are predicted as {', '.join(few)}: of "
+            f"n such images up to 1/(1 + n) may be refused as unfamiliar, not {LEAST_FAMILIARITY:.0%}"
+        )
 
 
 def start_argument(text):

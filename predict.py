@@ -31,7 +31,15 @@ from lib import options, reading, sheet, traits
 from lib.files import PICTURE, check_outputs, identity, require_own, write_csv
 from lib.guard import LEAST_FAMILIARITY, UNFAMILIAR, Guard
 from lib.images import Said, find_files, read_placed_images
-from lib.onnxfile import classify, metadata_of, number_in, open_beside, open_classifier, open_sharpener, run_model
+from lib.onnxfile import (
+    classify,
+    metadata_of,
+    number_in,
+    open_beside,
+    open_classifier,
+    open_sharpener,
+    run_model,
+)
 from lib.outputs import STANDARD_OUTPUT, require_writable, write_table
 
 EXAMPLE = """examples:
@@ -126,7 +134,9 @@ def predict(args):
         lines.append(guard.weakness(args.model))
     elif counts[UNFAMILIAR]:
         reference, least = traits.reference_in(metadata_of(session)), args.least_familiarity
-        unit_known = (args.scale, args.zero_point) != (None, None) or any(kind == "unit" for kind, *_ in said.notes)
+        unit_known = (args.scale, args.zero_point) != (None, None) or any(
+            kind == "unit" for kind, *_ in said.notes
+        )
         chance, advice = by_chance(counts[UNFAMILIAR], total, least), []
         if reference is not None:
             advice = traits.advice(np.array(strange), reference, unit_known, chance)

@@ -97,7 +97,9 @@ def train(args, chosen, dataset, rows, validation, parts, run):
         pixel_range=traits.pixel_range(datasets.extremes_of(dataset, rows)),
         smooth_rms=left,
     )  # fmt: skip
-    plots.attempt(plots.curves, args.out / "loss.png", history, {"loss": "reconstruction error (masked patches)"})
+    plots.attempt(
+        plots.curves, args.out / "loss.png", history, {"loss": "reconstruction error (masked patches)"}
+    )
     pictures = held_out_reconstructions(model, transform, read, dataset, parts["validation"], args)
     plots.attempt(
         plots.reconstructions, args.out / "reconstructions.png", *pictures, dataset.class_names

@@ -131,7 +131,10 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    code = [module.__file__ for module in (lenses, many_lenses, pairs, raytracing, simulated, listing, packing, copies)]
+    code = [
+        module.__file__
+        for module in (lenses, many_lenses, pairs, raytracing, simulated, listing, packing, copies)
+    ]
     made, replaced = made_from(args, [*code, __file__]), None
     if args.update:
         replaced = DESCRIPTIONS[args.layout]

@@ -1,4 +1,4 @@
-"""What evaluate.py does with classifiers: their answers on test images, how good they are, pictures and refusals."""
+"""What evaluate.py does with classifiers: their answers on test images, their quality, pictures and refusals."""
 
 from typing import NamedTuple
 
@@ -16,8 +16,8 @@ from lib.loader import batch_reader, in_batches
 SHOWN_MISTAKES = 12
 SIGNIFICANCE = 0.01  # of the test whether more images of a class are unfamiliar than should be
 
-# (work, AUC by class, macro AUC, accuracy) that others report of Test VI.A, which holds images of Model_II; None: not
-# given. Names with a slash are repositories on GitHub, which report their own held-out images.
+# (work, AUC by class, macro AUC, accuracy) that others report of Test VI.A, which holds images of Model_II;
+# None: not given. Names with a slash are repositories on GitHub, which report their own held-out images.
 PUBLISHED = (
     ("iampratyusht/Deeplense-task, head", {"axion": 0.92, "cdm": 0.92, "no_sub": 0.99}, None, None),
     ("the same, LayerNorm", {"axion": 0.94, "cdm": 0.90, "no_sub": 0.99}, None, None),
@@ -76,9 +76,13 @@ def predictions_of(opened, dataset, device, whole):
             familiarity = ranked(judge.cpu(), strangenesses[identity], predicted)
             guard = Guard(len(judge.strangeness_seen))
         trained_on.append(content["run"].get("data_fingerprint"))
-        predictions[name] = Prediction(rows, dataset.labels[rows], probabilities[:, order], familiarity, guard)
+        predictions[name] = Prediction(
+            rows, dataset.labels[rows], probabilities[:, order], familiarity, guard
+        )
     if len(set(trained_on)) > 1:
-        warn("these weights were trained on different data, so their figures differ by more than the training")
+        warn(
+            "these weights were trained on different data, so their figures differ by more than the training"
+        )
     return predictions
 
 
@@ -182,15 +186,15 @@ def about_refusals(name, result):
         text += f"; of the others {result['familiar_accuracy']:.2%} are classified correctly"
     yield text
     for key in result["refused_too_often"]:
-        yield (f"{name}: of {key} {by_class[key]} are refused as unfamiliar, more than the {LEAST_FAMILIARITY:.0%} of "
-               "ordinary images: train with more images of it")  # fmt: skip
+        yield (f"{name}: of {key} {by_class[key]} are refused as unfamiliar, more than the "
+               f"{LEAST_FAMILIARITY:.0%} of ordinary images: train with more images of it")  # fmt: skip
 
 
 def results_of(prediction, class_names, args):
     """{"auc": {class name: AUC}, "macro": AUC, "accuracy", "images": n, "calibration_error"}.
 
-    AUC and accuracy are a `metrics.measure`; the intervals are of a bootstrap, that of the accuracy is Wilson's.
-    With a familiarity there is also what `refusals` gives.
+    AUC and accuracy are a `metrics.measure`; the intervals are of a bootstrap, that of the accuracy is
+    Wilson's. With a familiarity there is also what `refusals` gives.
     """
     labels, probabilities = prediction.labels, prediction.probabilities
     values = metrics.measures(probabilities, labels)

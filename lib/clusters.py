@@ -81,7 +81,9 @@ def fit(powers, clusters, seed):
     gaussians = gaussians_for(clusters, len(powers))
     fits = []
     for state in np.random.default_rng(seed).integers(2**32, size=FITS).tolist():
-        mixture = GaussianMixture(gaussians, reg_covar=LEAST_VARIANCE, max_iter=ITERATIONS, random_state=state)
+        mixture = GaussianMixture(
+            gaussians, reg_covar=LEAST_VARIANCE, max_iter=ITERATIONS, random_state=state
+        )
         with warnings.catch_warnings():  # the overlap says how good a fit is
             warnings.simplefilter("ignore", ConvergenceWarning)
             mixture.fit(powers)
@@ -155,8 +157,8 @@ def match(kind_of, labels, clusters, classes):
 def measure(kinds, kind_of, labels, class_names):
     """How well kinds agree with classes: {"accuracy", "overlap", "fitted_on", "table"}.
 
-    The accuracy is `metrics.share_of` the images under the same match. The table is {class: images of it in each
-    kind}.
+    The accuracy is `metrics.share_of` the images under the same match. The table is {class: images of it in
+    each kind}.
     """
     table, class_of = match(kind_of, labels, kinds.count, len(class_names))
     return {"accuracy": share_of(class_of[kind_of] == labels), "overlap": kinds.overlap, "fitted_on": kinds.images,

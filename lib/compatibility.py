@@ -22,7 +22,9 @@ def rows_to_evaluate(dataset, content, whole):
         split, remedy = "test", "a class or its split has changed since then: train again on this data"
         if whole:
             split, remedy = "all", "use --split test or other images"
-        raise UserError(f"--split {split}: the weights were trained on {overlap} of these {len(rows)} images; {remedy}")
+        raise UserError(
+            f"--split {split}: the weights were trained on {overlap} of these {len(rows)} images; {remedy}"
+        )
     check_unit(dataset, rows, content["run"])
     different = datasets.without_copies(dataset, rows)
     if len(different) < len(rows):
@@ -41,21 +43,23 @@ def check_unit(dataset, rows, run):
     lowest, highest = datasets.extremes_of(dataset, rows).T
     outside = (lowest < low) | (highest > high) | (highest < faintest)
     if outside.mean() > 0.5:
-        raise UserError(f"{outside.mean():.0%} of the images have pixels far outside those that the weights were trained "
-                        f"on ({low:.3g} to {high:.3g}): are they in another unit?")  # fmt: skip
+        raise UserError(f"{outside.mean():.0%} of the images have pixels far outside those that the weights "
+                        f"were trained on ({low:.3g} to {high:.3g}): are they in another unit?")  # fmt: skip
 
 
 def check_split(run):
     """UserError unless the training that a weights file describes (`run`) used this split."""
     if run.get("split") != datasets.SPLIT:
-        raise UserError("the weights were trained under another split of the data, so what they have seen is unknown: "
-                        "train again")  # fmt: skip
+        raise UserError("the weights were trained under another split of the data, so what they have seen is "
+                        "unknown: train again")  # fmt: skip
 
 
 def check_size(path, network, dataset, remedy=""):
     """UserError, naming the weights, if the data's images have another size than the network's."""
     if network.img_size != dataset.img_size:
-        raise UserError(f"{path} is for images of {network.img_size} pixels, the data has {dataset.img_size}{remedy}")
+        raise UserError(
+            f"{path} is for images of {network.img_size} pixels, the data has {dataset.img_size}{remedy}"
+        )
 
 
 def class_order(class_names, dataset, path):
@@ -65,7 +69,9 @@ def class_order(class_names, dataset, path):
     """
     for name in dataset.class_names:
         if name not in class_names:
-            raise UserError(f"{path} knows the classes {', '.join(class_names)}, not {name}: give data of its classes")
+            raise UserError(
+                f"{path} knows the classes {', '.join(class_names)}, not {name}: give data of its classes"
+            )
     for name in class_names:
         if name not in dataset.class_names:
             raise UserError(f"the data has no class folder {name}, which {path} was trained on")

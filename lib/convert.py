@@ -19,9 +19,12 @@ PARTS = {
 }
 # Likewise inside a block: the name that we write, and others that are read.
 IN_BLOCK = {
-    "attn.q": ("attention.attention.query", "attention.query", "attention.q_proj", "attention.attention.q_proj"),
-    "attn.k": ("attention.attention.key", "attention.key", "attention.k_proj", "attention.attention.k_proj"),
-    "attn.v": ("attention.attention.value", "attention.value", "attention.v_proj", "attention.attention.v_proj"),
+    "attn.q": ("attention.attention.query", "attention.attention.q_proj",
+               "attention.query", "attention.q_proj"),
+    "attn.k": ("attention.attention.key", "attention.attention.k_proj",
+               "attention.key", "attention.k_proj"),
+    "attn.v": ("attention.attention.value", "attention.attention.v_proj",
+               "attention.value", "attention.v_proj"),
     "attn.proj": ("attention.output.dense", "attention.o_proj"),
     "norm1": ("layernorm_before",),
     "norm2": ("layernorm_after",),

@@ -1,7 +1,7 @@
 """Packed data sets: opening, splitting and choosing rows; without torch.
 
-A folder of images (see `listing`) is packed once (see `packing`), into a cache whose name is a fingerprint of the
-folder's files, so a changed folder is packed again. Old packed copies are not deleted.
+A folder of images (see `listing`) is packed once (see `packing`), into a cache whose name is a fingerprint
+of the folder's files, so a changed folder is packed again. Old packed copies are not deleted.
 """
 
 import hashlib
@@ -80,7 +80,9 @@ def load(path, cache_dir=None, progress=True):
         return _open_packed(packed)
     pack(listing, packed, f"folder {path.name}", progress)
     if listing.coarse:
-        warn(f"pairs: sharp images in {next(iter(listing.files))}, coarse ones in {listing.coarse[0].parent.name}")
+        warn(
+            f"pairs: sharp images in {next(iter(listing.files))}, coarse ones in {listing.coarse[0].parent.name}"
+        )
     if listing.others:
         names = ", ".join(str(other.relative_to(path)) for other in listing.others[:SHOWN_NAMES])
         more = ", ..." if len(listing.others) > SHOWN_NAMES else ""
@@ -127,9 +129,11 @@ def _open_packed(folder):
 
 
 def _beside(folder, name, dtype, shape):
-    """An array of a packed data set beside its images; UserError for another `shape`, in which None is any number."""
+    """An array beside the images of a packed data set; UserError unless it has the `shape`; None: any number."""
     array = read_npy(folder / f"{name}.npy")
-    same_shape = array.ndim == len(shape) and all(k in (None, side) for k, side in zip(shape, array.shape, strict=True))
+    same_shape = array.ndim == len(shape) and all(
+        k in (None, side) for k, side in zip(shape, array.shape, strict=True)
+    )
     if not same_shape or array.dtype != dtype or (dtype == np.float32 and not np.isfinite(array).all()):
         raise UserError(f"{folder}/{name}.npy does not match images.npy: rebuild the data set")
     return array

@@ -59,8 +59,8 @@ def process_group(device_name):
         yield
         return
     if any(not os.environ.get(name) for name in BY_TORCHRUN):
-        raise UserError("WORLD_SIZE is set, but torchrun has not started this process: unset WORLD_SIZE, or start with "
-                        "torchrun")  # fmt: skip
+        raise UserError("WORLD_SIZE is set, but torchrun has not started this process: unset WORLD_SIZE, or "
+                        "start with torchrun")  # fmt: skip
     on_gpu = device_name.startswith("cuda") or (device_name == "auto" and torch.cuda.is_available())
     if on_gpu:
         name = local_device() if device_name in ("auto", "cuda") else device_name
@@ -77,7 +77,9 @@ def process_group(device_name):
         wait()
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            raise UserError("another process of this run has ended: its message says why; resume with --resume") from None
+            raise UserError(
+                "another process of this run has ended: its message says why; resume with --resume"
+            ) from None
         raise
     finally:
         dist.destroy_process_group()

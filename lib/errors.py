@@ -38,7 +38,9 @@ def _settle_environment():
     for name in THREADS:
         value = os.environ.get(name, "")
         if value and not re.fullmatch(r"[1-9]\d{0,3}(,[1-9]\d{0,3})*", value):
-            warn(f"error: {name}={value} in the environment is no number of threads: unset it, or give one from 1")
+            warn(
+                f"error: {name}={value} in the environment is no number of threads: unset it, or give one from 1"
+            )
             sys.exit(2)
     for name in OVERRIDING:
         os.environ.pop(name, None)

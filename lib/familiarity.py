@@ -9,8 +9,8 @@ the class that the classifier predicts, for both: nobody knows the true class of
 The strangeness comes from the image alone, in four steps, which are methods of `Familiarity`:
 
     measure    principal components of the image, and statistics of its brightness and roughness
-    unexplain  images of one kind of lens fill a curved surface of few dimensions, so a polynomial of the first
-               components predicts all other measurements: what it does not predict goes on
+    unexplain  images of one kind of lens fill a curved surface of few dimensions, so a polynomial of the
+               first components predicts all other measurements: what it does not predict goes on
     whiten     how much that is depends on the substructure of the image, so a second regression predicts its
                spread. What is left of the statistics should be white noise of variance one
     distances  the mean squares of that noise, which are compared with usual ones
@@ -142,7 +142,7 @@ class Familiarity(nn.Module):
         return products(leading.clamp(-6, 6), self.terms)
 
     def energies_of(self, unexplained, energies):
-        """Log energies (B, bands + 2) of unexplained components, band by band, and of what components miss."""
+        """Log energies (B, bands + 2) of bands of unexplained components, and of what components miss."""
         bands = [unexplained[:, i:j].square().mean(dim=1) for i, j in self.bands]
         return torch.cat([(torch.stack(bands, dim=1) + TINY).log(), energies], dim=1)
 
@@ -156,7 +156,7 @@ class Familiarity(nn.Module):
         return groups, torch.cat([terms, polynomial[:, 1 : self.quadratic]], dim=1)
 
     def whiten(self, group, unexplained, terms):
-        """The statistics (B, size) of a group, whitened, over the standard deviation that the terms predict."""
+        """Statistics (B, size) of a group, whitened, over the standard deviation that the terms predict."""
         whitened = unexplained @ getattr(self, f"whitening_{group}")
         return whitened * (-0.5 * (terms @ getattr(self, f"spread_{group}"))).exp().clamp(1e-2, 1e3)
 
@@ -271,7 +271,9 @@ def numbers_to_fit(images, pca_images, pixels):
 
 def measured_of(model, images_of, rows, bar):
     """What `Familiarity.measure` gives of rows, in float64."""
-    measured = in_batches(lambda batch: torch.cat(model.measure(images_of(batch)), dim=1), rows, bar=bar).double()
+    measured = in_batches(
+        lambda batch: torch.cat(model.measure(images_of(batch)), dim=1), rows, bar=bar
+    ).double()
     return measured[:, :-2], measured[:, -2:]
 
 

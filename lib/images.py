@@ -203,13 +203,15 @@ def read_stack(path):
     array, cards = arrays[0].array, arrays[0].cards or {}
     stack = _stack_of(array)
     if stack.ndim != 3 or stack.shape[1] != stack.shape[2] or not stack.size:
-        raise UserError(f"{path}: expected one square image or a stack of them, got shape {array.shape}; remove it")
+        raise UserError(
+            f"{path}: expected one square image or a stack of them, got shape {array.shape}; remove it"
+        )
     axis = next((cards[name] for name in ("CTYPE3", "CTYPE4", "CUNIT3", "CUNIT4") if cards.get(name)), "")
     if arrays[0].cards is not None and len(stack) > 1 and (axis or len(stack) <= FEW_PLANES):
         reason = f", along an axis {axis}," if axis else ", which"
         raise UserError(
-            f"{path}: several planes, shape {stack.shape}{reason} may be bands of one lens: if they are, save one or "
-            "their mean; if they are lenses, save them as a .npy stack or one a file"
+            f"{path}: several planes, shape {stack.shape}{reason} may be bands of one lens: if they are, "
+            "save one or their mean; if they are lenses, save them as a .npy stack or one a file"
         )
     return stack, arrays[0].numbers
 
@@ -266,12 +268,17 @@ def _placed_images_of(file, img_size, said, how):
     stack = _stack_of(file.array, how.planes)
     height, width = (int(side * size + 1e-6) for side in stack.shape[1:]) if stack.ndim == 3 else (0, 0)
     if min(height, width) < img_size or not len(stack):
-        bands = file.array.ndim in (3, 4) and 1 < min(file.array.shape[-1], file.array.shape[-3]) <= 2 * FEW_PLANES
+        bands = (
+            file.array.ndim in (3, 4)
+            and 1 < min(file.array.shape[-1], file.array.shape[-3]) <= 2 * FEW_PLANES
+        )
         remedy = "; if it has bands, give --planes bands or the number of one" if bands else ""
         raise ValueError(f"expected an image of {img_size}×{img_size} pixels or a stack of them, got shape "
                          f"{file.array.shape}{remedy}")  # fmt: skip
     if not how.crop and not how.centre and (height, width) != (img_size, img_size):
-        raise ValueError(f"{height}×{width} pixels where the network takes {img_size}×{img_size}; --crop takes the centre")
+        raise ValueError(
+            f"{height}×{width} pixels where the network takes {img_size}×{img_size}; --crop takes the centre"
+        )
     if how.planes is None and 1 < len(stack) <= FEW_PLANES and file.name.lower().endswith(".npy"):
         said.notes.append(("planes", file.name, ""))
     said.more.append(len(stack) - 1)
@@ -364,8 +371,8 @@ def read_arrays(path, how=How()):
     if is_fits(path):
         image = fits.read_fits(path, how.hdu)
         if image.pixels.ndim > 2 and how.planes is None:
-            raise UserError(f"{path}: several planes, shape {image.pixels.shape}: predict.py --planes says what they "
-                            "are, lenses or bands")  # fmt: skip
+            raise UserError(f"{path}: several planes, shape {image.pixels.shape}: predict.py --planes says "
+                            "what they are, lenses or bands")  # fmt: skip
         name = f"{path}[{image.hdu}]" if image.hdu else str(path)
         return [FileArray(name, image.pixels, (), image.rounded, image.pixel_scale, image.cards)]
     if name.endswith(".npz"):

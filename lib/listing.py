@@ -1,10 +1,11 @@
 """Which files of a folder are images, of which class and of which part; without torch.
 
-<root>/<class>/           .npy, .npz, FITS or PNG files of one square image, or .npy, .npz and FITS files of a stack
-                          of them; the folders name the classes.
+<root>/<class>/           .npy, .npz, FITS or PNG files of one square image, or .npy, .npz and FITS files of
+                          a stack of them; the folders name the classes.
 <root>/<part>/<class>/    likewise in the parts train and val (or test), which are kept, see `Listing`.
 <root>/labels.csv         a table whose columns file and label name the files and their classes.
-<root>/HR/, <root>/LR/    two folders of pairs, whose files have the same names: images of one are 2, 3 or 4 times
+<root>/HR/, <root>/LR/    two folders of pairs, whose files have the same names: images of one are 2, 3 or 4
+times
                           as wide as those of the other.
 """
 
@@ -67,8 +68,8 @@ def listing_of(root):
     for folder, low, high in zip(folders, starts, starts[1:], strict=False):
         in_part, others_in_part = list_classes(folder)
         if files and in_part.keys() != files.keys():
-            raise UserError(f"{root}: {folder.name} has the classes {', '.join(in_part)}, {folders[0].name} has "
-                            f"{', '.join(files)}: give both the same")  # fmt: skip
+            raise UserError(f"{root}: {folder.name} has the classes {', '.join(in_part)}, {folders[0].name} "
+                            f"has {', '.join(files)}: give both the same")  # fmt: skip
         for name, paths in in_part.items():
             files[name] = files.get(name, []) + paths
             places.setdefault(name, []).extend([(low, high)] * len(paths))
@@ -98,7 +99,8 @@ def pairs_among(files):
 
 
 def list_classes(root):
-    """{class name: sorted paths of its images} of class folders or of the table LABELS, and the list of other files.
+    """{class name: sorted paths of its images} of class folders or of the table LABELS, and the list of
+    other files.
 
     Hidden files and `__MACOSX` do not count. Raises UserError, naming the folder and the remedy, for a class
     without images, images in sub-folders, and names that a class must not have.
@@ -117,8 +119,8 @@ def list_classes(root):
             if entry.exists() and not entry.is_file() and not entry.is_dir():
                 raise UserError(f"{entry} is no regular file: remove it")
             if entry.is_dir() and not (inside := set(entry.rglob("*"))).isdisjoint(images_among([*entries, *inside])):
-                raise UserError(f"class folder {folder} has images in its sub-folder {entry.name}: put the images of a "
-                                f"class directly into its folder, or give another folder than {root}")  # fmt: skip
+                raise UserError(f"class folder {folder} has images in its sub-folder {entry.name}: put the "
+                                f"images of a class directly into its folder, or give another folder than {root}")  # fmt: skip
         files = images_among(entries)
         others += sorted({*entries}.difference(files))
         if not files:
@@ -184,7 +186,7 @@ def normal_name(name):
 
 
 def fingerprint_of(listing, version):
-    """What changes if a file of a folder does: a digest of their names, sizes, inodes and times, and of a `version`."""
+    """What changes if a file does: a digest of names, sizes, inodes and times, and of a `version`."""
     digest = hashlib.sha256(version)
     for class_name, paths in {**listing.files, "": listing.coarse}.items():
         digest.update(np.ascontiguousarray(listing.places.get(class_name, ())))

@@ -19,7 +19,14 @@ from lib.cuda_graphs import GraphedStep
 from lib.device import Precision, choose_precision
 from lib.errors import UserError, warn
 from lib.loader import shuffled
-from lib.optim import learning_rate, make_capturable, new_optimizers, parameter_groups, set_learning_rate, update
+from lib.optim import (
+    learning_rate,
+    make_capturable,
+    new_optimizers,
+    parameter_groups,
+    set_learning_rate,
+    update,
+)
 
 CHECKPOINT_SECONDS = 30.0
 # What a checkpoint holds of a `Training` beside its network, optimizers and random numbers.
@@ -144,8 +151,8 @@ class Training:
         for name in PROGRESS:
             setattr(self, name, checkpoint[name])
         if checkpoint["device"] != self.device.type:
-            distributed.say(f"continues on another device than {checkpoint['device']}: the weights will not be those "
-                            "of an uninterrupted run")  # fmt: skip
+            distributed.say(f"continues on another device than {checkpoint['device']}: the weights will not "
+                            "be those of an uninterrupted run")  # fmt: skip
         torch.set_rng_state(checkpoint["rng"])
         if self.device.type == "cuda" and checkpoint["cuda_rng"] is not None:
             torch.cuda.set_rng_state(checkpoint["cuda_rng"], self.device)
@@ -228,8 +235,8 @@ def check_batch(recipe, rows):
     if len(rows) < 2:
         raise UserError("fewer than two training images: give a larger data set")
     if batch_size % distributed.world_size():
-        raise UserError(f"a batch of {batch_size} images cannot be split over {distributed.world_size()} processes: "
-                        "choose another --batch-size")  # fmt: skip
+        raise UserError(f"a batch of {batch_size} images cannot be split over {distributed.world_size()} "
+                        "processes: choose another --batch-size")  # fmt: skip
     return batch_size
 
 

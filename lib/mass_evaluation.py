@@ -16,13 +16,17 @@ def evaluate(args, opened, dataset, device):
 
     Raises UserError as `compatibility.rows_to_evaluate` does, and if none of the images has a mass.
     """
-    estimates = {name: estimates_of(each, dataset, device, args.split == "all") for name, each in opened.items()}
+    estimates = {
+        name: estimates_of(each, dataset, device, args.split == "all") for name, each in opened.items()
+    }
     results = {name: masses.results_of(*each, args.resamples, args.seed) for name, each in estimates.items()}
     intervals = f"95 %; errors: {args.resamples} bootstrap resamples, seed {args.seed}; shares: Wilson"
     best = min(results, key=lambda name: results[name]["error"]["value"])
     parts = results[best]["half_decades"]
     shares = {name: list(part["coverage"].values()) for name, part in parts.items()}
-    return Outcome(intervals, results, table_of(results), (plots.masses, *estimates[best], shares, masses.COVERAGE))
+    return Outcome(
+        intervals, results, table_of(results), (plots.masses, *estimates[best], shares, masses.COVERAGE)
+    )
 
 
 def estimates_of(opened, dataset, device, whole):

@@ -56,9 +56,9 @@ def by_half_decade(log_masses):
 def results_of(truth, estimates, low, high, resamples, seed):
     """What estimates and intervals, log10 of masses (n,), are worth, beside the true masses (n,).
 
-    {"error": `measure` of the mean error in dex, "median_error", "coverage": `share_of` the intervals that hold
-    the truth, "width": mean width in dex, "images": n, "half_decades": {name: the same without the median and the
-    interval of the error, which is a bootstrap's}}.
+    {"error": `measure` of the mean error in dex, "median_error", "coverage": `share_of` the intervals that
+    hold the truth, "width": mean width in dex, "images": n, "half_decades": {name: the same without the
+    median and the interval of the error, which is a bootstrap's}}.
     """
     error = np.abs(estimates - truth)
     (interval,) = bootstrap(lambda counts: [np.average(error, weights=counts)], np.zeros(len(error)), resamples, seed)

@@ -41,8 +41,8 @@ def options_of(args, img_size, start=None):
     network = {name: sizes.get(name, DEFAULTS[name]) for name in DEFAULTS} | {"transform": kind}
     for name, value in given.items():
         if value not in (None, network[name]):
-            raise UserError(f"{flag_of(name)} {value}: the network of {start.path} has {network[name]}; leave the option "
-                            "out")  # fmt: skip
+            raise UserError(f"{flag_of(name)} {value}: the network of {start.path} has {network[name]}; "
+                            "leave the option out")  # fmt: skip
     return network
 
 
@@ -53,7 +53,9 @@ def build(model_class, config):
             raise UserError(f"{flag_of(name)} must be at most {limit}, got {config[name]}")
     patch_size, img_size = config["patch_size"], config["img_size"]
     if img_size % patch_size:
-        raise UserError(f"--patch-size {patch_size} does not divide the image size {img_size}: {sizes_for(img_size)}")
+        raise UserError(
+            f"--patch-size {patch_size} does not divide the image size {img_size}: {sizes_for(img_size)}"
+        )
     if img_size // patch_size > MOST_PATCHES_A_SIDE:
         raise UserError(f"--patch-size {patch_size} cuts images of {img_size} pixels into more than "
                         f"{MOST_PATCHES_A_SIDE}×{MOST_PATCHES_A_SIDE} patches: choose a larger one")  # fmt: skip

@@ -59,7 +59,7 @@ def forget_pages(array):
 
 
 def read_npz(path):
-    """[(name, array, numbers beside its images)] of a `.npz` file; the array is None where it is no image; UserError."""
+    """[(name, array, numbers beside its images)] of a `.npz` file; None is no image; UserError."""
     arrays = []
     with named_errors(path, ".npz file"), zipfile.ZipFile(path) as archive:
         members = [info for info in archive.infolist() if not is_hidden(info.filename)]
@@ -73,7 +73,9 @@ def read_npz(path):
                     content = member.read(info.file_size)
                     array, numbers = _read_array(BytesIO(content), len(content), None)
             is_image = array is not None and array.ndim >= 2
-            arrays.append((f"{path}:{info.filename.removesuffix('.npy')}", array if is_image else None, numbers))
+            arrays.append(
+                (f"{path}:{info.filename.removesuffix('.npy')}", array if is_image else None, numbers)
+            )
         if all(array is None for _, array, _ in arrays):
             raise ValueError("there is no image in it")
     return arrays

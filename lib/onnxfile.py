@@ -109,8 +109,8 @@ def classify(session, images, path):
 class Beside(NamedTuple):
     """An exported file that stands beside a classifier: an MAE, or what estimates masses.
 
-    of : function from images (b, 1, H, H) to (residual maps (b, 1, H, H), scores (b,)) of an MAE, or (log10 of the
-        axion's mass in eV, low, high), each (b,).
+    of : function from images (b, 1, H, H) to (residual maps (b, 1, H, H), scores (b,)) of an MAE, or (log10
+        of the axion's mass in eV, low, high), each (b,).
     doubt : a line if it was not trained on the same data as the classifier, else None.
     sigma : of an MAE, the rms of its residuals of smooth lenses, None if the file does not say.
     classes : names of the classes whose images have a mass.
@@ -151,8 +151,8 @@ BESIDE = {"--maps": (["residual", "score"], "reconstruction", "residuals and map
 def open_beside(flag, path, classifier, img_size, device="auto"):
     """The file `Beside` a classifier that an option of BESIDE names, None without a `path`.
 
-    `classifier` is a session of one for images of `img_size`. Raises UserError for another file than export.py
-    writes for this option, or one for images of another size.
+    `classifier` is a session of one for images of `img_size`. Raises UserError for another file than
+    export.py writes for this option, or one for images of another size.
     """
     if path is None:
         return None
@@ -165,14 +165,16 @@ def open_beside(flag, path, classifier, img_size, device="auto"):
     fingerprints = [metadata_of(each).get("data_fingerprint", "None") for each in (session, classifier)]
     doubt, classes = None, []
     if fingerprints[0] == "None" or fingerprints[0] != fingerprints[1]:
-        doubt = (f"{flag} {path} was trained on other data than the classifier, or one of them does not say on which: "
-                 f"{answers} may mean nothing")  # fmt: skip
+        doubt = (f"{flag} {path} was trained on other data than the classifier, or one of them does not say "
+                 f"on which: {answers} may mean nothing")  # fmt: skip
     if flag == "--mass":
         with named_errors(path, WHAT):
             classes = json.loads(metadata_of(session)["mass_classes"])
             if not isinstance(classes, list):
                 raise ValueError("no classes that have a mass")
-    return Beside(lambda images: run_model(session, images, path), doubt, number_in(session, "smooth_rms"), classes)
+    return Beside(
+        lambda images: run_model(session, images, path), doubt, number_in(session, "smooth_rms"), classes
+    )
 
 
 def run_model(session, images, path):

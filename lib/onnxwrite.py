@@ -62,7 +62,8 @@ class Residuals(nn.Module):
 
 
 class Answers(nn.Module):
-    """What a `MassEstimator` or `Sharpener` answers to raw images (B, 1, H, W): `outputs`, (B,) or (B, 1, fH, fW)."""
+    """What a `MassEstimator` or `Sharpener` answers to raw images (B, 1, H, W): `outputs`, (B,) or (B, 1,
+    fH, fW)."""
 
     def __init__(self, network, outputs):
         super().__init__()
@@ -70,7 +71,9 @@ class Answers(nn.Module):
 
     def forward(self, images):
         unknown = zero_or_nan(images)
-        return tuple(answer + (unknown if answer.dim() == 4 else unknown.flatten()) for answer in self.network(images))
+        return tuple(
+            answer + (unknown if answer.dim() == 4 else unknown.flatten()) for answer in self.network(images)
+        )
 
 
 def zero_or_nan(images):

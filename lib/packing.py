@@ -1,8 +1,8 @@
 """From a folder of images to one memory-mapped array; without torch.
 
-The packed layout: images.npy (N, H, H) float32, labels.npy (N,), hashes.npy (2, N), dataset.json; where files hold
-the mass of an axion beside their image, masses.npy (N,); of pairs, coarse.npy (N, h, h) float32. See
-`datasets.Dataset`.
+The packed layout: images.npy (N, H, H) float32, labels.npy (N,), hashes.npy (2, N), dataset.json; where
+files hold the mass of an axion beside their image, masses.npy (N,); of pairs, coarse.npy (N, h, h) float32.
+See `datasets.Dataset`.
 """
 
 import hashlib
@@ -58,7 +58,8 @@ class PackedWriter:
     def append(self, images, labels, places=(0.0, 1.0), masses=np.nan):
         """Add images (b, H, H).
 
-        labels (b,), or the one label of all; places (b, 2), see `Listing`; masses (b,), see `Dataset`.
+        labels (b,), or the one label of all; places (b, 2), see `listing.Listing`; masses (b,), see
+        `datasets.Dataset`.
         """
         images = np.ascontiguousarray(images, dtype="<f4")
         self.file.write(images)
@@ -72,7 +73,7 @@ class PackedWriter:
         self.count += count
 
     def close(self, coarse=None, per_file=None):
-        """Finish the layout; for `coarse` (n, h, h) float32 and `per_file` see `Dataset`."""
+        """Finish the layout; for `coarse` (n, h, h) float32 and `per_file` see `datasets.Dataset`."""
         if self.count != self.shape[0]:
             raise ValueError(f"{self.count} images written, {self.shape[0]} announced")
         self._write_header()
@@ -130,7 +131,7 @@ def require_space(folder, needed):
 
 
 def names_of(files, per_file):
-    """The path of each image of the files, see `images.names_in`; for `per_file` see `Dataset`."""
+    """The path of each image of the files, see `images.names_in`; for `per_file` see `datasets.Dataset`."""
     if per_file is None:
         return files
     return [name for file, count in zip(files, per_file, strict=True) for name in names_in(file, count)]
@@ -179,7 +180,10 @@ def images_of(paths, writer, per_file, size, first):
             writer.announce(len(stack) - 1)
         per_file.append(len(stack))
         beside = numbers or [()] * len(stack)
-        yield from ((image, i, mass_among(beside_it)) for image, beside_it in zip(images_in(path, stack), beside, strict=True))
+        yield from (
+            (image, i, mass_among(beside_it))
+            for image, beside_it in zip(images_in(path, stack), beside, strict=True)
+        )
 
 
 def images_in(path, stack):
@@ -218,32 +222,34 @@ def warn_of_planes(paths, per_file):
     cubes = [path for path, count in counts if count > 1 and is_fits(path)]
     for chosen, what in ((few, f"files have 2 to {FEW_PLANES} planes"), (cubes, "FITS cubes")):
         if chosen:
-            warn(f"{len(chosen)} {what}, such as {chosen[0]}: each plane is an image of its own. If they are bands of "
-                 "one lens, save one of them or their mean")  # fmt: skip
+            warn(f"{len(chosen)} {what}, such as {chosen[0]}: each plane is an image of its own. If they are "
+                 "bands of one lens, save one of them or their mean")  # fmt: skip
 
 
 def warn_of_images(paths, originals, labels, extremes):
     """Lines on stderr on copies, on images in several classes, and on those far outside the rest."""
     coarse = [path for path in paths if is_png(path) and png.bits_of(path) <= 8]
     if coarse:
-        warn(f"{len(coarse)} images are pictures of 8 bits, such as {coarse[0]}: so few steps of brightness hide weak "
-             "substructure; use the original files if there are any")  # fmt: skip
+        warn(f"{len(coarse)} images are pictures of 8 bits, such as {coarse[0]}: so few steps of brightness "
+             "hide weak substructure; use the original files if there are any")  # fmt: skip
     _, first, which = np.unique(originals, return_index=True, return_inverse=True)
     again = np.flatnonzero(first[which] != np.arange(len(paths)))
     if len(again):
-        warn(f"{len(again)} images are copies of others (turned, rescaled or rounded ones count, too), such as "
-             f"{paths[again[0]]} of {paths[first[which][again[0]]]}: copies are in one part, and are tested once")
+        warn(
+            f"{len(again)} images are copies of others (turned, rescaled or rounded ones count, too), such "
+            f"as {paths[again[0]]} of {paths[first[which][again[0]]]}: copies are in one part, and are tested once"
+        )
     labelled_twice = images_of_several_classes(originals, labels)
     if len(labelled_twice):
-        warn(f"{len(labelled_twice)} images stand in more than one class, such as {paths[labelled_twice[0]]}: remove "
-             "the copies with the wrong label")  # fmt: skip
+        warn(f"{len(labelled_twice)} images stand in more than one class, such as "
+             f"{paths[labelled_twice[0]]}: remove the copies with the wrong label")  # fmt: skip
     outliers = far_outside(extremes)
     if len(outliers):
         low, high = np.median(extremes, axis=0)
         least, most = extremes[outliers[0]]
-        warn(f"{len(outliers)} images are far outside the rest, such as {paths[outliers[0]]} with pixels from "
-             f"{least:.3g} to {most:.3g}; those of the median image go from {low:.3g} to {high:.3g}. Sentinel values "
-             "or hot pixels? Repair or remove them.")  # fmt: skip
+        warn(f"{len(outliers)} images are far outside the rest, such as {paths[outliers[0]]} with pixels "
+             f"from {least:.3g} to {most:.3g}; those of the median image go from {low:.3g} to {high:.3g}. "
+             "Sentinel values or hot pixels? Repair or remove them.")  # fmt: skip
 
 
 def images_of_several_classes(originals, labels):

@@ -90,7 +90,8 @@ def run_styles(runs):
 def _draw_curves(axes, history, name, label):
     """A line for each part, with its last value in the legend; of one validation the values, and no line.
 
-    Positive values that vary by more than WIDE have a logarithmic axis; those of SHARES are drawn up to 1, their best.
+    Positive values that vary by more than WIDE have a logarithmic axis; those of SHARES are drawn up to 1,
+    their best.
     """
     # The weights that a classifier continues from are validated before anything is trained.
     points = {}
@@ -351,7 +352,8 @@ def reliability(path, runs):
 
 
 def familiarity(path, values, least):
-    """Share of images below a familiarity, both logarithmic; `values`: {run: familiarity (n,)}, nothing for none.
+    """Share of images below a familiarity, both logarithmic; `values`: {run: familiarity (n,)}, nothing for
+    none.
 
     Images like the training images lie on the diagonal; `least` is where predictions end.
     """

@@ -21,7 +21,9 @@ def add_arguments(parser):
         "lines on standard input",
     )  # fmt: skip
     group = parser.add_argument_group("reading")
-    group.add_argument("--crop", action="store_true", help="use the centre of images larger than the network's")
+    group.add_argument(
+        "--crop", action="store_true", help="use the centre of images larger than the network's"
+    )
     group.add_argument(
         "--centre", type=centre_argument, metavar="X,Y",
         help="crop around this column and row, counted from 0, or (brightest) around the brightest pixel",

@@ -133,7 +133,9 @@ def add_arguments(parser, defaults):
     )  # fmt: skip
     options.add_device_argument(group)
     either = group.add_mutually_exclusive_group()
-    either.add_argument("--resume", action="store_true", help="resume from the run's checkpoint, if there is one")
+    either.add_argument(
+        "--resume", action="store_true", help="resume from the run's checkpoint, if there is one"
+    )
     either.add_argument("--overwrite", action="store_true", help="replace a finished or stopped run in --out")
     either.add_argument(
         "--update", action="store_true",

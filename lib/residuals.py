@@ -74,7 +74,9 @@ def smooth_rms(mae, images_of, rows, mask_ratio):
     """
     masks = complementary_masks(mae.num_patches, mask_ratio, rounds=2)
     rows = rows[:: max(1, len(rows) // SMOOTH_IMAGES)]
-    squares = in_batches(lambda batch: mae.residual(images_of(batch), masks).square().mean(dim=(1, 2, 3)), rows)
+    squares = in_batches(
+        lambda batch: mae.residual(images_of(batch), masks).square().mean(dim=(1, 2, 3)), rows
+    )
     return max(float(squares.double().mean().sqrt()), LEAST_RMS)
 
 
@@ -138,8 +140,8 @@ def unlike_training(content, labels, class_names):
 def measure(scores, has_substructure, labels, class_names, resamples, seed):
     """{"all": `metrics.measure`, "classes": {class: the same}}: AUC with 95 % bootstrap intervals.
 
-    All substructure, and each class of it, against smooth images. `has_substructure` (n,) bool marks images of
-    another kind than the MAE was trained on.
+    All substructure, and each class of it, against smooth images. `has_substructure` (n,) bool marks images
+    of another kind than the MAE was trained on.
     """
     strange = np.unique(labels[has_substructure])
     kept = [np.ones(len(labels), bool), *(~has_substructure | (labels == label) for label in strange)]

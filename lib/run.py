@@ -79,11 +79,11 @@ class Run:
             self.replaces = True
             distributed.say(f"replaces the run in {self.out}: {difference}")
         elif isinstance(before, dict):
-            raise UserError(f"--resume: the run in {self.out} has {difference}: use the same settings, or --overwrite "
-                            "instead of --resume")  # fmt: skip
+            raise UserError(f"--resume: the run in {self.out} has {difference}: use the same settings, or "
+                            "--overwrite instead of --resume")  # fmt: skip
         else:
-            raise UserError(f"{self.checkpoint_path} is broken or of another version: remove it, or give --overwrite "
-                            "instead of --resume, to start again")  # fmt: skip
+            raise UserError(f"{self.checkpoint_path} is broken or of another version: remove it, or give "
+                            "--overwrite instead of --resume, to start again")  # fmt: skip
 
     def _settings_of_weights(self):
         """Those of the finished run; with --update None if its weights cannot be read."""
@@ -107,8 +107,8 @@ class Run:
             return
         for path, state in ((self.checkpoint_path, "stopped"), (self.weights_path, "finished")):
             if path.exists():
-                raise UserError(f"{self.out} holds a {state} run: give --resume to continue it, --overwrite to replace "
-                                "it, or another --out")  # fmt: skip
+                raise UserError(f"{self.out} holds a {state} run: give --resume to continue it, --overwrite "
+                                "to replace it, or another --out")  # fmt: skip
 
     def _read_checkpoint(self):
         """The content of the checkpoint; {} if it cannot be read."""

@@ -62,13 +62,18 @@ def measured(models, dataset, coarse, rows, device):
             parts["mse"].append(np.square(images - sharp, dtype=np.float64).mean(axis=(1, 2)))
             parts["ssim"].append([ssim(*pair) for pair in zip(images, sharp, strict=True)])
             parts["rms_error"] += errors
-    return {name: {key: np.concatenate(each) for key, each in parts.items() if each} for name, parts in by_name.items()}
+    return {
+        name: {key: np.concatenate(each) for key, each in parts.items() if each}
+        for name, parts in by_name.items()
+    }
 
 
 def references(seen, dataset, rows):
     """{name: (images (n, H, H),)} that need no network, of coarse images (n, 1, h, h) in `rows`."""
     factor = dataset.img_size // seen.shape[-1]
-    images = {mode: (pairs.interpolated(seen, factor, mode)[:, 0].numpy(),) for mode in ("bilinear", "bicubic")}
+    images = {
+        mode: (pairs.interpolated(seen, factor, mode)[:, 0].numpy(),) for mode in ("bilinear", "bicubic")
+    }
     truth = truth_of(dataset.origin, rows)
     if truth is not None and dataset.coarse is None:
         images["noise-free truth"] = (truth,)

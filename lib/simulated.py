@@ -85,7 +85,10 @@ def point_masses_of(origin, rows):
         return many_lenses.sample(class_name, count, rng).point_masses
 
     labels_and_places = [divmod(int(row), per_class) for row in rows]
-    masses = [masses_of(label, place - place % lenses.BATCH)[place % lenses.BATCH] for label, place in labels_and_places]
+    masses = [
+        masses_of(label, place - place % lenses.BATCH)[place % lenses.BATCH]
+        for label, place in labels_and_places
+    ]
     return masses, MODELS[model].camera
 
 

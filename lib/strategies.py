@@ -13,7 +13,14 @@ from lib import compatibility, distributed, network, weights
 from lib.augment import KINDS, SYMMETRIES, augment
 from lib.errors import UserError
 from lib.intensity import fit_transform
-from lib.loader import EVALUATION_BATCH, StoredImages, batch_reader, in_batches, larger_than_memory, read_disturbed
+from lib.loader import (
+    EVALUATION_BATCH,
+    StoredImages,
+    batch_reader,
+    in_batches,
+    larger_than_memory,
+    read_disturbed,
+)
 from lib.loop import Learner
 from lib.recipe import Defaults
 from lib.residuals import mask_ratio_of, stored_maps
@@ -49,7 +56,9 @@ class Strategy:
     def check(self, args):
         """UserError, naming the flag, for options that this strategy has no use for."""
         if args.pretrained == "none" and self.from_scratch is None:
-            raise UserError(f"--pretrained none: --strategy {self.name} needs pre-trained weights; use --strategy full")
+            raise UserError(
+                f"--pretrained none: --strategy {self.name} needs pre-trained weights; use --strategy full"
+            )
         if args.batch_size == 1:
             raise UserError("--batch-size must be at least 2: BatchNorm needs several images a step")
         if set(args.augment or ()) - set(self.augmentations):
@@ -123,8 +132,8 @@ class Strategy:
             names = f"{', '.join(others)} or {last}" if others else last
             raise UserError(f"{start.path} is a classifier of --strategy {names}: continue with that")
         if content["class_names"] != list(dataset.class_names):
-            raise UserError(f"{start.path} tells {', '.join(content['class_names'])} apart; start from an MAE for other "
-                            "classes")  # fmt: skip
+            raise UserError(f"{start.path} tells {', '.join(content['class_names'])} apart; start from an "
+                            "MAE for other classes")  # fmt: skip
         if self.has_pool and model.pool != recipe.pool:
             raise UserError(f"{start.path} has --pool {model.pool}; start from an MAE for another --pool")
         return model
@@ -171,7 +180,7 @@ class Strategy:
         return learner, training_outputs, outputs
 
     def learner_of(self, model, trained, dataset, *readers):
-        """The `Learner` of what is `trained` of a model, whose steps read images and maps with the `readers`."""
+        """The `Learner` of what is `trained` of a model; its steps read images and maps with `readers`."""
         on_device = all(isinstance(read, StoredImages) for read in readers)
         return Learner(trained, self.learning(model), on_device, larger_than_memory(dataset.images))
 
@@ -388,7 +397,9 @@ def on_mae(model_class, start, pretrained, more, what, remedy=""):
     Raises UserError, naming `what` the options ask for, for an MAE without decoder or arguments that do not fit.
     """
     if not isinstance(pretrained, MAE):
-        raise UserError(f"{start.path} is from elsewhere: {what} needs the decoder of an MAE of pretrain.py{remedy}")
+        raise UserError(
+            f"{start.path} is from elsewhere: {what} needs the decoder of an MAE of pretrain.py{remedy}"
+        )
     config = {"mae": {k: v for k, v in start.content["config"].items() if k != "transform"}, **more}
     model = constructed(model_class, config, what, remedy)
     model.mae.load_state_dict(pretrained.state_dict())

@@ -95,8 +95,8 @@ def sharpening(dataset, rows):
     inputs = pairs.coarse_of(dataset)
     config = {"factor": pairs.factor_of(dataset, inputs), "adds_noise": pairs.are_reductions(dataset, inputs, rows)}
     if not config["adds_noise"]:
-        warn(f"{dataset.origin}: coarse images are not the bicubic reductions of sharp ones, so the noise that they "
-             "show is not put back")  # fmt: skip
+        warn(f"{dataset.origin}: coarse images are not the bicubic reductions of sharp ones, so the noise "
+             "that they show is not put back")  # fmt: skip
     some = rows[np.linspace(0, len(rows) - 1, min(len(rows), UNIT_PAIRS)).astype(int)]
     sharp, coarse = (torch.from_numpy(each.images[some]).unsqueeze(1) for each in (dataset, inputs))
     left = mean_square(pairs.interpolated(coarse, config["factor"], "bilinear"), sharp).sqrt().item()

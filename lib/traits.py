@@ -98,8 +98,8 @@ def advice(traits, reference, unit_known=False, by_chance=False):
         remedy = "" if unit_known else f" (--scale {1 / factor:.3g}, if that is the unit)"
         unlike.append(f"the brightest pixel is {factor:.3g} times that of the training images{remedy}")
     if abs(darkest / factor - usual[1]) > 0.01 * light:
-        unlike.append(f"the darkest pixel is {darkest:.3g}, {usual[1]:.3g} in the training images: another zero "
-                     "level, or noise")  # fmt: skip
+        unlike.append(f"the darkest pixel is {darkest:.3g}, {usual[1]:.3g} in the training images: another "
+                     "zero level, or noise")  # fmt: skip
     if step / factor > max(2 * high[2], 1e-4 * light):
         unlike.append(f"the corners are noisy: neighbours differ by {step / factor / light:.1%} of the peak, "
                      f"{usual[2] / light:.1%} in the training images")  # fmt: skip

@@ -28,7 +28,9 @@ def cards_of(header):
     has_tables = any(map(TABLES.fullmatch, header)) or any(
         str(kept.get(f"CTYPE{axis}", "")).endswith("-TAB") for axis in (1, 2)
     )
-    known = set(starts) <= set(SKY) and all(f"{name}{axis}" in kept for name in ("CRVAL", "CRPIX") for axis in (1, 2))
+    known = set(starts) <= set(SKY) and all(
+        f"{name}{axis}" in kept for name in ("CRVAL", "CRPIX") for axis in (1, 2)
+    )
     return {} if has_tables or not known else kept
 
 

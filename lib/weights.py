@@ -284,7 +284,8 @@ def classifier_of(opened):
 
 
 def network_of(opened, kind):
-    """The network of opened `Weights`, whose `kind` must be "mass" or "sharpener"; UserError as in `mae_of`."""
+    """The network of opened `Weights`, whose `kind` must be "mass" or "sharpener"; UserError as in
+    `mae_of`."""
     network, lacks, task = {"mass": (MassEstimator, "estimates no masses", "mass"),
                             "sharpener": (Sharpener, "sharpens no images", "sharpen")}[kind]  # fmt: skip
     if opened.kind != kind:
@@ -344,12 +345,14 @@ def familiarity_for(opened, dataset, augmentations):
 
 
 def _build(path, model_class, arguments, state):
-    """`model_class(**arguments)` with the tensors `state`, in evaluation mode; UserError if they do not fit."""
+    """`model_class(**arguments)` with the tensors `state`, for evaluation; UserError if they do not fit."""
     _check_sizes(path, arguments)
     try:
         model = model_class(**arguments)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise UserError(f"{path}: no {model_class.__name__} has its configuration: {reason_of(error)}") from None
+        raise UserError(
+            f"{path}: no {model_class.__name__} has its configuration: {reason_of(error)}"
+        ) from None
     check_state(path, model, state)
     model.load_state_dict(state)
     return model.eval()
@@ -366,7 +369,9 @@ def _check_sizes(path, arguments):
         raise UserError(f"{path} is for images of {arguments['in_chans']} channels; those here have one")
     side = max(arguments.get("img_size", 64), 1) // max(arguments.get("patch_size", 8), 1)
     if side > MOST_PATCHES_A_SIDE and "components" not in arguments:  # a Familiarity has no patches
-        raise UserError(f"{path}: its configuration asks for more than {MOST_PATCHES_A_SIDE}×{MOST_PATCHES_A_SIDE} patches")
+        raise UserError(
+            f"{path}: its configuration asks for more than {MOST_PATCHES_A_SIDE}×{MOST_PATCHES_A_SIDE} patches"
+        )
 
 
 def check_state(path, model, state):
