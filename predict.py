@@ -32,14 +32,8 @@ from lib.files import PICTURE, check_outputs, identity, require_own, write_csv
 from lib.guard import LEAST_FAMILIARITY, UNFAMILIAR, Guard
 from lib.images import Said, find_files, read_placed_images
 from lib.onnxfile import (
-    classify,
-    metadata_of,
-    number_in,
-    open_beside,
-    open_classifier,
-    open_sharpener,
-    run_model,
-)
+    classify, metadata_of, number_in, open_beside, open_classifier, open_sharpener, run_model,
+)  # fmt: skip
 from lib.outputs import STANDARD_OUTPUT, require_writable, write_table
 
 EXAMPLE = """examples:

@@ -20,13 +20,8 @@ from lib.device import Precision, choose_precision
 from lib.errors import UserError, warn
 from lib.loader import shuffled
 from lib.optim import (
-    learning_rate,
-    make_capturable,
-    new_optimizers,
-    parameter_groups,
-    set_learning_rate,
-    update,
-)
+    learning_rate, make_capturable, new_optimizers, parameter_groups, set_learning_rate, update,
+)  # fmt: skip
 
 CHECKPOINT_SECONDS = 30.0
 # What a checkpoint holds of a `Training` beside its network, optimizers and random numbers.

@@ -14,13 +14,8 @@ from lib.augment import KINDS, SYMMETRIES, augment
 from lib.errors import UserError
 from lib.intensity import fit_transform
 from lib.loader import (
-    EVALUATION_BATCH,
-    StoredImages,
-    batch_reader,
-    in_batches,
-    larger_than_memory,
-    read_disturbed,
-)
+    EVALUATION_BATCH, StoredImages, batch_reader, in_batches, larger_than_memory, read_disturbed,
+)  # fmt: skip
 from lib.loop import Learner
 from lib.recipe import Defaults
 from lib.residuals import mask_ratio_of, stored_maps
