@@ -13,7 +13,7 @@ import numpy as np
 from lib import shortcuts
 from lib.errors import UserError, warn
 from lib.files import is_hidden, read_json
-from lib.listing import BOUNDS, PARTS, fingerprint_of as fingerprint_of_folder, listing_of
+from lib.listing import BOUNDS, PARTS, fingerprint_of_files, listing_of
 from lib.names import check_class_names
 from lib.npy import forget_pages, read_npy
 from lib.packing import BLOCK_BYTES, FORMAT, fingerprint_of, names_of, pack
@@ -75,7 +75,7 @@ def load(path, cache_dir=None, progress=True):
     inside, root = cache_dir.resolve(), path.resolve()
     if inside.is_relative_to(root) and not is_hidden(inside.relative_to(root)):
         raise UserError(f"--cache-dir {cache_dir} would become part of the data: choose another")
-    packed = cache_dir / fingerprint_of_folder(listing, f"format {FORMAT}, masses\n".encode())[:32]
+    packed = cache_dir / fingerprint_of_files(listing, FORMAT)[:32]
     if (packed / "dataset.json").exists():
         return _open_packed(packed)
     pack(listing, packed, f"folder {path.name}", progress)

@@ -185,9 +185,9 @@ def normal_name(name):
     return unicodedata.normalize("NFC", name)
 
 
-def fingerprint_of(listing, version):
-    """What changes if a file does: a digest of names, sizes, inodes and times, and of a `version`."""
-    digest = hashlib.sha256(version)
+def fingerprint_of_files(listing, layout):
+    """What changes if a file does: a digest of names, sizes, inodes and times, and the version of the `layout`."""
+    digest = hashlib.sha256(f"format {layout}, masses\n".encode())
     for class_name, paths in {**listing.files, "": listing.coarse}.items():
         digest.update(np.ascontiguousarray(listing.places.get(class_name, ())))
         for path in paths:

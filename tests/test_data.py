@@ -18,7 +18,7 @@ def test_a_folder_is_packed_once_and_again_when_it_changes(tmp_path, monkeypatch
     root = write_classes(tmp_path / "d", {"a": 3, "b": 3})
     before = datasets.load(root)
     with monkeypatch.context() as patch:
-        patch.setattr(datasets, "_pack", None)  # packing again would fail
+        patch.setattr(datasets, "pack", None)  # packing again would fail
         assert datasets.load(root).fingerprint == before.fingerprint
     np.save(root / "a" / "001.npy", np.zeros((16, 16)))
     after = datasets.load(root)
