@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import HUNG, ROOT, assert_user_error, bound_by_permissions, run_python, run_script, write_classes
 
-from lib import datasets
+from lib import datasets, listing
 from lib.errors import UserError
 from lib.images import read_image
 
@@ -29,7 +29,7 @@ def test_a_folder_is_packed_once_and_again_when_it_changes(tmp_path, monkeypatch
 
 def test_two_processes_packing_at_once_give_one_good_cache(tmp_path):
     root = write_classes(tmp_path / "d", {"a": 300, "b": 300})
-    code = "import sys; from lib import datasets; datasets.load(sys.argv[1])"
+    code = "import sys; from lib import datasets, listing; datasets.load(sys.argv[1])"
     command = [sys.executable, "-c", code, root]
     both = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     for process in both:

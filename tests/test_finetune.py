@@ -16,7 +16,7 @@ import finetune
 import mae
 import pretrain
 import simulate
-from lib import class_evaluation, datasets, intensity, lenses, loader, metrics, optim, strategies, weights
+from lib import class_evaluation, datasets, intensity, lenses, loader, metrics, optim, packing, strategies, weights
 from lib.augment import augment
 from mae import Classifier
 

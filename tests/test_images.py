@@ -136,10 +136,10 @@ def test_an_image_of_another_size_is_refused_or_its_centre_is_cropped(tmp_path):
 def test_a_large_array_is_mapped_and_can_be_read_after_its_memory_was_returned(tmp_path, monkeypatch):
     array = np.arange(4096.0).reshape(64, 64)
     np.save(tmp_path / "large.npy", array)
-    monkeypatch.setattr(images, "MAP_ABOVE_BYTES", 1000)
+    monkeypatch.setattr(npy_reader, "MAP_ABOVE_BYTES", 1000)
     mapped = read_npy(tmp_path / "large.npy")
     assert isinstance(mapped, np.memmap)
-    images.forget_pages(mapped)
+    npy_reader.forget_pages(mapped)
     assert np.array_equal(mapped, array)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from conftest import (CLASSIFIER, MASS, PRETRAINED, assert_refused, assert_same_tensors, assert_user_error, finetune_on,
                       images_of, run_script, sigterm_at, tensors_in, write_classes)  # fmt: skip
-from lib import datasets, lenses, masses, weights
+from lib import datasets, lenses, listing, masses, packing, weights
 from mae import MassEstimator
 
 TRANSFORM = {"kind": "log", "offset": 0.0, "softening": 0.1, "mean": 0.0, "std": 1.0}
