@@ -1,6 +1,7 @@
 """What the tests share: the scripts on the path, small data sets, and ways to run a script."""
 
 import contextlib
+import csv
 import importlib
 import io
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -23,7 +25,7 @@ import export
 import finetune
 import pretrain
 import simulate
-from lib import errors, lenses, loader, loop, plots, residuals, simulated, strategies
+from lib import errors, lenses, loader, loop, packing, plots, residuals, simulated, strategies
 
 # Seconds after which a process hangs for sure, however slow the machine and whatever runs beside.
 HUNG = 900
@@ -116,6 +118,15 @@ def write_classes(root, counts, size=16, brighter=False, seed=0):
     return root
 
 
+def write_packed(folder, images, labels, class_names, masses=np.nan):
+    """Pack images (n, H, H) with their labels (n,), or the one label of all, into a new folder; returns it."""
+    folder.mkdir()
+    writer = packing.PackedWriter(folder, images.shape, class_names, "made here")
+    writer.append(images, labels, masses=masses)
+    writer.close()
+    return folder
+
+
 def with_defaults(more, defaults):
     """Arguments: those of `more`, and the pairs of flags and values in `defaults` that it does not give."""
     more = [str(part) for part in more]
@@ -166,6 +177,22 @@ def history_of(out):
     """The lines of a run's metrics.jsonl, but for the seconds it took."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def read_csv(path):
+    """The rows of a table, as dicts."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def with_metadata(path, out, **changed):
+    """A copy of an exported file with other metadata; None removes a key."""
+    proto = onnx.load(path)
+    metadata = {p.key: p.value for p in proto.metadata_props} | changed
+    del proto.metadata_props[:]
+    onnx.helper.set_model_props(proto, {k: v for k, v in metadata.items() if v is not None})
+    onnx.save(proto, out)
+    return out
 
 
 def tensors_in(path):

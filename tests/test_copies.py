@@ -4,9 +4,9 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import CLASSIFIER, assert_refused, run_script, write_classes
+from conftest import CLASSIFIER, assert_refused, run_script, write_classes, write_packed
 
-from lib import compatibility, copies, datasets, lenses, packing
+from lib import compatibility, copies, datasets, lenses
 
 
 def eight_bit(images):
@@ -121,12 +121,8 @@ def test_copies_are_tested_once(copied, tmp_path, capsys):
 def test_images_that_are_copies_of_training_images_are_refused(packed, runs, tmp_path):
     """They are known by the training image beside them, or exactly, also turned, without it."""
     dataset = datasets.load(packed)
-    images = np.array(dataset.images)
-    more = tmp_path / "more"
-    more.mkdir()
-    writer = packing.PackedWriter(more, (300, 64, 64), dataset.class_names, "turned")
-    writer.append(np.rot90(images, 1, (1, 2)), dataset.labels)
-    writer.close()
+    turned = np.rot90(np.array(dataset.images), 1, (1, 2))
+    more = write_packed(tmp_path / "more", turned, dataset.labels, dataset.class_names)
     trained = sum(len(rows) for part, rows in datasets.split(dataset).items() if part != "test")
     arguments = ("--data", more, "--weights", runs / "head" / CLASSIFIER, "--out", tmp_path / "e")
     assert_refused("evaluate.py", (*arguments, "--split", "all"), f"trained on {trained} of these 300 images")

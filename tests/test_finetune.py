@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import (CLASSIFIER, PRETRAINED, ROOT, TINY_NETWORK, assert_refused, assert_same_tensors, finetune_on,
-                      finetuning, history_of, images_of, pretraining, sigterm_at, tensors_in)  # fmt: skip
+                      finetuning, history_of, images_of, pretraining, sigterm_at, tensors_in, write_packed)  # fmt: skip
 from torch import nn
 
 import finetune
 import mae
 import pretrain
 import simulate
-from lib import class_evaluation, datasets, intensity, lenses, loader, metrics, optim, packing, strategies, weights
+from lib import class_evaluation, datasets, intensity, lenses, loader, metrics, optim, strategies, weights
 from lib.augment import augment
 from mae import Classifier
 
@@ -196,7 +196,8 @@ def test_few_images_have_another_recipe_and_what_is_given_stands(runs):
     default = {name: getattr(usual, name) for name in names}
     given = ("--augment", "none", "--patch-dropout", "0.25", "--layer-decay", "0.5")
     assert few.keys() == set(names) and few != default
-    assert recipe_of("full", 10**6, classifier).lr < usual.lr
+    for name in finetune.STRATEGIES:
+        assert recipe_of(name, 10**6, classifier).lr < recipe_of(name, 10**6, mae).lr
     assert (recipe_of("full", 10**6, mae).keep, recipe_of("residual", 10**6, mae).keep) == ("best", "last")
     for images, start, more, expected in (
         (10**6, mae, (), default),
@@ -286,12 +287,8 @@ def test_what_makes_no_sense_for_a_strategy_or_its_start_is_refused(
 
 
 def test_images_in_another_unit_than_the_weights_are_refused(packed, runs, tmp_path):
-    dataset, counts = datasets.load(packed), tmp_path / "counts"
-    counts.mkdir()
-    writer = packing.PackedWriter(counts, (300, 64, 64), dataset.class_names, "counts")
-    for image, label in zip(dataset.images, dataset.labels.tolist(), strict=True):
-        writer.append(1000 * image[None], label)
-    writer.close()
+    dataset = datasets.load(packed)
+    counts = write_packed(tmp_path / "counts", 1000 * dataset.images, dataset.labels, dataset.class_names)
     mae, classifier = runs / "pretrain" / PRETRAINED, runs / "full" / CLASSIFIER
     common = ("--data", counts, "--out", tmp_path / "out", "--weights")
     for script, command in (("finetune.py", finetuning(counts, tmp_path / "run", mae, "full")),

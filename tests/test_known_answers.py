@@ -10,7 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import assert_user_error, run_script
+from conftest import assert_user_error, run_script, with_metadata
 
 import export
 from lib import known_answers, onnxfile
@@ -19,16 +19,6 @@ from lib.errors import UserError
 
 def stored_in(path):
     return {p.key: p.value for p in onnx.load(path).metadata_props}[known_answers.KEY]
-
-
-def with_metadata(path, out, **changed):
-    """A copy of an exported file with other metadata; None removes a key."""
-    proto = onnx.load(path)
-    metadata = {p.key: p.value for p in proto.metadata_props} | changed
-    del proto.metadata_props[:]
-    onnx.helper.set_model_props(proto, {k: v for k, v in metadata.items() if v is not None})
-    onnx.save(proto, out)
-    return out
 
 
 @pytest.mark.parametrize(

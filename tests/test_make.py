@@ -9,8 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import CLASSIFIER, HUNG, ROOT, TINY_DECODER, TINY_NETWORK
-from test_predict import read_csv
+from conftest import CLASSIFIER, HUNG, ROOT, TINY_DECODER, TINY_NETWORK, read_csv
 
 # Writes down how it was called, and leaves the file that predict.py and make look at afterwards.
 STUB = """

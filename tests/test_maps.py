@@ -1,12 +1,11 @@
 """predict.py --save-maps: every map in sigma of smooth lenses, at its place on the sky, and nobody else's files."""
 
-import csv
 import os
 
 import numpy as np
 import pytest
-from conftest import assert_user_error, run_script
-from test_predict_inputs import IMAGES, MEAN, SIDE, write_classifier, write_model
+from conftest import assert_user_error, read_csv, run_script
+from test_predict_inputs import IMAGES, SIDE, write_classifier, write_reconstruction
 
 from lib import maps, wcs
 from lib.images import How, Said, read_placed_images
@@ -19,9 +18,7 @@ SCALE = 0.1 / 3600  # degrees of the network's pixels
 def save(tmp_path):
     """Function that saves the maps of paths in the folder maps; the reconstruction leaves the whole image."""
     write_classifier(tmp_path / "m.onnx", familiarity_images=1000, pixel_scale=0.1)
-    nodes = [("Identity", ["images"], ["residual"]), MEAN, ("Reshape", ["mean", "flat"], ["score"])]
-    outputs = {"residual": ["n", 1, SIDE, SIDE], "score": ["n"]}
-    write_model(tmp_path / "r.onnx", outputs, nodes, smooth_rms=SIGMA)
+    write_reconstruction(tmp_path / "r.onnx", smooth_rms=SIGMA)
     options = ("--model", tmp_path / "m.onnx", "--maps", tmp_path / "r.onnx", "--out", tmp_path / "p.csv")
 
     def run(*paths, check=True):
@@ -31,8 +28,7 @@ def save(tmp_path):
 
 
 def index_of(folder):
-    with (folder / "maps.csv").open(newline="") as file:
-        return {row["file"]: row["map"] for row in csv.DictReader(file)}
+    return {row["file"]: row["map"] for row in read_csv(folder / "maps.csv")}
 
 
 def test_every_image_has_a_map_in_sigma_under_a_name_of_its_own(save, tmp_path):
@@ -87,8 +83,7 @@ def test_maps_need_an_mae_that_says_what_smooth_lenses_leave(save, tmp_path):
     arguments = ("--model", tmp_path / "m.onnx", "--out", tmp_path / "p.csv", "--save-maps", tmp_path / "x",
                  tmp_path / "a.npy")  # fmt: skip
     assert_user_error(run_script("predict.py", *arguments, check=False), "--save-maps needs --maps")
-    nodes = [("Identity", ["images"], ["residual"]), MEAN, ("Reshape", ["mean", "flat"], ["score"])]
-    write_model(tmp_path / "old.onnx", {"residual": ["n", 1, SIDE, SIDE], "score": ["n"]}, nodes)
+    write_reconstruction(tmp_path / "old.onnx")
     process = run_script("predict.py", *arguments, "--maps", tmp_path / "old.onnx", check=False)
     assert_user_error(process, "--save-maps", "export it again")
     assert not (tmp_path / "x").exists()

@@ -1,6 +1,5 @@
 """The mass of the axion: from files to estimates with intervals that hold it."""
 
-import csv
 import json
 import shutil
 
@@ -9,8 +8,8 @@ import pytest
 import torch
 
 from conftest import (CLASSIFIER, MASS, PRETRAINED, assert_refused, assert_same_tensors, assert_user_error, finetune_on,
-                      images_of, run_script, sigterm_at, tensors_in, write_classes)  # fmt: skip
-from lib import datasets, lenses, listing, masses, packing, weights
+                      images_of, read_csv, run_script, sigterm_at, tensors_in, write_classes, write_packed)  # fmt: skip
+from lib import datasets, lenses, listing, masses, weights
 from mae import MassEstimator
 
 TRANSFORM = {"kind": "log", "offset": 0.0, "softening": 0.1, "mean": 0.0, "std": 1.0}
@@ -47,13 +46,9 @@ def test_too_few_validation_images_with_a_mass_are_named(images, folder, runs, t
     """Of none there is no interval, and of five no interval holds 90 %."""
     dataset = datasets.load(folder, runs / "cache")
     parts = datasets.split(dataset)
-    data = tmp_path / "data"
-    data.mkdir()
     masses_left = np.array(dataset.masses)
     masses_left[[row for row in parts["validation"] if np.isfinite(dataset.masses[row])][images:]] = np.nan
-    writer = packing.PackedWriter(data, dataset.images.shape, dataset.class_names, "few")
-    writer.append(np.array(dataset.images), dataset.labels, masses=masses_left)
-    writer.close()
+    data = write_packed(tmp_path / "data", dataset.images, dataset.labels, dataset.class_names, masses_left)
     out = tmp_path / "out"
     process = finetune_on(data, out, "none", "residual", "--task", "mass", check=False)
     if images:
@@ -123,12 +118,8 @@ def test_a_turned_image_has_the_same_mass_and_a_batch_changes_nothing(mass_run, 
 
 def test_a_network_learns_the_mass_of_vortices_from_their_images(tmp_path):
     """From 480 images alone; a constant has an error of 0.5 dex."""
-    data, out = tmp_path / "data", tmp_path / "out"
-    data.mkdir()
-    writer = packing.PackedWriter(data, (600, 64, 64), ["axion"], "vortices")
     _, images, found = next(lenses.simulate("Model_II", 600, seed=0, progress=False))  # axion is the first class
-    writer.append(images, 0, masses=found)
-    writer.close()
+    data, out = write_packed(tmp_path / "data", images, 0, ["axion"], found), tmp_path / "out"
     finetune_on(data, out, "none", "residual", "--task", "mass", "--epochs", 10)
     assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["validation_error"] < 0.25
 
@@ -174,16 +165,15 @@ def test_predictions_have_a_mass_where_an_axion_is_predicted(mass_run, folder, r
     dataset, model = datasets.load(folder, runs / "cache"), weights.network_of(weights.read(mass_run / MASS), "mass")
     files = [str(path) for path in datasets.files_of(folder, dataset)]
     kinds = set()
-    with (tmp_path / "p.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            found = np.array([float(row[name]) for name in ("log10_mass", "low", "high")])
-            kinds.add(row["prediction"] == "axion")
-            if row["prediction"] == "axion":
-                with torch.no_grad():
-                    right = torch.cat(model(images_of(dataset, [files.index(row["file"])])))
-                assert np.abs(found - right.numpy()).max() < 1e-3
-            else:
-                assert np.isnan(found).all()
+    for row in read_csv(tmp_path / "p.csv"):
+        found = np.array([float(row[name]) for name in ("log10_mass", "low", "high")])
+        kinds.add(row["prediction"] == "axion")
+        if row["prediction"] == "axion":
+            with torch.no_grad():
+                right = torch.cat(model(images_of(dataset, [files.index(row["file"])])))
+            assert np.abs(found - right.numpy()).max() < 1e-3
+        else:
+            assert np.isnan(found).all()
     assert len(kinds) == 2, "the classifier predicts one kind only"
 
 

@@ -1,6 +1,5 @@
 """The networks of models/: what they answer, that they are what their card says, and the notebook that shows them."""
 
-import csv
 import hashlib
 import json
 import re
@@ -8,7 +7,7 @@ import re
 import numpy as np
 import onnxruntime
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, read_csv, run_script
 
 from lib import lenses, plots, weights
 from lib.images import read_image
@@ -27,7 +26,7 @@ def test_checksums_are_those_of_the_files():
 
 def test_the_examples_are_classified_rightly_without_an_option(tmp_path):
     run_script("predict.py", "--out", tmp_path / "p.csv", MODELS / "examples")
-    rows = list(csv.DictReader((tmp_path / "p.csv").open()))
+    rows = read_csv(tmp_path / "p.csv")
     assert len(rows) == 12
     for row in rows:
         folder = row["file"].split("/")[-2] if "with_noise" not in row["file"] else "unfamiliar"
@@ -43,7 +42,7 @@ def test_freshly_simulated_images_are_classified_as_the_card_says(tmp_path):
     for name, images, _ in lenses.simulate("Model_II", 300, seed=77, progress=False):
         np.save(tmp_path / f"{name}.npy", images)
     run_script("predict.py", "--out", tmp_path / "p.csv", *(tmp_path / f"{name}.npy" for name in CLASSES))
-    rows = list(csv.DictReader((tmp_path / "p.csv").open()))
+    rows = read_csv(tmp_path / "p.csv")
     answered = [row for row in rows if row["prediction"] != "unfamiliar"]
     assert len(answered) >= 0.97 * len(rows)
     assert sum(not row["file"].split("/")[-1].startswith(row["prediction"]) for row in answered) <= 9

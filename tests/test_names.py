@@ -3,7 +3,6 @@
 Names that mean something else, or that tables cannot hold, are no names of classes.
 """
 
-import csv
 import html
 import json
 import re
@@ -12,7 +11,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSIFIER, PRETRAINED, assert_refused, run_script, write_classes
+from conftest import CLASSIFIER, PRETRAINED, assert_refused, read_csv, run_script, write_classes
 from matplotlib import pyplot as plt
 from test_predict_inputs import MEAN, write_model
 
@@ -89,8 +88,7 @@ def test_scores_and_residual_figures_keep_the_names(place):
     process = run_script("reconstruct.py", "--data", place / "data", "--weights",
                          place / "mae" / PRETRAINED, "--out", out, "--resamples", 5)  # fmt: skip
     assert "not shown" not in process.stderr
-    with (out / "scores.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(out / "scores.csv")
     assert {row["class"] for row in rows} == set(NAMES)
     assert all(float(row["score"]) > 0 and None not in row for row in rows)
     auc = json.loads((out / "metrics.json").read_text())["auc"]

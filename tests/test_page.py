@@ -11,10 +11,9 @@ import threading
 import time
 
 import numpy as np
-import onnx
 import pytest
 from browser import CHROMIUM, browser, serving
-from conftest import ROOT
+from conftest import ROOT, with_metadata
 from matplotlib import colormaps
 from matplotlib.colors import AsinhNorm
 from test_examples import damaged, needs_node, site  # noqa: F401, a fixture
@@ -48,13 +47,6 @@ def in_place(models, out):
     for path in [*models.glob("*.npy"), *models.glob("*.onnx")]:
         shutil.copy(path, out)
     return out
-
-
-def with_metadata(path, **more):
-    proto = onnx.load(path)
-    known = {p.key: p.value for p in proto.metadata_props}
-    onnx.helper.set_model_props(proto, known | more)
-    onnx.save(proto, path)
 
 
 @contextlib.contextmanager
@@ -202,7 +194,8 @@ def test_the_page_takes_what_was_replaced_and_doubts_maps_of_other_data(made, si
     with opened(folder, tmp_path / "profile", ["0.npy"], port) as (page, _):
         assert "classifier.onnx tells axion, cdm, no_sub apart" in page.text()
         assert "trained on other data" not in page.text()
-    with_metadata(folder / "classifier.onnx", class_names='["new1", "new2", "new3"]', data_fingerprint="other")
+    classifier = folder / "classifier.onnx"
+    with_metadata(classifier, classifier, class_names='["new1", "new2", "new3"]', data_fingerprint="other")
     with opened(folder, tmp_path / "profile", ["0.npy"], port) as (page, _):
         assert "classifier.onnx tells new1, new2, new3 apart" in page.text()
         assert "reconstruction.onnx was trained on other data" in page.text()
@@ -401,7 +394,7 @@ def test_maps_have_one_scale(stated, small, tmp_path):
     """That of lib/plots.substructure_map; without the rms of smooth lenses, the median of the maps shown."""
     folder = shutil.copytree(small, tmp_path / "page")
     if stated:
-        with_metadata(folder / "reconstruction.onnx", smooth_rms=str(stated))
+        with_metadata(small / "reconstruction.onnx", folder / "reconstruction.onnx", smooth_rms=str(stated))
     images = np.random.default_rng(0).normal(0.5, 0.2, (3, SIDE, SIDE)).astype("f4") * [[[1]], [[2]], [[0.5]]]
     np.save(tmp_path / "stack.npy", images)
     sigma = stated or np.sqrt(np.median((images.astype("f4") ** 2).mean((1, 2))))

@@ -1,21 +1,14 @@
 """predict.py: every kind of file is read, and what cannot be read is listed."""
 
 import contextlib
-import csv
 import os
 import shutil
 
 import numpy as np
-import onnx
 import pytest
-from conftest import Terminal, assert_user_error, run_code, run_script
+from conftest import Terminal, assert_user_error, read_csv, run_code, run_script, with_metadata
 
 import predict
-
-
-def read_csv(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_prediction_reads_every_kind_and_lists_what_it_cannot(runs, folder, tmp_path, lens_image):
@@ -68,13 +61,8 @@ def test_a_terminal_counts_images_of_all_that_there_are(runs, tmp_path, lens_ima
 @pytest.mark.parametrize(("fingerprint", "doubted"), [("other", True), (None, True), ("None", True), ("", False)])
 def test_maps_of_other_data_are_doubted(fingerprint, doubted, runs, lens_image, tmp_path):
     """An MAE of images in another unit gave numbers without a word."""
-    proto = onnx.load(runs / "reconstruction.onnx")
-    metadata = {p.key: p.value for p in proto.metadata_props}
-    metadata["data_fingerprint"] = fingerprint or metadata["data_fingerprint"]
-    if fingerprint is None:
-        del metadata["data_fingerprint"]
-    onnx.helper.set_model_props(proto, metadata)
-    onnx.save(proto, tmp_path / "maps.onnx")
+    more = {} if fingerprint == "" else {"data_fingerprint": fingerprint}
+    with_metadata(runs / "reconstruction.onnx", tmp_path / "maps.onnx", **more)
     np.save(tmp_path / "lens.npy", lens_image)
     process = run_script("predict.py", "--model", runs / "classifier.onnx", "--maps", tmp_path / "maps.onnx",
                          "--out", tmp_path / "p.csv", tmp_path / "lens.npy")  # fmt: skip

@@ -1,6 +1,5 @@
 """predict.py counts every image once, names what it does not read, and never loses a result."""
 
-import csv
 import json
 import os
 import shutil
@@ -10,7 +9,7 @@ import sys
 import numpy as np
 import onnx
 import pytest
-from conftest import HUNG, ROOT, assert_user_error, run_script, with_defaults
+from conftest import HUNG, ROOT, assert_user_error, read_csv, run_script, with_defaults
 
 SIDE = 8
 IMAGES = np.random.default_rng(0).random((3, SIDE, SIDE)).astype(np.float32)
@@ -48,11 +47,16 @@ def write_classifier(path, familiarity=True, **metadata):
     write_model(path, outputs, nodes, class_names=["bright", "dark"], **metadata)
 
 
+def write_reconstruction(path, **metadata):
+    """A reconstruction that leaves the whole image."""
+    nodes = [("Identity", ["images"], ["residual"]), MEAN, ("Reshape", ["mean", "flat"], ["score"])]
+    write_model(path, {"residual": ["n", 1, SIDE, SIDE], "score": ["n"]}, nodes, **metadata)
+
+
 def write_models(folder):
     """A classifier that can refuse images, and a reconstruction that leaves everything."""
     write_classifier(folder / "classifier.onnx", familiarity_images=1000)
-    write_model(folder / "reconstruction.onnx", {"residual": ["n", 1, SIDE, SIDE], "score": ["n"]},
-                [("Identity", ["images"], ["residual"]), MEAN, ("Reshape", ["mean", "flat"], ["score"])])  # fmt: skip
+    write_reconstruction(folder / "reconstruction.onnx")
 
 
 def image_of(mean):
@@ -88,8 +92,7 @@ def predict(models, tmp_path):
 
 
 def read_column(path):
-    with path.open(newline="", encoding="utf-8") as file:
-        return [row["file"] for row in csv.DictReader(file)]
+    return [row["file"] for row in read_csv(path)]
 
 
 def relative(names, folder):
@@ -286,8 +289,7 @@ GUARD = "guards against images unlike the training images"
 
 
 def predictions(path):
-    with path.open(newline="") as file:
-        return {os.path.basename(row["file"]): row for row in csv.DictReader(file)}
+    return {os.path.basename(row["file"]): row for row in read_csv(path)}
 
 
 def test_an_image_unlike_the_training_images_is_unfamiliar(predict, tmp_path):

@@ -3,7 +3,7 @@
 import csv
 
 import pytest
-from conftest import CLASSIFIER, assert_user_error, run_script, write_classes
+from conftest import CLASSIFIER, assert_user_error, read_csv, run_script, write_classes
 
 from lib import datasets, predictions
 from lib.errors import UserError
@@ -20,7 +20,7 @@ def evaluated(runs, folder, tmp_path_factory):
         out = tmp_path_factory.mktemp("evaluation")
         process = run_script(*arguments, "--out", out, *options, check=check)
         path = out / "predictions.csv"
-        return process, list(csv.DictReader(path.open())) if path.exists() else None
+        return process, read_csv(path) if path.exists() else None
 
     return evaluate
 

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import HUNG, ROOT, assert_user_error, run_script
+from conftest import HUNG, ROOT, assert_user_error, read_csv, run_script
 from test_predict_inputs import IMAGES, SIDE, image_of, models, predict, write_classifier  # noqa: F401
 
 from lib import outputs
@@ -86,7 +86,7 @@ def familiarity_of(image, tmp_path, *options):
     """What the model gives for the mean of the image that it sees."""
     np.save(tmp_path / "x.npy", image)
     run_script("predict.py", "--out", tmp_path / "p.csv", *options, tmp_path / "x.npy")
-    (row,) = csv.DictReader((tmp_path / "p.csv").open())
+    (row,) = read_csv(tmp_path / "p.csv")
     return float(row["familiarity"])
 
 

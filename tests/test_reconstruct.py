@@ -1,12 +1,11 @@
 """reconstruct.py and lib/residuals.py: scores, maps and kinds of what an MAE cannot explain."""
 
-import csv
 import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import run_script
+from conftest import read_csv, run_script
 from sklearn.metrics import roc_auc_score
 
 from lib import clusters, datasets, plots, residuals, weights
@@ -16,8 +15,7 @@ from lib.images import read_image
 def run_reconstruct(path, images, out, *more):
     """Run reconstruct.py with the weights at `path`; returns (stdout, stderr, rows of scores.csv)."""
     process = run_script("reconstruct.py", "--data", images, "--weights", path, "--out", out, "--resamples", 20, *more)
-    with (out / "scores.csv").open() as file:
-        return process.stdout, process.stderr, list(csv.DictReader(file))
+    return process.stdout, process.stderr, read_csv(out / "scores.csv")
 
 
 def test_residuals_are_scored_mapped_and_compared_without_labels(pretrained, packed, tmp_path):

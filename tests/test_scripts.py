@@ -10,8 +10,9 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import CLASSIFIER, PRETRAINED, ROOT, TINY_NETWORK, assert_user_error, run_code, run_script, write_classes
-from test_predict import read_csv
+from conftest import (
+    CLASSIFIER, PRETRAINED, ROOT, TINY_NETWORK, assert_user_error, read_csv, run_code, run_script, write_classes,
+)  # fmt: skip
 
 from lib import weights
 

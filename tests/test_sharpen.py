@@ -1,6 +1,5 @@
 """Sharp images from coarse ones: pairs, the noise that a coarse image shows, and files from training to prediction."""
 
-import csv
 import os
 import shutil
 from pathlib import Path
@@ -8,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import (PRETRAINED, SHARPENER, assert_refused, assert_same_tensors, images_of, run_script, sharpen_on,
-                      sigterm_at, tensors_in)  # fmt: skip
+from conftest import (
+    PRETRAINED, SHARPENER, assert_refused, assert_same_tensors, images_of, read_csv, run_script, sharpen_on, sigterm_at,
+    tensors_in,
+)  # fmt: skip
 
 from experiments import real_pairs
 from lib import datasets, pairs, weights
@@ -175,8 +176,7 @@ def test_predicted_sharp_images_have_names_of_their_own(sharp_runs, public, tmp_
                tmp_path / "table.csv")  # fmt: skip
     process = run_script(*command, tmp_path / "one", tmp_path / "two", check=False)
     assert process.returncode == 1 and "bad.npy" in (tmp_path / "table.csv.errors.csv").read_text()
-    with (tmp_path / "table.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(tmp_path / "table.csv")
     assert len(rows) == len({row["sharpened"] for row in rows}) == 2
     found = [np.load(tmp_path / "sharp" / row["sharpened"]) for row in rows]
     assert found[0].shape == (150, 150) and np.array_equal(*found)

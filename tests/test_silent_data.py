@@ -7,7 +7,7 @@ import unicodedata
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSIFIER, assert_refused, run_script, write_classes
+from conftest import CLASSIFIER, assert_refused, run_script, write_classes, write_packed
 
 import pretrain
 import simulate
@@ -109,13 +109,8 @@ def test_a_symlinked_class_folder_is_read(tmp_path):
 
 def test_a_superset_of_the_training_images_is_refused_with_the_overlap(packed, runs, pretrained, tmp_path):
     dataset = datasets.load(packed)
-    more = tmp_path / "more"
-    more.mkdir()
-    writer = packing.PackedWriter(more, (301, 64, 64), dataset.class_names, "one more")
-    writer.append(np.ones((1, 64, 64)), 0)
-    for image, label in zip(dataset.images, dataset.labels.tolist(), strict=True):
-        writer.append(image[None], label)
-    writer.close()
+    one_more = np.concatenate([np.ones((1, 64, 64), np.float32), dataset.images])
+    more = write_packed(tmp_path / "more", one_more, [0, *dataset.labels], dataset.class_names)
     classifier, parts = runs / "head" / CLASSIFIER, datasets.split(dataset)
     rows = np.concatenate([parts["train"], parts["validation"]])
     smooth = (dataset.labels[rows] == dataset.class_names.index("no_sub")).sum()
@@ -177,11 +172,7 @@ def test_a_class_name_is_the_same_however_its_accents_are_written(name, tmp_path
     asked = pretrain.parse_args(["--data", "d", "--out", "o", "--classes", *NAMES]).classes
     assert asked == NAMES[:1] * 2
     assert set(dataset.labels[datasets.rows_of_classes(dataset, np.arange(40), asked)]) == {1}
-    (tmp_path / "packed").mkdir()
-    writer = packing.PackedWriter(tmp_path / "packed", (1, 4, 4), [name], "")
-    writer.append(np.ones((1, 4, 4)), 0)
-    writer.close()
-    assert load(tmp_path / "packed").class_names == (NAMES[0],)
+    assert load(write_packed(tmp_path / "packed", np.ones((1, 4, 4)), 0, [name])).class_names == (NAMES[0],)
 
 
 def test_two_folders_of_one_class_name_are_refused(tmp_path):

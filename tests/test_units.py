@@ -1,9 +1,8 @@
 """The unit in a FITS header is used where it can mean one thing only, and named; else the user is asked."""
 
-import csv
 
 import pytest
-from conftest import run_script
+from conftest import read_csv, run_script
 from test_predict_inputs import image_of, write_classifier
 
 from lib.units import zero_point_of
@@ -64,7 +63,7 @@ def test_predictions_use_the_header_unless_the_user_says_the_unit(tmp_path):
     def familiarity(name, *options, model="m.onnx"):
         process = run_script("predict.py", "--out", tmp_path / "p.csv", "--model", tmp_path / model, *options,
                              tmp_path / name)  # fmt: skip
-        (row,) = csv.DictReader((tmp_path / "p.csv").open())
+        (row,) = read_csv(tmp_path / "p.csv")
         return pytest.approx(float(row["familiarity"]), abs=1e-6), process.stderr.splitlines()
 
     seen, (line,) = familiarity("x.fits")
