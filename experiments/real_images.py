@@ -177,7 +177,7 @@ def is_exact(images):
 def pictures(args):
     dataset, rng = datasets.load(args.data), np.random.default_rng(args.seed)
     kind = f"pictures of any kind, seed {args.seed}," if args.any else "8-bit pictures"
-    made = made_from(argparse.Namespace(), [__file__, datasets.__file__, copies.__file__], kind=kind, data=identity_of(dataset))
+    made = made_from(argparse.Namespace(), [__file__, packing.__file__, copies.__file__], kind=kind, data=identity_of(dataset))
     if args.update:
         if is_current(args.out / "dataset.json", made):
             return
