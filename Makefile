@@ -36,7 +36,7 @@ PER_CLASS := 30000
 PAIRS := 8000
 LENSES := 10000
 # Many visible patches, since a few do not say which lens it is. sqrt makes photon noise equally strong everywhere.
-MANY_PRETRAINING := --classes no --patch-size 15 --mask-ratio 0.5 --transform sqrt --epochs 40 \
+MANY_PRETRAINING := --classes no --patch-size 15 --mask-ratio 0.5 --transform sqrt --epochs 80 \
   --decoder-embed-dim 128 --decoder-depth 2
 MANY_FINETUNING := --epochs 16
 SEEDS := 0 1 2

@@ -93,9 +93,11 @@ def test_no_value_of_any_option_ends_in_a_traceback(script, place, monkeypatch, 
             folder = tmp_path / "working"  # a new one: relative paths of one call are no input of the next
             folder.mkdir()
             signal.alarm(60)  # whoever opens a FIFO waits forever
-            with sigterm_at(3):  # so that no number of epochs lasts
-                process = run_script(f"{script}.py", *command, f"{option}={value}", check=False, folder=folder)
-            signal.alarm(0)
+            try:
+                with sigterm_at(3):  # so that no number of epochs lasts
+                    process = run_script(f"{script}.py", *command, f"{option}={value}", check=False, folder=folder)
+            finally:
+                signal.alarm(0)
             what = f"{option}={value!r}: {process.returncode} {process.stdout} {process.stderr}"
             assert process.returncode in (0, 1, 2, 143), what
             if process.returncode == 2:
