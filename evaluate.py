@@ -90,10 +90,10 @@ def evaluate_classifiers(args, opened, dataset, device, about):
         "results": results,
         "confusion": {name: matrix.tolist() for name, matrix in matrices.items()},
     }
-    if args.save_predictions:
-        written.write(args.out / PREDICTIONS, predictions, dataset, args.data)
     remarks = [*class_evaluation.about_results(results, ours), *comparisons]
     leave(args.out, about | measured, tables.comparison(results, class_names) + published, remarks)
+    if args.save_predictions:
+        written.write(args.out / PREDICTIONS, predictions, dataset, args.data)
     best = max(results, key=lambda name: results[name]["macro"]["value"])
     drawn = class_evaluation.draw(args.out, dataset, predictions, results, matrices, best)
     return plots.attempt(report.write, args.out, opened, results, dataset, best, published, remarks) and drawn

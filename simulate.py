@@ -18,8 +18,8 @@ starting(__name__)
 import numpy as np
 
 from lib import copies, lenses, listing, many_lenses, options, packing, pairs, raytracing, simulated
-from lib.packing import PACKED_FILES, PackedWriter, require_space
 from lib.files import atomic_directory, make_folder
+from lib.packing import PACKED_FILES, PackedWriter, require_space
 from lib.provenance import is_current, made_from, require_origin, sign
 
 EXAMPLE = "example: python simulate.py --model Model_II --per-class 1000 --out lenses"

@@ -270,7 +270,7 @@ def answers_to(kinds, model, familiarity, device):
 
 
 def scores_of(images, model, familiarity, device):
-    """Predicted classes (n,) of raw images (n, H, W), and three scores (n,) that are low for out-of-distribution ones."""
+    """Predicted classes (n,) of raw images (n, H, W), and three scores (n,), low for out-of-distribution ones."""
     read = batch_reader(images, device)
 
     def both(rows):

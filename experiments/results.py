@@ -76,9 +76,10 @@ def draw(path, rows, drawn):
 
 
 def dots(path, runs):
-    """A line a run, a mark a measure; `runs`: {run: {measure: (AUC, its deviation)}}. Runs without measures are left out.
+    """A line a run, a mark a measure; `runs`: {run: {measure: (AUC, its deviation)}}.
 
-    Runs named "group: run" have a panel a group. The axis is 1 − AUC, logarithmic: good measures differ near one only.
+    Runs without measures are left out. Runs named "group: run" have a panel a group. The axis is 1 − AUC,
+    logarithmic: good measures differ near one only.
     """
     groups = {}
     for name, measures in runs.items():

@@ -157,7 +157,7 @@ def match(kind_of, labels, clusters, classes):
 def measure(kinds, kind_of, labels, class_names):
     """How well kinds agree with classes: {"accuracy", "overlap", "fitted_on", "table"}.
 
-    The accuracy is `metrics.share_of` the images under the same match. The table is {class: images of it in
+    The accuracy is `metrics.share_of` the images under the same match. The table is {class: its images in
     each kind}.
     """
     table, class_of = match(kind_of, labels, kinds.count, len(class_names))

@@ -172,9 +172,9 @@ def split(dataset):
 
     The image alone, turned or rescaled as it may be, decides its part: a test image stays a test
     image whatever else is in the data set, in any order. Folders of parts keep theirs, see `Listing`.
-    There are two exceptions. A copy
-    that rounding moved into another part joins the training images if one of the copies is there,
-    else validation. And of a class so small that a part would stay empty, see `_parts_of_few`.
+    There are two exceptions. A copy that rounding moved into another part joins the training images if one of
+    the copies is there, else validation. And of a class so small that a part would stay empty, one image is
+    moved, see `_parts_of_few`.
     Raises UserError if a class has fewer than three different images.
     """
     place = dataset.originals / 2.0**64  # uniform in [0, 1); copies have the lowest of theirs
@@ -194,8 +194,9 @@ def split(dataset):
 def _parts_of_few(originals, parts):
     """The `parts` (n,) of a small class, with an image in each.
 
-    An empty part gets the image with the highest hash of training, or else of a part that has several. The part of an image then depends on the others. Weights store the hashes of the images that
-    they have seen, so scoring detects an image whose part has changed.
+    An empty part gets the image with the highest hash of training, or else of a part that has several. The
+    part of an image then depends on the others. Weights store the hashes of the images that they have seen,
+    so scoring detects an image whose part has changed.
     """
     parts = parts.copy()
     for part in (2, 1, 0):  # test, validation, training

@@ -110,10 +110,10 @@ def local_slice(batch_size):
 
 
 def gather(part):
-    """The whole batch from each process's part (b, ...); gradients flow to this process's.
+    """The whole batch from each process's part (b, ...); gradients flow to the part of this process.
 
     Downstream, every process computes the same gradients from the whole batch. Upstream, each has
-    the gradients of its own part, which DDP averages over the processes; they are multiplied by
+    the gradients of its part, which DDP averages over the processes; they are multiplied by
     world_size here, to get their sum.
     """
     if world_size() == 1:

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from lib.augment import augment
-from lib.npy import forget_pages
 from lib.loader import batch_reader, fixed_random_numbers, in_batches
+from lib.npy import forget_pages
 from mae import IntensityTransform
 
 TRANSFORM_IMAGES = 2000  # training images that the constants are computed from

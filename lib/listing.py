@@ -4,9 +4,8 @@
                           a stack of them; the folders name the classes.
 <root>/<part>/<class>/    likewise in the parts train and val (or test), which are kept, see `Listing`.
 <root>/labels.csv         a table whose columns file and label name the files and their classes.
-<root>/HR/, <root>/LR/    two folders of pairs, whose files have the same names: images of one are 2, 3 or 4
-times
-                          as wide as those of the other.
+<root>/HR/, <root>/LR/    two folders of pairs, whose files have the same names: the images of one are 2, 3
+                          or 4 times as wide as those of the other.
 """
 
 import csv
@@ -99,8 +98,7 @@ def pairs_among(files):
 
 
 def list_classes(root):
-    """{class name: sorted paths of its images} of class folders or of the table LABELS, and the list of
-    other files.
+    """{class name: sorted paths of its images} of class folders or of the table LABELS, and other files.
 
     Hidden files and `__MACOSX` do not count. Raises UserError, naming the folder and the remedy, for a class
     without images, images in sub-folders, and names that a class must not have.

@@ -62,8 +62,7 @@ class Residuals(nn.Module):
 
 
 class Answers(nn.Module):
-    """What a `MassEstimator` or `Sharpener` answers to raw images (B, 1, H, W): `outputs`, (B,) or (B, 1,
-    fH, fW)."""
+    """The answers of a `MassEstimator` or `Sharpener` to raw images (B, 1, H, W), named by `outputs`."""
 
     def __init__(self, network, outputs):
         super().__init__()

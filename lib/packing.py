@@ -115,7 +115,7 @@ def placed(originals, places):
 
 
 def fingerprint_of(digests, class_names):
-    """The identity of a packed data set; whatever is known of its images beside them, they are the same."""
+    """The identity of a packed data set. Masses and coarse images do not count."""
     digests = {name: digests[name] for name in ("images", "labels", "hashes")}
     return hashlib.sha256(json.dumps([digests, class_names]).encode()).hexdigest()
 

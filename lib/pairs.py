@@ -4,8 +4,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lib.listing import FACTORS
 from lib.errors import UserError
+from lib.listing import FACTORS
 from lib.loader import batch_reader, in_batches
 
 COMPARED_PAIRS = 200  # whose coarse image is compared with the reduction of the sharp one

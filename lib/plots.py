@@ -90,8 +90,7 @@ def run_styles(runs):
 def _draw_curves(axes, history, name, label):
     """A line for each part, with its last value in the legend; of one validation the values, and no line.
 
-    Positive values that vary by more than WIDE have a logarithmic axis; those of SHARES are drawn up to 1,
-    their best.
+    Positive values that vary by more than WIDE have a logarithmic axis; the axis of SHARES ends at 1.
     """
     # The weights that a classifier continues from are validated before anything is trained.
     points = {}
@@ -316,9 +315,9 @@ def score_histogram(path, scores, labels, class_names):
 
 
 def roc_curves(path, curves):
-    """One panel a class, one above the other, for narrow screens; `curves`: {run: {class: (false positive, true positive, AUC)}}.
+    """One panel a class, one above the other, for narrow screens.
 
-    The false positive rate is logarithmic: good classifiers differ near zero only.
+    `curves`: {run: {class: (false positive, true positive, AUC)}}. The false positive rate is logarithmic: good classifiers differ near zero only.
     """
     class_names, styles = list(next(iter(curves.values()))), run_styles(curves)
     figure, axes = plt.subplots(len(class_names), 1, figsize=(4.2, 3.4 * len(class_names)), squeeze=False)
@@ -352,10 +351,10 @@ def reliability(path, runs):
 
 
 def familiarity(path, values, least):
-    """Share of images below a familiarity, both logarithmic; `values`: {run: familiarity (n,)}, nothing for
-    none.
+    """Share of images below a familiarity, both logarithmic; `values`: {run: familiarity (n,)}.
 
-    Images like the training images lie on the diagonal; `least` is where predictions end.
+    Draws nothing without values. Images like the training images lie on the diagonal; `least` is where
+    predictions end.
     """
     if not values:
         return

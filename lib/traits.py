@@ -99,10 +99,10 @@ def advice(traits, reference, unit_known=False, by_chance=False):
         unlike.append(f"the brightest pixel is {factor:.3g} times that of the training images{remedy}")
     if abs(darkest / factor - usual[1]) > 0.01 * light:
         unlike.append(f"the darkest pixel is {darkest:.3g}, {usual[1]:.3g} in the training images: another "
-                     "zero level, or noise")  # fmt: skip
+                      "zero level, or noise")  # fmt: skip
     if step / factor > max(2 * high[2], 1e-4 * light):
         unlike.append(f"the corners are noisy: neighbours differ by {step / factor / light:.1%} of the peak, "
-                     f"{usual[2] / light:.1%} in the training images")  # fmt: skip
+                      f"{usual[2] / light:.1%} in the training images")  # fmt: skip
     if zeros > high[3] + 0.01:
         unlike.append(f"{zeros:.0%} of the pixels are exactly zero: rounded or masked?")
     if saturated > high[4] + 0.002:

@@ -23,7 +23,7 @@ def cards_of(header):
     header : {name: number or text}. A text where a number belongs, or the reverse, does not count.
     """
     kept = {name: value for name, value in header.items()
-             if KEPT.fullmatch(name) and isinstance(value, str) == bool(TEXTS.fullmatch(name))}  # fmt: skip
+            if KEPT.fullmatch(name) and isinstance(value, str) == bool(TEXTS.fullmatch(name))}  # fmt: skip
     starts = [str(kept.get(f"CTYPE{axis}", ""))[:4].strip("-") for axis in (1, 2)]
     has_tables = any(map(TABLES.fullmatch, header)) or any(
         str(kept.get(f"CTYPE{axis}", "")).endswith("-TAB") for axis in (1, 2)

@@ -284,8 +284,7 @@ def classifier_of(opened):
 
 
 def network_of(opened, kind):
-    """The network of opened `Weights`, whose `kind` must be "mass" or "sharpener"; UserError as in
-    `mae_of`."""
+    """The network of opened `Weights` of `kind` "mass" or "sharpener"; UserError as in `mae_of`."""
     network, lacks, task = {"mass": (MassEstimator, "estimates no masses", "mass"),
                             "sharpener": (Sharpener, "sharpens no images", "sharpen")}[kind]  # fmt: skip
     if opened.kind != kind:
