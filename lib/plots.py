@@ -317,7 +317,8 @@ def score_histogram(path, scores, labels, class_names):
 def roc_curves(path, curves):
     """One panel a class, one above the other, for narrow screens.
 
-    `curves`: {run: {class: (false positive, true positive, AUC)}}. The false positive rate is logarithmic: good classifiers differ near zero only.
+    `curves`: {run: {class: (false positive, true positive, AUC)}}. The false positive rate is logarithmic: good
+    classifiers differ near zero only.
     """
     class_names, styles = list(next(iter(curves.values()))), run_styles(curves)
     figure, axes = plt.subplots(len(class_names), 1, figsize=(4.2, 3.4 * len(class_names)), squeeze=False)
