@@ -108,6 +108,14 @@ def test_too_few_or_too_many_kinds_are_refused(kinds, images, named):
         clusters.fit(np.zeros((images, 5)), kinds, 0)
 
 
+@pytest.mark.parametrize(("kinds", "images"), [(2, 2), (20, 100)])
+def test_few_images_are_sorted_into_as_many_kinds_as_wished(kinds, images):
+    powers = np.random.default_rng(0).standard_normal((images, 5))
+    found = clusters.fit(powers, kinds, 0)
+    assert found.count == kinds
+    assert set(clusters.assign(found, powers)) == set(range(kinds))
+
+
 @pytest.mark.parametrize("different", [1, 2])
 def test_maps_that_are_all_alike_are_sorted_without_a_word(different):
     maps = np.zeros((40, 16, 16))

@@ -16,6 +16,21 @@ def test_a_device_that_does_not_exist_is_named(name):
         device.resolve_device(name)
 
 
+def test_products_of_float32_numbers_are_not_rounded_on_a_gpu(monkeypatch):
+    kinds = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [kind.allow_tf32 for kind in kinds], torch.backends.cudnn.deterministic
+    monkeypatch.setattr(torch, "empty", lambda *shape, device: None)
+    try:
+        for kind in kinds:
+            kind.allow_tf32 = True
+        assert device.resolve_device("cuda").type == "cuda"
+        assert not any(kind.allow_tf32 for kind in kinds)
+    finally:
+        for kind, value in zip(kinds, before[0], strict=True):
+            kind.allow_tf32 = value
+        torch.backends.cudnn.deterministic = before[1]
+
+
 # Precision
 
 
@@ -35,6 +50,12 @@ def test_bfloat16_is_taken_only_where_a_product_is_much_faster(in_bfloat16, chos
 
     monkeypatch.setattr(device, "seconds_of", seconds_of)
     assert device.choose_precision("auto", CPU).name == chosen
+
+
+def test_choosing_the_precision_leaves_the_random_numbers():
+    random_state = torch.get_rng_state()
+    device.choose_precision("auto", CPU)
+    assert torch.equal(torch.get_rng_state(), random_state)
 
 
 def test_products_have_the_chosen_format_and_attention_the_kernel_that_is_fast_in_it():

@@ -13,8 +13,9 @@ import torch
 from conftest import (HUNG, PRETRAINED, ROOT, assert_same_tensors, finetuning, history_of, pretraining, run_script,
                       tensors_in)  # fmt: skip
 
-from lib import loader, strategies
+from lib import distributed, loader, strategies
 from lib.augment import KINDS
+from lib.errors import UserError
 
 STRATEGIES = ("head", "layernorm", "full", "residual")
 
@@ -193,6 +194,15 @@ def test_gradients_are_those_of_the_whole_batch(in_two_processes):
     for of_process in gradients:
         for parameter, gradient in zip(model.parameters(), of_process, strict=True):
             assert gradient == pytest.approx(parameter.grad.flatten().tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:77"])
+def test_a_gpu_that_does_not_exist_is_named(name, monkeypatch):
+    for variable in (*distributed.BY_TORCHRUN, "WORLD_SIZE"):
+        monkeypatch.setenv(variable, "77")
+    with pytest.raises(UserError, match="cuda:77 is not available here"):
+        with distributed.process_group(name):
+            pass
 
 
 def workers_of(launcher):

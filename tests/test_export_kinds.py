@@ -51,6 +51,19 @@ def test_the_unit_of_the_images_survives_the_export(unit, tmp_path):
     export.require_agreement(export.differences(model, path, images(unit)), path)
 
 
+def test_a_small_unit_survives_the_export_of_residual_maps(tmp_path):
+    model = residuals(1e-30)
+    path = exported(model, tmp_path / "maps.onnx")
+    export.require_agreement(export.differences(model, path, images(1e-30)), path)
+
+
+@pytest.mark.parametrize("kind", ["log", "asinh", "sqrt", "linear"])
+@pytest.mark.parametrize("unit", [1e-30, 1.0, 1e30])
+def test_the_scaled_transform_is_the_transform_bit_for_bit(unit, kind):
+    transform, pixels = IntensityTransform(**constants(unit, kind)), torch.tensor(images(unit, 8))
+    assert torch.equal(onnxwrite.ScaledTransform(transform)(pixels), transform(pixels))
+
+
 def test_images_far_above_their_contrast_are_exported(tmp_path):
     """The offset is subtracted before anything is rounded."""
     transform = {"kind": "linear", "offset": 1e6, "softening": 1.0, "mean": 0.5, "std": 0.3}

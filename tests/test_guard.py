@@ -16,6 +16,11 @@ def session(outputs=2, **metadata):
                            get_modelmeta=lambda: SimpleNamespace(custom_metadata_map=metadata))  # fmt: skip
 
 
+def test_an_image_exactly_at_the_limit_is_answered():
+    familiarity = np.array([0.00999, 0.01, 0.5, np.nan], np.float32)
+    assert Guard(600).answers(PREDICTED, familiarity).tolist() == [False, True, True, False]
+
+
 def test_the_least_familiarity_of_all_is_refused():
     guard = Guard(100)
     assert guard.can_refuse

@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import bound_by_permissions, run_python
 
-from lib import images
+from lib import datasets, images
 from lib import fits as fits_reader
 from lib import npy as npy_reader
 from lib.errors import UserError
@@ -415,6 +415,22 @@ def test_maps_of_weights_errors_masks_and_psfs_are_not_taken_for_the_sky(name, f
 def test_images_without_a_name_are_known_by_their_content(pixels, fits, tmp_path):
     """Constants, flags and a PSF whose sum is one."""
     assert np.array_equal(read_fits(tmp_path / "x.fits", sky_and(fits, ("", pixels))), IMAGE)
+
+
+def test_training_on_fits_and_npz_files_is_training_on_the_same_npy_files(fits, tmp_path):
+    for name, pixels in {"a": IMAGES, "b": IMAGES + 1}.items():
+        for kind in ("npy", "fits", "npz"):
+            (tmp_path / kind / name).mkdir(parents=True)
+        for i, image in enumerate(pixels):
+            np.save(tmp_path / "npy" / name / f"{i}.npy", image)
+            np.savez(tmp_path / "npz" / name / f"{i}.npz", image=image, label=np.array(name))
+            suffix = (".fits", ".FIT", ".fts.gz")[i]
+            fits.PrimaryHDU(image).writeto(tmp_path / "fits" / name / f"{i}{suffix}")
+    npy, *others = (datasets.load(tmp_path / kind, progress=False) for kind in ("npy", "fits", "npz"))
+    for other in others:
+        assert np.array_equal(npy.images, other.images)
+        assert np.array_equal(npy.hashes, other.hashes)
+        assert npy.fingerprint == other.fingerprint
 
 
 def test_of_several_images_none_is_taken_until_the_user_names_it(fits, tmp_path):

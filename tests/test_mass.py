@@ -10,7 +10,7 @@ import torch
 from conftest import (CLASSIFIER, MASS, PRETRAINED, assert_refused, assert_same_tensors, assert_user_error, finetune_on,
                       images_of, read_csv, run_script, sigterm_at, tensors_in, write_classes, write_packed)  # fmt: skip
 from lib import datasets, lenses, listing, masses, weights
-from mae import MassEstimator
+from mae import MassEstimator, MassNetwork
 
 TRANSFORM = {"kind": "log", "offset": 0.0, "softening": 0.1, "mean": 0.0, "std": 1.0}
 
@@ -114,6 +114,11 @@ def test_a_turned_image_has_the_same_mass_and_a_batch_changes_nothing(mass_run, 
         alone = torch.stack([torch.stack(model(image[None]))[:, 0] for image in images], dim=1)
     assert torch.allclose(answers, turned, atol=1e-4)
     assert torch.allclose(answers, alone, atol=1e-4)
+
+
+def test_images_with_an_odd_number_of_pixels_are_refused():
+    with pytest.raises(ValueError, match="even"):
+        MassNetwork(1, 15)
 
 
 def test_a_network_learns_the_mass_of_vortices_from_their_images(tmp_path):

@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 from test_predict_inputs import MEAN, write_model
 
 import evaluate
-from lib import datasets, onnxfile, plots, tables, weights
+from lib import datasets, onnxfile, plots, sheet, tables, weights
 from lib.errors import UserError
 from lib.residuals import measure
 from predict import Answer
@@ -185,6 +185,29 @@ def test_pictures_that_fail_cost_no_result(place, tmp_path, monkeypatch):
 def test_a_cell_of_markdown_is_plain_text():
     line = tables.markdown([["run"], ["a|b <i> `c` *d* [e](f) g\\|h"]]).splitlines()[2]
     assert line == "| a\\|b \\<i> \\`c\\` \\*d\\* \\[e](f) g\\\\\\|h |"
+
+
+@pytest.mark.parametrize("name", ["$x^{$", "\\$", "_", "a$b$", "x" * 5000, "a\nb", "\udcff"])
+def test_a_label_is_plain_text(name):
+    label = plots.label_of(name)
+    figure, axes = plt.subplots()
+    axes.plot([0], label=label)
+    (shown,) = axes.legend().get_texts()
+    figure.canvas.draw()
+    assert shown._preprocess_math(shown.get_text())[1] is False
+    assert len(label) <= plots.LONGEST_LABEL + name.count("$") + 1
+    assert "\n" not in label
+    plt.close(figure)
+
+
+def test_names_reach_the_sheet_as_they_are(monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.update({path: figure}))
+    answer = Answer("folder/a$b$.npy", np.zeros((1, 8, 8), np.float32), [0.9, 0.1], "c$m$", None, None)
+    assert sheet.draw("s", [answer], ["c$m$", "other"], None, None) is None
+    title = drawn["s"].axes[0].title
+    assert title.get_text() == "a\\$b\\$.npy\nc\\$m\\$"  # what matplotlib draws as a$b$.npy
+    assert title.get_color() == "black"
 
 
 def test_every_residual_is_image_minus_prediction(monkeypatch):

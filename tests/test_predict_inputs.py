@@ -227,6 +227,15 @@ def test_a_sheet_that_cannot_be_drawn_costs_no_result(predict, tmp_path, monkeyp
     assert process.stdout.startswith("1 image in")
 
 
+@pytest.mark.parametrize(("batch", "sheet"), [(1, 1), (2, 10**9), (10**9, 1)])
+def test_numbers_at_the_edge(batch, sheet, predict, models, tmp_path):
+    np.save(tmp_path / "a.npy", IMAGES)
+    process = predict(tmp_path / "a.npy", "--batch-size", batch, "--sheet", tmp_path / "sheet.PNG",
+                      "--sheet-images", sheet, "--maps", models / "reconstruction.onnx")  # fmt: skip
+    assert len(process.rows) == 3
+    assert f"{min(sheet, 3)} of them in" in process.stdout
+
+
 # Names
 
 NAMES = {"newline": b"a\nb.npy", "return": b"a\rb.npy", "quotes": b"a\"b',c;.npy", "formula": b"=1+1.npy",

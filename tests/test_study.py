@@ -1,6 +1,7 @@
 """experiments/study.py and results.py: every experiment runs, no run is repeated, figures are joined."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from conftest import PRETRAINED, TINY_DECODER, TINY_NETWORK, replacing
@@ -8,7 +9,7 @@ from conftest import PRETRAINED, TINY_DECODER, TINY_NETWORK, replacing
 import finetune
 import pretrain
 from experiments import results, study
-from lib import class_evaluation, familiarity
+from lib import class_evaluation, datasets, familiarity, weights
 from lib.errors import UserError
 
 TINY = {"SCRATCH_EPOCHS": 2, "LABEL_SHARES": (0.2, 1.0), "UNFAMILIAR_PER_CLASS": 4, "MISTAKES_PER_CLASS": 40,
@@ -72,6 +73,41 @@ def test_runs_that_are_there_are_not_repeated(tiny_study, unseen, tmp_path, pack
     before = path.read_bytes()
     tiny_study("--seeds", 0, "--only", "without_labels", "--pretraining", NETWORK.replace("1", "2", 1))
     assert path.read_bytes() != before
+
+
+def test_runs_on_other_data_are_not_replaced(tiny_study, tmp_path):
+    """They may have taken hours; another data set needs another folder."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "data.json").write_text('{"fingerprint": "of others"}')
+    with pytest.raises(UserError, match="another data set: name another --out"):
+        tiny_study("--only", "scratch")
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["data.json"]
+
+
+def test_weights_without_a_familiarity_are_named(tiny_study, monkeypatch):
+    monkeypatch.setattr(weights, "familiarity_in", lambda opened: None)
+    with pytest.raises(UserError, match=r"base.seed0.full.*no familiarity"):
+        tiny_study("--seeds", 0, "--only", "unfamiliar")
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "named"),
+    [("--cutouts", "empty", "empty"), ("--finetuning", "--lr '1", "--lr '1"), ("--finetuning", "lr 1", "lr is no option"),
+     ("--finetuning", "--lr 1 --lr 2", "--lr is given twice")],
+)  # fmt: skip
+def test_a_wrong_option_ends_a_study_before_it_starts(option, text, named, tiny_study, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=named):
+        tiny_study("--only", "unfamiliar", option, text)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("classes", "epochs"), [("no_sub", 4), ("no_sub cdm", 8), ("all", 12)])
+def test_pretraining_on_all_classes_takes_as_many_steps_as_on_some(classes, epochs, packed):
+    args = SimpleNamespace(pretraining=f"--epochs 12 --classes {classes}")
+    lab = SimpleNamespace(own=study.Images(packed, datasets.load(packed)), args=args)
+    assert study.on_all_classes(lab) == ("--classes", "all", "--epochs", epochs)
 
 
 @pytest.mark.parametrize("own", ["--data x", "--seed=7", "--update", "--labels 0.5"])

@@ -78,6 +78,21 @@ def test_what_is_saved_is_read_and_says_what_it_is(mae_file, classifier_file, ru
         weights.load_classifier(mae_file[0])
 
 
+def test_a_failed_write_names_the_file_and_leaves_the_old_one(mae_file, monkeypatch):
+    path, network = mae_file
+    before = path.read_bytes()
+
+    def half(_, temporary):
+        temporary.write(before[:100])
+        raise RuntimeError("[enforce fail at inline_container.cc] unexpected pos")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(UserError, match=r"mae\.pth: is the disk full"):
+        weights.save(path, network.state_dict(), {}, [], {}, SEEN)
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent) == ["mae.pth"]
+
+
 class Touches:
     """Pickles as a call that leaves a file behind."""
 
