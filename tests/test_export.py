@@ -1,5 +1,6 @@
 """export.py and lib/onnxfile.py: the exported file is the network, or it is not written."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import CLASSIFIER, PRETRAINED, ROOT, TINY_NETWORK, assert_user_error, run_script
+from conftest import CLASSIFIER, PRETRAINED, ROOT, TINY_NETWORK, Terminal, assert_user_error, run_script
 
 import export
 import mae
@@ -87,6 +88,30 @@ def test_an_export_that_loses_auc_or_accuracy_is_not_left(figure, exported_alrea
         export.main(["--weights", str(runs / "head" / CLASSIFIER), "--data", str(folder), "--cache-dir",
                      str(runs / "cache"), "--out", str(tmp_path / "x.onnx"), "--precision", "float16"])  # fmt: skip
     assert not list(tmp_path.iterdir())
+
+
+def test_an_export_uses_the_packed_copy_that_the_training_made(runs, folder, tmp_path):
+    shutil.rmtree(folder / ".packed", ignore_errors=True)  # of other tests
+    arguments = ["--weights", str(runs / "head" / CLASSIFIER), "--out", str(tmp_path / "x.onnx")]
+    export.main(arguments)
+    assert not (folder / ".packed").exists()
+    (runs / "cache").rename(runs / "elsewhere")
+    try:
+        export.main(arguments)
+    finally:
+        (runs / "elsewhere").rename(runs / "cache")
+    assert (folder / ".packed").exists()
+
+
+def test_each_step_is_named_on_a_terminal_alone(runs, folder, tmp_path, capsys):
+    arguments = ["--weights", runs / "full" / CLASSIFIER, "--data", folder, "--cache-dir", runs / "cache"]
+    with contextlib.redirect_stderr(Terminal()) as terminal:
+        export.main([*map(str, arguments), "--out", str(tmp_path / "x.onnx")])
+    steps = terminal.getvalue().splitlines()
+    assert len(steps) >= 4
+    assert all(step.endswith(" ...") for step in steps)
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert run_script("export.py", *arguments, "--out", tmp_path / "y.onnx").stderr == ""
 
 
 def test_exported_maps_are_those_of_pytorch(runs, folder):

@@ -11,7 +11,8 @@ import sys
 import numpy as np
 import pytest
 from conftest import (
-    CLASSIFIER, PRETRAINED, ROOT, TINY_NETWORK, assert_user_error, read_csv, run_code, run_script, write_classes,
+    CLASSIFIER, PRETRAINED, ROOT, TINY_NETWORK, assert_user_error, bound_by_permissions, read_csv, run_code,
+    run_python, run_script, write_classes,
 )  # fmt: skip
 
 from lib import weights
@@ -97,6 +98,14 @@ def test_every_mistake_ends_with_one_line_that_names_it(runs, folder, tmp_path):
         assert str(named) in error, name
         assert error.startswith("error: ") and error.endswith("\n"), name
         assert [path.name for path in tmp_path.glob("out/*")] == [], name
+
+
+def test_an_unwritable_folder_is_named(packed, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    process = run_python("pretrain.py", "--data", packed, "--out", tmp_path / "locked" / "run", check=False,
+                         before=bound_by_permissions())  # fmt: skip
+    assert_user_error(process, tmp_path / "locked")
+    assert len(process.stderr.splitlines()) == 1
 
 
 def test_other_classes_and_sizes_work_throughout(tmp_path):
