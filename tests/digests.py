@@ -112,10 +112,10 @@ def main():
         classifiers = [runs / f"{start}-{strategy}" / WEIGHTS for start, strategy, _ in starts]
         call("evaluate.py", "--data", data, "--weights", *classifiers, "--out", runs / "evaluation",
              "--resamples", 100)  # fmt: skip
-        found[f"{size} evaluation"] = digest_of_json(runs / "evaluation" / "metrics.json", ["weights"])
+        found[f"{size} evaluation"] = digest_of_json(runs / "evaluation" / "metrics.json", ["weights", "made_from"])
         call("reconstruct.py", "--data", data, "--weights", mae, "--out", runs / "residuals",
              "--resamples", 100, "--clusters", 3)  # fmt: skip
-        found[f"{size} residuals"] = digest_of_json(runs / "residuals" / "metrics.json", ["weights"])
+        found[f"{size} residuals"] = digest_of_json(runs / "residuals" / "metrics.json", ["weights", "made_from"])
         found[f"{size} scores"] = digest((runs / "residuals" / "scores.csv").read_bytes())
         maps = runs / "maps.onnx"
         call("export.py", "--data", data, "--what", "reconstruction", "--weights", mae, "--out", maps)
