@@ -33,7 +33,7 @@ def main():
     runtime = EXAMPLES / "node_modules" / "onnxruntime-web" / "dist"
     if not runtime.is_dir():
         raise UserError("onnxruntime-web is not installed: npm ci --prefix examples --ignore-scripts")
-    with atomic_directory(args.out, replaced=LAST, own=OWN) as page:
+    with atomic_directory(args.out, replaced=LAST, pattern=OWN) as page:
         for path in PAGE:
             (page / path.name).write_text(beside(path.read_text()))
         for path in (*(runtime / name for name in RUNTIME), *(models / name for name in MODELS)):
