@@ -8,11 +8,12 @@ import json
 import numpy as np
 import pytest
 import torch
+from browser import CHROMIUM, browser
 from conftest import CLASSIFIER, TINY_NETWORK, run_script
 
 import evaluate
 import finetune
-from lib import class_evaluation, datasets, plots, report, weights
+from lib import class_evaluation, datasets, plots, report, tables, weights
 from lib.files import sha256_of
 
 LEVELS = {"bright": 2.0, "dark": 0.0, "grey": 1.0}
@@ -151,6 +152,33 @@ def test_the_report_is_one_file_that_loads_nothing(evaluation, runs):
     for outside in ("http:", "https:", 'src="/', "<script", "<link"):
         assert outside not in page
     assert 'name="viewport"' in page
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+def test_a_phone_shows_every_number_of_the_reports_table(tmp_path):
+    rows = [["run", *(f"AUC class {i}" for i in range(4)), "accuracy %"], ["a run with a long name", *["0.9969 (0.9925–0.9996)"] * 5],
+            ["of others", "", "0.92", "", "", "99"]]  # fmt: skip
+    table = tables.as_html(rows, ["", "best", "published"])
+    (tmp_path / "page.html").write_text(
+        f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{report.STYLE}</style>{table}'
+    )
+    with browser(tmp_path / "profile") as page:
+        page.call("Emulation.setDeviceMetricsOverride", width=400, height=800, deviceScaleFactor=1, mobile=True)
+        page.go((tmp_path / "page.html").as_uri())
+        page.until("document.querySelector('td')")
+        cells = page.evaluate(
+            "[...document.querySelectorAll('td')].filter((cell) => cell.textContent).map((cell) => {"
+            "const { left, right, height } = cell.getBoundingClientRect();"
+            "return [cell.textContent, getComputedStyle(cell, '::before').content, left, right, height]; })"
+        )
+        empty = page.evaluate(
+            "[...document.querySelectorAll('td')].filter((cell) => !cell.textContent).map((cell) =>"
+            "!cell.getBoundingClientRect().height)"
+        )
+    assert [cell[0] for cell in cells] == [cell for row in rows[1:] for cell in row if cell]
+    assert all(0 <= left < right <= 400 and height for *_, left, right, height in cells)
+    assert empty == [True] * 3  # they say nothing
+    assert [cell[1] for cell in cells if cell[0] == "99"] == ['"accuracy %"']  # what the number is
 
 
 def leave_run(folder, start=None, **changed):
