@@ -49,7 +49,8 @@ NAMED_OTHERS = 5  # of the files that are not read
 
 def batches_of(images, batch_size):
     """Collect (name, image, WCS) triples: yield (names, images (b, 1, H, W), WCS of each)."""
-    while batch := list(itertools.islice(images, min(batch_size, sys.maxsize))):
+    size = min(batch_size, sys.maxsize)  # the most that islice takes
+    while batch := list(itertools.islice(images, size)):
         names, pixels, skies = zip(*batch, strict=True)
         yield names, np.stack(pixels)[:, None], skies
 
