@@ -116,5 +116,29 @@ def test_the_command_prints_three_figures_of_each_class_and_way_of_decoding(tmp_
 def test_what_a_smooth_lens_leaves_finds_substructure(capsys):
     smooth_fits.main(["--find", "3"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["sphere", "vort", "all"]
+    assert [line.split()[0] for line in lines] == ["sphere", "vort", "all"] * 2
     assert all(float(re.search(r"AUC (\S+)", line)[1]) > 0.7 for line in lines)
+
+
+def test_the_significance_of_what_is_left_is_its_distance_in_units_of_the_photon_noise():
+    """Bright pixels have more noise: the sum over pixels of (image - smooth lens)²/variance, both without noise."""
+    (significance,) = smooth_fits.significances("vort", 1, 8)
+    ((_, _, truth),) = many_lenses.observed("vort", 1, 8)
+    best = smooth_fits.render(smooth_fits.fit(truth[0].astype(np.float64)).parameters)[0]
+    design = np.stack([best.ravel(), np.ones(best.size)], axis=1)
+    weight = 1 / (best + many_lenses.SKY).ravel()  # up to the scale of the image
+    scale, zero = np.linalg.solve(design.T @ (weight[:, None] * design), design.T @ (weight * truth.ravel()))
+    left = truth.ravel() - design @ (scale, zero)
+    counts_per_unit = many_lenses.EXPOSURE / scale
+    variance = many_lenses.EXPOSURE * (best.ravel() + many_lenses.SKY)
+    assert significance == pytest.approx(np.sqrt((counts_per_unit**2 * left**2 / variance).sum()), rel=1e-3)
+
+
+def test_an_observer_who_is_told_what_to_look_for_is_as_good_as_draws_say():
+    significance = np.array([0.0, 0.5, 2.0, 4.0])
+    rng = np.random.default_rng(0)
+    spread = rng.choice(significance, (2, 200_000))
+    with_it, without = spread * rng.standard_normal(spread.shape) + np.array([[1], [-1]]) * spread**2 / 2
+    higher, equal = (with_it > without).mean(), (with_it == without).mean()
+    assert smooth_fits.auc_when_told(significance) == pytest.approx(higher + equal / 2, abs=0.004)
+    assert smooth_fits.auc_when_told(np.zeros(3)) == 0.5
