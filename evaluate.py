@@ -39,6 +39,8 @@ BESIDE = {"classifier": ["report.html", "roc.png"], "mass": ["masses.png"], "sha
 
 
 def evaluate(args):
+    opened = {name: weights.read(path)
+              for name, path in zip(names_of_runs(args.weights), args.weights, strict=True)}  # fmt: skip
     dataset = datasets.load(args.data, args.cache_dir)
     make_folder(args.out)
     if (args.out / "scores.csv").exists():
@@ -47,8 +49,6 @@ def evaluate(args):
     if args.save_predictions:
         check_outputs({"predictions.csv": args.out / PREDICTIONS}, [args.predictions] if args.predictions else [])
         require_own(args.out / PREDICTIONS, rb"\Arun,row,")
-    opened = {name: weights.read(path)
-              for name, path in zip(names_of_runs(args.weights), args.weights, strict=True)}  # fmt: skip
     theirs = sha256_of(args.predictions) if args.predictions else None
     hashes = {name: run.sha256 for name, run in opened.items()}
     made = made_from(args, [*LIBRARY, __file__], data=identity_of(dataset), weights=hashes, theirs=theirs)
@@ -140,7 +140,8 @@ def parse_args(argv=None):
     parser = options.new_parser(__doc__, EXAMPLE)
     options.add_data_arguments(parser)
     parser.add_argument(
-        "--weights", type=path_argument, nargs="+", required=True, metavar="PTH", help="classifiers"
+        "--weights", type=path_argument, nargs="+", required=True, metavar="PTH",
+        help="what finetune.py left: classifiers, or networks of one other --task",
     )
     options.add_test_arguments(parser)
     parser.add_argument("--save-predictions", action="store_true",

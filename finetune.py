@@ -26,9 +26,11 @@ from lib import datasets, distributed, familiarity, network, options, plots, rec
 from lib.device import resolve_device
 from lib.guard import LEAST_FAMILIARITY
 from lib.loader import in_batches
-from lib.loop import check_batch, fit, precision_of
+from lib.loop import Objective, check_batch, fit, precision_of
 from lib.run import open_run
-from lib.strategies import DEFAULT_POOL, STRATEGIES, freeze_others, reestimate_batchnorm, strategy_of
+from lib.strategies import (
+    DEFAULT_POOL, STRATEGIES, TASK_STRATEGIES, freeze_others, reestimate_batchnorm, strategy_of,
+)  # fmt: skip
 from lib.tasks import TASKS
 from mae import POOLINGS, set_attention_form
 
@@ -43,6 +45,7 @@ EXAMPLE = """examples:
 
 
 def finetune(args):
+    start = open_start(args)
     with distributed.main_process_first():
         dataset = datasets.load(args.data, args.cache_dir)
     parts = datasets.split(dataset)
@@ -53,16 +56,14 @@ def finetune(args):
     rows = parts["train"]
     if args.labels < 1:
         rows = datasets.fraction_of_each_class(dataset.labels, rows, args.labels, args.seed)
-    start = open_start(args)
     strategy = strategy_of(args)
     chosen = strategy.recipe(args, start, len(rows))
-    inputs = task.inputs or dataset
-    about = {**network.options_of(args, inputs.img_size, start), **task.about,
+    about = {**network.options_of(args, task.inputs.img_size, start), **task.about,
              "pretrained_sha256": start.sha256 if start else "none"}  # fmt: skip
-    with open_run(args, dataset, task.file, chosen, **about) as run:
+    with open_run(args, task.inputs, task.file, chosen, **about) as run:
         if run.is_finished:
             return
-        train(args, task, strategy, start, chosen, inputs, rows, parts, run)
+        train(task, strategy, start, rows, parts, run)
 
 
 def open_start(args):
@@ -75,25 +76,23 @@ def open_start(args):
     return start
 
 
-def train(args, task, strategy, start, chosen, dataset, rows, parts, run):
-    """Train on the labelled `rows` of the training part by the `chosen` recipe; save the weights.
-
-    `dataset` is what the network sees.
-    """
+def train(task, strategy, start, rows, parts, run):
+    """Train on the labelled `rows` of the training part; save the weights."""
+    args, chosen, dataset = run.args, run.recipe, task.inputs
     check_batch(chosen, rows)
     device, validation = resolve_device(args.device), parts["validation"]
     torch.manual_seed(chosen.seed)
-    model, config = strategy.build(args, start, chosen, task, dataset, rows)
+    model, config = strategy.build(args, start, chosen, task, rows)
     few = " (few)" if strategy.defaults_from(start).are_few(len(rows)) else ""
     # Now that the options are known to fit together.
     distributed.say(f"{args.strategy}, {len(rows):,} training images{few}: {chosen}")
     model.to(device)
     targets = task.targets.to(device)
-    precision = precision_of(chosen, run, device)
+    precision = precision_of(run, device)
     set_attention_form(model, precision.attention)
     with precision.autocast(device):  # what is computed once and stored
         learner, training_outputs, outputs_of = strategy.learner(
-            model, chosen, dataset, np.concatenate([rows, validation]), run, device
+            model, dataset, np.concatenate([rows, validation]), run, device
         )
     run.write_config(model=config)  # removes what it replaces, now that nothing is in the way
     freeze_others(model, learner.learning)
@@ -110,11 +109,12 @@ def train(args, task, strategy, start, chosen, dataset, rows, parts, run):
             outputs = validation_outputs()
         return task.validation_measures(outputs, task.targets[validation])
 
-    learner = learner._replace(is_trained=start is not None and start.is_classifier)
-    state, history, kept = fit(learner, batch_loss, validate, chosen, rows, run, device, precision, task.score)
+    score = task.score if chosen.keep == "best" else None
+    objective = Objective(batch_loss, validate, score, is_trained=start is not None and start.is_classifier)
+    state, history, kept = fit(learner, objective, rows, run, device, precision)
     learner.model.load_state_dict(state)
     outputs = validation_outputs()  # in float32, apart from what is stored
-    fitted = familiarity_of(start, dataset, parts, config, chosen, args) if strategy.classifies else None
+    fitted = familiarity_of(start, dataset, parts, config, run) if strategy.classifies else None
     if fitted:
         fitted[0].class_seen.copy_(outputs.argmax(dim=1))
         say_small_classes(fitted[0].class_seen, dataset.class_names)
@@ -132,16 +132,17 @@ def train(args, task, strategy, start, chosen, dataset, rows, parts, run):
     plots.attempt(plots.curves, args.out / "curves.png", history, task.curves)
 
 
-def familiarity_of(start, dataset, parts, config, chosen, args):
+def familiarity_of(start, dataset, parts, config, run):
     """The `Familiarity` of the training's images and its arguments, or None: too few images.
 
     The fit needs no labels, so it may see all images of the training part. That of `start` is kept if it
     was fitted to the same images.
     """
-    fitted = weights.familiarity_for(start, dataset, chosen.augment) if start else None
+    augment = run.recipe.augment
+    fitted = weights.familiarity_for(start, dataset, augment) if start else None
     if fitted is None:
         fitted = familiarity.fit(
-            dataset, parts["train"], parts["validation"], config["transform"], chosen.augment, args.quiet
+            dataset, parts["train"], parts["validation"], config["transform"], augment, run.quiet
         )
     if fitted is None:
         distributed.say(
@@ -184,10 +185,10 @@ def parse_args(argv=None):
     )  # fmt: skip
     parser.add_argument(
         "--task", choices=TASKS, default="classes",
-        help="what is learned: the class of an image, (--strategy residual) the mass of its axion, or (--strategy "
-        "full) to sharpen an image",
+        help="what is learned: the class of an image, (--strategy residual) the mass of its axion, in float32 unless "
+        "--precision says otherwise, or (--strategy full) to sharpen an image",
     )  # fmt: skip
-    recipe.add_arguments(parser, {name: strategy.defaults for name, strategy in STRATEGIES.items()})
+    recipe.add_arguments(parser, {name: s.defaults for name, s in (STRATEGIES | TASK_STRATEGIES).items()})
     group = parser.add_argument_group("classifier")
     group.add_argument(
         "--pool", choices=POOLINGS, default=None,

@@ -104,11 +104,11 @@ def complementary_masks(num_patches, mask_ratio, rounds, seed=0):
     return masks
 
 
-def residual_masks(num_patches, mask_ratio, rounds):
+def residual_masks(num_patches, mask_ratio):
     """`complementary_masks` of a network that sees residual maps; ValueError for impossible ones."""
-    if not 0 < mask_ratio <= LARGEST_MASK_RATIO or rounds < 1:
-        raise ValueError(f"no residual maps at mask ratio {mask_ratio} and {rounds} rounds")
-    return complementary_masks(num_patches, mask_ratio, rounds)
+    if not 0 < mask_ratio <= LARGEST_MASK_RATIO:
+        raise ValueError(f"no residual maps at mask ratio {mask_ratio}")
+    return complementary_masks(num_patches, mask_ratio, rounds=1)
 
 
 def _groups_of_masks(masks):
@@ -608,7 +608,7 @@ class ResidualClassifier(nn.Module):
     ----------
     mae : arguments of the `MAE`, a dict.
     transform : arguments of `IntensityTransform`, a dict.
-    mask_ratio, rounds : of `complementary_masks`.
+    mask_ratio : of `complementary_masks`.
     map_pool : maps are averaged over squares of so many pixels a side; None: `default_map_pool`.
     with_image : whether the classifier sees the image beside its map: where the arcs are, another lens in
         every image changes how much substructure would show.
@@ -623,7 +623,6 @@ class ResidualClassifier(nn.Module):
         transform,
         num_classes=3,
         mask_ratio=0.75,
-        rounds=1,
         map_pool=None,
         with_image=False,
         orientations=2,
@@ -634,21 +633,21 @@ class ResidualClassifier(nn.Module):
         self.map_pool = default_map_pool(self.img_size) if map_pool is None else map_pool
         if not isinstance(self.map_pool, int) or self.map_pool < 1:
             raise ValueError(f"maps cannot be averaged over {map_pool!r} pixels")
-        self.map_side = self.img_size // self.map_pool
-        if self.map_side < 2 ** len(MAP_WIDTHS):
+        side = self.img_size // self.map_pool
+        if side < 2 ** len(MAP_WIDTHS):
             raise ValueError(f"maps must be at least {2 ** len(MAP_WIDTHS)} pixels wide")
         if orientations not in (2, 8):
             raise ValueError(f"logits are the mean over 2 or 8 orientations, not {orientations!r}")
-        self.masks = residual_masks(self.mae.num_patches, mask_ratio, rounds)
+        self.masks = residual_masks(self.mae.num_patches, mask_ratio)
         self.transform = IntensityTransform(**transform)
         self.with_image, self.orientations = bool(with_image), orientations
-        self.channels = self.mae.in_chans * (2 if with_image else 1)
+        self.map_shape = (self.mae.in_chans * (2 if with_image else 1), side, side)
         self.network = MapClassifier(self.mae.in_chans, num_classes, with_image)
         self.register_buffer("temperature", torch.ones(()))
         self.mae.requires_grad_(False)
 
     def maps(self, images):
-        """What the classifier sees of raw images: maps (B, channels, map_side, map_side)."""
+        """What the classifier sees of raw images: maps (B, *map_shape)."""
         images = self.transform(images)
         maps = self.mae.residual(images, self.masks)
         if self.with_image:
@@ -707,19 +706,20 @@ class MassEstimator(nn.Module):
     centre : log10 of a mass in eV that estimates are relative to.
     edges : increasing log10 of masses. Each group of estimates between two of them has a width of its own.
     mae : arguments of the `MAE`, a dict; None for none. Then `img_size` says how large images are.
-    mask_ratio, rounds : of `complementary_masks`.
+    mask_ratio : of `complementary_masks`.
 
     Raises ValueError for images with an odd number of pixels a side and for impossible masks.
     """
 
-    def __init__(self, transform, centre, edges=(), mae=None, img_size=64, mask_ratio=0.75, rounds=1):
+    def __init__(self, transform, centre, edges=(), mae=None, img_size=64, mask_ratio=0.75):
         super().__init__()
         self.mae, self.img_size = (MAE(**mae) if mae else None), (mae or {}).get("img_size", img_size)
+        self.map_shape = (1, self.img_size, self.img_size)
         if not all(low < high for low, high in zip(edges, edges[1:], strict=False)):
             raise ValueError(f"edges that do not increase: {edges}")
         if mae:
             self.mae.requires_grad_(False)
-            self.masks = residual_masks(self.mae.num_patches, mask_ratio, rounds)
+            self.masks = residual_masks(self.mae.num_patches, mask_ratio)
         self.transform, self.centre = IntensityTransform(**transform), float(centre)
         self.network = MassNetwork(2 if mae else 1, self.img_size)
         self.register_buffer("edges", torch.tensor(edges, dtype=torch.float32), persistent=False)
@@ -730,7 +730,7 @@ class MassEstimator(nn.Module):
         return brighter_half_right(self.transform(images))
 
     def maps(self, images):
-        """Residual maps (B, 1, H, H) of raw images, turned as `seen` turns them."""
+        """Residual maps (B, *map_shape) of raw images, turned as `seen` turns them."""
         return self.mae.residual(self.seen(images), self.masks)
 
     def estimates(self, images, maps=None):

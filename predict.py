@@ -113,7 +113,9 @@ def predict(args):
     write_errors(args.out, errors)
     shown, sheet_error = choice.answers() if choice else [], None
     if shown:
-        sheet_error = sheet.draw(args.sheet, shown, class_names, maps, number_in(session, "pixel_scale"))
+        sheet_error = sheet.draw(
+            args.sheet, shown, class_names, maps and maps.sigma, number_in(session, "pixel_scale")
+        )
 
     summary = ", ".join(f"{count} {name}" for name, count in counts.items())
     where = "" if args.out == STANDARD_OUTPUT else f" in {args.out}"

@@ -19,8 +19,8 @@ from lib import datasets, distributed, familiarity, listing, network, options, p
 from lib.augment import augment
 from lib.device import resolve_device
 from lib.intensity import fit_transform
-from lib.loader import StoredImages, batch_reader, in_batches, larger_than_memory, read_disturbed
-from lib.loop import Learner, check_batch, fit, precision_of
+from lib.loader import are_on_device, batch_reader, in_batches, larger_than_memory, read_disturbed
+from lib.loop import Learner, Objective, check_batch, fit, precision_of
 from lib.residuals import smooth_rms
 from lib.run import open_run
 from mae import MAE, IntensityTransform, set_attention_form
@@ -42,11 +42,12 @@ def pretrain(args):
     with open_run(args, dataset, "vit-mae-wt.pth", chosen, **network.options_of(args, dataset.img_size)) as run:
         if run.is_finished:
             return
-        train(args, chosen, dataset, rows, validation, parts, run)
+        train(dataset, rows, validation, parts, run)
 
 
-def train(args, chosen, dataset, rows, validation, parts, run):
-    """Train by the `chosen` recipe on images `rows`, validate on `validation`, save the weights."""
+def train(dataset, rows, validation, parts, run):
+    """Train on images `rows`, validate on `validation`, which are of the `parts`, and save the weights."""
+    args, chosen = run.args, run.recipe
     check_batch(chosen, rows)
     device = resolve_device(args.device)
     config, kind = mae_config(args, dataset.img_size)
@@ -78,11 +79,11 @@ def train(args, chosen, dataset, rows, validation, parts, run):
         return {"loss": in_batches(loss_of, validation).mean().item()}
 
     learning = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    learner = Learner(model, learning, isinstance(read, StoredImages), larger_than_memory(dataset.images))
+    learner = Learner(model, learning, are_on_device(read), larger_than_memory(dataset.images))
     run.write_config(model=config, transform=constants)
-    precision = precision_of(chosen, run, device)
+    precision = precision_of(run, device)
     set_attention_form(model, precision.attention)
-    state, history, last = fit(learner, batch_loss, validate, chosen, rows, run, device, precision)
+    state, history, last = fit(learner, Objective(batch_loss, validate), rows, run, device, precision)
     # For the classifiers that start from these weights.
     fitted = familiarity.fit(
         dataset, parts["train"], parts["validation"], constants, chosen.augment, args.quiet

@@ -41,9 +41,9 @@ LEFT = {"metrics.json": rb'"(masks|made_from)"', "scores.csv": rb"\Arow,class,sc
 
 @torch.no_grad()
 def reconstruct(args):
+    device, opened = resolve_device(args.device), weights.read(args.weights)
     dataset = datasets.load(args.data, args.cache_dir)
     files = datasets.files_of(args.data, dataset)
-    device, opened = resolve_device(args.device), weights.read(args.weights)
     content = opened.content
     residuals, transformed = residual_reader(opened, dataset, device, args.mask_ratio, args.rounds, args.seed)
     rows = compatibility.rows_to_evaluate(dataset, content, args.split == "all")

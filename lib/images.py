@@ -6,6 +6,7 @@ It needs numpy alone, astropy for FITS and matplotlib for PNG. The files may com
 
 import codecs
 import functools
+import math
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -289,7 +290,7 @@ def _placed_images_of(file, img_size, said, how):
     for i, whole in enumerate(stack):
         name = file.name if len(stack) == 1 else f"{file.name}[{i}]"
         try:
-            image, corner = _cropped(resampled(whole, size), img_size, how.centre)
+            image, corner = _cropped(resampled(whole, size), img_size, _moved_centre(how.centre, whole.shape, size))
         except ValueError as error:
             said.errors.append((name, f"{name}: {error}"))
         else:
@@ -346,8 +347,17 @@ def resampled(image, size):
         edges = side / 2 + (np.arange(new + 1) - new / 2) / size
         return (np.minimum(edges[1:, None], old + 1) - np.maximum(edges[:-1, None], old)).clip(0)
 
-    height, width = image.shape
-    return shares(height) @ np.asarray(image, np.float64) @ shares(width).T
+    rows, columns, bad = shares(image.shape[0]), shares(image.shape[1]).T, ~np.isfinite(image)
+    new = rows @ np.where(bad, 0, image).astype(np.float64) @ columns
+    return np.where(rows @ bad @ columns > 0, np.nan, new)  # 0 · NaN is NaN, everywhere
+
+
+def _moved_centre(centre, shape, size):
+    """The pixel of a `resampled` image into which the `centre` (x, y) of the one of that `shape` falls."""
+    if centre in (None, "brightest"):
+        return centre
+    sides = zip(centre, reversed(shape), strict=True)
+    return tuple(math.floor((x + 0.5 - side / 2) * size + int(side * size + 1e-6) / 2) for x, side in sides)
 
 
 def _cropped(image, size, centre):

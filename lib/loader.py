@@ -56,6 +56,11 @@ class StoredImages:
         return self.stored[torch.as_tensor(rows, device=self.stored.device)].unsqueeze(1)
 
 
+def are_on_device(*readers):
+    """Whether what these `batch_reader`s give is on the device, so that they take rows from there."""
+    return all(isinstance(read, StoredImages) for read in readers)
+
+
 @torch.no_grad()
 def in_batches(function, rows, bar=None):
     """Concatenate the results of `function` over batches of rows (float32, on the CPU).

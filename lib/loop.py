@@ -1,7 +1,7 @@
 """The one training loop.
 
-`fit` knows nothing of masks or classes: it gets a `Learner`, functions that compute the loss of a batch
-and validate, and a `Recipe`.
+`fit` knows nothing of masks or classes: it gets a `Learner`, the `Objective` that it learns for, and a
+`Run` with its `Recipe`.
 """
 
 import math
@@ -37,7 +37,6 @@ class Learner(NamedTuple):
         tensor there, and a whole step as a CUDA graph.
     in_blocks : see `loader.shuffled`; a resumed run keeps its own.
     changes_at : fractions of the steps from which a step does something else.
-    is_trained : whether the weights that it starts from are one of the states to choose the best from.
     lr_scale : function from a parameter's name to the factor of its learning rate.
     """
 
@@ -46,39 +45,47 @@ class Learner(NamedTuple):
     on_device: bool = False
     in_blocks: bool = False
     changes_at: tuple = ()
-    is_trained: bool = False
     lr_scale: callable = lambda name: 1.0
 
 
-def fit(learner, batch_loss, validate, recipe, rows, run, device, precision, score=None):
-    """Train `learner` on `rows` (n,) by a recipe; leaves checkpoints and `metrics.jsonl` in the run.
+class Objective(NamedTuple):
+    """What a training learns for.
 
     batch_loss : (rows (b,), fraction of the steps done) -> dict of scalar tensors, "loss" among
         them; of several processes each computes its part of the rows.
     validate : () -> dict of numbers; must not draw from torch's global random numbers.
-    score : the number of `validate` whose largest value is the best.
+    score : the number of `validate` whose largest value is the best; None: the last weights are kept.
+    is_trained : whether the weights that it starts from are one of the states to choose the best from.
+    """
+
+    batch_loss: callable
+    validate: callable
+    score: str | None = None
+    is_trained: bool = False
+
+
+def fit(learner, objective, rows, run, device, precision):
+    """Train `learner` on `rows` (n,) by the run's recipe; leaves checkpoints and `metrics.jsonl` in the run.
 
     Returns (state dict, history: a list of dicts, the lines of metrics.jsonl, line of the state). The
-    state is that of the best validation or the last one, as the recipe says.
+    state is that of the best validation, or the last one without a score.
     Raises UserError if a number is not finite; SystemExit 130 or 143 after SIGINT or SIGTERM, with
     a checkpoint left behind.
     """
-    batch_size = check_batch(recipe, rows)
+    recipe, batch_size = run.recipe, check_batch(run.recipe, rows)
     steps_per_epoch = len(rows) // batch_size
     steps = recipe.epochs * steps_per_epoch
-    score = score if recipe.keep == "best" else None
-
-    training = Training(learner, batch_loss, recipe, run, device, precision)
+    training = Training(learner, objective, run, device, precision)
     distributed.say(f"{device}: {precision.name}, {precision.attention} attention")
     if training.step:
         distributed.say(f"resumes at step {training.step} of {steps}")
-    elif learner.is_trained and score:
-        training.validate(validate, 0.0, score)
+    elif objective.is_trained and objective.score:
+        training.validate(0.0)
     # A live line on a terminal, nothing elsewhere.
     hidden = True if run.quiet or not distributed.is_main() else None
     bar = tqdm(total=steps * batch_size, initial=training.step * batch_size, unit="img", unit_scale=True,
                desc=run.out.name, disable=hidden)  # fmt: skip
-    judged_by, shown = score or "loss", {}
+    judged_by, shown = objective.score or "loss", {}
     with bar, Interruption() as interruption:
         for batch in batches_from(training.step, rows, batch_size, recipe, training.in_blocks):
             lr = learning_rate(training.step, steps, recipe.lr)
@@ -88,7 +95,7 @@ def fit(learner, batch_loss, validate, recipe, rows, run, device, precision, sco
 
             # The validations are spread evenly over the steps.
             if training.step * recipe.validations // steps > (training.step - 1) * recipe.validations // steps:
-                line = training.validate(validate, round(epoch, 4), score)
+                line = training.validate(round(epoch, 4))
                 run.write_metrics(training.history)
                 shown[f"validation {judged_by}"] = f"{line[f'validation_{judged_by}']:.5f}"
                 if distributed.is_main():
@@ -103,28 +110,29 @@ def fit(learner, batch_loss, validate, recipe, rows, run, device, precision, sco
                 warn(f"stopped at step {training.step} of {steps}: resume with --resume")
                 raise SystemExit(128 + interruption.signal)
     run.write_metrics(training.history)
-    if learner.is_trained and training.best and training.best["line"]["step"] == 0:
+    if objective.is_trained and training.best and training.best["line"]["step"] == 0:
         distributed.say("no later weights are better on validation: those that it started from are kept")
     if training.best:
         return training.best["model"], training.history, training.best["line"]
     return learner.model.state_dict(), training.history, training.history[-1]
 
 
-def precision_of(recipe, run, device):
-    """The `Precision` that a recipe asks for; a resumed training keeps its own."""
+def precision_of(run, device):
+    """The `Precision` that a run's recipe asks for; a resumed training keeps its own."""
     if run.checkpoint:
         return Precision(*run.checkpoint["precision"])
-    return choose_precision(recipe.precision, device)
+    return choose_precision(run.recipe.precision, device)
 
 
 class Training:
     """The state of a training between two steps: what a checkpoint holds, and how it changes."""
 
-    def __init__(self, learner, batch_loss, recipe, run, device, precision):
-        self.model, self.run, self.device, self.precision = learner.model, run, device, precision
-        groups = parameter_groups(learner.learning, recipe.weight_decay, learner.lr_scale)
-        self.optimizers = new_optimizers(groups, recipe.lr, (0.9, recipe.beta2))
-        self.loss_of = distributed.averaged(learner.model, batch_loss)
+    def __init__(self, learner, objective, run, device, precision):
+        self.model, self.objective = learner.model, objective
+        self.run, self.device, self.precision = run, device, precision
+        groups = parameter_groups(learner.learning, run.recipe.weight_decay, learner.lr_scale)
+        self.optimizers = new_optimizers(groups, run.recipe.lr, (0.9, run.recipe.beta2))
+        self.loss_of = distributed.averaged(learner.model, objective.batch_loss)
         self.names = []  # of what `loss_of` gives
         self.step, self.history, self.best = 0, [], None
         self.sums, self.steps_since_validation, elapsed = {}, 0, 0.0
@@ -193,10 +201,10 @@ class Training:
         self.names = list(losses)
         return torch.stack([value.detach().float() for value in losses.values()])
 
-    def validate(self, validate, epoch, score):
+    def validate(self, epoch):
         """Validate, keep the weights if their score is the best; returns the line of the history."""
         self.model.eval()
-        measured = validate()
+        measured, score = self.objective.validate(), self.objective.score
         for name, value in measured.items():
             self.require_finite(f"validation {name}", value)
         line = {

@@ -123,7 +123,7 @@ def wilson(right, images):
 
 def about_intervals(aucs):
     """One line on AUCs {"value", "low", "high"} whose bootstrap interval has no width, or None."""
-    if all(auc["low"] < auc["high"] for auc in aucs):
+    if not any(auc["low"] == auc["high"] == 1 for auc in aucs):  # one resample has no width either
         return None
     return (
         "an AUC interval has no width: these images are ranked without an error, so every resample is, too. "

@@ -102,12 +102,10 @@ class PackedWriter:
 
 def placed(originals, places):
     """The `originals` (n,), moved into the `places` (n, 2) of their parts. Copies all go to the first part."""
+    by_place = places[:, 0].argsort(kind="stable")
+    _, first = np.unique(originals[by_place], return_index=True)
     _, which = np.unique(originals, return_inverse=True)
-    start = np.full(which.max() + 1, 1.0)
-    np.minimum.at(start, which, places[:, 0])
-    first = np.zeros((len(start), 2))
-    first[which[places[:, 0] == start[which]]] = places[places[:, 0] == start[which]]
-    low, high = first[which].T
+    low, high = places[by_place[first]][which].T
     if not (low.any() or (high < 1).any()):
         return originals  # without folders of parts
     moved = (low + (high - low) * (originals / 2.0**64)) * 2.0**64

@@ -8,6 +8,7 @@ from lib.errors import UserError
 from lib.listing import FACTORS
 from lib.loader import batch_reader, in_batches
 
+COARSE = "coarse images of "  # what the origin of coarse images begins with
 COMPARED_PAIRS = 200  # whose coarse image is compared with the reduction of the sharp one
 ROUNDING = 1e-3  # of the range of pixels: what a coarse image may differ by if it is the reduction
 
@@ -35,15 +36,16 @@ def coarse_of(dataset):
     """The `Dataset` with the coarse images (N, H, H) in memory in the place of the sharp ones.
 
     They are those of the files, or else the sharp images reduced by two. Hashes and fingerprint are those of the
-    sharp images, so both have one split. Raises UserError if the sharp images have an odd number of pixels.
+    sharp images, so both have one split; the origin is another, since it tells the size of pixels. Raises UserError if the sharp images have an odd number of pixels.
     """
+    origin = COARSE + dataset.origin
     if dataset.coarse is not None:
-        return dataset._replace(images=dataset.coarse)
+        return dataset._replace(images=dataset.coarse, origin=origin)
     if dataset.img_size % 2:
         raise UserError(f"{dataset.origin}: images of {dataset.img_size} pixels cannot be reduced by two")
     read = batch_reader(dataset.images, torch.device("cpu"), once=True)
     images = in_batches(lambda rows: reduced(read(rows)), np.arange(len(dataset.labels)))
-    return dataset._replace(images=images[:, 0].numpy())
+    return dataset._replace(images=images[:, 0].numpy(), origin=origin)
 
 
 def factor_of(dataset, coarse):

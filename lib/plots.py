@@ -253,13 +253,14 @@ def circles(panel, marks):
     panel.add_collection(PatchCollection(drawn, facecolor="none", edgecolor="black", linewidth=0.4))
 
 
-def contact_sheet(path, answers, class_names, maps, sigma, pixel_scale=None):
-    """Raw images with name, prediction and probabilities; beside them their maps (n, H, W), unless None.
+def contact_sheet(path, answers, class_names, sigma, pixel_scale=None):
+    """Raw images with name, prediction and probabilities; beside them their residual maps, if they have some.
 
     answers : `predict.Answer` of the images. A prediction that is no class is red.
     sigma : see `substructure_map`; None for the `typical_rms` of the maps.
     pixel_scale : arcsec; where it is known, the first image has a bar of one arcsec.
     """
+    maps = None if answers[0].residual_map is None else np.stack([answer.residual_map for answer in answers])
     panels = 1 if maps is None else 2
     columns = min(4 // panels, len(answers))  # for narrow screens
     rows = -(-len(answers) // columns)

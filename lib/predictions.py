@@ -49,7 +49,7 @@ def read(path, rows, dataset, folder):
     wanted = [name_of(row if key == "row" else files[row]) for row in rows]
     line_of = {}
     for line in table:
-        name = name_of(line[key])
+        name = name_of(line[key] or "")  # a line may end early
         if line_of.setdefault(name, line) is not line:
             raise UserError(f"--predictions {path} has {line[key]} twice: give one model's predictions")
     absent = [name for name in wanted if name not in line_of]

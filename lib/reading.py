@@ -26,7 +26,7 @@ def add_arguments(parser):
     )
     group.add_argument(
         "--centre", type=centre_argument, metavar="X,Y",
-        help="crop around this column and row, counted from 0, or (brightest) around the brightest pixel",
+        help="crop around this column and row of the file, counted from 0, or (brightest) around the brightest pixel",
     )  # fmt: skip
     group.add_argument(
         "--hdu", metavar="NAME", help="name or number of the HDU to read in FITS files; by default the only one "

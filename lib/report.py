@@ -140,7 +140,7 @@ def described(run, pictures):
         yield "<p>No config.json of these weights lies beside them; pictures there are left out.</p>"
         return
     data = config["data"]
-    text = f"{data.get('images', '?')} images ({data.get('origin', 'unknown')}), split 80/10/10"
+    text = f"{data.get('images', '?')} images ({data.get('origin', 'unknown')})"
     yield f"<p>{escaped(text)}.</p><pre>{escaped(str(config.get('command', '')))}</pre>"
     for name, caption in pictures.items():
         yield picture(run.path.parent / f"{name}.png", caption)

@@ -35,7 +35,9 @@ class Choice:
         rank = self._rank(answer), -self.offered
         heap = self.heaps.setdefault(answer.prediction if self.order == "prediction" else None, [])
         if self.most and (len(heap) < self.most or rank > heap[0][0]):
-            heapq.heappush(heap, (rank, answer._replace(image=answer.image.copy())))  # not the whole batch
+            own = {name: getattr(answer, name) for name in ("image", "residual_map")}  # views of the whole batch
+            own = {name: None if view is None else view.copy() for name, view in own.items()}
+            heapq.heappush(heap, (rank, answer._replace(**own)))
             if len(heap) > self.most:
                 heapq.heappop(heap)
 
@@ -68,20 +70,18 @@ def require_drawable(path):
         raise UserError(f"--sheet {path}: give it the suffix of a picture, such as .png")
 
 
-def draw(path, answers, class_names, maps, pixel_scale):
+def draw(path, answers, class_names, sigma, pixel_scale):
     """Draw the answers; returns None, or why that failed.
 
-    maps : an `onnxfile.Beside`, or None.
+    sigma : see `plots.contact_sheet`.
     pixel_scale : arcsec, None if unknown.
     """
     from lib import plots
 
-    images = np.stack([answer.image for answer in answers])
     labelled = [answer._replace(name=os.path.basename(answer.name)) for answer in answers]
     try:
-        residuals, sigma = (maps.of(images)[0][:, 0], maps.sigma) if maps else (None, None)
         warnings.simplefilter("ignore")  # a name may have letters that the font lacks
-        plots.contact_sheet(path, labelled, class_names, residuals, sigma, pixel_scale)
+        plots.contact_sheet(path, labelled, class_names, sigma, pixel_scale)
     except Exception as error:  # matplotlib raises many kinds
         return f"--sheet {path}: cannot be drawn: {reason_of(error)}"
     return None

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lib import lenses, many_lenses, raytracing
+from lib.pairs import COARSE
 
 MANY_LENSES, PAIRS = "Many_Lenses", "Pairs"
 
@@ -42,21 +43,25 @@ def origin_of(model, per_class, seed, noise):
 def measures_of(origin):
     """{"pixel_scale": arcsec, "unit": text, "zero_point"} of images whose `origin` names a data model, else {}.
 
-    An image of magnitude `zero_point` has pixels with the sum one; counts have none.
+    An image of magnitude `zero_point` has pixels with the sum one; counts have none. Coarse images have pixels of
+    twice the size, and of them `unit` is known only if it is that of the sharp ones.
     """
-    match = re.search(r"(?<!pictures of )simulate\.py (\w+), .* noise(-free)?$", origin)
+    coarse, origin = origin.startswith(COARSE), origin.removeprefix(COARSE)
+    match = re.fullmatch(r"simulate\.py (\w+), .* noise(-free)?", origin)  # pictures of them have another unit
     if not match or match[1] not in MODELS:
         return {}
+    pixel_scale = MODELS[match[1]].camera.pixel_scale * (2 if coarse else 1)
     if match[1] not in lenses.INSTRUMENTS:
-        unit = "photon counts, each image scaled to its minimum and maximum"
-        return {"pixel_scale": MODELS[match[1]].camera.pixel_scale, "unit": unit}
+        return {"pixel_scale": pixel_scale, "unit": "photon counts, each image scaled to its minimum and maximum"}
+    if coarse:
+        return {"pixel_scale": pixel_scale}
     instrument = lenses.INSTRUMENTS[match[1]]
     if instrument.counts:
-        return {"pixel_scale": instrument.pixel_scale, "unit": "counts"}
+        return {"pixel_scale": pixel_scale, "unit": "counts"}
     copies = instrument.copies if match[2] else 1  # noise-free
     unit = f"{f'{copies} × ' if copies > 1 else ''}counts per second, zero point {instrument.zero_point}"
     zero_point = instrument.zero_point + 2.5 * math.log10(copies)
-    return {"pixel_scale": instrument.pixel_scale, "unit": unit, "zero_point": zero_point}
+    return {"pixel_scale": pixel_scale, "unit": unit, "zero_point": zero_point}
 
 
 def parsed(origin):

@@ -14,7 +14,7 @@ from lib.augment import KINDS, SYMMETRIES, augment
 from lib.errors import UserError
 from lib.intensity import fit_transform
 from lib.loader import (
-    EVALUATION_BATCH, StoredImages, batch_reader, in_batches, larger_than_memory, read_disturbed,
+    EVALUATION_BATCH, are_on_device, batch_reader, in_batches, larger_than_memory, read_disturbed,
 )  # fmt: skip
 from lib.loop import Learner
 from lib.recipe import Defaults
@@ -50,20 +50,23 @@ class Strategy:
 
     def check(self, args):
         """UserError, naming the flag, for options that this strategy has no use for."""
+        other = "use --strategy full" if self.classifies else "leave it out"
         if args.pretrained == "none" and self.from_scratch is None:
             raise UserError(
                 f"--pretrained none: --strategy {self.name} needs pre-trained weights; use --strategy full"
             )
-        if args.batch_size == 1:
+        if args.batch_size == 1 and self.classifies:
             raise UserError("--batch-size must be at least 2: BatchNorm needs several images a step")
         if set(args.augment or ()) - set(self.augmentations):
-            raise UserError(f"--augment: {self.no_augmentation}; use --strategy full")
+            raise UserError(f"--augment: {self.no_augmentation}; {other}")
         if args.patch_dropout and not self.drops_patches:
-            raise UserError("--patch-dropout: all patches are needed; use --strategy layernorm or full")
+            raise UserError(f"--patch-dropout: all patches are needed; {other}")
         if args.pool and not self.has_pool:
-            raise UserError("--pool: there are no patch tokens; leave it out or use another --strategy")
-        if args.layer_decay not in (None, 1) and (not self.decays_layers or args.pretrained == "none"):
-            raise UserError("--layer-decay needs --strategy full and pre-trained weights")
+            raise UserError(f"--pool: there are no patch tokens to pool; {other}")
+        if args.layer_decay not in (None, 1) and not self.decays_layers:
+            raise UserError(f"--layer-decay: all that learns has one learning rate; {other}")
+        if args.layer_decay not in (None, 1) and args.pretrained == "none":
+            raise UserError("--layer-decay: random weights have nothing to keep; leave it out")
         if args.with_image and not self.shows_image:
             raise UserError("--with-image is for --strategy residual with --task classes")
 
@@ -83,13 +86,14 @@ class Strategy:
 
     # Network
 
-    def build(self, args, start, recipe, task, dataset, rows):
+    def build(self, args, start, recipe, task, rows):
         """The network that training starts from, and the arguments of its constructor.
 
         `start` is None, see `with_random_weights`; an opened MAE, of which `around` takes what it needs; or
         an opened classifier, see `continued`. Raises UserError where options, data, weights and strategy do
         not fit. `rows` are the training images.
         """
+        dataset = task.inputs
         options = network.options_of(args, dataset.img_size, start)
 
         def new_transform():
@@ -149,14 +153,14 @@ class Strategy:
         """The parameters that are trained, (name, parameter) pairs."""
         raise NotImplementedError
 
-    def learner(self, model, recipe, dataset, rows, run, device):
+    def learner(self, model, dataset, rows, run, device):
         """What of a network is trained, and how it computes, for a training that reads `rows` of a data set.
 
         Returns (`loop.Learner`, function from rows (b,) and the fraction of the steps done to the outputs
         (b, width) of a step, function from rows (b,) to outputs (b, width) as the finished network gives
         them, not calibrated).
         """
-        read = batch_reader(dataset.images, device)
+        read, recipe = batch_reader(dataset.images, device), run.recipe
 
         def training_outputs(batch, progress):
             part = distributed.local_slice(len(batch))
@@ -168,16 +172,12 @@ class Strategy:
         def outputs(batch):
             return model.fc(model.features(read_disturbed(read, batch, recipe.augment)))
 
-        learner = self.learner_of(model, model, dataset, read)._replace(
+        learner = Learner(
+            model, self.learning(model), are_on_device(read), larger_than_memory(dataset.images),
             changes_at=(ALL_PATCHES_FROM,) if recipe.patch_dropout else (),
             lr_scale=layer_scale(recipe.layer_decay, len(model.blocks)),
-        )
+        )  # fmt: skip
         return learner, training_outputs, outputs
-
-    def learner_of(self, model, trained, dataset, *readers):
-        """The `Learner` of what is `trained` of a model; its steps read images and maps with `readers`."""
-        on_device = all(isinstance(read, StoredImages) for read in readers)
-        return Learner(trained, self.learning(model), on_device, larger_than_memory(dataset.images))
 
 
 class Head(Strategy):
@@ -192,7 +192,7 @@ class Head(Strategy):
     def learning(self, model):
         return [(f"fc.{name}", parameter) for name, parameter in model.fc.named_parameters()]
 
-    def learner(self, model, recipe, dataset, rows, run, device):
+    def learner(self, model, dataset, rows, run, device):
         read = batch_reader(dataset.images, device)
         stored = stored_features(model, read, rows, len(dataset.labels))
 
@@ -262,32 +262,34 @@ class Residual(Strategy):
     def learning(self, model):
         return list(model.network.named_parameters())
 
-    def reader_of_maps(self, model, read, dataset, rows, run, device, shape):
-        """(function from some of the `rows` to maps (b, *shape), the `batch_reader` that it uses).
+    def reader_of_maps(self, model, read, rows, run, device):
+        """(function from some of the `rows` to maps (b, *model.map_shape), the `batch_reader` that it uses).
 
-        The maps are computed by the `model` from what `read` gives, and stored. `shape` is (channels, side, side).
+        The maps are computed by the `model` from what `read` gives, and stored.
         """
         model.eval()
-        maps = stored_maps(lambda batch: model.maps(read(batch)), rows, run.maps_path, shape, run.quiet)
+        maps = stored_maps(lambda batch: model.maps(read(batch)), rows, run.maps_path, model.map_shape, run.quiet)
         read_maps = batch_reader(maps, device)
-        place = np.full(len(dataset.labels), -1)
+        place = np.full(rows.max() + 1, -1)
         place[rows] = np.arange(len(rows))
-        if isinstance(read_maps, StoredImages):
+        if are_on_device(read_maps):
             place = torch.from_numpy(place).to(device)
-        return lambda batch: read_maps(place[batch]).view(-1, *shape), read_maps
+        return lambda batch: read_maps(place[batch]).view(-1, *model.map_shape), read_maps
 
-    def learner(self, model, recipe, dataset, rows, run, device):
+    def learner(self, model, dataset, rows, run, device):
         read = batch_reader(dataset.images, device)
-        shape = (model.channels, model.map_side, model.map_side)
-        maps, read_maps = self.reader_of_maps(model, read, dataset, rows, run, device, shape)
+        maps, read_maps = self.reader_of_maps(model, read, rows, run, device)
 
         def training_outputs(batch, progress):
-            return model.network(augment(maps(batch), recipe.augment))
+            return model.network(augment(maps(batch), run.recipe.augment))
 
         def outputs(batch):
             return model.logits(maps(batch))
 
-        return self.learner_of(model, model.network, dataset, read_maps), training_outputs, outputs
+        learner = Learner(
+            model.network, self.learning(model), are_on_device(read_maps), larger_than_memory(dataset.images)
+        )
+        return learner, training_outputs, outputs
 
 
 class Mass(Residual):
@@ -319,18 +321,20 @@ class Mass(Residual):
         more = {"mask_ratio": mask_ratio_of(start.content), **more}
         return on_mae(self.network, start, pretrained, more, "--task mass")
 
-    def learner(self, model, recipe, dataset, rows, run, device):
+    def learner(self, model, dataset, rows, run, device):
         read = batch_reader(dataset.images, device)
         maps, readers = None, [read]
         if model.mae is not None:
-            shape = (1, model.img_size, model.img_size)
-            maps, read_maps = self.reader_of_maps(model, read, dataset, rows, run, device, shape)
+            maps, read_maps = self.reader_of_maps(model, read, rows, run, device)
             readers.append(read_maps)
 
         def outputs(batch, progress=None):
             return model.estimates(read(batch), maps and maps(batch))
 
-        return self.learner_of(model, model.network, dataset, *readers), outputs, outputs
+        learner = Learner(
+            model.network, self.learning(model), are_on_device(*readers), larger_than_memory(dataset.images)
+        )
+        return learner, outputs, outputs
 
 
 class Sharpen(Strategy):
@@ -362,7 +366,7 @@ class Sharpen(Strategy):
         unused = ("mae.mask_token", "mae.decoder_pred", "mae.pos_embed", "mae.decoder_pos_embed")
         return [(name, p) for name, p in model.named_parameters() if not name.startswith(unused)]
 
-    def learner(self, model, recipe, dataset, rows, run, device):
+    def learner(self, model, dataset, rows, run, device):
         read = batch_reader(dataset.images, device)
 
         def outputs(batch, progress=None):
@@ -372,15 +376,17 @@ class Sharpen(Strategy):
                 sharp, error = model.with_noise(images, clean)
             return torch.cat([sharp.flatten(1), error.unsqueeze(1)], dim=1)
 
-        return self.learner_of(model, model, dataset, read), outputs, outputs
+        learner = Learner(model, self.learning(model), are_on_device(read), larger_than_memory(dataset.images))
+        return learner, outputs, outputs
 
 
 STRATEGIES = {strategy.name: strategy for strategy in (Head(), LayerNorm(), Full(), Residual())}
+TASK_STRATEGIES = {"mass": Mass(), "sharpen": Sharpen()}  # by --task
 
 
 def strategy_of(args):
     """The `Strategy` that parsed options name."""
-    return {"mass": Mass(), "sharpen": Sharpen()}.get(args.task) or STRATEGIES[args.strategy]
+    return TASK_STRATEGIES.get(args.task) or STRATEGIES[args.strategy]
 
 
 # Parts of a training

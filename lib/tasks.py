@@ -31,8 +31,8 @@ class Task(NamedTuple):
     score : the validation measure whose largest value is the best; None where the last weights are kept.
     calibrated : (outputs, targets) of the validation images -> {name of a buffer: its value}.
     curves : what of a training is drawn, see `plots.curves`.
+    inputs : the `Dataset` whose images the network sees; its rows are those of the targets.
     about : what else decides the weights, beside images and options.
-    inputs : the `Dataset` whose images the network sees; None: that of the targets.
     """
 
     file: str
@@ -44,8 +44,8 @@ class Task(NamedTuple):
     score: str | None
     calibrated: callable
     curves: dict
+    inputs: datasets.Dataset
     about: dict = {}  # noqa: RUF012
-    inputs: datasets.Dataset | None = None
 
 
 def classification(dataset, rows):
@@ -53,12 +53,17 @@ def classification(dataset, rows):
     if len(dataset.class_names) < 2:
         raise UserError(f"{dataset.origin} has one class only: a classifier needs at least two")
     return Task(
-        "vit-mae-classifier-wt.pth", {"num_classes": len(dataset.class_names)},
-        torch.from_numpy(np.array(dataset.labels)), np.ones(len(dataset.labels), bool),
-        cross_entropy_and_accuracy, classification_measures, "macro_auc",
-        lambda logits, labels: {"temperature": metrics.fit_temperature(logits, labels)},
-        CLASS_CURVES,
-    )  # fmt: skip
+        file="vit-mae-classifier-wt.pth",
+        config={"num_classes": len(dataset.class_names)},
+        targets=torch.from_numpy(np.array(dataset.labels)),
+        known=np.ones(len(dataset.labels), bool),
+        training_measures=cross_entropy_and_accuracy,
+        validation_measures=classification_measures,
+        score="macro_auc",
+        calibrated=lambda logits, labels: {"temperature": metrics.fit_temperature(logits, labels)},
+        curves=CLASS_CURVES,
+        inputs=dataset,
+    )
 
 
 def mass(dataset, rows):
@@ -77,13 +82,18 @@ def mass(dataset, rows):
     with_mass = np.unique(dataset.labels[np.isfinite(targets)])
     classes = [dataset.class_names[label] for label in with_mass]
     return Task(
-        "vit-mae-mass-wt.pth", {"centre": float(np.mean(known)), "edges": edges},
-        torch.from_numpy(targets).float(), np.isfinite(targets), laplace,
-        lambda *outputs: {name: value.item() for name, value in laplace(*outputs).items()}, None,
-        lambda outputs, log_masses: {"widths": masses.fit_widths(outputs, log_masses, edges)},
-        MASS_CURVES,
-        {"masses_sha256": hashlib.sha256(dataset.masses).hexdigest(), "mass_classes": classes},
-    )  # fmt: skip
+        file="vit-mae-mass-wt.pth",
+        config={"centre": float(np.mean(known)), "edges": edges},
+        targets=torch.from_numpy(targets).float(),
+        known=np.isfinite(targets),
+        training_measures=laplace,
+        validation_measures=lambda *outputs: {name: value.item() for name, value in laplace(*outputs).items()},
+        score=None,
+        calibrated=lambda outputs, log_masses: {"widths": masses.fit_widths(outputs, log_masses, edges)},
+        curves=MASS_CURVES,
+        inputs=dataset,
+        about={"masses_sha256": hashlib.sha256(dataset.masses).hexdigest(), "mass_classes": classes},
+    )
 
 
 def sharpening(dataset, rows):
@@ -109,10 +119,18 @@ def sharpening(dataset, rows):
         warnings.simplefilter("ignore")  # the tensor must not be written to, and is not
         targets = torch.from_numpy(dataset.images)
     return Task(
-        "vit-mae-sharpen-wt.pth", {**config, "unit": unit}, targets, np.ones(len(dataset.labels), bool),
-        training_measures, sharpening_measures, None, lambda outputs, sharp: {"error_scale": error_scale(outputs, sharp)},
-        SHARP_CURVES, {"coarse_sha256": hashlib.sha256(inputs.images).hexdigest()}, inputs,
-    )  # fmt: skip
+        file="vit-mae-sharpen-wt.pth",
+        config={**config, "unit": unit},
+        targets=targets,
+        known=np.ones(len(dataset.labels), bool),
+        training_measures=training_measures,
+        validation_measures=sharpening_measures,
+        score=None,
+        calibrated=lambda outputs, sharp: {"error_scale": error_scale(outputs, sharp)},
+        curves=SHARP_CURVES,
+        inputs=inputs,
+        about={"coarse_sha256": hashlib.sha256(inputs.images).hexdigest()},
+    )
 
 
 def mean_square(images, others):

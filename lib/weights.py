@@ -27,7 +27,7 @@ from mae import MAE, Classifier, Encoder, IntensityTransform, MassEstimator, Res
 
 LARGEST = {"embed_dim": 4096, "decoder_embed_dim": 4096, "depth": 64, "decoder_depth": 64}
 LARGEST |= {"img_size": 4096, "patch_size": 512, "mlp_ratio": 16}
-LARGEST |= {"num_heads": 64, "decoder_num_heads": 64, "num_classes": 10_000, "rounds": 100}
+LARGEST |= {"num_heads": 64, "decoder_num_heads": 64, "num_classes": 10_000}
 LARGEST |= {"components": 1024, "leading": 16, "calibration": 10_000_000}
 MOST_PATCHES_A_SIDE = 128
 

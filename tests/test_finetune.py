@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (CLASSIFIER, PRETRAINED, ROOT, TINY_NETWORK, assert_refused, assert_same_tensors, finetune_on,
-                      finetuning, history_of, images_of, pretraining, sigterm_at, tensors_in, write_packed)  # fmt: skip
+                      finetuning, history_of, images_of, pretraining, sigterm_at, tensors_in, write_classes, write_packed)  # fmt: skip
 from torch import nn
 
 import finetune
@@ -255,6 +255,14 @@ def test_fine_tuning_continues_a_classifier_as_it_is(runs, packed, tmp_path):
         assert its["config"].get("pool") == content["config"].get("pool")
         assert elsewhere in its["seen"]
     assert weights.read(tmp_path / "scratch" / CLASSIFIER).content["config"]["pool"] == "mean"
+
+
+def test_weights_that_are_not_there_are_named_before_the_data_are_packed(tmp_path):
+    data, missing = write_classes(tmp_path / "d", {"a": 20, "b": 20}), tmp_path / "missing.pth"
+    for script, weights_of in (("finetune", ("--strategy", "full", "--pretrained")), ("evaluate", ("--weights",)),
+                               ("reconstruct", ("--weights",))):  # fmt: skip
+        assert_refused(f"{script}.py", ("--data", data, "--out", tmp_path / "o", *weights_of, missing), "missing.pth")
+    assert not list(data.glob(".*")) and not (tmp_path / "o").exists()
 
 
 REFUSED = [  # start, strategy, options, what the error names

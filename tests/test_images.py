@@ -505,6 +505,15 @@ def test_resampling_keeps_light_and_place():
         images.resampled(image, 1.2)
 
 
+def test_a_pixel_that_is_not_finite_spoils_only_those_that_it_falls_into():
+    image = np.random.default_rng(0).random((16, 12))
+    whole = images.resampled(image, 0.5)
+    image[1, 0], image[15, 11] = np.nan, np.inf
+    found = images.resampled(image, 0.5)
+    assert np.argwhere(~np.isfinite(found)).tolist() == [[0, 0], [7, 5]]
+    assert np.array_equal(found[1:7], whole[1:7])
+
+
 def test_the_pixel_scale_of_a_header_is_used_if_the_user_asks_for_it(fits, tmp_path):
     fine = np.random.default_rng(0).random((16, 16)).astype(np.float32)
     headers = {"cd": {"CD1_1": -0.05 / 3600, "CD2_2": 0.05 / 3600, "CD1_2": 0.0, "CD2_1": 0.0},

@@ -60,9 +60,8 @@ def fit_line(out, validate=None, score=None, spoil=lambda rows, loss: loss, rows
     learner = loop.Learner(model, list(model.named_parameters()))
     chosen, cpu = recipe.Defaults(3, 0, 8, 0.1).recipe(args, rows), torch.device("cpu")
     with open_run(args, dataset, "w.pth", chosen) as run:
-        precision = loop.precision_of(chosen, run, cpu)
-        result = loop.fit(learner, batch_loss, validate or whole_loss, chosen, np.arange(rows), run, cpu, precision,
-                          score)  # fmt: skip
+        objective = loop.Objective(batch_loss, validate or whole_loss, score)
+        result = loop.fit(learner, objective, np.arange(rows), run, cpu, loop.precision_of(run, cpu))
     return *result[:2], calls
 
 

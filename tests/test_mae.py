@@ -193,7 +193,7 @@ def test_maps_of_large_images_are_averaged_over_squares():
     images = torch.randn(2, 1, 150, 150)
     residual = model.mae.residual(images, model.masks)
     maps = model.maps(images)
-    assert maps.shape == (2, 1, model.map_side, model.map_side) == (2, 1, 75, 75)
+    assert maps.shape == (2, *model.map_shape) == (2, 1, 75, 75)
     assert torch.allclose(maps[1, 0, 3, 74], residual[1, 0, 6:8, 148:150].mean(), atol=1e-6)
     assert model(images).shape == (2, 3)
 
@@ -222,7 +222,7 @@ def test_logits_of_eight_orientations_do_not_depend_on_the_orientation():
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [*((wrong, "mask ratio")
-       for wrong in ({"rounds": 0}, {"mask_ratio": 1.0}, {"mask_ratio": 0.999}, {"mask_ratio": -1})),
+       for wrong in ({"mask_ratio": 1.0}, {"mask_ratio": 0.999}, {"mask_ratio": -1})),
      ({"sizes": {"img_size": 8, "patch_size": 4}}, "at least 16"), ({"map_pool": 5}, "at least 16"),
      *(({"map_pool": wrong}, "cannot be averaged") for wrong in (0, -1, 1.5, "2")), ({"orientations": 4}, "2 or 8")],
 )  # fmt: skip

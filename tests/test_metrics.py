@@ -58,6 +58,7 @@ def test_all_right_is_an_interval_with_a_width():
     low, high = metrics.wilson(8, 10)  # Wilson 1927, by hand
     assert (low, high) == pytest.approx((0.4901625, 0.9433178), abs=1e-6)
     assert metrics.about_intervals([{"low": 0.9, "high": 1.0}]) is None
+    assert metrics.about_intervals([{"low": 0.9, "high": 0.9}]) is None  # of one resample
     assert "no width" in metrics.about_intervals([{"low": 0.9, "high": 1.0}, {"low": 1.0, "high": 1.0}])
 
 

@@ -24,7 +24,7 @@ from predict import Answer
 NAMES = ("accuracy", "macro", "images", "calibration_error", "a|b 'c' \"d\"", "$x^{$", "frac$1", "2",
          "_under <b>", "Ünï 透鏡", "long " * 40 + "name")  # fmt: skip
 REFUSED = ("All", "ALL", "none", "unfamiliar", "FILE", "prediction", "familiarity", "residual", "row", "label",
-           "class", "score", "cluster", "nan", "NA", "", " ", " a", "a ", "a,b", "a/b", "a\\b", "=1+1", "+a",
+           "class", "score", "cluster", "run", "Low", "high", "log10_mass", "nan", "NA", "", " ", " a", "a ", "a,b", "a/b", "a\\b", "=1+1", "+a",
            "-a", "@a", "two\nlines", "return\r", "tab\t", "\x1b[31m", "a\0b", "a\u200bb", "\udce9", "B", "b")  # fmt: skip
 NETWORK = ("--patch-size", 16, "--embed-dim", 16, "--depth", 1, "--num-heads", 2)
 RUN = ("--epochs", 1, "--batch-size", 16, "--precision", "float32", "--quiet")
@@ -216,8 +216,8 @@ def test_every_residual_is_image_minus_prediction(monkeypatch):
     image = np.ones((1, 1, 4, 4))
     plots.reconstructions("r", image, image, image - 0.25, ["a"])
     plots.residual_maps("m", image[0], image[0] * 0.25, 0.5, ["a"])
-    answer = Answer("n", image[0], np.ones(1), "a", None, None)
-    plots.contact_sheet("s", [answer], ["a"], image[0] * 0.25, 0.5)
+    answer = Answer("n", image[0], np.ones(1), "a", None, None, image[0, 0] * 0.25)
+    plots.contact_sheet("s", [answer], ["a"], 0.5)
     panels = {path: [a for a in f.axes if a.images] for path, f in drawn.items()}
     assert np.all(panels["r"][3].images[0].get_array() == 0.25)
     assert np.all(panels["m"][1].images[0].get_array() == 0.5)

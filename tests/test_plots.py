@@ -101,8 +101,9 @@ def test_the_pictures_of_a_report_fit_a_narrow_screen(drawn):
     plots.mistakes("mistakes", image, [(i, 0, 1, 0.9) for i in range(12)], ["a", "b"])
     plots.residual_maps("maps", image, image, 1.0, ["a"] * 12)
     answers = [Answer("a.npy", one[None], np.array([0.5, 0.5]), "a", None, None) for one in image]
-    for count, maps in ((12, image), (12, None), (1, image[:1])):
-        plots.contact_sheet(f"sheet {count} {maps is None}", answers[:count], ["a", "b"], maps, 1.0)
+    for count, residual_map in ((12, image[0]), (12, None), (1, image[0])):
+        shown = [answer._replace(residual_map=residual_map) for answer in answers[:count]]
+        plots.contact_sheet(f"sheet {count} {residual_map is None}", shown, ["a", "b"], 1.0)
     masses = np.linspace(-24, -22, 9)
     plots.masses("masses", masses, masses, masses - 1, masses + 1, {"-24 to -22": (0.9, 0.8, 0.95)}, 0.9)
     for figure in drawn.values():

@@ -86,6 +86,10 @@ def test_files_of_one_name_in_two_classes_are_not_mixed_up(tmp_path):
     write(theirs, lines, ("file", "a", "b"))
     theirs.write_text("\ufeff" + theirs.read_text())  # as spreadsheets save it
     assert predictions.read(theirs, rows, dataset, tmp_path / "d").tolist() == [[1, 0]] * len(rows)
+    write(theirs, lines[:9], ("a", "b", "file"))
+    theirs.write_text(theirs.read_text() + "1")  # a line that ends before its file
+    with pytest.raises(UserError, match="lacks"):
+        predictions.read(theirs, rows, dataset, tmp_path / "d")
 
 
 def test_mcnemar_is_the_exact_binomial_test():

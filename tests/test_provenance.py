@@ -10,7 +10,7 @@ import evaluate
 import export
 import reconstruct
 import simulate
-from lib import provenance, simulated
+from lib import pairs, provenance, simulated
 
 SCRIPTS = ("simulate", "simulate a folder", "evaluate", "reconstruct", "export")
 
@@ -137,5 +137,7 @@ def test_data_that_simulate_made_says_its_pixel_scale_and_unit():
     assert told == {"pixel_scale": 0.101, "unit": "2 × counts per second, zero point 24.0"}
     assert simulated.measures_of(simulated.origin_of("Model_I", 10, 0, noise=False)) == {"pixel_scale": 0.05, "unit": "counts"}
     assert "2 ×" not in simulated.measures_of(simulated.origin_of("Model_III", 10, 0, noise=True))["unit"]
-    for origin in ("folder lenses", "8-bit pictures of simulate.py Model_II, 10 a class, seed 0, noise-free", ""):
+    made = simulated.origin_of("Model_II", 10, 0, noise=False)
+    for origin in ("folder lenses", f"8-bit pictures of {made}", f"pictures of any kind, seed 0, of {made}", ""):
         assert simulated.measures_of(origin) == {}
+    assert simulated.measures_of(f"{pairs.COARSE}{made}") == {"pixel_scale": 0.202}

@@ -13,8 +13,9 @@ from conftest import (
 )  # fmt: skip
 
 from experiments import real_pairs
-from lib import datasets, pairs, weights
+from lib import datasets, pairs, simulated, weights
 from lib.many_lenses import simulate_pairs
+from lib.onnxfile import number_in, open_sharpener
 from lib.sharp_evaluation import ceiling, ssim
 from mae import Sharpener, noise_from, reduction_matrices
 
@@ -193,10 +194,19 @@ def test_predicted_sharp_images_have_names_of_their_own(sharp_runs, public, tmp_
                    "--maps", "classifies no images")  # fmt: skip
 
 
+def test_the_files_say_the_pixel_scale_of_the_coarse_images(sharp_runs):
+    session, _ = open_sharpener(sharp_runs / "sharpen.onnx")
+    sharp = simulated.measures_of(datasets.load(sharp_runs / "pairs").origin)
+    assert number_in(session, "pixel_scale") == 2 * sharp["pixel_scale"] == 0.1
+    assert weights.read(sharp_runs / "sharpen" / SHARPENER).content["run"]["pixel_scale"] == 0.1
+
+
 def test_files_of_another_task_are_refused(sharp_runs, runs, tmp_path):
     assert_refused("predict.py", ["--model", runs / "classifier.onnx", "--sharpened", tmp_path / "sharp", "--out",
                                   tmp_path / "t.csv", tmp_path], "--what sharpen")  # fmt: skip
     start = ["--data", sharp_runs / "pairs", "--task", "sharpen", "--out", tmp_path / "out"]
+    for option in (("--augment", "flips"), ("--layer-decay", 0.5), ("--patch-dropout", 0.5), ("--pool", "cls")):
+        assert_refused("finetune.py", [*start, "--pretrained", "none", "--strategy", "full", *option], option[0], "leave it out")
     assert_refused("finetune.py", [*start, "--strategy", "head", "--pretrained", "none"], "--strategy full")
     assert_refused("finetune.py", [*start, "--strategy", "full", "--pretrained", sharp_runs / "sharpen" / SHARPENER],
                    "starts from an MAE")  # fmt: skip

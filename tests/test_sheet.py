@@ -27,6 +27,14 @@ def chosen(order, most, answers=ANSWERS):
     return [one.name for one in choice.answers()]
 
 
+def test_a_chosen_answer_does_not_keep_its_whole_batch():
+    batch = np.zeros((9, SIDE, SIDE))
+    choice = sheet.Choice("confidence", 1)
+    choice.offer(answer("one", 1.0)._replace(image=batch[:1], residual_map=batch[0]))
+    (kept,) = choice.answers()
+    assert not any(np.shares_memory(batch, own) for own in (kept.image, kept.residual_map))
+
+
 @pytest.mark.parametrize(("order", "names"), [
     ("confidence", ["surest", "sure", "last", "less", "strange"]), ("doubt", ["less", "sure", "last"]),
     ("substructure", ["strange", "surest", "sure"]), ("familiarity", ["strange", "less", "sure"]),
@@ -51,9 +59,9 @@ def test_one_bad_image_does_not_blank_the_maps_of_the_others(monkeypatch, tmp_pa
     drawn = {}
     monkeypatch.setattr(plots, "save", lambda figure, path: drawn.update({path: figure}))
     maps = np.stack([np.full((SIDE, SIDE), size) for size in (0.1, 0.2, 1000.0)])
-    answers = [answer("x" * 40 + f"{i}.npy", 1.0) for i in range(3)]
+    answers = [answer("x" * 40 + f"{i}.npy", 1.0)._replace(residual_map=own) for i, own in enumerate(maps)]
     for name, sigma in {"known": 0.1, "unknown": None}.items():
-        plots.contact_sheet(name, answers, ["a", "b"], maps, sigma, 0.1)
+        plots.contact_sheet(name, answers, ["a", "b"], sigma, 0.1)
         images = [panel.images[0] for panel in drawn[name].axes if panel.images][1::2]
         in_sigma = [image.get_array()[0, 0] for image in images]
         assert np.allclose(in_sigma, np.array([0.1, 0.2, 1000]) / (sigma or 0.2))
