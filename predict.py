@@ -100,16 +100,13 @@ def predict(args):
     files, said, batches = inputs_of(args, session, img_size, guard, maps)
     others, errors = said.others, said.errors
     answers = answers_to(batches, args.model, session, class_names, guard, maps, masses, errors)
-    counts = dict.fromkeys([*class_names, *([UNFAMILIAR] if guard.can_refuse else [])], 0)
-    strange = []
-    answers = watched(progress(answers, len(files), said), counts, choice, strange)
+    summary = Summary([*class_names, *([UNFAMILIAR] if guard.can_refuse else [])], choice)
     header = ["file", *class_names, "prediction", *(["familiarity"] if guard.calibration is not None else []),
               *(["residual"] if maps else []), *(("log10_mass", "low", "high") if masses else [])]  # fmt: skip
 
     # All results are written before anything is printed.
-    saved = []
     with saved_maps.saving(args.save_maps, maps.sigma) if args.save_maps else contextlib.nullcontext() as save:
-        write_table(args.out, rows_of(header, passed_to(save, answers, saved) if save else answers))
+        write_table(args.out, rows_of(header, progress(answers, len(files), said), summary, save))
     write_errors(args.out, errors)
     shown, sheet_error = choice.answers() if choice else [], None
     if shown:
@@ -117,15 +114,15 @@ def predict(args):
             args.sheet, shown, class_names, maps and maps.sigma, number_in(session, "pixel_scale")
         )
 
-    summary = ", ".join(f"{count} {name}" for name, count in counts.items())
+    counts, total = summary.counts, sum(summary.counts.values())
     where = "" if args.out == STANDARD_OUTPUT else f" in {args.out}"
-    total = sum(counts.values())
-    say(args, f"{total} {'image' if total == 1 else 'images'}{where}: {summary}")
+    each = ", ".join(f"{count} {name}" for name, count in counts.items())
+    say(args, f"{total} {'image' if total == 1 else 'images'}{where}: {each}")
     if args.sheet and not sheet_error:
         say(args, f"{len(shown)} of them in {args.sheet}, {sheet.ORDERS[args.sheet_by]}"
                   if shown else f"nothing to draw in {args.sheet}")  # fmt: skip
     if args.save_maps:
-        say(args, f"{len(saved)} substructure maps in {args.save_maps}, {sum(map(bool, saved))} of them with a WCS")
+        say(args, f"{total} substructure maps in {args.save_maps}, {summary.with_wcs} of them with a WCS")
     lines = [*(source.doubt for source in (maps, masses) if source and source.doubt), *said.about_notes()]
     if not guard.can_refuse:
         lines.append(guard.weakness(args.model))
@@ -136,7 +133,7 @@ def predict(args):
         )
         chance, advice = by_chance(counts[UNFAMILIAR], total, least), []
         if reference is not None:
-            advice = traits.advice(np.array(strange), reference, unit_known, chance)
+            advice = traits.advice(np.array(summary.strange), reference, unit_known, chance)
         lines.append(about_unfamiliar(counts[UNFAMILIAR], total, least, advice))
     for line in (*lines, *about_files(args, others, errors)):
         warn(line)
@@ -248,32 +245,34 @@ def answers_to(batches, path, session, class_names, guard, maps, masses, errors)
             )  # fmt: skip
 
 
-def watched(answers, counts, choice, strange):
-    """Pass on the answers; count the predictions in `counts`, and offer them to the `sheet.Choice`, if any.
+class Summary:
+    """What is said at the end of all answers.
 
-    The `traits.traits_of` unfamiliar images, of MOST_STRANGE at most, are appended to `strange`.
+    counts : how many images have each of the `predictions`.
+    strange : `traits.traits_of` of the first MOST_STRANGE unfamiliar images.
+    with_wcs : how many images have a WCS.
+    choice : the `sheet.Choice` that is offered all answers, or None.
     """
-    for answer in answers:
-        counts[answer.prediction] += 1
-        if answer.prediction == UNFAMILIAR and len(strange) < MOST_STRANGE:
-            strange.append(traits.traits_of(answer.image)[0])
-        if choice:
-            choice.offer(answer)
-        yield answer
+
+    def __init__(self, predictions, choice):
+        self.counts, self.strange, self.with_wcs, self.choice = dict.fromkeys(predictions, 0), [], 0, choice
+
+    def add(self, answer):
+        self.counts[answer.prediction] += 1
+        self.with_wcs += bool(answer.wcs)
+        if answer.prediction == UNFAMILIAR and len(self.strange) < MOST_STRANGE:
+            self.strange.append(traits.traits_of(answer.image)[0])
+        if self.choice:
+            self.choice.offer(answer)
 
 
-def passed_to(save, answers, saved):
-    """Pass on the answers that `save` has saved; whether each has a WCS is appended to `saved`."""
-    for answer in answers:
-        save(answer)
-        saved.append(bool(answer.wcs))
-        yield answer
-
-
-def rows_of(header, answers):
-    """The rows of the CSV."""
+def rows_of(header, answers, summary, save):
+    """The rows of the CSV; each answer is added to the `summary`, and its map saved by `save`, if that is not None."""
     yield header
     for answer in answers:
+        summary.add(answer)
+        if save:
+            save(answer)
         row = [answer.name, *(f"{p:.6f}" for p in answer.probabilities), answer.prediction]
         row += [] if answer.familiarity is None else [f"{answer.familiarity:.6f}"]
         row += [] if answer.residual is None else [f"{answer.residual:.6g}"]
