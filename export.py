@@ -32,7 +32,7 @@ from lib.onnxfile import open_session
 from lib.onnxwrite import Answers, Probabilities, Residuals, reduce_precision, save_proto, write_onnx
 from lib.provenance import LIBRARY, circumstances, made_from
 from lib.residuals import mask_ratio_of
-from lib.simulated import measures_of
+from lib.simulated import pixels_of
 
 EXAMPLE = """examples:
   python export.py --weights runs/full/vit-mae-classifier-wt.pth --out lens.onnx
@@ -76,7 +76,7 @@ def export(args):
         say("tracing the network")
         write_onnx(model, temporary, metadata)
         say(f"comparing it with PyTorch on {len(images)} images")
-        apart = differences(model, temporary, images)
+        apart = worst_differences(model, temporary, images)
         require_agreement(apart, args.out)
         say("measuring its time")
         print(f"{size_and_speed('float32', temporary, images)}; {as_text(apart)}")
@@ -204,7 +204,7 @@ def metadata_of(args, model, opened, dataset, train):
     if trained.get("data_fingerprint") == dataset.fingerprint:
         some = train[:: max(1, len(train) // DESCRIBED_IMAGES)]
         reference = json.dumps(traits.reference_of(dataset.images[some]))
-        measures = measures_of(dataset.origin)
+        measures = pixels_of(dataset.origin)
     checked_on = [dataset.fingerprint, dataset.class_names]
     made = made_from(args, [*LIBRARY, __file__], data=checked_on, weights=opened.sha256)
     return {
@@ -257,7 +257,7 @@ def answers_of(model, images):
     return {name: answer.numpy() for name, answer in zip(model.outputs, answers, strict=True)}
 
 
-def differences(model, path, images):
+def worst_differences(model, path, images):
     """{output: largest difference between onnxruntime and PyTorch} on `images` (256, 1, H, W).
 
     The images are fed in batches of 1, 7 and 256.
@@ -313,7 +313,7 @@ def lower_precision(path, args, model, dataset, order, parts, images, metadata):
     say(f"reducing to {args.precision}, and judging that")
     reduce_precision(path, args.precision, calibration, metadata)
     after = quality_of(path, dataset.images[rows], labels)
-    apart = differences(model, path, images)
+    apart = worst_differences(model, path, images)
     changes = ", ".join(f"{name} {before[name]:.5f} -> {after[name]:.5f}" for name in before)
     print(
         f"{size_and_speed(args.precision, path, images)}; {as_text(apart)}; {changes} on {len(rows)} validation images"

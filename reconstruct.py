@@ -26,7 +26,7 @@ from lib.files import PICTURE, make_folder, write_csv, write_json
 from lib.metrics import about_intervals
 from lib.provenance import LIBRARY, identity_of, is_current, made_from, require_own_results, sign
 from lib.residuals import (
-    mask_ratio_of, measure, residual_reader, scores_and_powers, scores_of, smooth_rms_of, unlike_training,
+    aucs_of, mask_ratio_of, residual_reader, scores_and_powers, scores_of, smooth_rms_of, unlike_training,
 )  # fmt: skip
 from lib.tables import with_interval
 
@@ -71,7 +71,7 @@ def reconstruct(args):
     how = dataset.class_names, args.resamples, args.seed
     result, lines = separation(scores, labels, has_substructure, trained_on, how)
     if kinds:
-        result["clusters"] = measured = clusters.measure(kinds, kind_of_row, labels, dataset.class_names)
+        result["clusters"] = measured = clusters.agreement(kinds, kind_of_row, labels, dataset.class_names)
         lines += [f"{args.clusters} clusters: accuracy {with_interval(measured['accuracy'], 2, 100)} %, "
                   f"overlap left {kinds.overlap:.3f}"]  # fmt: skip
     if result:
@@ -109,7 +109,7 @@ def sort_into_kinds(residuals, rows, fitted, count, seed):
 def separation(scores, labels, has_substructure, trained_on, how):
     """How well scores tell substructure from what the MAE was trained on: ({"auc": measured}, lines).
 
-    `how` are class names, resamples and seed of `residuals.measure`. Without images of both kinds the
+    `how` are class names, resamples and seed of `residuals.aucs_of`. Without images of both kinds the
     dict is empty.
     """
     if has_substructure.all() or not has_substructure.any():
@@ -118,7 +118,7 @@ def separation(scores, labels, has_substructure, trained_on, how):
             f"no AUC: the MAE was trained on {one_line(', '.join(trained_on))}, and {some} of the "
             "images are of these classes: pre-train on some of the classes to compare"
         ]
-    measured = measure(scores, has_substructure, labels, *how)
+    measured = aucs_of(scores, has_substructure, labels, *how)
     lines = [f"all substructure: AUC {with_interval(measured['all'], 4)}"]
     lines += [f"{one_line(name)}: AUC {with_interval(auc, 4)}" for name, auc in measured["classes"].items()]
     lines += filter(None, [about_intervals([measured["all"], *measured["classes"].values()])])

@@ -33,7 +33,7 @@ from scipy.stats import ks_2samp, norm
 from tqdm import tqdm
 
 from lib import many_lenses, metrics, options, raytracing
-from lib.residuals import measure
+from lib.residuals import aucs_of
 from lib.tables import with_interval
 
 EXAMPLE = """examples:
@@ -192,11 +192,11 @@ def compared(real, others):
 
 
 def found_by_chi2(count, seed, resamples=1000):
-    """How well χ² tells `count` simulated images of each class from smooth ones, as `residuals.measure` says it."""
+    """How well χ² tells `count` simulated images of each class from smooth ones, as `residuals.aucs_of` says it."""
     undisturbed, names = Picture(None, False, 0.0, 0), many_lenses.CLASS_NAMES
     chi2 = [fit.chi2 for name in names for fit in fits_of(simulated(name, count, seed, [undisturbed]))]
     labels = np.repeat(np.arange(len(names)), count)
-    return measure(np.array(chi2), labels > 0, labels, names, resamples, seed)
+    return aucs_of(np.array(chi2), labels > 0, labels, names, resamples, seed)
 
 
 def significances(class_name, count, seed):
@@ -219,13 +219,13 @@ def auc_when_told(significance):
 
 
 def bounds(count, seed, resamples=1000):
-    """{class, or "all": `metrics.measure` of `auc_when_told`} of `count` simulated lenses of each class."""
+    """{class, or "all": `metrics.with_bounds` of `auc_when_told`} of `count` simulated lenses of each class."""
     of_class = {name: significances(name, count, seed) for name in many_lenses.CLASS_NAMES[1:]}
     rng = np.random.default_rng([seed, count])
     found = {}
     for name, own in {**of_class, "all": np.concatenate(list(of_class.values()))}.items():
         again = [auc_when_told(rng.choice(own, len(own))) for _ in range(resamples)]
-        found[name] = metrics.measure(auc_when_told(own), np.percentile(again, (2.5, 97.5)))
+        found[name] = metrics.with_bounds(auc_when_told(own), np.percentile(again, (2.5, 97.5)))
     return found
 
 

@@ -193,14 +193,14 @@ def about_refusals(name, result):
 def results_of(prediction, class_names, args):
     """{"auc": {class name: AUC}, "macro": AUC, "accuracy", "images": n, "calibration_error"}.
 
-    AUC and accuracy are a `metrics.measure`; the intervals are of a bootstrap, that of the accuracy is
+    AUC and accuracy are a `metrics.with_bounds`; the intervals are of a bootstrap, that of the accuracy is
     Wilson's. With a familiarity there is also what `refusals` gives.
     """
     labels, probabilities = prediction.labels, prediction.probabilities
     values = metrics.measures(probabilities, labels)
     statistic = metrics.measures_of_counts(probabilities, labels)
     intervals = metrics.bootstrap(statistic, labels, args.resamples, args.seed)
-    *aucs, macro, _ = map(metrics.measure, values, intervals)
+    *aucs, macro, _ = map(metrics.with_bounds, values, intervals)
     accuracy = metrics.share_of(probabilities.argmax(axis=1) == labels)
     error, _ = metrics.calibration(probabilities, labels)
     results = {"auc": dict(zip(class_names, aucs, strict=True)), "macro": macro, "accuracy": accuracy,

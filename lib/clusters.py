@@ -154,7 +154,7 @@ def match(kind_of, labels, clusters, classes):
     return table, class_of
 
 
-def measure(kinds, kind_of, labels, class_names):
+def agreement(kinds, kind_of, labels, class_names):
     """How well kinds agree with classes: {"accuracy", "overlap", "fitted_on", "table"}.
 
     The accuracy is `metrics.share_of` the images under the same match. The table is {class: its images in

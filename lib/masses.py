@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from lib.errors import warn
-from lib.metrics import bootstrap, measure, share_of
+from lib.metrics import bootstrap, share_of, with_bounds
 
 COVERAGE = 0.9  # share of the intervals that hold the true mass
 FEWEST_IMAGES = 100  # validation images that give a group of estimates a width of its own
@@ -56,7 +56,7 @@ def by_half_decade(log_masses):
 def results_of(truth, estimates, low, high, resamples, seed):
     """What estimates and intervals, log10 of masses (n,), are worth, beside the true masses (n,).
 
-    {"error": `measure` of the mean error in dex, "median_error", "coverage": `share_of` the intervals that
+    {"error": `with_bounds` of the mean error in dex, "median_error", "coverage": `share_of` the intervals that
     hold the truth, "width": mean width in dex, "images": n, "half_decades": {name: the same without the
     median and the interval of the error, which is a bootstrap's}}.
     """
@@ -67,6 +67,6 @@ def results_of(truth, estimates, low, high, resamples, seed):
         return {"error": {"value": float(error[part].mean())}, "width": float((high - low)[part].mean()),
                 "images": int(part.sum()), "coverage": share_of(((low <= truth) & (truth <= high))[part])}  # fmt: skip
 
-    whole = results_in(np.ones(len(truth), bool)) | {"error": measure(error.mean(), interval)}
+    whole = results_in(np.ones(len(truth), bool)) | {"error": with_bounds(error.mean(), interval)}
     parts = {name: results_in(part) for name, part in by_half_decade(truth).items()}
     return {**whole, "median_error": float(np.median(error)), "half_decades": parts}

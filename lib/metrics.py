@@ -101,15 +101,15 @@ def mcnemar(only_one, only_other):
     return float(binomtest(only_one, different).pvalue) if different else 1.0
 
 
-def measure(value, interval):
+def with_bounds(value, interval):
     """A value with its interval (low, high), as results hold it: {"value", "low", "high"}."""
     low, high = interval
     return {"value": float(value), "low": float(low), "high": float(high)}
 
 
 def share_of(right):
-    """The `measure` of a share of images, from (n,) bool, with Wilson's interval."""
-    return measure(right.mean(), wilson(right.sum(), len(right)))
+    """The `with_bounds` of a share of images, from (n,) bool, with Wilson's interval."""
+    return with_bounds(right.mean(), wilson(right.sum(), len(right)))
 
 
 def wilson(right, images):

@@ -137,8 +137,8 @@ def unlike_training(content, labels, class_names):
     return trained_on, ~np.isin(np.array(class_names)[labels], trained_on)
 
 
-def measure(scores, has_substructure, labels, class_names, resamples, seed):
-    """{"all": `metrics.measure`, "classes": {class: the same}}: AUC with 95 % bootstrap intervals.
+def aucs_of(scores, has_substructure, labels, class_names, resamples, seed):
+    """{"all": `metrics.with_bounds`, "classes": {class: the same}}: AUC with 95 % bootstrap intervals.
 
     All substructure, and each class of it, against smooth images. `has_substructure` (n,) bool marks images
     of another kind than the MAE was trained on.
@@ -151,6 +151,6 @@ def measure(scores, has_substructure, labels, class_names, resamples, seed):
         return [auc_of(counts[part]) for part, auc_of in zip(kept, aucs_of, strict=True)]
 
     intervals = bootstrap(statistic, labels, resamples, seed)
-    every, *others = (metrics.measure(roc_auc_score(has_substructure[part], scores[part]), interval)
+    every, *others = (metrics.with_bounds(roc_auc_score(has_substructure[part], scores[part]), interval)
                       for part, interval in zip(kept, intervals, strict=True))  # fmt: skip
     return {"all": every, "classes": dict(zip((class_names[k] for k in strange), others, strict=True))}

@@ -14,7 +14,7 @@ from lib import datasets, distributed, weights
 from lib.errors import UserError, warn
 from lib.files import is_hidden, make_folder, write_json, write_text
 from lib.provenance import FREE_OPTIONS, circumstances
-from lib.simulated import measures_of
+from lib.simulated import pixels_of
 
 MAPS = f"maps-{16 * '[0-9a-f]'}.npy"  # residual maps of a run, see `Run`
 
@@ -134,7 +134,7 @@ class Run:
                 path.unlink()
         dataset = self.dataset
         options = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.args).items()}
-        described = {"origin": dataset.origin, "fingerprint": dataset.fingerprint, **measures_of(dataset.origin)}
+        described = {"origin": dataset.origin, "fingerprint": dataset.fingerprint, **pixels_of(dataset.origin)}
         described |= {"class_names": dataset.class_names, "images": len(dataset.labels)}
         write_json(
             self.out / "config.json",
@@ -162,7 +162,7 @@ class Run:
         """
         cache_dir = self.args.cache_dir and str(self.args.cache_dir)
         run = {**self.settings, **outcome, "data": str(self.args.data), "cache_dir": cache_dir,
-               "made": circumstances(), **measures_of(self.dataset.origin)}  # fmt: skip
+               "made": circumstances(), **pixels_of(self.dataset.origin)}  # fmt: skip
         class_names = self.dataset.class_names
         weights.save(self.weights_path, state, config, class_names, run, seen, familiarity)
         self.maps_path.unlink(missing_ok=True)

@@ -115,7 +115,7 @@ def summary(measured, args):
     psnr = -10 * np.log10(mse)
     (interval,) = metrics.bootstrap(lambda counts: [counts @ psnr / counts.sum()], np.zeros(len(psnr), int),
                                     args.resamples, args.seed)  # fmt: skip
-    result = {"mse": float(mse.mean()), "psnr": metrics.measure(psnr.mean(), interval),
+    result = {"mse": float(mse.mean()), "psnr": metrics.with_bounds(psnr.mean(), interval),
               "psnr_of_mean": -10 * math.log10(mse.mean()), "ssim": float(measured["ssim"].mean()),
               "images": len(mse)}  # fmt: skip
     if "rms_error" in measured:

@@ -40,7 +40,7 @@ def origin_of(model, per_class, seed, noise):
     return f"simulate.py {model}, {per_class} a class, seed {seed}, {kind}"
 
 
-def measures_of(origin):
+def pixels_of(origin):
     """{"pixel_scale": arcsec, "unit": text, "zero_point"} of images whose `origin` names a data model, else {}.
 
     An image of magnitude `zero_point` has pixels with the sum one; counts have none. Coarse images have pixels of

@@ -23,7 +23,7 @@ class Outcome(NamedTuple):
 
 
 def with_interval(measure, digits, scale=1):
-    """A `metrics.measure`, times `scale`, as text such as 0.9958 (0.9941–0.9972)."""
+    """A `metrics.with_bounds`, times `scale`, as text such as 0.9958 (0.9941–0.9972)."""
     value, low, high = (f"{scale * measure[name]:.{digits}f}" for name in ("value", "low", "high"))
     return f"{value} ({low}–{high})"
 

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python tests/digests.py FOLDER
 
-trains every strategy from every start (an MAE, a classifier, random weights) on many images and on
-few, in float32 with the default recipes, then evaluates, reconstructs, exports and predicts. It
+trains every strategy from every start (an MAE, a classifier, random weights) and every task on many
+images and on few, in float32 with the default recipes, then evaluates, reconstructs, exports and predicts. It
 writes FOLDER/digests.json: of the tensors of every weights file, of metrics.json and scores.csv, of
 what the ONNX files answer, and of the CSV of predictions. The digests are those of one machine and
 one version of torch: run it in two checkouts on the same machine, and compare. It takes eight minutes.
@@ -30,6 +30,13 @@ NETWORK = ["--patch-size", 4, "--embed-dim", 32, "--depth", 2, "--num-heads", 2]
 DECODER = ["--decoder-embed-dim", 16, "--decoder-num-heads", 2, "--classes", "smooth"]
 STRATEGIES = ("head", "layernorm", "full", "residual")
 WEIGHTS = "vit-mae-classifier-wt.pth"
+# What else is trained: {name: (the MAE that it starts from, weights file, options)}.
+OTHERS = {
+    "with-image": ("mae", WEIGHTS, ("--strategy", "residual", "--with-image", "--augment", "flips")),
+    "mass": ("mae", "vit-mae-mass-wt.pth", ("--task", "mass", "--strategy", "residual", "--epochs", 1)),
+    "sharpen": ("coarse", "vit-mae-sharpen-wt.pth",
+                ("--task", "sharpen", "--strategy", "full", "--epochs", 1, "--labels", 0.1)),
+}  # fmt: skip
 
 
 def images_of(class_name, count, seed):
@@ -50,7 +57,8 @@ def write_data(folder, per_class, seed):
     shape = (len(CLASS_NAMES) * per_class, SIDE, SIDE)
     writer = PackedWriter(folder, shape, CLASS_NAMES, "blobs")
     for label, class_name in enumerate(CLASS_NAMES):
-        writer.append(images_of(class_name, per_class, seed), label)
+        masses = np.geomspace(1e-24, 1e-22, per_class) if class_name == "line" else np.nan
+        writer.append(images_of(class_name, per_class, seed), label, masses=masses)
     writer.close()
 
 
@@ -93,9 +101,6 @@ def main():
         write_data(data, per_class, seed=per_class)
         common = ["--data", data, "--precision", "float32", "--quiet"]
 
-        def record(name):
-            found[f"{size} {name}"] = digest_of_tensors(runs / name / WEIGHTS)
-
         call("pretrain.py", *common, "--out", runs / "mae", *NETWORK, *DECODER)
         mae = runs / "mae" / "vit-mae-wt.pth"
         found[f"{size} mae"] = digest_of_tensors(mae)
@@ -107,7 +112,11 @@ def main():
             network = NETWORK if start == "none" else []
             call("finetune.py", *common, "--out", runs / name, "--pretrained", path, "--strategy", strategy,
                  *network)  # fmt: skip
-            record(name)
+            found[f"{size} {name}"] = digest_of_tensors(runs / name / WEIGHTS)
+        call("pretrain.py", *common, "--coarse", "--out", runs / "coarse", *NETWORK, *DECODER)
+        for name, (start, file, options) in OTHERS.items():
+            call("finetune.py", *common, "--out", runs / name, "--pretrained", runs / start / "vit-mae-wt.pth", *options)
+            found[f"{size} {name}"] = digest_of_tensors(runs / name / file)
 
         classifiers = [runs / f"{start}-{strategy}" / WEIGHTS for start, strategy, _ in starts]
         call("evaluate.py", "--data", data, "--weights", *classifiers, "--out", runs / "evaluation",

@@ -82,7 +82,7 @@ def test_an_export_that_loses_auc_or_accuracy_is_not_left(figure, exported_alrea
                                                           monkeypatch):  # fmt: skip
     same = {"macro AUC": 0.99, "accuracy": 0.99}
     values = iter((same, same | {figure: 0.98}))
-    monkeypatch.setattr(export, "differences", lambda *_: {"probabilities": 0.0})
+    monkeypatch.setattr(export, "worst_differences", lambda *_: {"probabilities": 0.0})
     monkeypatch.setattr(export, "quality_of", lambda *_: next(values))
     with pytest.raises(UserError, match=f"{figure} falls by 0.0100"):
         export.main(["--weights", str(runs / "head" / CLASSIFIER), "--data", str(folder), "--cache-dir",
@@ -152,7 +152,7 @@ def test_exported_file_equals_pytorch_and_carries_its_identity(runs, folder):
 
 
 def test_a_differing_export_is_not_left(exported_already, runs, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "differences", lambda *_: {"probabilities": 2e-4})
+    monkeypatch.setattr(export, "worst_differences", lambda *_: {"probabilities": 2e-4})
     out = tmp_path / "bad.onnx"
     with pytest.raises(UserError, match=r"2\.0e-04"):
         export.main(["--weights", str(runs / "head" / CLASSIFIER), "--data", str(folder),

@@ -48,13 +48,13 @@ def exported(model, path, precision="float32", calibration=None):
 def test_the_unit_of_the_images_survives_the_export(unit, tmp_path):
     model = onnxwrite.Probabilities(classifier(unit)).eval()
     path = exported(model, tmp_path / "model.onnx")
-    export.require_agreement(export.differences(model, path, images(unit)), path)
+    export.require_agreement(export.worst_differences(model, path, images(unit)), path)
 
 
 def test_a_small_unit_survives_the_export_of_residual_maps(tmp_path):
     model = residuals(1e-30)
     path = exported(model, tmp_path / "maps.onnx")
-    export.require_agreement(export.differences(model, path, images(1e-30)), path)
+    export.require_agreement(export.worst_differences(model, path, images(1e-30)), path)
 
 
 @pytest.mark.parametrize("kind", ["log", "asinh", "sqrt", "linear"])
@@ -71,7 +71,7 @@ def test_images_far_above_their_contrast_are_exported(tmp_path):
     model = onnxwrite.Probabilities(network).eval()
     pixels = (1e6 + images(1.0)).astype(np.float32)
     path = exported(model, tmp_path / "model.onnx")
-    export.require_agreement(export.differences(model, path, pixels), path)
+    export.require_agreement(export.worst_differences(model, path, pixels), path)
 
 
 @pytest.mark.parametrize(("unit", "kind"),
@@ -79,7 +79,7 @@ def test_images_far_above_their_contrast_are_exported(tmp_path):
 def test_pixels_beyond_float16_are_classified_in_float16(unit, kind, tmp_path):
     model, pixels = onnxwrite.Probabilities(classifier(unit, kind)).eval(), images(unit)
     path = exported(model, tmp_path / "model.onnx", "float16")
-    difference = export.differences(model, path, pixels)["probabilities"]
+    difference = export.worst_differences(model, path, pixels)["probabilities"]
     assert difference <= TOLERANCES["float16"]
 
 
@@ -91,7 +91,7 @@ def test_classifiers_of_residual_maps_are_exported(more, precision, tmp_path):
     network = ResidualClassifier({**SIZE, **DECODER}, constants(1.0), **more)
     model, pixels = onnxwrite.Probabilities(network).eval(), images(1.0)
     path = exported(model, tmp_path / "model.onnx", precision)
-    assert export.differences(model, path, pixels)["probabilities"] <= TOLERANCES[precision]
+    assert export.worst_differences(model, path, pixels)["probabilities"] <= TOLERANCES[precision]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

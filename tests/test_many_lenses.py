@@ -205,4 +205,4 @@ def test_true_masses_and_truth_are_those_of_the_images():
         assert abs(pull.mean()) < 1e-3
     assert simulated.truth_of("folder lenses", [0]) is None
     assert simulated.truth_of(simulated.origin_of("Model_II", 3, 2, False), [0]) is None
-    assert simulated.measures_of(origin)["pixel_scale"] == 0.05
+    assert simulated.pixels_of(origin)["pixel_scale"] == 0.05

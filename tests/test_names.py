@@ -18,7 +18,7 @@ from test_predict_inputs import MEAN, write_model
 import evaluate
 from lib import datasets, onnxfile, plots, sheet, tables, weights
 from lib.errors import UserError
-from lib.residuals import measure
+from lib.residuals import aucs_of
 from predict import Answer
 
 NAMES = ("accuracy", "macro", "images", "calibration_error", "a|b 'c' \"d\"", "$x^{$", "frac$1", "2",
@@ -117,7 +117,7 @@ def test_a_class_called_all_is_the_one_that_the_option_means(tmp_path):
 def test_all_is_the_figure_of_all_whatever_the_classes_are_called():
     labels = np.repeat([0, 1, 2], 20)
     scores = np.where(labels == 0, 0.5, np.where(labels == 1, 1.0, 0.0))
-    auc = measure(scores, labels > 0, labels, ["smooth", "all", "other"], 5, 0)
+    auc = aucs_of(scores, labels > 0, labels, ["smooth", "all", "other"], 5, 0)
     assert auc["all"]["value"] == 0.5
     assert auc["classes"]["all"]["value"] == 1.0
 

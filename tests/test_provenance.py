@@ -132,12 +132,12 @@ def test_half_a_replaced_data_set_does_not_look_complete(tmp_path, monkeypatch):
 
 
 def test_data_that_simulate_made_says_its_pixel_scale_and_unit():
-    told = simulated.measures_of(simulated.origin_of("Model_II", 10, 0, noise=False))
+    told = simulated.pixels_of(simulated.origin_of("Model_II", 10, 0, noise=False))
     assert told.pop("zero_point") == pytest.approx(24.7526, abs=1e-4)
     assert told == {"pixel_scale": 0.101, "unit": "2 × counts per second, zero point 24.0"}
-    assert simulated.measures_of(simulated.origin_of("Model_I", 10, 0, noise=False)) == {"pixel_scale": 0.05, "unit": "counts"}
-    assert "2 ×" not in simulated.measures_of(simulated.origin_of("Model_III", 10, 0, noise=True))["unit"]
+    assert simulated.pixels_of(simulated.origin_of("Model_I", 10, 0, noise=False)) == {"pixel_scale": 0.05, "unit": "counts"}
+    assert "2 ×" not in simulated.pixels_of(simulated.origin_of("Model_III", 10, 0, noise=True))["unit"]
     made = simulated.origin_of("Model_II", 10, 0, noise=False)
     for origin in ("folder lenses", f"8-bit pictures of {made}", f"pictures of any kind, seed 0, of {made}", ""):
-        assert simulated.measures_of(origin) == {}
-    assert simulated.measures_of(f"{pairs.COARSE}{made}") == {"pixel_scale": 0.202}
+        assert simulated.pixels_of(origin) == {}
+    assert simulated.pixels_of(f"{pairs.COARSE}{made}") == {"pixel_scale": 0.202}

@@ -196,7 +196,7 @@ def test_predicted_sharp_images_have_names_of_their_own(sharp_runs, public, tmp_
 
 def test_the_files_say_the_pixel_scale_of_the_coarse_images(sharp_runs):
     session, _ = open_sharpener(sharp_runs / "sharpen.onnx")
-    sharp = simulated.measures_of(datasets.load(sharp_runs / "pairs").origin)
+    sharp = simulated.pixels_of(datasets.load(sharp_runs / "pairs").origin)
     assert number_in(session, "pixel_scale") == 2 * sharp["pixel_scale"] == 0.1
     assert weights.read(sharp_runs / "sharpen" / SHARPENER).content["run"]["pixel_scale"] == 0.1
 
