@@ -233,7 +233,7 @@ $(PREDICTIONS): $(MODEL) $(MAPS) $(SAMPLES)
 	folder=$(FOLDER); set --; \
 	if [ -f "$$folder/dataset.json" ]; then set -- "$$folder/images.npy"; else \
 	  for class in "$$folder"/*/ "$$folder"/*/*/; do n=0; for file in "$$class"*; do case "$$file" in \
-	    *.[nN][pP][yYzZ]|*.[pP][nN][gG]|*.[fF][iI][tT]*|*.[fF][tT][sS]*|*.[fF][zZ]) \
+	    *.[nN][pP][yYzZ]|*.[fF][iI][tT]*|*.[fF][tT][sS]*|*.[fF][zZ]) \
 	      if [ $$n -lt 5 ] && [ -f "$$file" ]; then set -- "$$@" "$$file"; n=$$((n + 1)); fi;; \
 	  esac; done; done; [ $$# -gt 0 ] || set -- "$$folder"; fi; \
 	$(PY) predict.py --model $(MODEL) --maps $(MAPS) --sheet $(@D)/sheet.png --out $@ -- "$$@" \

@@ -9,10 +9,10 @@ the command prints the mean of three measures, real and simulated, and the proba
 two-sample Kolmogorov-Smirnov test.
 
 With --find N instead, it fits N simulated images of each class, undisturbed, and prints how well χ²
-alone tells substructure from smooth lenses: the AUC with its 95 % bootstrap interval. Then it prints the
-AUC of an observer who is told which substructure an image may have, and has to say whether it is there:
-nobody who is told less can do better. The significance is what the best smooth lens leaves of the
-substructure, in σ of the photon noise.
+alone tells substructure from smooth lenses: the AUC with its 95 % bootstrap interval. Then it
+prints the AUC of an observer who is told which substructure an image may have, and has to say
+whether it is there: nobody who is told less can do better. The significance is what the best smooth
+lens leaves of the substructure, in σ of the photon noise.
 """
 
 import sys
