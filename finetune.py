@@ -185,8 +185,8 @@ def parse_args(argv=None):
     )  # fmt: skip
     parser.add_argument(
         "--task", choices=TASKS, default="classes",
-        help="what is learned: the class of an image, (--strategy residual) the mass of its axion, in float32 unless "
-        "--precision says otherwise, or (--strategy full) to sharpen an image",
+        help="what is learned: the class of an image, (--strategy residual) the mass of its axion, or (--strategy "
+        "full) to sharpen an image; mass computes in float32 unless --precision says otherwise",
     )  # fmt: skip
     recipe.add_arguments(parser, {name: s.defaults for name, s in (STRATEGIES | TASK_STRATEGIES).items()})
     group = parser.add_argument_group("classifier")

@@ -349,7 +349,7 @@ def resampled(image, size):
 
     rows, columns, bad = shares(image.shape[0]), shares(image.shape[1]).T, ~np.isfinite(image)
     new = rows @ np.where(bad, 0, image).astype(np.float64) @ columns
-    return np.where(rows @ bad @ columns > 0, np.nan, new)  # 0 · NaN is NaN, everywhere
+    return np.where(rows @ bad @ columns > 1e-9, np.nan, new)  # 0 · NaN is NaN everywhere; shares are rounded
 
 
 def _moved_centre(centre, shape, size):
@@ -370,7 +370,8 @@ def _cropped(image, size, centre):
     if centre:
         top, left = row - size // 2, column - size // 2
         if not (0 <= top <= image.shape[0] - size and 0 <= left <= image.shape[1] - size):
-            raise ValueError(f"{size}×{size} pixels around column {column}, row {row} are not all in the image")
+            raise ValueError(f"{size}×{size} pixels around column {column}, row {row} are not all in the image of "
+                             f"{image.shape[1]}×{image.shape[0]} pixels")  # fmt: skip
     return _finite_float32(image[top : top + size, left : left + size]), (int(top), int(left))
 
 

@@ -36,7 +36,9 @@ def coarse_of(dataset):
     """The `Dataset` with the coarse images (N, H, H) in memory in the place of the sharp ones.
 
     They are those of the files, or else the sharp images reduced by two. Hashes and fingerprint are those of the
-    sharp images, so both have one split; the origin is another, since it tells the size of pixels. Raises UserError if the sharp images have an odd number of pixels.
+    sharp images, so both have one split; the origin is another, since it tells the size of pixels.
+
+    Raises UserError if the sharp images have an odd number of pixels.
     """
     origin = COARSE + dataset.origin
     if dataset.coarse is not None:

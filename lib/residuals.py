@@ -145,10 +145,10 @@ def aucs_of(scores, has_substructure, labels, class_names, resamples, seed):
     """
     strange = np.unique(labels[has_substructure])
     kept = [np.ones(len(labels), bool), *(~has_substructure | (labels == label) for label in strange)]
-    aucs_of = [auc_of_counts(scores[part], has_substructure[part]) for part in kept]
+    statistics = [auc_of_counts(scores[part], has_substructure[part]) for part in kept]
 
     def statistic(counts):
-        return [auc_of(counts[part]) for part, auc_of in zip(kept, aucs_of, strict=True)]
+        return [auc_of(counts[part]) for part, auc_of in zip(kept, statistics, strict=True)]
 
     intervals = bootstrap(statistic, labels, resamples, seed)
     every, *others = (metrics.with_bounds(roc_auc_score(has_substructure[part], scores[part]), interval)

@@ -60,13 +60,13 @@ class Strategy:
         if set(args.augment or ()) - set(self.augmentations):
             raise UserError(f"--augment: {self.no_augmentation}; {other}")
         if args.patch_dropout and not self.drops_patches:
-            raise UserError(f"--patch-dropout: all patches are needed; {other}")
+            raise UserError(f"--patch-dropout: all patches are needed; {other.replace('full', 'layernorm or full')}")
         if args.pool and not self.has_pool:
             raise UserError(f"--pool: there are no patch tokens to pool; {other}")
         if args.layer_decay not in (None, 1) and not self.decays_layers:
             raise UserError(f"--layer-decay: all that learns has one learning rate; {other}")
         if args.layer_decay not in (None, 1) and args.pretrained == "none":
-            raise UserError("--layer-decay: random weights have nothing to keep; leave it out")
+            raise UserError("--layer-decay: random weights have no learned blocks to keep; leave it out")
         if args.with_image and not self.shows_image:
             raise UserError("--with-image is for --strategy residual with --task classes")
 
@@ -172,11 +172,10 @@ class Strategy:
         def outputs(batch):
             return model.fc(model.features(read_disturbed(read, batch, recipe.augment)))
 
-        learner = Learner(
-            model, self.learning(model), are_on_device(read), larger_than_memory(dataset.images),
+        learner = learner_of(model, self.learning(model), dataset, read)._replace(
             changes_at=(ALL_PATCHES_FROM,) if recipe.patch_dropout else (),
             lr_scale=layer_scale(recipe.layer_decay, len(model.blocks)),
-        )  # fmt: skip
+        )
         return learner, training_outputs, outputs
 
 
@@ -286,10 +285,7 @@ class Residual(Strategy):
         def outputs(batch):
             return model.logits(maps(batch))
 
-        learner = Learner(
-            model.network, self.learning(model), are_on_device(read_maps), larger_than_memory(dataset.images)
-        )
-        return learner, training_outputs, outputs
+        return learner_of(model.network, self.learning(model), dataset, read_maps), training_outputs, outputs
 
 
 class Mass(Residual):
@@ -331,10 +327,7 @@ class Mass(Residual):
         def outputs(batch, progress=None):
             return model.estimates(read(batch), maps and maps(batch))
 
-        learner = Learner(
-            model.network, self.learning(model), are_on_device(*readers), larger_than_memory(dataset.images)
-        )
-        return learner, outputs, outputs
+        return learner_of(model.network, self.learning(model), dataset, *readers), outputs, outputs
 
 
 class Sharpen(Strategy):
@@ -376,8 +369,7 @@ class Sharpen(Strategy):
                 sharp, error = model.with_noise(images, clean)
             return torch.cat([sharp.flatten(1), error.unsqueeze(1)], dim=1)
 
-        learner = Learner(model, self.learning(model), are_on_device(read), larger_than_memory(dataset.images))
-        return learner, outputs, outputs
+        return learner_of(model, self.learning(model), dataset, read), outputs, outputs
 
 
 STRATEGIES = {strategy.name: strategy for strategy in (Head(), LayerNorm(), Full(), Residual())}
@@ -413,6 +405,11 @@ def constructed(model_class, config, what, remedy=""):
         return model_class(**config)
     except ValueError as error:
         raise UserError(f"{what}: {error}{remedy}") from None
+
+
+def learner_of(trained, learning, dataset, *readers):
+    """The `Learner` of the module `trained` and what of it learns; its steps read images and maps with `readers`."""
+    return Learner(trained, learning, are_on_device(*readers), larger_than_memory(dataset.images))
 
 
 def freeze_others(model, learning):

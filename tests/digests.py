@@ -6,7 +6,7 @@ trains every strategy from every start (an MAE, a classifier, random weights) an
 images and on few, in float32 with the default recipes, then evaluates, reconstructs, exports and predicts. It
 writes FOLDER/digests.json: of the tensors of every weights file, of metrics.json and scores.csv, of
 what the ONNX files answer, and of the CSV of predictions. The digests are those of one machine and
-one version of torch: run it in two checkouts on the same machine, and compare. It takes eight minutes.
+one version of torch: run it in two checkouts on the same machine, and compare.
 """
 
 import hashlib

@@ -46,6 +46,8 @@ ELSEWHERE = {
     "python evaluate.py --data lenstronomy-test": "needs lenstronomy's images",
     "python experiments/real_images.py": "needs real images; see test_real_images.py",
     "python evaluate.py --data new-lenses": "an hour of training makes its weights",
+    "python finetune.py --data runs/many-lenses/data": "an hour of training makes its MAE",
+    "python evaluate.py --data few-lenses": "an hour of training makes its weights",
     "python experiments/smooth_fits.py": "needs real images, or minutes; see test_real_lenses.py",
     "python predict.py --model runs/many-lenses.onnx": "an hour of training makes it; test_reading.py has its options",
     "python experiments/real_pairs.py": "needs real pairs; see test_sharpen.py",

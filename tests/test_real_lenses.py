@@ -116,8 +116,9 @@ def test_the_command_prints_three_figures_of_each_class_and_way_of_decoding(tmp_
 def test_what_a_smooth_lens_leaves_finds_substructure(capsys):
     smooth_fits.main(["--find", "3"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["sphere", "vort", "all"] * 2
-    assert all(float(re.search(r"AUC ([\d.]+)", line)[1]) > 0.7 for line in lines)
+    assert [line.split()[0].strip(",") for line in lines] == ["sphere", "vort", "all", "no", "sphere", "vort"]
+    aucs = [float(re.search(r"AUC ([\d.]+)", line)[1]) for line in lines]
+    assert min(aucs[:3] + aucs[4:]) > 0.7 and aucs[3] < 0.8
 
 
 def test_the_significance_of_what_is_left_is_its_distance_in_units_of_the_photon_noise():
