@@ -19,8 +19,8 @@ from lib import datasets, distributed, familiarity, listing, network, options, p
 from lib.augment import augment
 from lib.device import resolve_device
 from lib.intensity import fit_transform
-from lib.loader import are_on_device, batch_reader, in_batches, larger_than_memory, read_disturbed
-from lib.loop import Learner, Objective, check_batch, fit, precision_of
+from lib.loader import batch_reader, in_batches, read_disturbed
+from lib.loop import Objective, check_batch, fit, learner_of, precision_of
 from lib.residuals import smooth_rms
 from lib.run import open_run
 from mae import MAE, IntensityTransform, set_attention_form
@@ -79,7 +79,7 @@ def train(dataset, rows, validation, parts, run):
         return {"loss": in_batches(loss_of, validation).mean().item()}
 
     learning = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    learner = Learner(model, learning, are_on_device(read), larger_than_memory(dataset.images))
+    learner = learner_of(model, learning, dataset, read)
     run.write_config(model=config, transform=constants)
     precision = precision_of(run, device)
     set_attention_form(model, precision.attention)

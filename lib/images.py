@@ -349,6 +349,8 @@ def resampled(image, size):
 
     rows, columns, bad = shares(image.shape[0]), shares(image.shape[1]).T, ~np.isfinite(image)
     new = rows @ np.where(bad, 0, image).astype(np.float64) @ columns
+    if not bad.any():
+        return new
     return np.where(rows @ bad @ columns > 1e-9, np.nan, new)  # 0 · NaN is NaN everywhere; shares are rounded
 
 
@@ -370,8 +372,8 @@ def _cropped(image, size, centre):
     if centre:
         top, left = row - size // 2, column - size // 2
         if not (0 <= top <= image.shape[0] - size and 0 <= left <= image.shape[1] - size):
-            raise ValueError(f"{size}×{size} pixels around column {column}, row {row} are not all in the image of "
-                             f"{image.shape[1]}×{image.shape[0]} pixels")  # fmt: skip
+            raise ValueError(f"{size}×{size} pixels around column {column}, row {row} are not all in the image, "
+                             f"which has {image.shape[1]}×{image.shape[0]} of the network's pixels")  # fmt: skip
     return _finite_float32(image[top : top + size, left : left + size]), (int(top), int(left))
 
 

@@ -18,7 +18,7 @@ from lib import distributed
 from lib.cuda_graphs import GraphedStep
 from lib.device import Precision, choose_precision
 from lib.errors import UserError, warn
-from lib.loader import shuffled
+from lib.loader import are_on_device, larger_than_memory, shuffled
 from lib.optim import (
     learning_rate, make_capturable, new_optimizers, parameter_groups, set_learning_rate, update,
 )  # fmt: skip
@@ -46,6 +46,11 @@ class Learner(NamedTuple):
     in_blocks: bool = False
     changes_at: tuple = ()
     lr_scale: callable = lambda name: 1.0
+
+
+def learner_of(model, learning, dataset, *readers):
+    """The `Learner` of a model and of what of it learns, whose steps read images and maps of a data set with `readers`."""
+    return Learner(model, learning, are_on_device(*readers), larger_than_memory(dataset.images))
 
 
 class Objective(NamedTuple):

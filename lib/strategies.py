@@ -13,10 +13,8 @@ from lib import compatibility, distributed, network, weights
 from lib.augment import KINDS, SYMMETRIES, augment
 from lib.errors import UserError
 from lib.intensity import fit_transform
-from lib.loader import (
-    EVALUATION_BATCH, are_on_device, batch_reader, in_batches, larger_than_memory, read_disturbed,
-)  # fmt: skip
-from lib.loop import Learner
+from lib.loader import EVALUATION_BATCH, are_on_device, batch_reader, in_batches, read_disturbed
+from lib.loop import Learner, learner_of
 from lib.recipe import Defaults
 from lib.residuals import mask_ratio_of, stored_maps
 from mae import MAE, Classifier, MassEstimator, ResidualClassifier, Sharpener, default_map_pool, random_masking
@@ -50,7 +48,9 @@ class Strategy:
 
     def check(self, args):
         """UserError, naming the flag, for options that this strategy has no use for."""
-        other = "use --strategy full" if self.classifies else "leave it out"
+        other, some = "use --strategy full", "use --strategy layernorm or full"
+        if not self.classifies:
+            other = some = "leave it out"
         if args.pretrained == "none" and self.from_scratch is None:
             raise UserError(
                 f"--pretrained none: --strategy {self.name} needs pre-trained weights; use --strategy full"
@@ -60,7 +60,7 @@ class Strategy:
         if set(args.augment or ()) - set(self.augmentations):
             raise UserError(f"--augment: {self.no_augmentation}; {other}")
         if args.patch_dropout and not self.drops_patches:
-            raise UserError(f"--patch-dropout: all patches are needed; {other.replace('full', 'layernorm or full')}")
+            raise UserError(f"--patch-dropout: all patches are needed; {some}")
         if args.pool and not self.has_pool:
             raise UserError(f"--pool: there are no patch tokens to pool; {other}")
         if args.layer_decay not in (None, 1) and not self.decays_layers:
@@ -405,11 +405,6 @@ def constructed(model_class, config, what, remedy=""):
         return model_class(**config)
     except ValueError as error:
         raise UserError(f"{what}: {error}{remedy}") from None
-
-
-def learner_of(trained, learning, dataset, *readers):
-    """The `Learner` of the module `trained` and what of it learns; its steps read images and maps with `readers`."""
-    return Learner(trained, learning, are_on_device(*readers), larger_than_memory(dataset.images))
 
 
 def freeze_others(model, learning):

@@ -8,8 +8,7 @@ import pytest
 import torch
 from conftest import finetune_on, pretrain_on
 
-import pretrain
-from lib import datasets, intensity, lenses, loader, npy, strategies
+from lib import datasets, intensity, lenses, loader, npy
 
 CPU = torch.device("cpu")
 
@@ -53,8 +52,7 @@ def test_rows_in_blocks_are_all_there_and_read_together():
 def test_images_that_do_not_fit_into_memory_are_trained_on_all_the_same(
     script, packed, pretrained, tmp_path, monkeypatch, rows_read, no_pictures
 ):
-    for module in (pretrain, strategies):
-        monkeypatch.setattr(module, "larger_than_memory", lambda _: True)
+    monkeypatch.setattr("lib.loop.larger_than_memory", lambda _: True)
     for name, value in (("READ_BLOCK", 4), ("BLOCKS_TOGETHER", 2), ("FORGET_AFTER", 10)):
         monkeypatch.setattr(loader, name, value)
     in_blocks, shuffled = [], loader.shuffled

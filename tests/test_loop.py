@@ -20,7 +20,6 @@ from conftest import (CLASSIFIER, HUNG, PICTURES, PRETRAINED, ROOT, TINY_NETWORK
                       finetuning, history_of, pretrain_on, pretraining, run_script, sigterm_at, tensors_in)  # fmt: skip
 from torch import nn
 
-import pretrain
 from lib import errors, loader, loop, optim, plots, recipe
 from lib.errors import UserError
 from lib.run import open_run
@@ -221,12 +220,12 @@ def test_an_interrupted_run_resumes_to_bit_identical_weights(what, packed, runs,
 def test_a_run_resumes_in_the_order_that_it_began_with(packed, tmp_path, no_pictures, monkeypatch):
     """Another machine may have more memory, where rows would not be shuffled in blocks."""
     monkeypatch.setattr(loader, "READ_BLOCK", 16)
-    monkeypatch.setattr(pretrain, "larger_than_memory", lambda images: True)
+    monkeypatch.setattr(loop, "larger_than_memory", lambda images: True)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     pretrain_on(packed, whole)
     with sigterm_at(5):
         pretrain_on(packed, cut, check=False)
-    monkeypatch.setattr(pretrain, "larger_than_memory", lambda images: False)
+    monkeypatch.setattr(loop, "larger_than_memory", lambda images: False)
     checkpoint = torch.load(cut / "checkpoint.pth", weights_only=True)
     torch.save(checkpoint | {"device": "cuda"}, cut / "checkpoint.pth")
     process = pretrain_on(packed, cut, "--resume")
