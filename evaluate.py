@@ -32,10 +32,10 @@ LEFT = {
     **dict.fromkeys(("roc.png", "confusion_matrix.png", "reliability.png", "familiarity.png", "mistakes.png",
                      "masses.png", "sharpened.png"), PICTURE),
 }  # fmt: skip
-# By kind of weights: the task in metrics.json, and what evaluates it if that is no classification.
-OTHER_TASKS = {"mass": ("mass", mass_evaluation.evaluate), "sharpener": ("sharpen", sharp_evaluation.evaluate)}
-# What is left beside metrics.json and comparison.md, by kind of weights; other pictures may fail.
-BESIDE = {"classifier": ["report.html", "roc.png"], "mass": ["masses.png"], "sharpener": ["sharpened.png"]}
+# By task: what evaluates it, where that is no classification.
+OTHER_TASKS = {"mass": mass_evaluation.evaluate, "sharpen": sharp_evaluation.evaluate}
+# By task: what is left beside metrics.json and comparison.md; other pictures may fail.
+BESIDE = {"classes": ["report.html", "roc.png"], "mass": ["masses.png"], "sharpen": ["sharpened.png"]}
 
 
 def evaluate(args):
@@ -52,8 +52,8 @@ def evaluate(args):
     theirs = sha256_of(args.predictions) if args.predictions else None
     hashes = {name: run.sha256 for name, run in opened.items()}
     made = made_from(args, [*LIBRARY, __file__], data=identity_of(dataset), weights=hashes, theirs=theirs)
-    kind = kind_of(opened, args)
-    beside = ["comparison.md", *BESIDE[kind]]
+    task = task_of(opened, args)
+    beside = ["comparison.md", *BESIDE[task]]
     beside += [PREDICTIONS] if args.save_predictions else []
     if args.update and is_current(args.out / "metrics.json", made, *map(args.out.joinpath, beside)):
         return
@@ -63,15 +63,14 @@ def evaluate(args):
         "split": args.split,
     }
     device = resolve_device(args.device)
-    if kind == "classifier":
+    if task not in OTHER_TASKS:
         is_complete = evaluate_classifiers(args, opened, dataset, device, about)
     else:
-        task, outcome_of = OTHER_TASKS[kind]
-        outcome = outcome_of(args, opened, dataset, device)
+        outcome = OTHER_TASKS[task](args, opened, dataset, device)
         measured = {"task": task, "intervals": outcome.intervals, "results": outcome.results}
         leave(args.out, about | measured, outcome.rows, [])
         show, *what = outcome.picture
-        is_complete = plots.attempt(show, args.out / BESIDE[kind][0], *what)
+        is_complete = plots.attempt(show, args.out / BESIDE[task][0], *what)
     if is_complete:  # else --update tries again
         sign(args.out / "metrics.json", made)
 
@@ -107,19 +106,18 @@ def leave(out, content, rows, remarks):
     plots.attempt(print, "\n".join([table, *map(one_line, remarks)]))
 
 
-def kind_of(opened, args):
-    """The kind of opened `Weights`; UserError if they have several, or for options of classifiers."""
-    kinds = {run.kind for run in opened.values()}
-    if not kinds & OTHER_TASKS.keys():
-        return "classifier"
-    if len(kinds) > 1:
+def task_of(opened, args):
+    """The task of opened `Weights`; UserError if they have several, or for options of classifiers."""
+    tasks = {run.kind for run in opened.values()}
+    if not tasks & OTHER_TASKS.keys():
+        return "classes"
+    if len(tasks) > 1:
         raise UserError("--weights: each task has a table of its own: evaluate one of them in a call")
-    (kind,) = kinds
-    does = "estimate masses" if kind == "mass" else "sharpen images"
+    (task,) = tasks
     for name in ("save_predictions", "predictions"):
         if getattr(args, name):
-            raise UserError(f"{options.flag_of(name)} is for classifiers; these weights {does}")
-    return kind
+            raise UserError(f"{options.flag_of(name)} is for classifiers; these weights {weights.KINDS[task].does}")
+    return task
 
 
 def names_of_runs(paths):

@@ -28,7 +28,7 @@ from lib.convert import to_hugging_face
 from lib.files import atomic_directory, atomic_write, check_outputs, require_own, write_json, write_text
 from lib.known_answers import difference
 from lib.metrics import accuracy, auc_by_class
-from lib.onnxfile import open_session
+from lib.onnxfile import OUTPUTS, open_session
 from lib.onnxwrite import Answers, Probabilities, Residuals, reduce_precision, save_proto, write_onnx
 from lib.provenance import LIBRARY, circumstances, made_from
 from lib.residuals import mask_ratio_of
@@ -44,11 +44,6 @@ LICENCE = "MIT"
 # float32 always.
 TOLERANCES = {"probabilities": 1e-4, "familiarity": 0.03, "residual": 1e-4, "score": 1e-4}
 TOLERANCES |= {"log10_mass": 1e-4, "low": 1e-4, "high": 1e-4, "sharpened": 1e-4, "rms_error": 1e-4}
-# By --what: the kind of weights, and what their answers are called.
-OUTPUTS = {
-    "mass": ("mass", ("log10_mass", "low", "high")),
-    "sharpen": ("sharpener", ("sharpened", "rms_error")),
-}
 CHECKED_BATCHES = (1, 7, 256)
 DESCRIBED_IMAGES = 1000  # training images whose traits are kept, see `traits`
 JUDGED_IMAGES = 3000  # validation images on which lower precision is judged
@@ -142,9 +137,8 @@ def load_model(args):
     if args.what == "reconstruction":
         mae, transform = weights.mae_of(opened[0])
         return Residuals(mae, transform, mask_ratio_of(opened[0].content)).eval(), opened[0]
-    if args.what in OUTPUTS:
-        kind, outputs = OUTPUTS[args.what]
-        return Answers(weights.network_of(opened[0], kind), outputs).eval(), opened[0]
+    if args.what != "classifier":
+        return Answers(weights.network_of(opened[0], args.what), OUTPUTS[args.what]).eval(), opened[0]
     classifiers = [weights.classifier_of(file) for file in opened]
     best = best_on_validation(opened) if len(opened) > 1 else 0
     model = Probabilities(classifiers[best], weights.familiarity_in(opened[best]))

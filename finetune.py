@@ -25,7 +25,7 @@ import torch
 from lib import datasets, distributed, familiarity, network, options, plots, recipe, traits, weights
 from lib.device import resolve_device
 from lib.guard import LEAST_FAMILIARITY
-from lib.loader import in_batches
+from lib.loader import are_on_device, batch_reader, in_batches
 from lib.loop import Objective, check_batch, fit, precision_of
 from lib.run import open_run
 from lib.strategies import (
@@ -87,18 +87,19 @@ def train(task, strategy, start, rows, parts, run):
     # Now that the options are known to fit together.
     distributed.say(f"{args.strategy}, {len(rows):,} training images{few}: {chosen}")
     model.to(device)
-    targets = task.targets.to(device)
     precision = precision_of(run, device)
     set_attention_form(model, precision.attention)
     with precision.autocast(device):  # what is computed once and stored
         learner, training_outputs, outputs_of = strategy.learner(
             model, dataset, np.concatenate([rows, validation]), run, device
         )
+    read_targets = batch_reader(task.targets, device)
+    learner = learner._replace(on_device=learner.on_device and are_on_device(read_targets))
     run.write_config(model=config)  # removes what it replaces, now that nothing is in the way
     freeze_others(model, learner.learning)
 
     def batch_loss(batch, progress):
-        return task.training_measures(training_outputs(batch, progress).float(), targets[batch])
+        return task.training_measures(training_outputs(batch, progress).float(), read_targets(batch).squeeze(1))
 
     def validation_outputs():
         reestimate_batchnorm(learner.model, outputs_of, rows)
@@ -107,7 +108,7 @@ def train(task, strategy, start, rows, parts, run):
     def validate():
         with precision.autocast(device):
             outputs = validation_outputs()
-        return task.validation_measures(outputs, task.targets[validation])
+        return task.validation_measures(outputs, torch.from_numpy(task.targets[validation]))
 
     score = task.score if chosen.keep == "best" else None
     objective = Objective(batch_loss, validate, score, is_trained=start is not None and start.is_classifier)
@@ -120,7 +121,7 @@ def train(task, strategy, start, rows, parts, run):
         say_small_classes(fitted[0].class_seen, dataset.class_names)
     if not distributed.is_main():
         return
-    for name, value in task.calibrated(outputs.numpy(), task.targets[validation].numpy()).items():
+    for name, value in task.calibrated(outputs.numpy(), task.targets[validation]).items():
         model.get_buffer(name).copy_(torch.as_tensor(value))
     seen = dataset.hashes[np.concatenate([parts["train"], validation])]
     if start:

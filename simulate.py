@@ -19,7 +19,7 @@ import numpy as np
 
 from lib import copies, lenses, listing, many_lenses, options, packing, pairs, raytracing, simulated
 from lib.files import atomic_directory, make_folder
-from lib.packing import PACKED_FILES, PackedWriter, require_space
+from lib.packing import PackedWriter, require_space
 from lib.provenance import is_current, made_from, require_origin, sign
 
 EXAMPLE = "example: python simulate.py --model Model_II --per-class 1000 --out lenses"
@@ -92,7 +92,7 @@ def write_packed(out, batches, per_class, model, origin, made=None, replaced=Non
     """
     class_names, pixels = simulated.MODELS[model].class_names, simulated.MODELS[model].camera.pixels
     counts = dict.fromkeys(class_names, 0)
-    with atomic_directory(out, replaced, PACKED_FILES) as folder:
+    with atomic_directory(out, replaced, packing.OWN_FILES) as folder:
         writer = PackedWriter(folder, (len(class_names) * per_class, pixels, pixels), class_names, origin)
         places = np.tile([0.0, 1.0], (per_class, 1))  # now that there is known to be space for so many
         if train is not None:

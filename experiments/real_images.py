@@ -182,7 +182,7 @@ def pictures(args):
         if is_current(args.out / "dataset.json", made):
             return
         require_origin(args.out / "dataset.json", "pictures of ", "8-bit pictures ")
-    with atomic_directory(args.out, "dataset.json" if args.update else None, packing.PACKED_FILES) as folder:
+    with atomic_directory(args.out, "dataset.json" if args.update else None, packing.OWN_FILES) as folder:
         origin = f"{kind} of {dataset.origin}"
         writer = packing.PackedWriter(folder, dataset.images.shape, dataset.class_names, origin)
         for start in range(0, len(dataset.images), BLOCK):

@@ -19,8 +19,9 @@ from lib.files import is_hidden, is_own_picture
 from lib.npy import forget_pages, read_npz, read_with_numbers
 
 SUFFIXES = (".npy", ".npz", *fits.SUFFIXES, png.SUFFIX)
-PACKED_FILES = {"dataset.json", "images.npy", "labels.npy", "hashes.npy"}  # of a packed data set; more may be there
 MASSES = "masses.npy"
+ALWAYS_PACKED = {"dataset.json", "images.npy", "labels.npy", "hashes.npy"}  # the files of every packed data set
+PACKED_FILES = ALWAYS_PACKED | {MASSES, "coarse.npy"}  # and of some
 LARGEST_PIXEL = 1.1  # in pixels of the network, of an image that is resampled
 FEW_PLANES = 5  # a stack of so many may also be the bands of one lens
 MINMAX = "minmax"
@@ -92,7 +93,7 @@ def _walk(root, errors):
             listed.add(os.path.realpath(folder))
             subfolders[:] = [name for name in subfolders if not is_hidden(name)]
             links += filter(os.path.islink, (Path(folder, name) for name in subfolders))
-            no_images = PACKED_FILES - {"images.npy"} | {MASSES} if PACKED_FILES.issubset(names) else ()
+            no_images = ALWAYS_PACKED - {"images.npy"} | {MASSES} if ALWAYS_PACKED.issubset(names) else ()
             paths = [Path(folder, name) for name in names if not is_hidden(name)]
             images = set(images_among([path for path in paths if path.name not in no_images]))
             for path in paths:

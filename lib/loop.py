@@ -49,7 +49,7 @@ class Learner(NamedTuple):
 
 
 def learner_of(model, learning, dataset, *readers):
-    """The `Learner` of a model and of what of it learns, whose steps read images and maps of a data set with `readers`."""
+    """The `Learner` of a model, and of what of it learns; its steps read what `readers` give of a data set."""
     return Learner(model, learning, are_on_device(*readers), larger_than_memory(dataset.images))
 
 

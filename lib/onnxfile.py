@@ -17,6 +17,9 @@ from lib.errors import UserError, about_missing, named_errors, reason_of
 from lib.names import check_class_names
 
 WHAT = "model of export.py"  # a file is, where errors name it
+# By --what of export.py: what a file calls its answers. Old classifiers give no familiarity.
+OUTPUTS = {"classifier": ("probabilities", "familiarity"), "reconstruction": ("residual", "score"),
+           "mass": ("log10_mass", "low", "high"), "sharpen": ("sharpened", "rms_error")}  # fmt: skip
 
 
 def open_session(path, device="auto"):
@@ -63,8 +66,8 @@ def require_known_answers(session, path, img_size):
             return
         images, answers = known_answers.read(metadata[known_answers.KEY], img_size)
         allowed = known_answers.TOLERANCES[metadata["precision"]]
-        names = [output.name for output in session.get_outputs()]
-        outputs = known_answers.thinned(dict(zip(names, run_model(session, images, path), strict=True)))
+        outputs = dict(zip(names_of_outputs(session), run_model(session, images, path), strict=True))
+        outputs = known_answers.thinned(outputs)
         differences = known_answers.differences(answers, outputs)
         wrong = [name for name, difference in differences.items() if not difference <= allowed[name]]
     if wrong:
@@ -87,8 +90,7 @@ def open_classifier(path, device="auto"):
         outputs = session.get_outputs()
         if any(output.type != "tensor(float)" for output in outputs):
             raise ValueError("outputs of another kind than numbers")
-        names = [output.name for output in outputs]
-        if names not in (["probabilities"], ["probabilities", "familiarity"]):
+        if names_of_outputs(session) not in (OUTPUTS["classifier"], OUTPUTS["classifier"][:1]):
             raise ValueError("other outputs than probabilities and familiarity")
         if not all(isinstance(name, str) for name in class_names):
             raise ValueError("metadata of another kind")
@@ -122,6 +124,10 @@ class Beside(NamedTuple):
     classes: list = []  # noqa: RUF012
 
 
+def names_of_outputs(session):
+    return tuple(output.name for output in session.get_outputs())
+
+
 def metadata_of(session):
     return session.get_modelmeta().custom_metadata_map
 
@@ -138,14 +144,13 @@ def number_in(session, key):
 def open_sharpener(path, device="auto"):
     """(session, pixels of a coarse image) of a file of `export.py --what sharpen`; UserError as `open_session`."""
     session, img_size = open_session(path, device)
-    if [output.name for output in session.get_outputs()] != ["sharpened", "rms_error"]:
+    if names_of_outputs(session) != OUTPUTS["sharpen"]:
         raise UserError(f"--model {path}: it sharpens no images; export one with --what sharpen")
     return session, img_size
 
 
-# By option: the outputs of its file, how export.py calls it, and what a user reads of it.
-BESIDE = {"--maps": (["residual", "score"], "reconstruction", "residuals and maps"),
-          "--mass": (["log10_mass", "low", "high"], "mass", "masses")}  # fmt: skip
+# By option: how export.py calls its file, and what a user reads of it.
+BESIDE = {"--maps": ("reconstruction", "residuals and maps"), "--mass": ("mass", "masses")}
 
 
 def open_beside(flag, path, classifier, img_size, device="auto"):
@@ -156,9 +161,9 @@ def open_beside(flag, path, classifier, img_size, device="auto"):
     """
     if path is None:
         return None
-    outputs, what, answers = BESIDE[flag]
+    what, answers = BESIDE[flag]
     session, side = open_session(path, device)
-    if [output.name for output in session.get_outputs()] != outputs:
+    if names_of_outputs(session) != OUTPUTS[what]:
         raise UserError(f"{flag} {path}: export it with --what {what}")
     if side != img_size:
         raise UserError(f"{flag} {path} is for images of {side} pixels, not {img_size}")

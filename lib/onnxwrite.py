@@ -16,6 +16,7 @@ from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
 from torch import nn
 
+from lib.onnxfile import OUTPUTS
 from mae import Block, IntensityTransform, complementary_masks, residual_scores, set_attention_form
 
 OPSET, IR_VERSION = 20, 10  # onnxruntime reads them since 1.18 of May 2024
@@ -35,7 +36,7 @@ class Probabilities(nn.Module):
         super().__init__()
         self.classifier, self.img_size = classifier, classifier.img_size
         self.familiarity = familiarity
-        self.outputs = ("probabilities", "familiarity") if familiarity else ("probabilities",)
+        self.outputs = OUTPUTS["classifier"] if familiarity else OUTPUTS["classifier"][:1]
 
     def forward(self, images):
         probabilities = self.classifier(images).softmax(dim=1)
@@ -48,7 +49,7 @@ class Probabilities(nn.Module):
 class Residuals(nn.Module):
     """Raw images (B, 1, H, W) to residual maps (B, 1, H, W) and their scores (B,)."""
 
-    outputs = ("residual", "score")
+    outputs = OUTPUTS["reconstruction"]
 
     def __init__(self, mae, transform, mask_ratio):
         super().__init__()

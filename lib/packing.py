@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from lib import copies, png
 from lib.errors import UserError, warn
 from lib.files import atomic_directory, make_folder, write_json
-from lib.images import FEW_PLANES, is_fits, is_png, names_in, read_stack, training_image
+from lib.images import FEW_PLANES, PACKED_FILES, is_fits, is_png, names_in, read_stack, training_image
 from lib.listing import normal_name
 from lib.npy import forget_pages, read_npy
 from lib.traits import far_outside
@@ -27,7 +28,7 @@ FORMAT = 3
 BLOCK_BYTES = 2**22  # of images that are read or written together
 KEPT = 256  # images of a stack whose pages of the file stay in memory
 MASS_RANGE = (1e-35, 1e-10)  # eV; a number outside is no mass of an axion, but a label or an index
-PACKED_FILES = r"dataset\.json|(images|labels|hashes|masses|coarse)\.npy"  # of the packed layout
+OWN_FILES = "|".join(map(re.escape, sorted(PACKED_FILES)))  # paths in a folder of the packed layout
 
 
 class PackedWriter:

@@ -30,7 +30,7 @@ def evaluate(args, opened, dataset, device):
     rows = next(iter(every.values()))
     if any(not np.array_equal(rows, other) for other in every.values()):
         raise UserError("--weights: they are not tested on the same images: give one of them")
-    models = {name: weights.network_of(each, "sharpener").to(device) for name, each in opened.items()}
+    models = {name: weights.network_of(each, "sharpen").to(device) for name, each in opened.items()}
     for name, model in models.items():
         compatibility.check_size(opened[name].path, model, coarse)
     errors = measured(models, dataset, coarse, rows, device)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lib import compatibility, distributed, network, weights
+from lib import compatibility, distributed, network, options, weights
 from lib.augment import KINDS, SYMMETRIES, augment
 from lib.errors import UserError
 from lib.intensity import fit_transform
@@ -22,6 +22,13 @@ from mae import MAE, Classifier, MassEstimator, ResidualClassifier, Sharpener, d
 ALL_PATCHES_FROM = 0.5  # of the steps: patch dropout ends here
 BATCHNORM_IMAGES = 2048  # training images that BatchNorm's statistics are computed from
 DEFAULT_POOL = "stats"
+# By option: the value that changes nothing, why a strategy has no use for another, and a remedy.
+USELESS = {
+    "patch_dropout": (0, "all patches are needed", "use --strategy layernorm or full"),
+    "pool": (None, "there are no patch tokens to pool", "use --strategy full"),
+    "layer_decay": (1, "all that learns has one learning rate", "use --strategy full"),
+    "with_image": (False, "only classifiers on residual maps have the choice", "use --strategy residual"),
+}
 OTHER_SIZE = ": pre-train on images of this size"
 
 
@@ -33,7 +40,7 @@ class Strategy:
     from_scratch : what differs for random weights; None: it needs weights to start from.
     continuing : what differs when it continues from a classifier, whose head is already trained.
     augmentations : the kinds of `augment.KINDS` that it can use.
-    drops_patches, has_pool, decays_layers, shows_image : whether these options mean something to it.
+    uses : the options of USELESS that mean something to it.
     classifies : whether it trains a classifier, whose weights hold a familiarity, and may continue one.
     """
 
@@ -41,16 +48,13 @@ class Strategy:
     defaults = None
     from_scratch, continuing = None, {}
     augmentations, no_augmentation = KINDS, ""
-    drops_patches, has_pool, decays_layers, shows_image = True, True, False, False
+    uses = frozenset({"patch_dropout", "pool"})
     classifies = True
 
     # Options
 
     def check(self, args):
         """UserError, naming the flag, for options that this strategy has no use for."""
-        other, some = "use --strategy full", "use --strategy layernorm or full"
-        if not self.classifies:
-            other = some = "leave it out"
         if args.pretrained == "none" and self.from_scratch is None:
             raise UserError(
                 f"--pretrained none: --strategy {self.name} needs pre-trained weights; use --strategy full"
@@ -58,17 +62,14 @@ class Strategy:
         if args.batch_size == 1 and self.classifies:
             raise UserError("--batch-size must be at least 2: BatchNorm needs several images a step")
         if set(args.augment or ()) - set(self.augmentations):
-            raise UserError(f"--augment: {self.no_augmentation}; {other}")
-        if args.patch_dropout and not self.drops_patches:
-            raise UserError(f"--patch-dropout: all patches are needed; {some}")
-        if args.pool and not self.has_pool:
-            raise UserError(f"--pool: there are no patch tokens to pool; {other}")
-        if args.layer_decay not in (None, 1) and not self.decays_layers:
-            raise UserError(f"--layer-decay: all that learns has one learning rate; {other}")
+            remedy = "use --strategy full" if self.classifies else "leave it out"
+            raise UserError(f"--augment: {self.no_augmentation}; {remedy}")
+        for name, (neutral, reason, remedy) in USELESS.items():
+            if name not in self.uses and getattr(args, name) not in (None, neutral):
+                remedy = remedy if self.classifies else "leave it out"
+                raise UserError(f"{options.flag_of(name)}: {reason}; {remedy}")
         if args.layer_decay not in (None, 1) and args.pretrained == "none":
             raise UserError("--layer-decay: random weights have no learned blocks to keep; leave it out")
-        if args.with_image and not self.shows_image:
-            raise UserError("--with-image is for --strategy residual with --task classes")
 
     def defaults_from(self, start):
         """`Defaults` of a training that starts from opened `Weights`, or from None."""
@@ -82,7 +83,7 @@ class Strategy:
             raise UserError(f"--pretrained {start.path}: --task {args.task} starts from an MAE of pretrain.py, or none")
         kept = start.content["config"].get("pool") if start else None  # of a classifier
         pool = args.pool or kept or DEFAULT_POOL
-        return self.defaults_from(start).recipe(args, images, pool if self.has_pool else None)
+        return self.defaults_from(start).recipe(args, images, pool if "pool" in self.uses else None)
 
     # Network
 
@@ -94,13 +95,13 @@ class Strategy:
         not fit. `rows` are the training images.
         """
         dataset = task.inputs
-        options = network.options_of(args, dataset.img_size, start)
+        asked = network.options_of(args, dataset.img_size, start)
 
         def new_transform():
-            return fit_transform(dataset.images, rows, options["transform"], recipe.augment)
+            return fit_transform(dataset.images, rows, asked["transform"], recipe.augment)
 
         if start is None:
-            sizes = {name: value for name, value in options.items() if name != "transform"}
+            sizes = {name: value for name, value in asked.items() if name != "transform"}
             more = {**task.config, "transform": new_transform()}
             return self.with_random_weights({"img_size": dataset.img_size, **sizes}, recipe, more)
         compatibility.check_unit(dataset, rows, start.content["run"])
@@ -133,7 +134,7 @@ class Strategy:
         if content["class_names"] != list(dataset.class_names):
             raise UserError(f"{start.path} tells {', '.join(content['class_names'])} apart; start from an "
                             "MAE for other classes")  # fmt: skip
-        if self.has_pool and model.pool != recipe.pool:
+        if "pool" in self.uses and model.pool != recipe.pool:
             raise UserError(f"{start.path} has --pool {model.pool}; start from an MAE for another --pool")
         return model
 
@@ -186,7 +187,7 @@ class Head(Strategy):
     defaults = Defaults(epochs=100, fewest_steps=1000, batch_size=1024, lr=8e-3, augment=())
     continuing = {"lr": 8e-4, "epochs": 20, "fewest_steps": 300}
     augmentations, no_augmentation = (), "the head learns from stored features"
-    drops_patches = False
+    uses = frozenset({"pool"})
 
     def learning(self, model):
         return [(f"fc.{name}", parameter) for name, parameter in model.fc.named_parameters()]
@@ -217,7 +218,7 @@ class LayerNorm(Strategy):
 class Full(Strategy):
     """Train the whole network, from pre-trained or from random weights."""
 
-    name, decays_layers = "full", True
+    name, uses = "full", Strategy.uses | {"layer_decay"}
     defaults = Defaults(
         epochs=6, fewest_steps=1000, batch_size=128, lr=3e-3, augment=(), patch_dropout=0.5, layer_decay=0.75,
         few={"augment": ("flips",), "patch_dropout": 0.0, "layer_decay": 1.0},
@@ -243,7 +244,7 @@ class Residual(Strategy):
     continuing = {"lr": 3e-4, "epochs": 1, "fewest_steps": 300, "keep": "best"}
     augmentations = SYMMETRIES
     no_augmentation = f"residual maps are computed once, so only {', '.join(SYMMETRIES)} or none is possible"
-    drops_patches, has_pool, shows_image = False, False, True
+    uses = frozenset({"with_image"})
 
     def around(self, args, start, pretrained, recipe, more):
         more = {
@@ -298,7 +299,7 @@ class Mass(Residual):
     defaults = Defaults(epochs=10, fewest_steps=2000, batch_size=64, lr=3e-3, augment=(), keep="last")
     from_scratch = {}
     augmentations, no_augmentation = (), "the mass is learned from images as they are"
-    shows_image = False  # it always does
+    uses = frozenset()  # it always sees the image
 
     def check(self, args):
         super().check(args)
@@ -340,7 +341,7 @@ class Sharpen(Strategy):
     defaults = Defaults(epochs=4, fewest_steps=2000, batch_size=16, lr=3e-3, beta2=0.95, augment=(), keep="last")
     from_scratch = {}
     augmentations, no_augmentation = (), "coarse and sharp images belong together as they are"
-    drops_patches, has_pool, decays_layers = False, False, False
+    uses = frozenset()
 
     def check(self, args):
         if args.strategy != self.name:

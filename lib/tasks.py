@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +23,7 @@ class Task(NamedTuple):
 
     file : name of the weights file that a training leaves.
     config : arguments of the network's constructor that are the task's.
-    targets : (N, ...) tensor, what is right for every row.
+    targets : (N, ...) array, what is right for every row.
     known : (N,) bool, the rows that have a target.
     training_measures : (outputs (b, width), targets (b, ...)) -> {"loss": scalar tensor, ...}.
     validation_measures : (outputs (n, width), targets (n, ...)) -> {"loss": number, ...}.
@@ -37,7 +36,7 @@ class Task(NamedTuple):
 
     file: str
     config: dict
-    targets: torch.Tensor
+    targets: np.ndarray
     known: np.ndarray
     training_measures: callable
     validation_measures: callable
@@ -55,7 +54,7 @@ def classification(dataset, rows):
     return Task(
         file="vit-mae-classifier-wt.pth",
         config={"num_classes": len(dataset.class_names)},
-        targets=torch.from_numpy(np.array(dataset.labels)),
+        targets=dataset.labels,
         known=np.ones(len(dataset.labels), bool),
         training_measures=cross_entropy_and_accuracy,
         validation_measures=classification_measures,
@@ -84,7 +83,7 @@ def mass(dataset, rows):
     return Task(
         file="vit-mae-mass-wt.pth",
         config={"centre": float(np.mean(known)), "edges": edges},
-        targets=torch.from_numpy(targets).float(),
+        targets=targets.astype(np.float32),
         known=np.isfinite(targets),
         training_measures=laplace,
         validation_measures=lambda *outputs: {name: value.item() for name, value in laplace(*outputs).items()},
@@ -115,13 +114,10 @@ def sharpening(dataset, rows):
     def training_measures(outputs, sharp):
         return {"loss": mean_square(outputs[:, :-1], sharp) / unit**2}
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tensor must not be written to, and is not
-        targets = torch.from_numpy(dataset.images)
     return Task(
         file="vit-mae-sharpen-wt.pth",
         config={**config, "unit": unit},
-        targets=targets,
+        targets=dataset.images,
         known=np.ones(len(dataset.labels), bool),
         training_measures=training_measures,
         validation_measures=sharpening_measures,

@@ -32,6 +32,30 @@ LARGEST |= {"components": 1024, "leading": 16, "calibration": 10_000_000}
 MOST_PATCHES_A_SIDE = 128
 
 
+class Kind(NamedTuple):
+    """What weights are for.
+
+    argument : of their networks' constructors, which no other kind has; None of MAEs, which are the rest.
+    network : its class.
+    does : what the weights do, as messages say it.
+    command : what leaves such weights.
+    """
+
+    argument: str | None
+    network: type
+    does: str
+    command: str
+
+
+# By --task of finetune.py, and MAEs.
+KINDS = {
+    "classes": Kind("num_classes", Classifier, "classify images", "finetune.py"),
+    "mass": Kind("centre", MassEstimator, "estimate masses", "finetune.py --task mass"),
+    "sharpen": Kind("factor", Sharpener, "sharpen images", "finetune.py --task sharpen"),
+    "mae": Kind(None, MAE, "reconstruct images", "pretrain.py"),
+}
+
+
 class Weights(NamedTuple):
     """An opened weights file. `content` has the keys model, config, class_names, run, seen.
 
@@ -44,14 +68,13 @@ class Weights(NamedTuple):
 
     @property
     def kind(self):
-        """"classifier", "mass" (of a `MassEstimator`), "sharpener" or "mae"."""
+        """The key in KINDS."""
         config = self.content["config"]
-        kinds = {"num_classes": "classifier", "centre": "mass", "factor": "sharpener"}
-        return next((kind for name, kind in kinds.items() if name in config), "mae")
+        return next((kind for kind, each in KINDS.items() if each.argument in config), "mae")
 
     @property
     def is_classifier(self):
-        return self.kind == "classifier"
+        return self.kind == "classes"
 
 
 # Writing
@@ -235,9 +258,7 @@ def mae_of(opened):
     Raises UserError, naming the file, if tensors are missing, not finite or of another shape than
     the configuration says, or if it has no transform.
     """
-    if opened.kind != "mae":
-        what = {"classifier": "is a classifier", "mass": "estimates masses"}.get(opened.kind, "sharpens images")
-        raise UserError(f"{opened.path} {what}: give the weights of pretrain.py")
+    require_kind(opened, "mae")
     arguments = {k: v for k, v in opened.content["config"].items() if k != "transform"}
     model = _build(opened.path, MAE, arguments, opened.content["model"])
     try:
@@ -272,25 +293,26 @@ def transform_in(opened):
 
 def classifier_of(opened):
     """The `Classifier` or `ResidualClassifier` of opened `Weights`; UserError as in `mae_of`."""
-    config = opened.content["config"]
-    if not opened.is_classifier:
-        raise UserError(f"{opened.path} is no classifier: give the weights of finetune.py")
-    transform_in(opened)
-    model_class = ResidualClassifier if "mae" in config else Classifier
-    model = _build(opened.path, model_class, config, opened.content["model"])
-    if len(opened.content["class_names"]) != config.get("num_classes"):
+    model = network_of(opened, "classes")
+    if len(opened.content["class_names"]) != opened.content["config"].get("num_classes"):
         raise UserError(f"{opened.path}: the number of class names is wrong; train again")
     return model
 
 
-def network_of(opened, kind):
-    """The network of opened `Weights` of `kind` "mass" or "sharpener"; UserError as in `mae_of`."""
-    network, lacks, task = {"mass": (MassEstimator, "estimates no masses", "mass"),
-                            "sharpener": (Sharpener, "sharpens no images", "sharpen")}[kind]  # fmt: skip
-    if opened.kind != kind:
-        raise UserError(f"{opened.path} {lacks}: give the weights of finetune.py --task {task}")
+def network_of(opened, task):
+    """The network of opened `Weights` of a --task; UserError as in `mae_of`."""
+    require_kind(opened, task)
     transform_in(opened)
-    return _build(opened.path, network, opened.content["config"], opened.content["model"])
+    config = opened.content["config"]
+    network = ResidualClassifier if task == "classes" and "mae" in config else KINDS[task].network
+    return _build(opened.path, network, config, opened.content["model"])
+
+
+def require_kind(opened, kind):
+    """UserError unless opened `Weights` are of this one of KINDS."""
+    if opened.kind != kind:
+        does, command = KINDS[opened.kind].does, KINDS[kind].command
+        raise UserError(f"{opened.path}: these weights {does}: give those of {command}")
 
 
 def familiarity_in(opened):

@@ -106,7 +106,7 @@ def write_pairs(root, sides, others=None, reduction=lambda images: images):
 def test_any_two_folders_whose_sides_have_a_small_ratio_are_pairs(sides, tmp_path, no_pictures):
     data = write_pairs(tmp_path / "data", sides)
     sharpen_on(data, tmp_path / "out", "none", "--patch-size", 4, "--embed-dim", 16, "--num-heads", 2, "--depth", 1)
-    model = weights.network_of(weights.read(tmp_path / "out" / SHARPENER), "sharpener")
+    model = weights.network_of(weights.read(tmp_path / "out" / SHARPENER), "sharpen")
     assert (model.img_size, model.factor, model.adds_noise) == (12, max(sides) // 12, True)
 
 
@@ -123,7 +123,7 @@ def test_noise_is_not_put_back_where_coarse_images_are_no_reductions(tmp_path, n
     data = write_pairs(tmp_path / "data", (24, 12), reduction=lambda image: image**2)
     process = sharpen_on(data, tmp_path / "out", "none", "--patch-size", 4, "--embed-dim", 16, "--num-heads", 2)
     assert "not put back" in process.stderr
-    model = weights.network_of(weights.read(tmp_path / "out" / SHARPENER), "sharpener")
+    model = weights.network_of(weights.read(tmp_path / "out" / SHARPENER), "sharpen")
     coarse = torch.rand(2, 1, 12, 12)
     assert not model.adds_noise and torch.equal(model(coarse)[0], model.clean(coarse))
 
@@ -138,7 +138,7 @@ def test_a_turned_image_is_sharpened_to_the_turned_sharp_image():
 
 
 def test_sharp_images_reduce_to_the_coarse_ones_and_are_better_than_interpolated_ones(sharp_runs):
-    model = weights.network_of(weights.read(sharp_runs / "sharpen" / SHARPENER), "sharpener")
+    model = weights.network_of(weights.read(sharp_runs / "sharpen" / SHARPENER), "sharpen")
     dataset = datasets.load(sharp_runs / "pairs")
     coarse, rows = pairs.coarse_of(dataset), datasets.split(dataset)["validation"]
     seen, sharp = images_of(coarse, rows), images_of(dataset, rows)
@@ -181,7 +181,7 @@ def test_predicted_sharp_images_have_names_of_their_own(sharp_runs, public, tmp_
     assert len(rows) == len({row["sharpened"] for row in rows}) == 2
     found = [np.load(tmp_path / "sharp" / row["sharpened"]) for row in rows]
     assert found[0].shape == (150, 150) and np.array_equal(*found)
-    model = weights.network_of(weights.read(sharp_runs / "sharpen" / SHARPENER), "sharpener")
+    model = weights.network_of(weights.read(sharp_runs / "sharpen" / SHARPENER), "sharpen")
     with torch.no_grad():
         right, error = model(torch.from_numpy(np.load(public / "LR" / "sample1.npy"))[None])
     assert np.abs(found[0] - right[0, 0].numpy()).max() < 1e-4
@@ -211,7 +211,7 @@ def test_files_of_another_task_are_refused(sharp_runs, runs, tmp_path):
     assert_refused("finetune.py", [*start, "--strategy", "full", "--pretrained", sharp_runs / "sharpen" / SHARPENER],
                    "starts from an MAE")  # fmt: skip
     assert_refused("export.py", ["--weights", sharp_runs / "sharpen-pretrain" / PRETRAINED, "--what", "sharpen", "--out",
-                                 tmp_path / "x.onnx"], "sharpens no images")  # fmt: skip
+                                 tmp_path / "x.onnx"], "these weights reconstruct images")  # fmt: skip
 
 
 def test_an_interrupted_training_is_resumed_to_the_same_weights(sharp_runs, tmp_path):

@@ -72,9 +72,9 @@ def test_what_is_saved_is_read_and_says_what_it_is(mae_file, classifier_file, ru
         assert opened.sha256 == files.sha256_of(path)
         assert opened.path == path
     for path in (classifier_file[0], runs / "residual" / CLASSIFIER):
-        with pytest.raises(UserError, match=f"{path} is a classifier: give the weights of pretrain.py"):
+        with pytest.raises(UserError, match=f"{path}: these weights classify images: give those of pretrain.py"):
             weights.load_mae(path)
-    with pytest.raises(UserError, match=r"mae\.pth is no classifier: give the weights of finetune\.py"):
+    with pytest.raises(UserError, match=r"mae\.pth: these weights reconstruct images: give those of finetune\.py"):
         weights.load_classifier(mae_file[0])
 
 
