@@ -27,10 +27,11 @@ from lib import compatibility, datasets, known_answers, options, pairs, traits, 
 from lib.convert import to_hugging_face
 from lib.files import atomic_directory, atomic_write, check_outputs, require_own, write_json, write_text
 from lib.known_answers import difference
+from lib.loader import sample_size
 from lib.metrics import accuracy, auc_by_class
 from lib.onnxfile import OUTPUTS, open_session
 from lib.onnxwrite import Answers, Probabilities, Residuals, reduce_precision, save_proto, write_onnx
-from lib.provenance import LIBRARY, circumstances, made_from
+from lib.provenance import LIBRARY, circumstances, identity_of, made_from
 from lib.residuals import mask_ratio_of
 from lib.simulated import pixels_of
 
@@ -196,11 +197,10 @@ def metadata_of(args, model, opened, dataset, train):
     trained = {k: v for k, v in opened.content["run"].items() if k not in ("data", "cache_dir")}
     familiarity, reference, measures = getattr(model, "familiarity", None), "null", trained
     if trained.get("data_fingerprint") == dataset.fingerprint:
-        some = train[:: max(1, len(train) // DESCRIBED_IMAGES)]
+        some = train[:: max(1, len(train) // sample_size(DESCRIBED_IMAGES, dataset.images))]
         reference = json.dumps(traits.reference_of(dataset.images[some]))
         measures = pixels_of(dataset.origin)
-    checked_on = [dataset.fingerprint, dataset.class_names]
-    made = made_from(args, [*LIBRARY, __file__], data=checked_on, weights=opened.sha256)
+    made = made_from(args, [*LIBRARY, __file__], data=identity_of(dataset), weights=opened.sha256)
     return {
         "what": args.what,
         "licence": LICENCE,

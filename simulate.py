@@ -126,7 +126,10 @@ def parse_args(argv=None):
         "of the noise-free files that are published (the others have their noise always)",
     )  # fmt: skip
     options.add_update_argument(parser)
-    return options.parsed(parser, argv)
+    args = options.parsed(parser, argv)
+    if args.noise and simulated.MODELS[args.model].always_noisy:
+        raise UserError(f"--noise: images of {args.model} have their noise always; leave it out")
+    return args
 
 
 def main(argv=None):

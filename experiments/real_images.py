@@ -28,7 +28,7 @@ from scipy.ndimage import gaussian_filter
 from scipy.optimize import least_squares
 
 from lib.class_evaluation import predict_probabilities
-from lib import copies, datasets, lenses, options, packing, weights
+from lib import copies, datasets, lenses, listing, options, packing, weights
 from lib.device import resolve_device
 from lib.files import atomic_directory, require_own, write_csv
 from lib.npy import read_npy
@@ -174,6 +174,14 @@ def is_exact(images):
     return np.abs(as_pictures(images) - images).max(axis=(1, 2)) < 1e-6
 
 
+def places_of(dataset):
+    """(N, 2): the pictures of images stay in the parts of these, see `listing.Listing`."""
+    places, bounds = np.empty((len(dataset.labels), 2)), (0, *listing.BOUNDS, 1)
+    for part, low, high in zip(datasets.split(dataset).values(), bounds, bounds[1:], strict=False):
+        places[part] = low, high
+    return places
+
+
 def pictures(args):
     dataset, rng = datasets.load(args.data), np.random.default_rng(args.seed)
     kind = f"pictures of any kind, seed {args.seed}," if args.any else "8-bit pictures"
@@ -185,12 +193,15 @@ def pictures(args):
     with atomic_directory(args.out, "dataset.json" if args.update else None, packing.OWN_FILES) as folder:
         origin = f"{kind} of {dataset.origin}"
         writer = packing.PackedWriter(folder, dataset.images.shape, dataset.class_names, origin)
+        places = places_of(dataset)
         for start in range(0, len(dataset.images), BLOCK):
             images = np.asarray(dataset.images[start : start + BLOCK], np.float64)
             if not (images.max(axis=(1, 2)) > 0).all():
                 raise UserError(f"{args.data}: an image has no positive pixel")
             shown = as_any_pictures(images, rng) if args.any else as_pictures(images)
-            writer.append(shown, dataset.labels[start : start + len(shown)])
+            rows = slice(start, start + len(shown))
+            masses = np.nan if dataset.masses is None else dataset.masses[rows]
+            writer.append(shown, dataset.labels[rows], places[rows], masses)
         writer.close()
         sign(folder / "dataset.json", made)
     print(f"{len(dataset.images)} pictures in {args.out}")

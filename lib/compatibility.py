@@ -35,8 +35,8 @@ def rows_to_evaluate(dataset, content, whole):
 def check_unit(dataset, rows, run):
     """UserError if most of some rows have pixels far outside the training images of weights."""
     low, high, faintest = run.get("pixel_range") or (-np.inf, np.inf, -np.inf)
-    names = run.get("classes", ["all"])  # that an MAE was trained on
-    if not datasets.means_every_class(names, run.get("class_names", ())):
+    names = run.get("classes")  # that an MAE was trained on
+    if names is not None and not datasets.means_every_class(names, run.get("class_names", ())):
         rows = rows[np.isin(np.array(dataset.class_names)[dataset.labels[rows]], names)]
     if not len(rows):
         return

@@ -6,11 +6,11 @@ import numpy as np
 import torch
 
 from lib.augment import augment
-from lib.loader import batch_reader, fixed_random_numbers, in_batches
+from lib.loader import batch_reader, fixed_random_numbers, in_batches, sample_size
 from lib.npy import forget_pages
 from mae import IntensityTransform
 
-TRANSFORM_IMAGES = 2000  # training images that the constants are computed from
+TRANSFORM_IMAGES = 2000  # training images that the constants are computed from, at most
 OUTLYING_PIXELS = 0.001  # of an image, at either end, that its statistics leave out
 SOFTENING = 0.01  # of the mean intensity: where the logarithm becomes linear, unless noise does
 
@@ -24,7 +24,8 @@ def fit_transform(images, rows, kind, augmentations=()):
     brightest pixels, and the median over images is taken: hot pixels and a few bad images change
     nothing. `augmentations` are those of the training.
     """
-    chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), TRANSFORM_IMAGES)).astype(int)]
+    count = min(len(rows), sample_size(TRANSFORM_IMAGES, images))
+    chosen = rows[np.linspace(0, len(rows) - 1, count).astype(int)]
     # Scattered rows map many pages; read a few rows at a time.
     pixels = in_batches(batch_reader(images, torch.device("cpu")), chosen).double()
     forget_pages(images)

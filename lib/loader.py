@@ -1,6 +1,7 @@
 """From rows of a packed data set to tensors on the device."""
 
 import contextlib
+import math
 import os
 
 import numpy as np
@@ -15,6 +16,7 @@ EVALUATION_BATCH = 256
 READ_BLOCK, BLOCKS_TOGETHER = 256, 64  # images, where not all of them fit into memory
 MAPPED_BYTES = 2**21  # pages that a kernel may map per image read
 FORGET_AFTER = 2**30  # bytes that may stay mapped
+SAMPLED_PIXELS, FEWEST_SAMPLED = 8e7, 50  # of images that statistics come from; 2,000 images of 200 pixels a side
 
 
 def batch_reader(images, device, once=False):
@@ -59,6 +61,11 @@ class StoredImages:
 def are_on_device(*readers):
     """Whether what these `batch_reader`s give is on the device, so that they take rows from there."""
     return all(isinstance(read, StoredImages) for read in readers)
+
+
+def sample_size(count, images):
+    """So many of `images` (N, H, W), `count` or fewer, that their pixels fit into memory several times over."""
+    return min(count, max(FEWEST_SAMPLED, int(SAMPLED_PIXELS / math.prod(images.shape[1:]))))
 
 
 @torch.no_grad()

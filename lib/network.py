@@ -8,6 +8,7 @@ from mae import TRANSFORM_KINDS
 # Also what weights have that do not say it. A new network has another patch size, see PATCHES_A_SIDE.
 DEFAULTS = {"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4, "transform": "log"}
 PATCHES_A_SIDE = 4  # of a new network
+OF_THE_DATA = {"img_size": "pixels of a side of the images", "num_classes": "classes"}  # by what is no option
 
 
 def add_arguments(parser):
@@ -50,7 +51,8 @@ def build(model_class, config):
     """`model_class(**config)`, an `MAE` or `Classifier`; UserError, naming the flag, if that is invalid."""
     for name, limit in LARGEST.items():
         if config.get(name, 0) > limit:
-            raise UserError(f"{flag_of(name)} must be at most {limit}, got {config[name]}")
+            what = OF_THE_DATA.get(name, flag_of(name))
+            raise UserError(f"{what} must be at most {limit}, got {config[name]}")
     patch_size, img_size = config["patch_size"], config["img_size"]
     if img_size % patch_size:
         raise UserError(

@@ -171,7 +171,11 @@ def read(path, num_heads=None, foreign=False):
         math.isnan(_number(value)) for value in pixel_range
     ):
         raise UserError(f"{path}: pixel_range in its run is no range")
-    if not all(isinstance(name, str) for name in content["class_names"]):
+    if not 0 < _number(content["run"].get("smooth_rms", 1.0)) < math.inf:
+        raise UserError(f"{path}: smooth_rms in its run is no positive number")
+    if not _are_text(content["run"].get("classes", [])):
+        raise UserError(f"{path}: classes in its run are no names")
+    if not _are_text(content["class_names"]):
         raise UserError(f"{path}: class names must be text")
     check_class_names(content["class_names"], path, "rename its folder and train again")
     seen = content.get("seen")
@@ -184,6 +188,10 @@ def read(path, num_heads=None, foreign=False):
 def _number(value):
     """`value`, or NaN if it is no number."""
     return value if isinstance(value, int | float) else math.nan
+
+
+def _are_text(values):
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def _torch_file(path, allowed):

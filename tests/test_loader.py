@@ -129,6 +129,12 @@ def test_transform_constants_come_from_the_training_rows_alone(packed):
     assert intensity.fit_transform(images, rows, "log") != before
 
 
+def test_fewer_large_images_are_looked_at():
+    assert loader.sample_size(2000, np.broadcast_to(0.0, (5000, 200, 200))) == 2000
+    assert loader.sample_size(2000, np.broadcast_to(0.0, (5000, 1000, 1000))) == 80
+    assert loader.sample_size(2000, np.broadcast_to(0.0, (5000, 4096, 4096))) == 50
+
+
 @pytest.mark.parametrize("kind", ["log", "linear"])
 def test_transform_constants_withstand_hot_pixels_and_bad_images(kind, packed):
     dataset = datasets.load(packed)

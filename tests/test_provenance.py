@@ -62,6 +62,18 @@ def test_a_result_is_made_once_and_replaced_by_that_of_other_options_or_code(cal
     assert update() and not update()
 
 
+def test_pixels_of_another_origin_are_exported_again(runs, folder, tmp_path):
+    """The origin says the pixel scale and the zero point, which the file carries."""
+    args = export.parse_args(list(map(str, (
+        "--data", folder, "--cache-dir", runs / "cache", "--weights", runs / "full" / CLASSIFIER, "--out", tmp_path / "o"
+    ))))  # fmt: skip
+    model, opened = export.load_model(args)
+    dataset, parts = export.load_images(args, opened.content, model.img_size)
+    made = [export.metadata_of(args, model, opened, each, parts["train"])["made_from"]
+            for each in (dataset, dataset, dataset._replace(origin="another telescope"))]  # fmt: skip
+    assert made[0] == made[1] != made[2]
+
+
 @pytest.mark.parametrize("call", ["evaluate", "reconstruct"], indirect=True)
 def test_what_was_interrupted_never_looks_finished(call, monkeypatch):
     """Stopped before any of its files is there, a call with other options leaves no old result."""

@@ -128,7 +128,11 @@ def test_a_data_set_of_pictures_is_written_and_real_ones_are_asked_about(packed,
     out = tmp_path / "pictures"
     real_images.main(["pictures", "--data", str(packed), "--out", str(out), "--any"])
     pictures = datasets.load(out)
-    assert pictures.class_names == datasets.load(packed).class_names
+    source = datasets.load(packed)
+    assert pictures.class_names == source.class_names
+    assert np.array_equal(pictures.masses, source.masses, equal_nan=True)
+    for part, rows in datasets.split(source).items():
+        assert np.array_equal(datasets.split(pictures)[part], rows)
     assert pictures.images.max() == 1
     assert pictures.images.min() == 0
     exact = real_images.is_exact(np.array(pictures.images, np.float64))

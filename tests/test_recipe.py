@@ -4,8 +4,10 @@ import argparse
 
 import pytest
 
-from lib import recipe
+from lib import network, recipe
+from lib.errors import UserError
 from lib.recipe import Defaults
+from mae import MAE
 
 DEFAULTS = Defaults(epochs=2, fewest_steps=1000, batch_size=64, lr=0.1, most_validations=4,
                     few={"augment": ("flips",), "patch_dropout": 0.5})  # fmt: skip
@@ -40,3 +42,8 @@ def test_augmentations_mean_the_same_in_any_order():
     for wrong in ("", ",", "noise,", "nois"):
         with pytest.raises(argparse.ArgumentTypeError, match="is not one of halfturn, flips, noise, shift, rotate"):
             recipe.augmentation_kinds(wrong)
+
+
+def test_images_that_are_too_large_are_named_and_not_an_option():
+    with pytest.raises(UserError, match="pixels of a side of the images must be at most 4096, got 4160"):
+        network.build(MAE, {"img_size": 4160, "patch_size": 65})

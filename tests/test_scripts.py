@@ -71,6 +71,7 @@ def mistakes(runs, folder, tmp_path):
     } | {
         "nothing to pack": ("data.py", ("--data", tmp_path / "gone"), "gone"),
         "simulated already": ("simulate.py", ("--out", small, "--per-class", 1), small),
+        "noise twice": ("simulate.py", ("--model", "Pairs", "--noise", *out), "--noise"),
         "no no_sub": ("pretrain.py", ("--data", two, *out), "no_sub"),
         "heads": (pretrain[0], (*pretrain[1], "--num-heads", 5), "5 heads"),
         "out is a file": ("pretrain.py", (*cache, "--out", file), file),

@@ -11,7 +11,7 @@ from conftest import CLASSIFIER, assert_refused, run_script, write_classes, writ
 
 import pretrain
 import simulate
-from lib import datasets, lenses, packing, traits
+from lib import compatibility, datasets, lenses, packing, traits
 from lib.errors import UserError
 
 
@@ -87,6 +87,18 @@ def test_a_class_above_another_does_not_put_it_out_of_range(bright):
     extremes = np.stack([levels + 1e-4, levels + 0.9995], axis=1)
     low, high, faintest = traits.pixel_range(extremes)
     assert low < extremes[:, 0].min() and extremes[:, 1].max() < high and faintest < extremes[:, 1].min()
+
+
+def test_a_class_called_all_is_one_class_of_a_classifier(tmp_path):
+    """The unit was compared of its images alone."""
+    dataset = datasets.load(write_classes(tmp_path / "data", {"all": 12, "other": 40}))
+    rows = np.arange(52)
+    pixel_range = [*traits.pixel_range(datasets.extremes_of(dataset, rows))]
+    run = {"class_names": ["all", "other"], "pixel_range": pixel_range}
+    compatibility.check_unit(dataset, rows, run)
+    factor = np.where(dataset.labels == 1, 1e4, 1).astype(np.float32)
+    with pytest.raises(UserError, match="another unit"):
+        compatibility.check_unit(dataset._replace(images=dataset.images * factor[:, None, None]), rows, run)
 
 
 def test_images_in_sub_folders_of_a_class_are_refused(tmp_path):

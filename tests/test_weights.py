@@ -127,6 +127,8 @@ WRONG_WEIGHTS = {
     "no pixel range": (lambda c: c["run"].update(pixel_range=None), "pixel_range"),
     "other transform": (lambda c: c["config"].update(transform={**TRANSFORM, "kind": "cube"}), "transform"),
     "class names": (lambda c: c.update(class_names=[1, 2]), "class names must be text"),
+    "classes of an MAE": (lambda c: c["run"].update(classes=[1]), "classes in its run"),
+    "residuals of smooth lenses": (lambda c: c["run"].update(smooth_rms="x"), "smooth_rms"),
 }
 
 
