@@ -19,7 +19,7 @@ from lib import class_evaluation, datasets, mass_evaluation, options, plots, rep
 from lib import predictions as written
 from lib.device import resolve_device
 from lib.files import PICTURE, check_outputs, make_folder, require_own, sha256_of, write_json, write_text
-from lib.provenance import LIBRARY, identity_of, is_current, made_from, require_own_results, sign
+from lib.provenance import LIBRARY, identity_of, is_current, made_from, sign
 
 EXAMPLE = """example:
   python evaluate.py --data lenses --out runs/evaluation \\
@@ -45,7 +45,8 @@ def evaluate(args):
     make_folder(args.out)
     if (args.out / "scores.csv").exists():
         raise UserError(f"{args.out} holds the results of reconstruct.py: choose another --out")
-    require_own_results(args.out, LEFT)
+    for name, pattern in LEFT.items():
+        require_own(args.out / name, pattern)
     if args.save_predictions:
         check_outputs({"predictions.csv": args.out / PREDICTIONS}, [args.predictions] if args.predictions else [])
         require_own(args.out / PREDICTIONS, rb"\Arun,row,")
@@ -66,11 +67,9 @@ def evaluate(args):
     if task not in OTHER_TASKS:
         is_complete = evaluate_classifiers(args, opened, dataset, device, about)
     else:
-        outcome = OTHER_TASKS[task](args, opened, dataset, device)
-        measured = {"task": task, "intervals": outcome.intervals, "results": outcome.results}
-        leave(args.out, about | measured, outcome.rows, [])
-        show, *what = outcome.picture
-        is_complete = plots.attempt(show, args.out / BESIDE[task][0], *what)
+        measured, rows, draw, drawn = OTHER_TASKS[task](args, opened, dataset, device)
+        leave(args.out, about | {"task": task} | measured, rows, [])
+        is_complete = plots.attempt(draw, args.out / BESIDE[task][0], *drawn)
     if is_complete:  # else --update tries again
         sign(args.out / "metrics.json", made)
 

@@ -22,9 +22,9 @@ import torch
 
 from lib import clusters, compatibility, datasets, options, plots, simulated, weights
 from lib.device import resolve_device
-from lib.files import PICTURE, make_folder, write_csv, write_json
+from lib.files import PICTURE, make_folder, require_own, write_csv, write_json
 from lib.metrics import about_intervals
-from lib.provenance import LIBRARY, identity_of, is_current, made_from, require_own_results, sign
+from lib.provenance import LIBRARY, identity_of, is_current, made_from, sign
 from lib.residuals import (
     aucs_of, mask_ratio_of, residual_reader, scores_and_powers, scores_of, smooth_rms_of, unlike_training,
 )  # fmt: skip
@@ -55,7 +55,8 @@ def reconstruct(args):
     make_folder(args.out)
     if (args.out / "comparison.md").exists():
         raise UserError(f"{args.out} holds the results of evaluate.py: choose another --out")
-    require_own_results(args.out, LEFT)
+    for name, pattern in LEFT.items():
+        require_own(args.out / name, pattern)
     made = made_from(args, [*LIBRARY, __file__], data=identity_of(dataset), weights=opened.sha256)
     if args.update and is_current(
         args.out / "metrics.json", made, args.out / "scores.csv", args.out / "maps.png"

@@ -69,11 +69,11 @@ def predictions_of(opened, dataset, device, whole):
         judge, familiarity, guard = weights.familiarity_in(run), None, None
         if judge is not None:
             # Classifiers from one pre-training share the strangeness.
-            identity = weights.identity({**content["familiarity"], "model": judge.state_dict()})
-            if identity not in strangenesses:
-                strangenesses[identity] = strangeness_of(judge, dataset.images, rows, device)
+            fit = repr(content["familiarity"]["config"]), judge.strangeness_seen.numpy().tobytes()
+            if fit not in strangenesses:
+                strangenesses[fit] = strangeness_of(judge, dataset.images, rows, device)
             predicted = torch.from_numpy(probabilities.argmax(axis=1))
-            familiarity = ranked(judge.cpu(), strangenesses[identity], predicted)
+            familiarity = ranked(judge.cpu(), strangenesses[fit], predicted)
             guard = Guard(len(judge.strangeness_seen))
         trained_on.append(content["run"].get("data_fingerprint"))
         predictions[name] = Prediction(

@@ -29,24 +29,25 @@ NO_SKY = frozenset(
 )
 
 
-class FitsImage(NamedTuple):
-    """An image (H, W) or a cube (n, H, W) of a FITS file.
+class FileArray(NamedTuple):
+    """An array of a file (None: no image), and what a FITS file says of it.
 
-    hdu : name or number of its HDU; "" where the file has one image only.
+    numbers : of an object array, a tuple of those beside each image; () of other files.
     rounded : the step to which compression has rounded the pixels; 0 if it has not.
     pixel_scale : arcsec, of its WCS; None without one.
-    cards : {name: number or text} of its header, and of the first one where that has no image.
+    cards : {name: number or text} of its header, and of the first one where that has no image; None of other files.
     """
 
-    pixels: np.ndarray
-    hdu: str
-    rounded: float
-    pixel_scale: float | None
-    cards: dict
+    name: str
+    array: np.ndarray | None
+    numbers: tuple = ()
+    rounded: float = 0.0
+    pixel_scale: float | None = None
+    cards: dict | None = None
 
 
 def read_fits(path, hdu=None):
-    """The `FitsImage` of a file: that of `hdu`, a name or number, or the only one that shows the sky.
+    """The `FileArray` of a file: that of `hdu`, a name or number, or the only one that shows the sky.
 
     Maps of weights, errors, masks and PSFs do not count; they are known by name and content. Axes of length
     one do not count either. The file may be compressed by gzip, bzip2 or fpack, whatever its name says.
@@ -65,11 +66,11 @@ def read_fits(path, hdu=None):
             whose = "they are" if chosen else "its HDUs"
             raise UserError(f"{path}: {_why_none_is_chosen(chosen, images, hdu)}; {whose}: {listed}")
         (i,) = chosen
-        where = "" if len(images) == 1 else units[i].name or str(i)
+        name = str(path) if len(images) == 1 else f"{path}[{units[i].name or i}]"
         pixels = _pixels_of(units[i], stored[i]).reshape(shapes[i])
         # What the header does not say, the first may say of all, if it has no pixels itself.
         cards = ({} if units[0].shape else wcs.plain(units[0].header)) | wcs.plain(units[i].header)
-        return FitsImage(pixels, where, steps[i], _scale_of(units[i]), cards)
+        return FileArray(name, pixels, (), steps[i], _scale_of(units[i]), cards)
 
 
 def all_images(path):

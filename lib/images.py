@@ -16,6 +16,7 @@ import numpy as np
 from lib import fits, png, units, wcs
 from lib.errors import UserError, named_errors
 from lib.files import is_hidden, is_own_picture
+from lib.fits import FileArray
 from lib.npy import forget_pages, read_npz, read_with_numbers
 
 SUFFIXES = (".npy", ".npz", *fits.SUFFIXES, png.SUFFIX)
@@ -103,20 +104,6 @@ def _walk(root, errors):
 
 
 # Reading images
-
-
-class FileArray(NamedTuple):
-    """An array of a file (None: no image), and what a FITS file says of it, see `fits.FitsImage`.
-
-    numbers : of an object array, a tuple of those beside each image; () of other files.
-    """
-
-    name: str
-    array: np.ndarray | None
-    numbers: tuple = ()
-    rounded: float = 0.0
-    pixel_scale: float | None = None
-    cards: dict | None = None
 
 
 class How(NamedTuple):
@@ -384,11 +371,10 @@ def read_arrays(path, how=How()):
     require_known_kind(path)
     if is_fits(path):
         image = fits.read_fits(path, how.hdu)
-        if image.pixels.ndim > 2 and how.planes is None:
-            raise UserError(f"{path}: several planes, shape {image.pixels.shape}: predict.py --planes says "
+        if image.array.ndim > 2 and how.planes is None:
+            raise UserError(f"{path}: several planes, shape {image.array.shape}: predict.py --planes says "
                             "what they are, lenses or bands")  # fmt: skip
-        name = f"{path}[{image.hdu}]" if image.hdu else str(path)
-        return [FileArray(name, image.pixels, (), image.rounded, image.pixel_scale, image.cards)]
+        return [image]
     if name.endswith(".npz"):
         return [FileArray(*each) for each in read_npz(path)]
     if name.endswith(png.SUFFIX):

@@ -86,15 +86,13 @@ def point_masses(class_name, theta_e, rng):
     return np.stack([np.broadcast_to(radius, x.shape), x, y], axis=-1)
 
 
-def observe(images, rng, exposure=EXPOSURE, sky=SKY):
+def observe(images, rng):
     """What the files hold of noise-free `images` (B, H, W), and what they would hold without noise.
 
-    k ~ Poisson(exposure · (image + sky)), and the file is (k - min k)/(max k - min k). The second answer
-    is the mean of k on the same scale. `exposure` (s) and `sky` are numbers or (B,). Both answers are
-    (B, H, W) float32.
+    k ~ Poisson(EXPOSURE · (image + SKY)), and the file is (k - min k)/(max k - min k). The second answer
+    is the mean of k on the same scale. Both answers are (B, H, W) float32.
     """
-    exposure, sky = (np.reshape(value, (-1, 1, 1)) for value in (exposure, sky))
-    expected = exposure * (np.asarray(images, np.float64) + sky)
+    expected = EXPOSURE * (np.asarray(images, np.float64) + SKY)
     counts = rng.poisson(expected)
     low, high = (extreme(counts, axis=(1, 2), keepdims=True) for extreme in (np.min, np.max))
     return tuple(((k - low) / np.maximum(high - low, 1)).astype(np.float32) for k in (counts, expected))
@@ -116,7 +114,6 @@ def observed(class_name, count, seed, starts=None):
         scene = sample(class_name, size, rng)
         for first in range(0, size, PIECE):
             piece = raytracing.part_of(scene, slice(first, first + PIECE))
-            piece = piece._replace(x=torch.from_numpy(piece.x))
             yield start + first, *observe(raytracing.render(piece, CAMERA, torch.float32).numpy(), rng)
 
 

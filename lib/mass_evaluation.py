@@ -6,14 +6,16 @@ import torch
 from lib import compatibility, masses, plots, weights
 from lib.errors import UserError
 from lib.loader import batch_reader, in_batches
-from lib.tables import Outcome, with_interval
+from lib.tables import with_interval
 
 HEADER = ["run", "mean error, dex", "median error, dex", "intervals that hold the mass %", "mean width, dex", "images"]
 
 
 def evaluate(args, opened, dataset, device):
-    """The `tables.Outcome` of opened `Weights` {run: each}.
+    """What is measured of opened `Weights` {run: each}.
 
+    Returns ({"intervals": how they were made, "results": {run: its measures}}, rows of the table as text, a function
+    of `plots`, what it draws).
     Raises UserError as `compatibility.rows_to_evaluate` does, and if none of the images has a mass.
     """
     estimates = {
@@ -24,9 +26,8 @@ def evaluate(args, opened, dataset, device):
     best = min(results, key=lambda name: results[name]["error"]["value"])
     parts = results[best]["half_decades"]
     shares = {name: list(part["coverage"].values()) for name, part in parts.items()}
-    return Outcome(
-        intervals, results, table_of(results), (plots.masses, *estimates[best], shares, masses.COVERAGE)
-    )
+    drawn = (*estimates[best], shares, masses.COVERAGE)
+    return {"intervals": intervals, "results": results}, table_of(results), plots.masses, drawn
 
 
 def estimates_of(opened, dataset, device, whole):

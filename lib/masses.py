@@ -23,8 +23,8 @@ def fit_widths(outputs, log_masses, edges):
     Split conformal prediction (Lei et al. 2018, "Distribution-free predictive inference for regression",
     section 5.2), in each group by itself (Vovk 2012, "Conditional validity of inductive conformal
     predictors"): of new images like the n validation images of a group at least a share of COVERAGE has
-    the true mass in its interval. A group of fewer than FEWEST_IMAGES takes the width of all images. Fewer than
-    nine images in all cannot promise that, which is said on stderr.
+    the true mass in its interval. A group of fewer than FEWEST_IMAGES takes the width of all images. With fewer
+    than nine images nothing promises that; a line on stderr says so.
 
     outputs : (n, 2), estimates and the natural logarithms of their spreads.
     log_masses : (n,).

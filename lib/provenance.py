@@ -13,7 +13,7 @@ import subprocess
 import sys
 
 from lib.errors import ROOT, UserError
-from lib.files import read_json, require_own, sha256_of, write_json
+from lib.files import read_json, sha256_of, write_json
 
 LIBRARY = (ROOT / "mae.py", *sorted((ROOT / "lib").glob("*.py")))
 # Options of trainings and of other scripts that decide nothing, or name a file whose content counts.
@@ -66,19 +66,6 @@ def is_current(path, made, *others):
     if current:
         print(f"already up to date: {path}")
     return current
-
-
-def require_own_results(folder, patterns):
-    """UserError if `folder` holds files that have the names of a result, but come from elsewhere.
-
-    patterns : {name of a file: what `require_own` looks for in it}. Beside a signed metrics.json they are of
-        an earlier result, also of one whose pictures do not say who made them.
-    """
-    with contextlib.suppress(UserError):
-        if "made_from" in read_json(folder / "metrics.json"):
-            return
-    for name, pattern in patterns.items():
-        require_own(folder / name, pattern)
 
 
 def sign(path, made):

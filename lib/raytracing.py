@@ -44,7 +44,7 @@ class Scene(NamedTuple):
 class Camera(NamedTuple):
     pixels: int  # a side
     pixel_scale: float  # arcsec
-    psf_sigma: float  # arcsec, of the Gaussian PSF: a number or (B,)
+    psf_sigma: float  # arcsec, of the Gaussian PSF
     psf_radius: int  # pixels, where the PSF is cut
 
 
@@ -124,51 +124,35 @@ def sersic_b(index):
     return 1.9992 * index - 0.3271
 
 
-class Source(NamedTuple):
-    """The numbers in which `sersic` computes, each for all images or (B, 1, 1)."""
-
-    cos: torch.Tensor  # of the angle of the major axis
-    sin: torch.Tensor
-    q: torch.Tensor
-    inverse_q: torch.Tensor
-    radius: torch.Tensor
-    exponent: torch.Tensor  # 1/n
-    steepness: torch.Tensor  # -b_n
-    amplitude: torch.Tensor
-
-
-def source_of(scene, dtype):
-    """The `Source` of a scene."""
+def sersic(beta_x, beta_y, scene):
+    """Brightness (B, H, W) of the source of a `Scene` at β (B, H, W), relative to its centre."""
     q, angle = axis_ratio_and_angle(scene.source_e1, scene.source_e2)
     numbers = (torch.cos(angle), torch.sin(angle), q, 1 / q, scene.radius, 1 / scene.index,
                -sersic_b(scene.index), scene.amplitude)  # fmt: skip
-    return Source(*(number.to(dtype) for number in numbers))
-
-
-def sersic(beta_x, beta_y, source):
-    """Brightness (B, H, W) of a `Source` at β (B, H, W), relative to its centre."""
-    major = source.cos * beta_x + source.sin * beta_y
-    minor = -source.sin * beta_x + source.cos * beta_y
-    radius = (major.square().mul_(source.q) + minor.square().mul_(source.inverse_q)).sqrt_()
-    radius.clamp_min_(SMALLEST_RADIUS).div_(source.radius)
-    if (source.exponent != 1).any():
-        radius.pow_(source.exponent)
-    return radius.sub_(1).mul_(source.steepness).exp_().mul_(source.amplitude)
+    cos, sin, q, inverse_q, half_light, exponent, steepness, amplitude = (
+        number.to(beta_x.dtype) for number in numbers
+    )
+    major, minor = cos * beta_x + sin * beta_y, -sin * beta_x + cos * beta_y
+    radius = (major.square().mul_(q) + minor.square().mul_(inverse_q)).sqrt_()
+    radius.clamp_min_(SMALLEST_RADIUS).div_(half_light)
+    if (exponent != 1).any():
+        radius.pow_(exponent)
+    return radius.sub_(1).mul_(steepness).exp_().mul_(amplitude)
 
 
 def psf_matrix(camera):
-    """Banded matrix (pixels, pixels), or (B, pixels, pixels), that convolves one axis with the PSF.
+    """Banded matrix (pixels, pixels) that convolves one axis with the PSF.
 
     The edge pixel continues outside, as in scipy.ndimage.gaussian_filter (mode "nearest").
     """
-    sigma = torch.as_tensor(camera.psf_sigma, dtype=torch.float64) / camera.pixel_scale
-    offsets = torch.arange(-camera.psf_radius, camera.psf_radius + 1)
-    kernel = torch.exp(-0.5 * (offsets / sigma[..., None]) ** 2)
-    kernel /= kernel.sum(-1, keepdim=True)
-    matrix = torch.zeros(*sigma.shape, camera.pixels, camera.pixels, dtype=torch.float64)
+    sigma = camera.psf_sigma / camera.pixel_scale
+    offsets = torch.arange(-camera.psf_radius, camera.psf_radius + 1, dtype=torch.float64)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel /= kernel.sum()
+    matrix = torch.zeros(camera.pixels, camera.pixels, dtype=torch.float64)
     rows = torch.arange(camera.pixels)
-    for k, offset in enumerate(offsets.tolist()):
-        matrix[..., rows, (rows + offset).clamp(0, camera.pixels - 1)] += kernel[..., k, None]
+    for offset, share in zip(offsets.int().tolist(), kernel, strict=True):
+        matrix[rows, (rows + offset).clamp(0, camera.pixels - 1)] += share
     return matrix
 
 
@@ -180,7 +164,7 @@ def render(scene, camera, dtype=torch.float64):
     device, b = torch.as_tensor(scene.x).device, len(scene.x)
     scene = Scene(*(torch.as_tensor(field, dtype=torch.float64, device=device) for field in scene))
     scene = Scene(*(field[:, None, None] if field.dim() == 1 else field for field in scene))
-    source, point_masses = source_of(scene, dtype), scene.point_masses.to(dtype)
+    point_masses = scene.point_masses.to(dtype)
     axis = pixel_axis(camera).to(device)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     axis, blur = axis.to(dtype), psf_matrix(camera).to(device, dtype)
@@ -196,12 +180,10 @@ def render(scene, camera, dtype=torch.float64):
         ray_x, ray_y = rays or (ray.to(dtype) for ray in smooth_rays(x, y, lens))
         beta_x, beta_y = ray_x - lens.x.to(dtype), ray_y - lens.y.to(dtype)  # (chunk, H, W)
         subtract_point_masses(beta_x, beta_y, point_masses[part], axis, lens.factor)
-        brightness = sersic(beta_x, beta_y, part_of(source, part))
-        own_blur = blur if blur.dim() == 2 else blur[part]
-        torch.matmul(own_blur @ brightness, own_blur.mT, out=images[part])
+        torch.matmul(blur @ sersic(beta_x, beta_y, lens), blur.mT, out=images[part])
     return images
 
 
-def part_of(numbers, rows):
-    """The `Scene` or `Source` of some of the images: a slice, or an array of their places."""
-    return type(numbers)(*(field[rows] if np.ndim(field) else field for field in numbers))
+def part_of(scene, rows):
+    """The `Scene` of some of the images: a slice, or an array of their places."""
+    return Scene(*(field[rows] if np.ndim(field) else field for field in scene))

@@ -10,7 +10,7 @@ from lib import compatibility, metrics, pairs, plots, weights
 from lib.errors import UserError
 from lib.loader import EVALUATION_BATCH
 from lib.simulated import truth_of
-from lib.tables import Outcome, with_interval
+from lib.tables import with_interval
 from mae import noise_from, reduction_matrices
 
 HEADER = ["run", "mean MSE", "PSNR, dB", "below the ceiling, dB", "PSNR of the mean MSE, dB", "SSIM", "images"]
@@ -20,7 +20,7 @@ SHOWN_PAIRS = 3
 
 
 def evaluate(args, opened, dataset, device):
-    """The `tables.Outcome` of opened `Weights` {run: each}.
+    """What is measured of opened `Weights` {run: each}, as `mass_evaluation.evaluate` gives it.
 
     Raises UserError as `compatibility.rows_to_evaluate` does, and if the runs are not tested on the same pairs.
     """
@@ -38,7 +38,7 @@ def evaluate(args, opened, dataset, device):
     best = min(models, key=lambda name: results[name]["mse"])
     shown = pictures(models[best], dataset, coarse, rows[:SHOWN_PAIRS], device)
     intervals = f"95 %: {args.resamples} bootstrap resamples, seed {args.seed}"
-    return Outcome(intervals, results, table_of(results), (plots.sharpened, *shown))
+    return {"intervals": intervals, "results": results}, table_of(results), plots.sharpened, shown
 
 
 @torch.no_grad()

@@ -301,11 +301,6 @@ class Mass(Residual):
     augmentations, no_augmentation = (), "the mass is learned from images as they are"
     uses = frozenset()  # it always sees the image
 
-    def check(self, args):
-        super().check(args)
-        if args.strategy != Residual.name:
-            raise UserError(f"--task mass: --strategy {args.strategy} learns classes; use --strategy residual")
-
     def recipe(self, args, start, images):
         recipe = super().recipe(args, start, images)
         return recipe._replace(precision="float32") if args.precision == "auto" else recipe
@@ -343,11 +338,6 @@ class Sharpen(Strategy):
     augmentations, no_augmentation = (), "coarse and sharp images belong together as they are"
     uses = frozenset()
 
-    def check(self, args):
-        if args.strategy != self.name:
-            raise UserError(f"--task sharpen: --strategy {args.strategy} learns something else; use --strategy full")
-        super().check(args)
-
     def with_random_weights(self, sizes, recipe, more):
         network.build(MAE, sizes)  # names the flag of a size that does not fit
         config = {"mae": sizes, **more}
@@ -378,8 +368,12 @@ TASK_STRATEGIES = {"mass": Mass(), "sharpen": Sharpen()}  # by --task
 
 
 def strategy_of(args):
-    """The `Strategy` that parsed options name."""
-    return TASK_STRATEGIES.get(args.task) or STRATEGIES[args.strategy]
+    """The `Strategy` that parsed options name; UserError if the task has another one."""
+    strategy = TASK_STRATEGIES.get(args.task) or STRATEGIES[args.strategy]
+    if args.strategy != strategy.name:
+        raise UserError(f"--task {args.task}: --strategy {args.strategy} learns something else; use "
+                        f"--strategy {strategy.name}")  # fmt: skip
+    return strategy
 
 
 # Parts of a training

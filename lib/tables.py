@@ -2,24 +2,8 @@
 
 import html
 import re
-from typing import NamedTuple
 
 from lib.errors import one_line
-
-
-class Outcome(NamedTuple):
-    """The outcome of an evaluation of another task than classification.
-
-    intervals : how the intervals were made, as text.
-    results : {run: what is measured of it}.
-    rows : of the table, the header first, as text.
-    picture : a function of `plots` and what it draws.
-    """
-
-    intervals: str
-    results: dict
-    rows: list
-    picture: tuple
 
 
 def with_interval(measure, digits, scale=1):

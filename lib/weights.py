@@ -331,41 +331,21 @@ def familiarity_in(opened):
         return None
     if not isinstance(stored, dict) or not all(isinstance(stored.get(key), dict) for key in ("model", "config")):
         raise UserError(f"{path}: its familiarity is damaged; train again")
-    if _is_old(stored):
-        raise UserError(f"{path}: its familiarity is of an older version, without classes: fine-tune again")
     network = content["config"].get("mae", content["config"])
     if stored["config"].get("img_size") != network.get("img_size"):
         raise UserError(f"{path}: its familiarity is for images of another size; train again")
     return _build(path, Familiarity, stored["config"], stored["model"])
 
 
-def _is_old(stored):
-    """Whether a familiarity of a file knows no predicted classes."""
-    return isinstance(stored, dict) and "class_seen" not in stored.get("model", ())
-
-
-def identity(stored):
-    """Digest of a familiarity, {"model": state dict, "config": arguments}; another fit has another one.
-
-    Classifiers from one pre-training share the fit, and differ in the classes that they predict.
-    """
-    digest = hashlib.sha256(repr(stored["config"]).encode())
-    for name, tensor in stored["model"].items():
-        if name != "class_seen":
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().numpy())
-    return digest.hexdigest()
-
-
 def familiarity_for(opened, dataset, augmentations):
     """The `Familiarity` of opened `Weights`, and its arguments, for a training that starts from them.
 
     None if it was fitted to other images than those of `dataset`, if `augmentations` disturb or turn
-    these otherwise than before, or if it is of an older version, which forgot the images' order.
+    these otherwise than before.
     """
     run, stored = opened.content["run"], opened.content.get("familiarity")
     before = run.get("augment")
-    if run.get("data_fingerprint") != dataset.fingerprint or not isinstance(before, list) or _is_old(stored):
+    if run.get("data_fingerprint") != dataset.fingerprint or not isinstance(before, list):
         return None
     if disturbances(before) != disturbances(augmentations) or ("flips" in before) != ("flips" in augmentations):
         return None

@@ -579,7 +579,7 @@ def test_pixels_that_the_header_calls_missing_are_missing(kind, blank, fits, tmp
     expected = np.where(stored == blank, np.nan, pixels)
     (image,) = fits_reader.all_images(tmp_path / "x.fits")
     assert np.array_equal(image, expected, equal_nan=True)
-    assert np.array_equal(fits_reader.read_fits(tmp_path / "x.fits").pixels, expected, equal_nan=True)
+    assert np.array_equal(fits_reader.read_fits(tmp_path / "x.fits").array, expected, equal_nan=True)
     if blank >= 0:
         assert_refused(tmp_path / "x.fits", "NaN")
 
