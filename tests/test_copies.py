@@ -4,7 +4,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from conftest import CLASSIFIER, assert_refused, run_script, write_classes, write_packed
 
 from lib import compatibility, copies, datasets, lenses
@@ -127,12 +126,3 @@ def test_images_that_are_copies_of_training_images_are_refused(packed, runs, tmp
     trained = sum(len(rows) for part, rows in datasets.split(dataset).items() if part != "test")
     arguments = ("--data", more, "--weights", runs / "head" / CLASSIFIER, "--out", tmp_path / "e")
     assert_refused("evaluate.py", (*arguments, "--split", "all"), f"trained on {trained} of these 300 images")
-
-
-def test_weights_of_another_split_are_refused_for_all_images_too(packed, runs, tmp_path):
-    content = torch.load(runs / "head" / CLASSIFIER, weights_only=True)
-    content["run"]["split"] = "content-80-10-10"
-    torch.save(content, tmp_path / "w.pth")
-    arguments = ("--data", packed, "--weights", tmp_path / "w.pth", "--out", tmp_path / "e")
-    for more in ((), ("--split", "all")):
-        assert_refused("evaluate.py", (*arguments, *more), "another split of the data")

@@ -39,7 +39,7 @@ ABORTED = "terminate called without an active exception"
 
 
 # Several trainings in one group of processes: starting a group takes longer than they do. Each process
-# writes the batch of every step and the rows that it read for it, its errors, and gradients. A training
+# writes the batch of every step and the rows that it read for it, and gradients. A training
 # named "resumed" is stopped by SIGTERM in the middle of an epoch first. The main process
 # enters late what it enters first, and leaves late.
 TRAININGS = """
@@ -49,7 +49,7 @@ sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 import torch
 import finetune, pretrain
 from conftest import sigterm_at
-from lib import distributed, errors, loader, loop, strategies
+from lib import distributed, loader, loop, strategies
 
 loader.EVALUATION_BATCH = strategies.EVALUATION_BATCH = 8  # validation takes several batches
 
@@ -95,7 +95,7 @@ pretrain.batch_reader = strategies.batch_reader = batch_reader
 loop.Training.take_step = take_step
 given = Path(sys.argv[2])
 entered, written = given.with_name("entered"), given.with_name("written")
-seen, error = {}, None
+seen = {}
 with distributed.process_group("cpu"):
     if distributed.is_main():
         time.sleep(1)
@@ -107,12 +107,9 @@ with distributed.process_group("cpu"):
     assert distributed.mean([1.0 + distributed.rank()]) == [1.5]
     distributed.process_group = lambda name: contextlib.nullcontext()
     for name, (script, arguments) in json.loads(given.read_text()).items():
-        try:
-            train(name, script, arguments)
-        except errors.UserError as mistake:
-            error = str(mistake)
+        train(name, script, arguments)
         seen[name] = list(steps)
-    result = json.dumps([seen, error, gradients()])
+    result = json.dumps([seen, gradients()])
     given.with_name(f"seen-{distributed.rank()}.json").write_text(result)
     if distributed.is_main():
         time.sleep(1)
@@ -134,11 +131,10 @@ def trainings(packed, runs, out):
 
 @pytest.fixture(scope="module")
 def in_two_processes(packed, runs, tmp_path_factory):
-    """Folder of the trainings by two processes, {name: steps} of each, errors, and gradients."""
+    """Folder of the trainings by two processes, {name: steps} of each, and gradients."""
     out = tmp_path_factory.mktemp("two")
     wanted = trainings(packed, runs, out)
     wanted["resumed"] = trainings(packed, runs, out / "again")["pretrain"]
-    wanted["odd"] = "pretrain", pretraining(packed, out / "odd", "--batch-size", 7)
     (out / "trainings.json").write_text(json.dumps(wanted))
     script = out / "trainings.py"
     script.write_text(TRAININGS)
@@ -159,7 +155,7 @@ def test_two_processes_train_as_one_does(name, packed, runs, in_two_processes, t
 
 
 def test_two_processes_that_were_stopped_resume_to_bit_identical_weights(in_two_processes):
-    out, seen, *_ = in_two_processes
+    out, seen, _ = in_two_processes
     for of_process in seen:
         assert of_process["resumed"] == of_process["pretrain"][7:] != []
     whole, resumed = out / "pretrain", out / "again" / "pretrain"
@@ -169,7 +165,7 @@ def test_two_processes_that_were_stopped_resume_to_bit_identical_weights(in_two_
 
 @pytest.mark.parametrize("name", ["pretrain", "layernorm", "full"])
 def test_each_process_reads_only_its_own_part_of_a_training_batch(name, in_two_processes):
-    _, seen, *_ = in_two_processes
+    _, seen, _ = in_two_processes
     assert len(seen[0][name]) == len(seen[1][name]) > 0
     for one, two in zip(seen[0][name], seen[1][name], strict=True):
         batch, own = one
@@ -178,19 +174,13 @@ def test_each_process_reads_only_its_own_part_of_a_training_batch(name, in_two_p
         assert two == [batch, batch[half:]]
 
 
-def test_a_batch_that_cannot_be_split_is_named(in_two_processes):
-    out, _, errors, _ = in_two_processes
-    assert [*errors] == ["a batch of 7 images cannot be split over 2 processes: choose another --batch-size"] * 2
-    assert not list((out / "odd").glob("*.pth"))
-
-
 def test_gradients_are_those_of_the_whole_batch(in_two_processes):
     # Losses alone would not show their size: the steps of both optimisers do not depend on it.
     torch.manual_seed(0)
     x = torch.randn(4, 3)
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
     model(x).square().mean().backward()
-    *_, gradients = in_two_processes
+    _, _, gradients = in_two_processes
     for of_process in gradients:
         for parameter, gradient in zip(model.parameters(), of_process, strict=True):
             assert gradient == pytest.approx(parameter.grad.flatten().tolist(), rel=1e-5)

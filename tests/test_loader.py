@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import finetune_on, pretrain_on
 
 from lib import datasets, intensity, lenses, loader, npy
 
@@ -46,29 +45,6 @@ def test_rows_in_blocks_are_all_there_and_read_together():
     # Mixed: neighbours in the order come from different blocks, and classes from all over.
     assert (np.diff(first) == 0).mean() < 0.05
     assert abs(position[:together].mean() - len(rows) / 2) < len(rows) / 10
-
-
-@pytest.mark.parametrize("script", ["pretrain", "finetune"])
-def test_images_that_do_not_fit_into_memory_are_trained_on_all_the_same(
-    script, packed, pretrained, tmp_path, monkeypatch, rows_read, no_pictures
-):
-    monkeypatch.setattr("lib.loop.larger_than_memory", lambda _: True)
-    for name, value in (("READ_BLOCK", 4), ("BLOCKS_TOGETHER", 2), ("FORGET_AFTER", 10)):
-        monkeypatch.setattr(loader, name, value)
-    in_blocks, shuffled = [], loader.shuffled
-
-    def spying(rows, rng, blocks):
-        in_blocks.append(blocks)
-        return shuffled(rows, rng, blocks)
-
-    monkeypatch.setattr("lib.loop.shuffled", spying)
-    if script == "pretrain":
-        pretrain_on(packed, tmp_path)
-    else:
-        finetune_on(packed, tmp_path, pretrained, "full")
-    rows = datasets.split(datasets.load(packed))["train"]
-    assert set(rows[rows >= 200]) <= rows_read  # no_sub, which pre-training takes
-    assert set(in_blocks) == {True}
 
 
 # Memory

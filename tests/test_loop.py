@@ -221,6 +221,13 @@ def test_a_run_resumes_in_the_order_that_it_began_with(packed, tmp_path, no_pict
     """Another machine may have more memory, where rows would not be shuffled in blocks."""
     monkeypatch.setattr(loader, "READ_BLOCK", 16)
     monkeypatch.setattr(loop, "larger_than_memory", lambda images: True)
+    in_blocks, shuffled = [], loader.shuffled
+
+    def spying(rows, rng, blocks):
+        in_blocks.append(blocks)
+        return shuffled(rows, rng, blocks)
+
+    monkeypatch.setattr(loop, "shuffled", spying)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     pretrain_on(packed, whole)
     with sigterm_at(5):
@@ -231,6 +238,7 @@ def test_a_run_resumes_in_the_order_that_it_began_with(packed, tmp_path, no_pict
     process = pretrain_on(packed, cut, "--resume")
     assert "continues on another device than cuda" in process.stdout
     assert_same_tensors(tensors_in(whole / PRETRAINED), tensors_in(cut / PRETRAINED))
+    assert in_blocks == [True] * (3 + 1 + 3)  # epochs of the whole run, the stopped and the resumed one
 
 
 # Processes that are killed, interrupted or out of disk. They are forked from one process that has

@@ -184,7 +184,7 @@ def test_options_reach_their_scripts(make, tmp_path):
         assert (option(words, "--clusters") if "--clusters" in words else None) == clusters
 
 
-def test_images_of_every_kind_are_predicted_on_and_pictures_or_images_of_a_table_as_a_whole(make, tmp_path):
+def test_images_of_every_kind_are_predicted_on_and_packed_ones_pictures_or_a_table_as_a_whole(make, tmp_path):
     (tmp_path / "fits" / "a").mkdir(parents=True)
     paths = [tmp_path / "fits" / "a" / name for name in ("0.fits", "1.FIT.gz", "2.npz", "3.fts.bz2", "4.fz")]
     for path in (*paths, tmp_path / "fits" / "a" / "5.txt"):
@@ -197,6 +197,11 @@ def test_images_of_every_kind_are_predicted_on_and_pictures_or_images_of_a_table
     _, calls = make(f"DATA={tmp_path / 'data'}")
     (words,) = (words for script, words, _ in calls if script == "predict.py")
     assert words[words.index("--") + 1 :] == [str(tmp_path / "data")]
+    packed = tmp_path / "packed data"
+    packed.mkdir()
+    (packed / "dataset.json").write_text("{}")
+    _, calls = make(f"DATA={packed}")
+    assert calls[-1][1][-1] == f"{packed}/images.npy"
 
 
 @pytest.mark.parametrize("name", ["my data", "it's", 'a "b"', "a$HOME", "a;b&c", "tab\tand  two", "é"])
@@ -211,14 +216,6 @@ def test_paths_may_hold_anything(name, relative, make, tmp_path):
     assert sorted(predicted) == sorted(
         f"{given}/{c}/{i}.npy" for c in ("no_sub", name, "with halo", "$(x)`y`") for i in range(5)
     )
-
-
-def test_a_packed_data_set_is_predicted_on_as_a_whole(make, tmp_path):
-    data = tmp_path / "packed data"
-    data.mkdir()
-    (data / "dataset.json").write_text("{}")
-    _, calls = make(f"DATA={data}")
-    assert calls[-1][1][-1] == f"{data}/images.npy"
 
 
 def test_predictions_of_an_earlier_call_do_not_hide_a_crash(make):

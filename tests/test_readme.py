@@ -194,6 +194,3 @@ def test_make_knows_what_to_do(command, place):
     words = [word.replace("/path/to/dataset", "lenses") for word in command.split()]
     process = subprocess.run(["make", "-n", *words[1:]], cwd=place, capture_output=True, text=True, timeout=HUNG)
     assert process.returncode == 0, process.stderr
-
-
-# Options that make the chain take seconds.
