@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import matplotlib.pyplot as plt
 import numpy as np
 import onnx
 import pytest
@@ -209,6 +210,16 @@ def images_of(dataset, rows):
     return torch.from_numpy(np.array(dataset.images[rows]))[:, None]
 
 
+class Calls:
+    """Pickles as a call of `function` with `arguments`."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
 @contextlib.contextmanager
 def sigterm_at(step):
     """In this block a training of this process gets SIGTERM once it has made `step` steps."""
@@ -229,6 +240,15 @@ def no_pictures(monkeypatch):
     """Trainings draw nothing, which takes longer than a small training itself."""
     for name in PICTURES:
         monkeypatch.setattr(plots, name, lambda *_: None)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """{path: figure} of what is drawn, in place of files."""
+    figures = {}
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.update({path: figure}))
+    yield figures
+    plt.close("all")
 
 
 class Terminal(io.StringIO):

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSIFIER, assert_refused, finetune_on, finetuning, run_script
+from conftest import CLASSIFIER, Calls, assert_refused, finetune_on, finetuning, run_script
 
 from lib import convert, weights
 from lib.errors import UserError
@@ -138,14 +138,9 @@ def test_a_checkpoint_may_hold_the_options_of_its_training(tmp_path):
     assert heads(tmp_path / "mae.pth") == 12
 
 
-class Hostile:
-    def __reduce__(self):
-        return (print, ("executed",))
-
-
 def test_options_hold_nothing_that_runs_and_our_own_files_hold_none(tmp_path, capsys):
     ours = {"model": {}, "config": {}, "class_names": [], "run": argparse.Namespace()}
-    theirs = {"model": state(), "args": argparse.Namespace(model=Hostile())}
+    theirs = {"model": state(), "args": argparse.Namespace(model=Calls(print, "executed"))}
     for content, more in ((theirs, {"num_heads": 12, "foreign": True}), (ours, {})):
         torch.save(content, tmp_path / "mae.pth")
         with pytest.raises(UserError, match="not a weights file that can be loaded safely"):

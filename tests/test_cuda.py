@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import (assert_same_tensors, finetuning, history_of, pretraining, run_script, sigterm_at, tensors_in)
+from test_familiarity import LOG, dataset_of, fitted_images
 
 import export
 import finetune
-from lib import class_evaluation, cuda_graphs, datasets, familiarity, intensity, lenses, loader, weights
+from lib import class_evaluation, cuda_graphs, datasets, familiarity, loader, weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -69,13 +70,8 @@ def test_a_run_on_a_gpu_resumes_to_bit_identical_weights(what, precision, traine
 
 
 def test_a_gpu_refuses_the_images_that_a_cpu_refuses():
-    parts = lenses.simulate("Model_II", 1000, seed=5, progress=False)
-    images = np.random.default_rng(0).permutation(np.concatenate([part for _, part, _ in parts]))
-    rows = np.arange(3000)
-    zeros = np.zeros(3000, np.uint64)
-    dataset = datasets.Dataset(images, zeros.astype(int), zeros, zeros, ("lens",), "", "")
-    transform = intensity.fit_transform(images, rows, "log")
-    known, _ = familiarity.fit(dataset, rows[:1800], rows[1800:2400], transform, quiet=True)
+    images, rows = fitted_images(), np.arange(3000)
+    known, _ = familiarity.fit(dataset_of(images), rows[:1800], rows[1800:2400], LOG, quiet=True)
     strangenesses = [class_evaluation.strangeness_of(known, images, rows[2400:], device) for device in (CPU, GPU)]
     predicted = torch.zeros(600, dtype=torch.int64)
     values = [class_evaluation.ranked(known.cpu(), strangeness, predicted) for strangeness in strangenesses]

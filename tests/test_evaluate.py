@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from browser import CHROMIUM, browser
-from conftest import CLASSIFIER, TINY_NETWORK, run_script
+from conftest import CLASSIFIER, TINY_NETWORK, run_script, write_classes
 
 import evaluate
 import finetune
 from lib import class_evaluation, datasets, plots, report, tables, weights
 from lib.files import sha256_of
 
-LEVELS = {"bright": 2.0, "dark": 0.0, "grey": 1.0}
+LEVELS = ("dark", "grey", "bright")  # each 1 above the one before
 SHIFTED = ["grey", "bright", "dark"]  # a turn of the names, which is not its own inverse
 
 
@@ -33,12 +33,8 @@ def evaluation(runs, folder):
 def levels(tmp_path_factory):
     """Data whose classes differ in brightness, and a classifier that tells them apart."""
     root = tmp_path_factory.mktemp("levels")
-    rng = np.random.default_rng(0)
-    for name, level in LEVELS.items():
-        (root / "data" / name).mkdir(parents=True)
-        for i in range(60):
-            np.save(root / "data" / name / f"{i}.npy", rng.random((16, 16)) + level)
-    finetune.main(["--data", str(root / "data"), "--pretrained", "none", "--strategy", "full", "--out",
+    data = write_classes(root / "data", dict.fromkeys(LEVELS, 60), brighter=True)
+    finetune.main(["--data", str(data), "--pretrained", "none", "--strategy", "full", "--out",
                    str(root / "sorted"), "--epochs", "12", "--batch-size", "16", *TINY_NETWORK])  # fmt: skip
     return root
 

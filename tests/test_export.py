@@ -12,7 +12,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import CLASSIFIER, PRETRAINED, ROOT, TINY_NETWORK, Terminal, assert_user_error, run_script
+from conftest import (CLASSIFIER, PRETRAINED, ROOT, TINY_NETWORK, Terminal, assert_user_error, run_script,
+                      write_classes)  # fmt: skip
 
 import export
 import mae
@@ -175,14 +176,10 @@ def test_classifiers_validated_on_different_data_are_not_compared(runs, packed, 
 
 
 def test_data_of_other_classes_is_named_before_anything_is_exported(runs, tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    for name in ("cdm", "no_sub", "spiral"):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for i in range(12):
-            np.save(tmp_path / "data" / name / f"{i}.npy", rng.random((64, 64)))
+    data = write_classes(tmp_path / "data", {"cdm": 12, "no_sub": 12, "spiral": 12}, size=64)
     path = runs / "full" / CLASSIFIER
     with pytest.raises(UserError, match=f"{path} knows the classes .*, not spiral: give data"):
-        export.main(["--weights", str(path), "--data", str(tmp_path / "data"), "--precision", "float16",
+        export.main(["--weights", str(path), "--data", str(data), "--precision", "float16",
                      "--out", str(tmp_path / "x.onnx")])  # fmt: skip
     assert "float32:" not in capsys.readouterr().out
 

@@ -1,6 +1,5 @@
 """Whatever stands behind an option, a script ends with an exit code and a line, not a traceback."""
 
-import argparse
 import importlib
 import math
 import os
@@ -9,12 +8,13 @@ import signal
 
 import pytest
 from conftest import CLASSIFIER, PRETRAINED, TINY_DECODER, TINY_NETWORK, run_script, sigterm_at, write_classes
+from test_options import parsers_of
+from test_scripts import SCRIPTS
 
 from lib import options
 
 HOSTILE = ("", "-1", "0", "1", "nan", "inf", "1e-300", "9" * 20, "é\n$\"'", "\udcff", "FIFO", "a" * 300)
 SMALL = ("--patch-size", "8", *TINY_NETWORK[2:])
-SCRIPTS = ("simulate", "data", "pretrain", "finetune", "evaluate", "reconstruct", "export", "predict")
 
 
 def commands(root, out):
@@ -42,21 +42,6 @@ def place(tmp_path_factory):
     return root
 
 
-def options_of(script, monkeypatch):
-    """The options of a script that take a value, as argparse's actions."""
-    found = []
-    with monkeypatch.context() as patch:
-
-        def remember(parser, *_):
-            found.extend(a for a in parser._actions if a.option_strings and a.nargs != 0)
-            raise SystemExit
-
-        patch.setattr(argparse.ArgumentParser, "parse_args", remember)
-        with pytest.raises(SystemExit):
-            importlib.import_module(script).parse_args([])
-    return found
-
-
 def may_be_accepted(action, value):
     """Whether a value makes sense for an option: a number within its limits, or one of its choices."""
     if action.choices is not None:
@@ -82,7 +67,7 @@ def test_no_value_of_any_option_ends_in_a_traceback(script, place, monkeypatch, 
         content = (place / "c.onnx").read_bytes()
         monkeypatch.setattr(module, "write_onnx", lambda _, path, __: path.write_bytes(content))
     command = commands(place, place / "out")[script]
-    actions = options_of(script, monkeypatch)
+    actions = [a for a in parsers_of(script, monkeypatch)[0]._actions if a.option_strings and a.nargs != 0]
     assert actions
     before = sorted(os.listdir(place))
     for action in actions:

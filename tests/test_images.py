@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import bound_by_permissions, run_python
+from conftest import Calls, bound_by_permissions, run_python
 
 from lib import datasets, images
 from lib import fits as fits_reader
@@ -152,16 +152,6 @@ MIXED = {"images of two shapes": objects(IMAGE, IMAGES[1][:4]),
          "number and image": objects(1.0, IMAGE), "rows of two images": table([[IMAGE, IMAGES[1]]] * 2, 2),
          "row and image": objects([IMAGE, 1.0], IMAGES[1]), "three axes": table(ROWS, 2).reshape(3, 2, 1),
          "empty rows": objects([], []), "numbers": objects(1.0, 2.0)}  # fmt: skip
-
-
-class Calls:
-    """Pickles as a call of `function` with `arguments`."""
-
-    def __init__(self, function, *arguments):
-        self.function, self.arguments = function, arguments
-
-    def __reduce__(self):
-        return self.function, self.arguments
 
 
 MARKER = "executed"

@@ -200,9 +200,7 @@ def test_a_label_is_plain_text(name):
     plt.close(figure)
 
 
-def test_names_reach_the_sheet_as_they_are(monkeypatch):
-    drawn = {}
-    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.update({path: figure}))
+def test_names_reach_the_sheet_as_they_are(drawn):
     answer = Answer("folder/a$b$.npy", np.zeros((1, 8, 8), np.float32), [0.9, 0.1], "c$m$", None, None)
     assert sheet.draw("s", [answer], ["c$m$", "other"], None, None) is None
     title = drawn["s"].axes[0].title
@@ -210,9 +208,7 @@ def test_names_reach_the_sheet_as_they_are(monkeypatch):
     assert title.get_color() == "black"
 
 
-def test_every_residual_is_image_minus_prediction(monkeypatch):
-    drawn = {}
-    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.update({path: figure}))
+def test_every_residual_is_image_minus_prediction(drawn):
     image = np.ones((1, 1, 4, 4))
     plots.reconstructions("r", image, image, image - 0.25, ["a"])
     plots.residual_maps("m", image[0], image[0] * 0.25, 0.5, ["a"])
@@ -224,4 +220,3 @@ def test_every_residual_is_image_minus_prediction(monkeypatch):
     for figure in drawn.values():
         labels = {axes.get_ylabel() for axes in figure.axes} | {a.get_xlabel() for a in figure.axes}
         assert plots.RESIDUAL in labels or any(label.startswith(plots.SIGMAS) for label in labels)
-        plt.close(figure)

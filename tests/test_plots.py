@@ -14,15 +14,6 @@ from lib import plots, tasks
 from predict import Answer
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """{path: figure} of what is drawn, in place of files."""
-    figures = {}
-    monkeypatch.setattr(plots, "save", lambda figure, path: figures.update({path: figure}))
-    yield figures
-    plt.close("all")
-
-
 def draw_runs(runs):
     rates = np.array([0.0, 1.0])
     plots.roc_curves("roc", {run: {"a": (rates, rates, 0.5), "b": (rates, rates, 0.5)} for run in runs})

@@ -10,10 +10,7 @@ import numpy as np
 import onnx
 import pytest
 from conftest import HUNG, ROOT, assert_user_error, read_csv, run_script, with_defaults
-
-SIDE = 8
-IMAGES = np.random.default_rng(0).random((3, SIDE, SIDE)).astype(np.float32)
-
+from test_images import IMAGES, SIDE, relative
 
 def write_model(path, outputs, nodes, **metadata):
     """An ONNX file that takes raw images; its nodes make the outputs {name: shape}."""
@@ -93,10 +90,6 @@ def predict(models, tmp_path):
 
 def read_column(path):
     return [row["file"] for row in read_csv(path)]
-
-
-def relative(names, folder):
-    return sorted(os.path.relpath(name, folder) for name in names)
 
 
 # What counts
@@ -245,12 +238,6 @@ LOCALES = {"C": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
            "ascii, strict": {"PYTHONIOENCODING": "ascii:strict"}, "usual": {}}  # fmt: skip
 
 
-def run_predict(*arguments, environment=(), **options):
-    """predict.py in a process of its own, which has its own locale and pipes."""
-    return subprocess.run([sys.executable, "predict.py", *arguments], cwd=ROOT, timeout=HUNG,
-                          env={**os.environ, **dict(environment)}, **options)  # fmt: skip
-
-
 @pytest.mark.parametrize("locale", LOCALES)
 def test_no_name_and_no_terminal_costs_a_result(locale, models, tmp_path):
     images = os.fsencode(tmp_path) + b"/images"
@@ -262,8 +249,11 @@ def test_no_name_and_no_terminal_costs_a_result(locale, models, tmp_path):
         with open(images + b"/" + name, "wb") as file:
             file.write(b"no image")
     out = tmp_path / "p.csv"
-    process = run_predict("--model", models / "classifier.onnx", "--out", out, "--sheet", tmp_path / "s.png", images,
-                          environment=LOCALES[locale], capture_output=True)  # fmt: skip
+    # A process of its own has its own locale.
+    command = [sys.executable, "predict.py", "--model", models / "classifier.onnx", "--out", out, "--sheet",
+               tmp_path / "s.png", images]  # fmt: skip
+    process = subprocess.run(command, cwd=ROOT, timeout=HUNG, env={**os.environ, **LOCALES[locale]},
+                             capture_output=True)  # fmt: skip
     assert process.returncode == 1, process.stderr
     assert b"Traceback" not in process.stderr
     assert b"\x1b" not in process.stderr

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import assert_refused, pretraining
+from conftest import Calls, assert_refused, pretraining
 
 from lib import datasets, distributed, weights
 from lib.errors import UserError
@@ -68,19 +68,12 @@ def test_update_resumes_a_run_of_the_same_settings_and_replaces_any_other(tmp_pa
     assert opened(tmp_path, update=True).replaces
 
 
-class Executes:
-    """Pickles as a call that prints."""
-
-    def __reduce__(self):
-        return print, ("executed",)
-
-
 BROKEN = {"empty": lambda path: path.write_bytes(b""),
           "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
           "text": lambda path: path.write_text("no checkpoint"), "a list": lambda path: torch.save([1], path),
           "no settings": lambda path: torch.save({"step": 1}, path),
           "settings of another kind": lambda path: torch.save({"settings": [1]}, path),
-          "hostile": lambda path: torch.save({"settings": Executes()}, path)}  # fmt: skip
+          "hostile": lambda path: torch.save({"settings": Calls(print, "executed")}, path)}  # fmt: skip
 
 
 @pytest.mark.parametrize("how", BROKEN)

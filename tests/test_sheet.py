@@ -55,9 +55,7 @@ def test_by_default_every_prediction_is_on_the_sheet():
     assert names != [str(i) for i in range(16)]
 
 
-def test_one_bad_image_does_not_blank_the_maps_of_the_others(monkeypatch, tmp_path):
-    drawn = {}
-    monkeypatch.setattr(plots, "save", lambda figure, path: drawn.update({path: figure}))
+def test_one_bad_image_does_not_blank_the_maps_of_the_others(drawn):
     maps = np.stack([np.full((SIDE, SIDE), size) for size in (0.1, 0.2, 1000.0)])
     answers = [answer("x" * 40 + f"{i}.npy", 1.0)._replace(residual_map=own) for i, own in enumerate(maps)]
     for name, sigma in {"known": 0.1, "unknown": None}.items():

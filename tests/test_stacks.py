@@ -1,12 +1,10 @@
 """Stacks of images as training data: each of their images is one of the data set, as in prediction."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, write_classes
+from conftest import run_code, write_classes
 from test_images import objects
 
 from lib import datasets, listing, predictions
@@ -148,12 +146,10 @@ def test_a_large_stack_is_packed_in_little_memory(tmp_path):
         stack = np.lib.format.open_memmap(tmp_path / "d" / name / "stack.npy", "w+", np.float32, (6000, 64, 64))
         stack[:, 0, 0] = np.arange(6000) + (name == "b") / 2
         stack[:, 9, 9] = np.random.default_rng(0).random(6000)
-    code = ("import sys, resource; from lib import datasets; before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
-            "datasets.load(sys.argv[1], progress=False);"
+    code = ("import sys, resource; from lib import datasets\n"
+            "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; datasets.load(sys.argv[1], progress=False)\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)")  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "d"], cwd=ROOT,
-                          capture_output=True, text=True, check=True)  # fmt: skip
-    assert int(done.stdout) < 120 * 1024, done.stdout
+    assert int(run_code(code, tmp_path / "d").stdout) < 120 * 1024
 
 
 def test_counts_of_a_packed_copy_that_do_not_fit_are_refused(tmp_path):

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSIFIER, PRETRAINED, assert_refused, assert_same_tensors
+from conftest import CLASSIFIER, PRETRAINED, Calls, assert_refused, assert_same_tensors
 
 from lib import files, weights
 from lib.errors import UserError
@@ -93,16 +93,9 @@ def test_a_failed_write_names_the_file_and_leaves_the_old_one(mae_file, monkeypa
     assert os.listdir(path.parent) == ["mae.pth"]
 
 
-class Touches:
-    """Pickles as a call that leaves a file behind."""
-
-    def __reduce__(self):
-        return os.system, ("touch executed",)
-
-
 def test_weights_of_strangers_are_not_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"model": Touches()}, tmp_path / "hostile.pth")
+    torch.save({"model": Calls(os.system, "touch executed")}, tmp_path / "hostile.pth")
     with pytest.raises(UserError, match=r"hostile\.pth"):
         weights.load_mae(tmp_path / "hostile.pth")
     assert not (tmp_path / "executed").exists()
