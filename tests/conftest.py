@@ -345,10 +345,12 @@ def sharp_runs(tmp_path_factory):
     """Folder with sixty packed pairs, an MAE of the coarse images, a sharpener and its ONNX file."""
     out = tmp_path_factory.mktemp("sharp")
     run_script("simulate.py", "--model", "Pairs", "--per-class", 60, "--out", out / "pairs")
-    pretrain_on(out / "pairs", out / "sharpen-pretrain", "--coarse", "--classes", "all", "--epochs", 1, "--patch-size",
-                15, "--embed-dim", 32, "--depth", 1, "--num-heads", 2, "--transform", "sqrt", *TINY_DECODER)  # fmt: skip
+    network = ("--patch-size", 15, "--embed-dim", 32, "--depth", 1, "--num-heads", 2, *TINY_DECODER)
+    pretrain_on(out / "pairs", out / "sharpen-pretrain", "--coarse", "--classes", "all", "--epochs", 1, *network,
+                "--transform", "sqrt")  # fmt: skip
     sharpen_on(out / "pairs", out / "sharpen", out / "sharpen-pretrain" / PRETRAINED)
-    run_script("export.py", "--what", "sharpen", "--weights", out / "sharpen" / SHARPENER, "--out", out / "sharpen.onnx")
+    sharpener = out / "sharpen" / SHARPENER
+    run_script("export.py", "--what", "sharpen", "--weights", sharpener, "--out", out / "sharpen.onnx")
     return out
 
 

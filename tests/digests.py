@@ -115,7 +115,8 @@ def main():
             found[f"{size} {name}"] = digest_of_tensors(runs / name / WEIGHTS)
         call("pretrain.py", *common, "--coarse", "--out", runs / "coarse", *NETWORK, *DECODER)
         for name, (start, file, options) in OTHERS.items():
-            call("finetune.py", *common, "--out", runs / name, "--pretrained", runs / start / "vit-mae-wt.pth", *options)
+            given = ("--out", runs / name, "--pretrained", runs / start / "vit-mae-wt.pth")
+            call("finetune.py", *common, *given, *options)
             found[f"{size} {name}"] = digest_of_tensors(runs / name / file)
 
         classifiers = [runs / f"{start}-{strategy}" / WEIGHTS for start, strategy, _ in starts]

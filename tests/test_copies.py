@@ -23,7 +23,7 @@ CHANGES = {"other zeros": lambda x: np.where(x == 0, -0.0, x), "another unit": l
            "three quarter turns": lambda x: np.rot90(x, 3, (1, 2)), "mirrored": lambda x: x[:, :, ::-1],
            "transposed": lambda x: x.swapaxes(1, 2),
            "turned, 8 bit, 0 to 1": lambda x: eight_bit(np.rot90(x, 1, (1, 2))) / 255,
-           "standardised": lambda x: (x - x.mean(axis=(1, 2), keepdims=True)) / x.std(axis=(1, 2), keepdims=True)}  # fmt: skip
+           "standardised": lambda x: (x - x.mean((1, 2), keepdims=True)) / x.std((1, 2), keepdims=True)}  # fmt: skip
 PARTS = (0.8, 0.9)
 
 

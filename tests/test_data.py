@@ -104,8 +104,8 @@ def test_bad_folders_are_named_and_leave_no_cache(how, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "place"),
-    [("labels", 137), ("labels", 0), ("labels", -1), ("images", (137, 5, 5)), ("hashes", (0, 137)), ("hashes", (1, 137)),
-     ("masses", 37), ("class names", None)],
+    [("labels", 137), ("labels", 0), ("labels", -1), ("images", (137, 5, 5)), ("hashes", (0, 137)),
+     ("hashes", (1, 137)), ("masses", 37), ("class names", None)],
 )  # fmt: skip
 def test_a_packed_data_set_that_was_edited_is_refused(name, place, packed, tmp_path):
     """One number changes; size and times do not."""

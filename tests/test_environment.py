@@ -92,7 +92,8 @@ def test_a_file_with_such_a_name_is_a_file(tmp_path, monkeypatch):
 ])  # fmt: skip
 def test_a_package_that_is_not_installed_is_named(script, package, install, tmp_path):
     (tmp_path / "x.npy").touch()
-    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules[{package!r}] = None")  # as if it were not there
+    # As if the package were not there.
+    (tmp_path / "sitecustomize.py").write_text(f"import sys; sys.modules[{package!r}] = None")
     without = {"PYTHONPATH": str(tmp_path)}
     helped = run_in(without, script, "--help")
     assert helped.returncode == 0, helped.stderr

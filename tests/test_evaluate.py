@@ -152,7 +152,8 @@ def test_the_report_is_one_file_that_loads_nothing(evaluation, runs):
 
 @pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
 def test_a_phone_shows_every_number_of_the_reports_table(tmp_path):
-    rows = [["run", *(f"AUC class {i}" for i in range(4)), "accuracy %"], ["a run with a long name", *["0.9969 (0.9925–0.9996)"] * 5],
+    rows = [["run", *(f"AUC class {i}" for i in range(4)), "accuracy %"],
+            ["a run with a long name", *["0.9969 (0.9925–0.9996)"] * 5],
             ["of others", "", "0.92", "", "", "99"]]  # fmt: skip
     table = tables.as_html(rows, ["", "best", "published"])
     (tmp_path / "page.html").write_text(
@@ -236,7 +237,8 @@ def test_a_class_that_is_refused_too_often_is_named():
     familiarity = np.full(4010, 0.5, np.float32)
     familiarity[:25], familiarity[2000:2002], familiarity[2010:2070] = 0.001, 0.001, 0.001
     args = evaluate.parse_args(["--data", "d", "--weights", "w", "--out", "o", "--resamples", "2"])
-    prediction = class_evaluation.Prediction(labels, labels, np.eye(3)[labels], familiarity, class_evaluation.Guard(4000))
+    guard = class_evaluation.Guard(4000)
+    prediction = class_evaluation.Prediction(labels, labels, np.eye(3)[labels], familiarity, guard)
     result = class_evaluation.results_of(prediction, ["a", "b", "c"], args)
     assert result["unfamiliar_by_class"] == {"a": 0.0125, "b": 0.2, "c": 0.03}
     assert result["refused_too_often"] == ["b", "c"]  # 25 of 2,000 is chance, 2 of 10 and 60 are none

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import HUNG, ROOT
 from test_examples import EXAMPLE_COMMANDS
-from test_predict_inputs import FEW, GUARD, image_of, write_classifier, write_models
+from test_predict_inputs import FEW, FEW_AND_BOUNDS, GUARD, image_of, write_classifier, write_models
 from test_images import BROKEN, HOSTILE, MIXED, ONE_IMAGE, STACKS, UNFIT, npy, objects
 
 from lib.images import Said, read_images
@@ -28,7 +28,8 @@ GOOD = {**STACKS, **ONE_IMAGE, **{f"kind {kind}": (IMAGE * 100).astype(kind) for
         "small halves": (IMAGE * 1e-7).astype("<f2"), "negative": (-100 * IMAGE).astype("<i2")}  # fmt: skip
 BAD = {**MIXED, **UNFIT, "other size": IMAGE[:4, :4]}
 BAD_BYTES = {**BROKEN, **{name: npy(content) for name, content in HOSTILE.items()}, "no line": npy(b"\x80\x04cnumpy"),
-             "no mark": npy(b"\x80\x04te."), "a type's attributes": npy(b"\x80\x04c__proto__\nconstructor\n)R.")}  # fmt: skip
+             "no mark": npy(b"\x80\x04te."),
+             "a type's attributes": npy(b"\x80\x04c__proto__\nconstructor\n)R.")}  # fmt: skip
 
 
 def write_files(folder, contents):
@@ -196,7 +197,7 @@ def test_examples_refuse_below_the_limit_and_not_at_it(command, tmp_path):
 
 
 @pytest.mark.parametrize("command", EXAMPLE_COMMANDS)
-@pytest.mark.parametrize(("case", "bounds"), [*((case, None) for case in FEW), *((case, (-1, 40, 0.1)) for case in ("old", "too few"))])
+@pytest.mark.parametrize(("case", "bounds"), FEW_AND_BOUNDS)
 def test_examples_say_what_guards_a_file_that_cannot_refuse(command, case, bounds, tmp_path):
     write_classifier(tmp_path / "m.onnx", pixel_range=bounds, **FEW[case])
     low = image_of(0.5)

@@ -82,8 +82,9 @@ def exported_already(runs, monkeypatch):
     ("float32", 2e-4, {}, r"2\.0e-04"), ("float16", 0, {"macro AUC": 0.98}, "macro AUC falls by 0.0100"),
     ("float16", 0, {"accuracy": 0.98}, "accuracy falls by 0.0100"),
 ])  # fmt: skip
-def test_an_export_that_differs_or_loses_auc_or_accuracy_is_not_left(precision, difference, fallen, named, runs, folder,
-                                                                     exported_already, tmp_path, monkeypatch):  # fmt: skip
+def test_an_export_that_differs_or_loses_auc_or_accuracy_is_not_left(
+    precision, difference, fallen, named, runs, folder, exported_already, tmp_path, monkeypatch
+):
     same = {"macro AUC": 0.99, "accuracy": 0.99}
     values = iter((same, same | fallen))
     monkeypatch.setattr(export, "worst_differences", lambda *_: {"probabilities": difference})

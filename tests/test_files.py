@@ -73,7 +73,8 @@ def test_a_failed_folder_leaves_nothing_and_a_folder_in_use_is_refused(tmp_path)
 
 
 def test_csv_has_plain_line_ends_and_every_name_comes_back(tmp_path):
-    names = ["a.npy", "a b", "a,b", 'a"b', "a\nb", "a\rb", "a\r\nb", "b\r", "é", "a|b", "a=1", " =1", "", "-0.5", "+1e3"]
+    names = ["a.npy", "a b", "a,b", 'a"b', "a\nb", "a\rb", "a\r\nb", "b\r", "é", "a|b", "a=1", " =1", "", "-0.5",
+             "+1e3"]  # fmt: skip
     files.write_csv(tmp_path / "x.csv", [["file", "n"], *([name, "1"] for name in names)])
     content = (tmp_path / "x.csv").read_bytes()
     assert content.startswith(b"file,n\na.npy,1\n")
@@ -82,7 +83,8 @@ def test_csv_has_plain_line_ends_and_every_name_comes_back(tmp_path):
         assert [row["file"] for row in csv.DictReader(file)] == names
 
 
-@pytest.mark.parametrize("name", ["=1+1.npy", "@SUM(1).npy", "+a", "-a", "-", "\tx", "\rx", "\nx", "＝1", "=1: cannot be read"])
+@pytest.mark.parametrize("name", ["=1+1.npy", "@SUM(1).npy", "+a", "-a", "-", "\tx", "\rx", "\nx", "＝1",
+                                  "=1: cannot be read"])  # fmt: skip
 def test_no_cell_is_a_formula(name, tmp_path):
     """With ./ in front, the path of a file still leads to it."""
     files.write_csv(tmp_path / "x.csv", [[name, name]])

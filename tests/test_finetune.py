@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import (CLASSIFIER, PRETRAINED, ROOT, TINY_NETWORK, assert_refused, assert_same_tensors, finetune_on,
-                      finetuning, history_of, images_of, pretraining, sigterm_at, tensors_in, write_classes, write_packed)  # fmt: skip
+                      finetuning, history_of, images_of, pretraining, sigterm_at, tensors_in, write_classes,
+                      write_packed)  # fmt: skip
 from torch import nn
 
 import finetune

@@ -233,7 +233,8 @@ HAND_MADE = {
     ),
 }  # fmt: skip
 HOSTILE = {**HAND_MADE, **{f"call of {name}": pickle.dumps(call) for name, call in HOSTILE_CALLS.items()},
-           **{f"{name} inside": pickle.dumps(objects(IMAGE, c), protocol=4) for name, c in HOSTILE_CALLS.items()}}  # fmt: skip
+           **{f"{name} inside": pickle.dumps(objects(IMAGE, call), protocol=4)
+              for name, call in HOSTILE_CALLS.items()}}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -43,7 +43,8 @@ def test_every_kind_has_finite_images_of_its_seed(kind):
 
 
 def test_units_noise_and_moves(clean):
-    assert np.array_equal(clean, np.concatenate([x for _, x, _ in lenses.simulate("Model_II", PER_CLASS, SEED, progress=False)]))
+    batches = lenses.simulate("Model_II", PER_CLASS, SEED, progress=False)
+    assert np.array_equal(clean, np.concatenate([images for _, images, _ in batches]))
     assert np.allclose(make("units ×255"), 255 * clean)
     assert np.allclose(make("units /100"), clean / 100)
     low, high = (clean.min((1, 2), keepdims=True), clean.max((1, 2), keepdims=True))
@@ -186,7 +187,8 @@ def test_every_kind_has_its_figures():
     # Clean: three that are sure, one that is not; a pair of equals counts a half, of 16 pairs.
     assert noise == pytest.approx({"held_back": True, "answered %": 75, "right of answered %": 200 / 3,
                                    "accuracy %": 50, "AUC familiarity": (4 + 3 * 2) / 16,
-                                   "AUC softmax": (3 * 3.5 + 2.5) / 16, "AUC energy": (3 * 3.5 + 2.5) / 16})  # fmt: skip
+                                   "AUC softmax": (3 * 3.5 + 2.5) / 16,
+                                   "AUC energy": (3 * 3.5 + 2.5) / 16})  # fmt: skip
     assert min_max == {"held_back": False, "answered %": 0, "accuracy %": 0, "AUC familiarity": 1, "AUC softmax": 1,
                        "AUC energy": 1}  # fmt: skip
     assert uniform.keys() == min_max.keys() - {"accuracy %"}

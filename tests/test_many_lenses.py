@@ -67,10 +67,11 @@ def test_parameters_fill_the_measured_ranges():
     assert 0.83 < scene.theta_e.min() < 0.9
     assert 1.6 < scene.theta_e.max() < 1.7
     assert scene.theta_e.mean() == pytest.approx(1.27, abs=0.02)
+    lowest = -np.deg2rad(2 * np.pi)
     for values, low, high in ((np.hypot(scene.gamma1, scene.gamma2), 0, 0.3), (np.hypot(scene.x, scene.y), 0, 0.5),
                               (np.arctan2(scene.y, scene.x), -np.pi, np.pi),
-                              (np.arctan2(scene.gamma2, scene.gamma1) / 2, -np.deg2rad(2 * np.pi), 0),
-                              (np.arctan2(scene.source_e2, scene.source_e1) / 2, -np.deg2rad(2 * np.pi), 0)):  # fmt: skip
+                              (np.arctan2(scene.gamma2, scene.gamma1) / 2, lowest, 0),
+                              (np.arctan2(scene.source_e2, scene.source_e1) / 2, lowest, 0)):  # fmt: skip
         assert stats.kstest(values, "uniform", (low, high - low)).pvalue > 0.01
     c = np.hypot(scene.source_e1, scene.source_e2)
     assert stats.kstest((1 - c) / (1 + c), "uniform", (0.4, 0.6)).pvalue > 0.01
@@ -170,7 +171,8 @@ def test_pairs_are_written_as_they_are_published(tmp_path):
         assert np.array_equal(high[0], sharp[i])
         assert np.array_equal(low[0], coarse[i])
     assert np.array_equal(simulated.truth_of(dataset.origin, [4, 1]), truth[[4, 1]])
-    assert_refused("simulate.py", (*common, tmp_path / "x", "--layout", "folder", "--val-per-class", 1), "--val-per-class")
+    refused = (*common, tmp_path / "x", "--layout", "folder", "--val-per-class", 1)
+    assert_refused("simulate.py", refused, "--val-per-class")
 
 
 def test_reducing_is_the_bicubic_interpolation_between_pixels():

@@ -24,8 +24,9 @@ from predict import Answer
 NAMES = ("accuracy", "macro", "images", "calibration_error", "a|b 'c' \"d\"", "$x^{$", "frac$1", "2",
          "_under <b>", "Ünï 透鏡", "long " * 40 + "name")  # fmt: skip
 REFUSED = ("All", "ALL", "none", "unfamiliar", "FILE", "prediction", "familiarity", "residual", "row", "label",
-           "class", "score", "cluster", "run", "Low", "high", "log10_mass", "nan", "NA", "", " ", " a", "a ", "a,b", "a/b", "a\\b", "=1+1", "+a",
-           "-a", "@a", "two\nlines", "return\r", "tab\t", "\x1b[31m", "a\0b", "a\u200bb", "\udce9", "B", "b")  # fmt: skip
+           "class", "score", "cluster", "run", "Low", "high", "log10_mass", "nan", "NA", "", " ", " a", "a ", "a,b",
+           "a/b", "a\\b", "=1+1", "+a", "-a", "@a", "two\nlines", "return\r", "tab\t", "\x1b[31m", "a\0b", "a\u200bb",
+           "\udce9", "B", "b")  # fmt: skip
 NETWORK = ("--patch-size", 16, "--embed-dim", 16, "--depth", 1, "--num-heads", 2)
 RUN = ("--epochs", 1, "--batch-size", 16, "--precision", "float32", "--quiet")
 

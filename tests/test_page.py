@@ -347,7 +347,8 @@ def test_planes_that_may_be_bands_are_said_to_be_read_as_lenses(small, tmp_path)
     np.save(tmp_path / "many.npy", np.stack([image_of(0.5)] * 6))
     np.save(tmp_path / "rgb.npy", np.stack([image_of(0.5)] * 3))
     with opened(small, tmp_path / "profile") as (page, _):
-        for name, said in (("many", ""), ("rgb", "rgb.npy: each of its 3 planes is taken for a lens; for bands of one lens use predict.py --planes")):
+        bands = "each of its 3 planes is taken for a lens; for bands of one lens use predict.py --planes"
+        for name, said in (("many", ""), ("rgb", f"rgb.npy: {bands}")):
             page.pick("#pick", [tmp_path / f"{name}.npy"])
             until_finished(page)
             assert page.evaluate("document.getElementById('planes').textContent") == said

@@ -107,11 +107,13 @@ def test_the_page_draws_maps_in_the_colours_of_the_sheet():
     script = (ROOT / "examples" / "web" / "table.mjs").read_text()
     number = {name: json.loads(value) for name, value in re.findall(r"const ([A-Z_]+) = (.+?);", script[:2000])
               if name in ("LINEAR_SIGMAS", "MOST_SIGMAS", "TICKS")}  # fmt: skip
-    assert number == {"LINEAR_SIGMAS": plots.LINEAR_SIGMAS, "MOST_SIGMAS": plots.MOST_SIGMAS, "TICKS": list(plots.TICKS)}
+    assert number == {"LINEAR_SIGMAS": plots.LINEAR_SIGMAS, "MOST_SIGMAS": plots.MOST_SIGMAS,
+                      "TICKS": list(plots.TICKS)}  # fmt: skip
 
 
 def test_dots_of_groups_have_a_panel_each_and_are_read_on_a_phone(drawn):
-    kinds = {f"a kind of image with a long name, {i}": {"AUC one": (0.9, 0.01), "AUC two": (1.0, 0.0)} for i in range(9)}
+    aucs = {"AUC one": (0.9, 0.01), "AUC two": (1.0, 0.0)}
+    kinds = {f"a kind of image with a long name, {i}": aucs for i in range(9)}
     results.dots("dots", {f"{group}: {name}": figures for group in ("full", "residual")
                         for name, figures in ({"clean": {}} | kinds).items()})  # fmt: skip
     figure = drawn["dots"]

@@ -353,9 +353,10 @@ def test_least_familiarity_moves_the_limit_and_0_removes_it(predict, tmp_path):
 FEW = {"too few": {"familiarity_images": 99}, "unstated": {}, "none": {"familiarity_images": 0},
        "negative": {"familiarity_images": -3}, "text": {"familiarity_images": "many"},
        "old": {"familiarity": False, "familiarity_images": 1000}}  # fmt: skip
+FEW_AND_BOUNDS = [*((case, None) for case in FEW), ("old", (-1, 40, 0.1)), ("too few", (-1, 40, 0.1))]
 
 
-@pytest.mark.parametrize(("case", "bounds"), [*((case, None) for case in FEW), *((case, (-1, 40, 0.1)) for case in ("old", "too few"))])
+@pytest.mark.parametrize(("case", "bounds"), FEW_AND_BOUNDS)
 def test_a_file_that_cannot_refuse_says_so_and_uses_its_range(case, bounds, predict, tmp_path):
     model = tmp_path / "m.onnx"
     write_classifier(model, pixel_range=bounds, **FEW[case])

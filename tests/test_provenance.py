@@ -65,7 +65,8 @@ def test_a_result_is_made_once_and_replaced_by_that_of_other_options_or_code(cal
 def test_pixels_of_another_origin_are_exported_again(runs, folder, tmp_path):
     """The origin says the pixel scale and the zero point, which the file carries."""
     args = export.parse_args(list(map(str, (
-        "--data", folder, "--cache-dir", runs / "cache", "--weights", runs / "full" / CLASSIFIER, "--out", tmp_path / "o"
+        "--data", folder, "--cache-dir", runs / "cache", "--weights", runs / "full" / CLASSIFIER,
+        "--out", tmp_path / "o",
     ))))  # fmt: skip
     model, opened = export.load_model(args)
     dataset, parts = export.load_images(args, opened.content, model.img_size)
@@ -147,7 +148,8 @@ def test_data_that_simulate_made_says_its_pixel_scale_and_unit():
     told = simulated.pixels_of(simulated.origin_of("Model_II", 10, 0, noise=False))
     assert told.pop("zero_point") == pytest.approx(24.7526, abs=1e-4)
     assert told == {"pixel_scale": 0.101, "unit": "2 × counts per second, zero point 24.0"}
-    assert simulated.pixels_of(simulated.origin_of("Model_I", 10, 0, noise=False)) == {"pixel_scale": 0.05, "unit": "counts"}
+    counts = simulated.origin_of("Model_I", 10, 0, noise=False)
+    assert simulated.pixels_of(counts) == {"pixel_scale": 0.05, "unit": "counts"}
     assert "2 ×" not in simulated.pixels_of(simulated.origin_of("Model_III", 10, 0, noise=True))["unit"]
     made = simulated.origin_of("Model_II", 10, 0, noise=False)
     for origin in ("folder lenses", f"8-bit pictures of {made}", f"pictures of any kind, seed 0, of {made}", ""):

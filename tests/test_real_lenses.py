@@ -99,7 +99,8 @@ def test_a_fit_finds_a_simulated_lens_and_substructure_is_left():
 def test_files_that_hold_no_such_images_are_named(tmp_path):
     path, image = tmp_path / "x.npz", np.zeros((1, 150, 150))
     more = {"exact": np.ones(1, bool), "edge_unknown": np.zeros(1, int), "error": np.ones(1)}
-    for content in ({"images": image}, {"images": image[:, :9, :9], **more}, {"images": image, **more, "labels": np.array(["x"])}):
+    for content in ({"images": image}, {"images": image[:, :9, :9], **more},
+                    {"images": image, **more, "labels": np.array(["x"])}):  # fmt: skip
         np.savez(path, **content)
         assert_refused("experiments/smooth_fits.py", ("--images", path), path)
 
@@ -110,7 +111,8 @@ def test_the_command_prints_three_figures_of_each_class_and_way_of_decoding(tmp_
     np.savez(tmp_path / "x.npz", HR=np.array(images), exact=[True, False] * 2, hr_error=np.full(4, 1e-3),
              edge_unknown=np.zeros(4, int))  # fmt: skip
     said = run_script("experiments/smooth_fits.py", "--images", tmp_path / "x.npz", "--per-class", 2).stdout
-    assert [line.split(":")[0] for line in said.splitlines()] == ["no, 2 exact pictures"] * 3 + ["no, 2 solved pictures"] * 3
+    pictures = [line.split(":")[0] for line in said.splitlines()]
+    assert pictures == ["no, 2 exact pictures"] * 3 + ["no, 2 solved pictures"] * 3
 
 
 def test_what_a_smooth_lens_leaves_finds_substructure(capsys):

@@ -206,19 +206,20 @@ def test_files_of_another_task_are_refused(sharp_runs, runs, tmp_path):
                                   tmp_path / "t.csv", tmp_path], "--what sharpen")  # fmt: skip
     start = ["--data", sharp_runs / "pairs", "--task", "sharpen", "--out", tmp_path / "out"]
     for option in (("--augment", "flips"), ("--layer-decay", 0.5), ("--patch-dropout", 0.5), ("--pool", "cls")):
-        assert_refused("finetune.py", [*start, "--pretrained", "none", "--strategy", "full", *option], option[0], "leave it out")
+        arguments = [*start, "--pretrained", "none", "--strategy", "full", *option]
+        assert_refused("finetune.py", arguments, option[0], "leave it out")
     assert_refused("finetune.py", [*start, "--strategy", "head", "--pretrained", "none"], "--strategy full")
     assert_refused("finetune.py", [*start, "--strategy", "full", "--pretrained", sharp_runs / "sharpen" / SHARPENER],
                    "starts from an MAE")  # fmt: skip
-    assert_refused("export.py", ["--weights", sharp_runs / "sharpen-pretrain" / PRETRAINED, "--what", "sharpen", "--out",
-                                 tmp_path / "x.onnx"], "these weights reconstruct images")  # fmt: skip
+    assert_refused("export.py", ["--weights", sharp_runs / "sharpen-pretrain" / PRETRAINED, "--what", "sharpen",
+                                 "--out", tmp_path / "x.onnx"], "these weights reconstruct images")  # fmt: skip
 
 
 def test_an_interrupted_training_is_resumed_to_the_same_weights(sharp_runs, tmp_path):
+    arguments = (sharp_runs / "pairs", tmp_path / "out", sharp_runs / "sharpen-pretrain" / PRETRAINED)
     with sigterm_at(2):
-        stopped = sharpen_on(sharp_runs / "pairs", tmp_path / "out", sharp_runs / "sharpen-pretrain" / PRETRAINED, check=False)
-    assert stopped.returncode == 143
-    sharpen_on(sharp_runs / "pairs", tmp_path / "out", sharp_runs / "sharpen-pretrain" / PRETRAINED, "--resume")
+        assert sharpen_on(*arguments, check=False).returncode == 143
+    sharpen_on(*arguments, "--resume")
     assert_same_tensors(*(tensors_in(out / SHARPENER) for out in (tmp_path / "out", sharp_runs / "sharpen")))
 
 

@@ -103,7 +103,8 @@ def with_nan(images):
     (lambda images: images[:, :7], r"b/stack\.npy: expected one square image or a stack .*\(20, 7, 8\)"),
     (lambda images: images[:, :7, :7], r"b/stack\.npy is 7 pixels wide and .*a/stack\.npy"),
     (lambda images: images[:0], r"b/stack\.npy: expected one square image or a stack .*\(0, 8, 8\)"),
-    (lambda images: np.stack([images] * 3, axis=1), r"b/stack\.npy: expected one square image or a stack .*\(20, 3, 8, 8\)"),
+    (lambda images: np.stack([images] * 3, axis=1),
+     r"b/stack\.npy: expected one square image or a stack .*\(20, 3, 8, 8\)"),
 ])  # fmt: skip
 def test_a_stack_that_cannot_be_used_is_named(change, named, tmp_path):
     root, images = stacked(tmp_path / "d", LAYOUTS["npy"])

@@ -92,8 +92,8 @@ def test_weights_without_a_familiarity_are_named(tiny_study, monkeypatch):
 
 @pytest.mark.parametrize(
     ("option", "text", "named"),
-    [("--cutouts", "empty", "empty"), ("--finetuning", "--lr '1", "--lr '1"), ("--finetuning", "lr 1", "lr is no option"),
-     ("--finetuning", "--lr 1 --lr 2", "--lr is given twice")],
+    [("--cutouts", "empty", "empty"), ("--finetuning", "--lr '1", "--lr '1"),
+     ("--finetuning", "lr 1", "lr is no option"), ("--finetuning", "--lr 1 --lr 2", "--lr is given twice")],
 )  # fmt: skip
 def test_a_wrong_option_ends_a_study_before_it_starts(option, text, named, tiny_study, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

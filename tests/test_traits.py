@@ -47,7 +47,7 @@ def test_figures_of_a_file_are_used_only_if_they_are_sound():
     stored = traits.reference_of(IMAGES)
     assert np.array_equal(traits.reference_in({"figures": json.dumps(stored)}), REFERENCE)
     for bad in ("null", "[]", "{", "1", json.dumps({name: "x" for name in stored}),
-                json.dumps({name: [1, 2] for name in stored}), json.dumps({name: [1, 2, float("nan")] for name in stored}),
-                "[" * 10_000):  # fmt: skip
+                json.dumps({name: [1, 2] for name in stored}),
+                json.dumps({name: [1, 2, float("nan")] for name in stored}), "[" * 10_000):  # fmt: skip
         assert traits.reference_in({"figures": bad}) is None
     assert traits.reference_in({}) is None
