@@ -26,16 +26,16 @@ EXAMPLE = """example:
       --weights runs/full/vit-mae-classifier-wt.pth"""
 
 PREDICTIONS = "predictions.csv"
-LEFT = {
-    "metrics.json": rb'"(calibration_error|coverage|psnr_of_mean)"', "comparison.md": rb"\A\| run ",
-    "report.html": rb"<title>Lens classification",
-    **dict.fromkeys(("roc.png", "confusion_matrix.png", "reliability.png", "familiarity.png", "mistakes.png",
-                     "masses.png", "sharpened.png"), PICTURE),
+# By task: what is left beside metrics.json and comparison.md. The first two must be there, others may fail.
+BESIDE = {
+    "classes": ("report.html", "roc.png", "confusion_matrix.png", "reliability.png", "familiarity.png", "mistakes.png"),
+    "mass": ("masses.png",), "sharpen": ("sharpened.png",),
 }  # fmt: skip
+LEFT = {name: PICTURE for names in BESIDE.values() for name in names}
+LEFT |= {"metrics.json": rb'"(calibration_error|coverage|psnr_of_mean)"', "comparison.md": rb"\A\| run ",
+         "report.html": rb"<title>Lens classification"}  # fmt: skip
 # By task: what evaluates it, where that is no classification.
 OTHER_TASKS = {"mass": mass_evaluation.evaluate, "sharpen": sharp_evaluation.evaluate}
-# By task: what is left beside metrics.json and comparison.md; other pictures may fail.
-BESIDE = {"classes": ["report.html", "roc.png"], "mass": ["masses.png"], "sharpen": ["sharpened.png"]}
 
 
 def evaluate(args):
@@ -54,10 +54,12 @@ def evaluate(args):
     hashes = {name: run.sha256 for name, run in opened.items()}
     made = made_from(args, [*LIBRARY, __file__], data=identity_of(dataset), weights=hashes, theirs=theirs)
     task = task_of(opened, args)
-    beside = ["comparison.md", *BESIDE[task]]
+    beside = ["comparison.md", *BESIDE[task][:2]]
     beside += [PREDICTIONS] if args.save_predictions else []
     if args.update and is_current(args.out / "metrics.json", made, *map(args.out.joinpath, beside)):
         return
+    for name in LEFT.keys() - {"metrics.json", "comparison.md", *BESIDE[task]}:
+        (args.out / name).unlink(missing_ok=True)  # of another task
     about = {
         "data": {"origin": dataset.origin, "fingerprint": dataset.fingerprint},
         "weights": {name: str(run.path) for name, run in opened.items()},

@@ -27,7 +27,7 @@ from lib import compatibility, datasets, known_answers, options, pairs, traits, 
 from lib.convert import to_hugging_face
 from lib.files import atomic_directory, atomic_write, check_outputs, require_own, write_json, write_text
 from lib.known_answers import difference
-from lib.loader import sample_size
+from lib.loader import some_of
 from lib.metrics import accuracy, auc_by_class
 from lib.onnxfile import OUTPUTS, open_session
 from lib.onnxwrite import Answers, Probabilities, Residuals, reduce_precision, save_proto, write_onnx
@@ -157,9 +157,10 @@ def best_on_validation(opened):
 
     def rank(i):
         best = opened[i].content["run"].get("best")
-        if not isinstance(best, dict):
-            raise UserError(f"{opened[i].path} has no validation figures: train again")
-        return best.get("validation_macro_auc", 0.0), -best.get("validation_loss", np.inf)
+        try:
+            return float(best["validation_macro_auc"]), -float(best["validation_loss"])
+        except (TypeError, KeyError, ValueError, OverflowError):
+            raise UserError(f"{opened[i].path} has no validation figures: train again") from None
 
     return max(range(len(opened)), key=rank)
 
@@ -197,7 +198,7 @@ def metadata_of(args, model, opened, dataset, train):
     trained = {k: v for k, v in opened.content["run"].items() if k not in ("data", "cache_dir")}
     familiarity, reference, measures = getattr(model, "familiarity", None), "null", trained
     if trained.get("data_fingerprint") == dataset.fingerprint:
-        some = train[:: max(1, len(train) // sample_size(DESCRIBED_IMAGES, dataset.images))]
+        some = some_of(train, DESCRIBED_IMAGES, dataset.images)
         reference = json.dumps(traits.reference_of(dataset.images[some]))
         measures = pixels_of(dataset.origin)
     made = made_from(args, [*LIBRARY, __file__], data=identity_of(dataset), weights=opened.sha256)
@@ -389,7 +390,8 @@ def parse_args(argv=None):
         "--what",
         choices=("classifier", "reconstruction", "mass", "sharpen", "huggingface"),
         default="classifier",
-        help="classifier, residual maps of an MAE, masses of axions, sharp images, or a folder with an MAE for transformers",
+        help="classifier, residual maps of an MAE, masses of axions, sharp images, or a folder with an MAE for "
+        "transformers",
     )
     parser.add_argument(
         "--precision", choices=("float32", "float16", "int8"), default="float32",

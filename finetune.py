@@ -25,7 +25,7 @@ import torch
 from lib import datasets, distributed, familiarity, network, options, plots, recipe, traits, weights
 from lib.device import resolve_device
 from lib.guard import LEAST_FAMILIARITY
-from lib.loader import are_on_device, batch_reader, in_batches
+from lib.loader import are_on_device, batch_reader, in_batches, larger_than_memory
 from lib.loop import Objective, check_batch, fit, precision_of
 from lib.run import open_run
 from lib.strategies import (
@@ -81,6 +81,7 @@ def train(task, strategy, start, rows, parts, run):
     args, chosen, dataset = run.args, run.recipe, task.inputs
     check_batch(chosen, rows)
     device, validation = resolve_device(args.device), parts["validation"]
+    fitted = weights.familiarity_for(start, dataset, chosen.augment) if start and strategy.classifies else None
     torch.manual_seed(chosen.seed)
     model, config = strategy.build(args, start, chosen, task, rows)
     few = " (few)" if strategy.defaults_from(start).are_few(len(rows)) else ""
@@ -94,7 +95,10 @@ def train(task, strategy, start, rows, parts, run):
             model, dataset, np.concatenate([rows, validation]), run, device
         )
     read_targets = batch_reader(task.targets, device)
-    learner = learner._replace(on_device=learner.on_device and are_on_device(read_targets))
+    learner = learner._replace(
+        on_device=learner.on_device and are_on_device(read_targets),
+        in_blocks=learner.in_blocks or larger_than_memory(task.targets),
+    )
     run.write_config(model=config)  # removes what it replaces, now that nothing is in the way
     freeze_others(model, learner.learning)
 
@@ -115,7 +119,8 @@ def train(task, strategy, start, rows, parts, run):
     state, history, kept = fit(learner, objective, rows, run, device, precision)
     learner.model.load_state_dict(state)
     outputs = validation_outputs()  # in float32, apart from what is stored
-    fitted = familiarity_of(start, dataset, parts, config, run) if strategy.classifies else None
+    if strategy.classifies and not fitted:
+        fitted = new_familiarity(dataset, parts, config, run)
     if fitted:
         fitted[0].class_seen.copy_(outputs.argmax(dim=1))
         say_small_classes(fitted[0].class_seen, dataset.class_names)
@@ -133,18 +138,14 @@ def train(task, strategy, start, rows, parts, run):
     plots.attempt(plots.curves, args.out / "curves.png", history, task.curves)
 
 
-def familiarity_of(start, dataset, parts, config, run):
+def new_familiarity(dataset, parts, config, run):
     """The `Familiarity` of the training's images and its arguments, or None: too few images.
 
-    The fit needs no labels, so it may see all images of the training part. That of `start` is kept if it
-    was fitted to the same images.
+    The fit needs no labels, so it may see all images of the training part.
     """
-    augment = run.recipe.augment
-    fitted = weights.familiarity_for(start, dataset, augment) if start else None
-    if fitted is None:
-        fitted = familiarity.fit(
-            dataset, parts["train"], parts["validation"], config["transform"], augment, run.quiet
-        )
+    fitted = familiarity.fit(
+        dataset, parts["train"], parts["validation"], config["transform"], run.recipe.augment, run.quiet
+    )
     if fitted is None:
         distributed.say(
             f"a familiarity needs {familiarity.FEWEST_IMAGES} validation images, and there are "

@@ -50,7 +50,8 @@ def write_folder(out, batches, model="Model_II", train=None, made=None, replaced
                 place, part = counts[class_name], ""
                 if train is not None:
                     part, place = ("train", place) if place < train else ("val", place - train)
-                name, content = file_of(model, class_name, place, image, axion_mass[i] if axion_mass is not None else None)
+                mass = None if axion_mass is None else axion_mass[i]
+                name, content = file_of(model, class_name, place, image, mass)
                 np.save(folder / part / class_name / name, content, allow_pickle=True)
                 counts[class_name] += 1
         sign(folder / DESCRIPTIONS["folder"], made)

@@ -22,6 +22,7 @@ from lib.errors import UserError, path_argument, run_main, starting
 starting(__name__)
 
 import argparse
+import contextlib
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
@@ -43,6 +44,7 @@ EXAMPLE = """examples:
 
 COLUMNS = ("labels", "selection", "source")  # of a file, beside its images
 BLOCK = 4096  # images that are made together
+CODE = (__file__, *(module.__file__ for module in (packing, copies, datasets, listing)))  # that decides pictures
 LEVELS = 256  # of an 8-bit picture
 START_GRID = 15  # source positions a side that a fit starts from
 # Pictures that cannot be decoded exactly: log10 of the noise of those solved from smoothed displays,
@@ -175,17 +177,23 @@ def is_exact(images):
 
 
 def places_of(dataset):
-    """(N, 2): the pictures of images stay in the parts of these, see `listing.Listing`."""
-    places, bounds = np.empty((len(dataset.labels), 2)), (0, *listing.BOUNDS, 1)
-    for part, low, high in zip(datasets.split(dataset).values(), bounds, bounds[1:], strict=False):
-        places[part] = low, high
+    """(N, 2): the pictures of images stay in the parts of these, see `listing.Listing`.
+
+    Of data sets that are too small to be split they are 0 and 1.
+    """
+    places, bounds = np.tile([0.0, 1.0], (len(dataset.labels), 1)), (0, *listing.BOUNDS, 1)
+    with contextlib.suppress(UserError):
+        for rows, low, high in zip(datasets.split(dataset).values(), bounds, bounds[1:], strict=False):
+            places[rows] = low, high
     return places
 
 
 def pictures(args):
     dataset, rng = datasets.load(args.data), np.random.default_rng(args.seed)
+    if dataset.coarse is not None:
+        raise UserError(f"{args.data} holds pairs, whose coarse images would be lost: give one of the two folders")
     kind = f"pictures of any kind, seed {args.seed}," if args.any else "8-bit pictures"
-    made = made_from(argparse.Namespace(), [__file__, packing.__file__, copies.__file__], kind=kind, data=identity_of(dataset))
+    made = made_from(argparse.Namespace(), CODE, kind=kind, data=identity_of(dataset))
     if args.update:
         if is_current(args.out / "dataset.json", made):
             return

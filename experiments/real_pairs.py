@@ -61,7 +61,8 @@ def compare(model, path):
     true = np.sqrt([measures_of(*each)[0] for each in zip(images, sharp[:, None], edges[:, None], strict=True)])
     whole = edges == 0
     measures = {name: measures_of(each, sharp, edges) for name, each in found.items()}
-    measures |= {f"{name}, {whole.sum()} without an unknown border": measures_of(each[whole], sharp[whole], edges[whole])
+    beside = f"{whole.sum()} without an unknown border"
+    measures |= {f"{name}, {beside}": measures_of(each[whole], sharp[whole], edges[whole])
                 for name, each in found.items()}  # fmt: skip
     return measures, float((true / errors).mean())
 

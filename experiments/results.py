@@ -102,7 +102,8 @@ def dots(path, runs):
         panel.set(xscale="log", title=plots.label_of(group), ylim=(len(own) - 0.5, -0.5))
         panel.set_yticks(range(len(own)), [plots.label_of(name) for name in own])
     axes[-1, 0].set_xlabel("1 − AUC (left is better; from 1e-6)")
-    handles = {label: handle for panel in axes[:, 0] for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)}
+    legends = [panel.get_legend_handles_labels() for panel in axes[:, 0]]
+    handles = {label: handle for legend in legends for handle, label in zip(*legend, strict=True)}
     figure.legend(handles.values(), handles, loc="outside upper center", ncol=2)
     plots.save(figure, path)
 

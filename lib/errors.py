@@ -13,7 +13,8 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 # Variables with which torch and its libraries round float32 products, choose other kernels, or load files
 # otherwise than the scripts ask for.
 OVERRIDING = ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE",
-              "PYTORCH_TUNABLEOP_ENABLED", "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")  # fmt: skip
+              "PYTORCH_TUNABLEOP_ENABLED", "TORCH_FORCE_WEIGHTS_ONLY_LOAD",
+              "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")  # fmt: skip
 
 
 class UserError(Exception):

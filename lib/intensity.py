@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from lib.augment import augment
-from lib.loader import batch_reader, fixed_random_numbers, in_batches, sample_size
+from lib.loader import batch_reader, fixed_random_numbers, in_batches, some_of
 from lib.npy import forget_pages
 from mae import IntensityTransform
 
@@ -24,8 +24,7 @@ def fit_transform(images, rows, kind, augmentations=()):
     brightest pixels, and the median over images is taken: hot pixels and a few bad images change
     nothing. `augmentations` are those of the training.
     """
-    count = min(len(rows), sample_size(TRANSFORM_IMAGES, images))
-    chosen = rows[np.linspace(0, len(rows) - 1, count).astype(int)]
+    chosen = some_of(rows, TRANSFORM_IMAGES, images)
     # Scattered rows map many pages; read a few rows at a time.
     pixels = in_batches(batch_reader(images, torch.device("cpu")), chosen).double()
     forget_pages(images)

@@ -118,7 +118,7 @@ def list_classes(root):
                 raise UserError(f"{entry} is no regular file: remove it")
             if entry.is_dir() and not (inside := set(entry.rglob("*"))).isdisjoint(images_among([*entries, *inside])):
                 raise UserError(f"class folder {folder} has images in its sub-folder {entry.name}: put the "
-                                f"images of a class directly into its folder, or give another folder than {root}")  # fmt: skip
+                                f"images of a class directly into its folder, or give another than {root}")  # fmt: skip
         files = images_among(entries)
         others += sorted({*entries}.difference(files))
         if not files:
@@ -160,7 +160,8 @@ def _lines_of(table):
     """[(number of the line, (file, label))] of the table LABELS; UserError if it is not one."""
     try:
         if table.stat().st_size > MAX_LABELS_BYTES:
-            raise UserError(f"{table} has more than {MAX_LABELS_BYTES // 2**20} MiB: is it a table of files and labels?")
+            most = MAX_LABELS_BYTES // 2**20
+            raise UserError(f"{table} has more than {most} MiB: is it a table of files and labels?")
         with table.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a mark in front
             reader = csv.reader(file, strict=True)
             lines = [(reader.line_num, row) for row in reader if row]
@@ -168,8 +169,8 @@ def _lines_of(table):
         raise UserError(f"cannot read {table}, which must be a table in UTF-8: {error}") from None
     columns = lines[0][1] if lines else []
     if sorted(columns) != ["file", "label"]:
-        raise UserError(f"{table} has the columns {', '.join(columns)[:200] or '(none)'}: expected file,label. If folders name the "
-                        "classes, give the table another name")  # fmt: skip
+        raise UserError(f"{table} has the columns {', '.join(columns)[:200] or '(none)'}: expected file,label. If "
+                        "folders name the classes, give the table another name")  # fmt: skip
     for line, row in lines:
         if len(row) != 2:
             raise UserError(f"{table}, line {line}: expected a file and its label, got {len(row)} cells")

@@ -63,9 +63,13 @@ def are_on_device(*readers):
     return all(isinstance(read, StoredImages) for read in readers)
 
 
-def sample_size(count, images):
-    """So many of `images` (N, H, W), `count` or fewer, that their pixels fit into memory several times over."""
-    return min(count, max(FEWEST_SAMPLED, int(SAMPLED_PIXELS / math.prod(images.shape[1:]))))
+def some_of(rows, count, images):
+    """`count` of the `rows` of `images` (N, H, W), evenly spread; all of fewer rows, fewer of large images.
+
+    Their pixels fit into memory several times over.
+    """
+    count = min(len(rows), count, max(FEWEST_SAMPLED, int(SAMPLED_PIXELS / math.prod(images.shape[1:]))))
+    return rows[np.linspace(0, len(rows) - 1, count).astype(int)]
 
 
 @torch.no_grad()

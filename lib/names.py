@@ -8,8 +8,9 @@ from lib.guard import UNFAMILIAR
 
 TAKEN = {
     "all", "none",  # what an option says
+    # Columns and cells of tables.
     UNFAMILIAR, "file", "prediction", "familiarity", "residual", "row", "class", "label", "labels", "score",
-    "cluster", "image", "exact", "selection", "source", "error", "run", "log10_mass", "low", "high",  # columns and cells of tables
+    "cluster", "image", "exact", "selection", "source", "error", "run", "log10_mass", "low", "high",
     "nan", "na", "null", "inf",  # what readers of tables take for a number, or for nothing
 }  # fmt: skip
 SEPARATORS = ",/\\"  # of tables and paths

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from lib.errors import UserError
 from lib.listing import FACTORS
-from lib.loader import batch_reader, in_batches
+from lib.loader import batch_reader, in_batches, some_of
 
 COARSE = "coarse images of "  # what the origin of coarse images begins with
 COMPARED_PAIRS = 200  # whose coarse image is compared with the reduction of the sharp one
@@ -63,7 +63,7 @@ def are_reductions(dataset, coarse, rows):
     """Whether the coarse images of some `rows` are those that `reduced` makes of the sharp ones."""
     if dataset.coarse is None:
         return True
-    rows = rows[:: max(1, len(rows) // COMPARED_PAIRS)]
+    rows = some_of(rows, COMPARED_PAIRS, dataset.images)
     sharp, seen = torch.from_numpy(dataset.images[rows]), torch.from_numpy(coarse.images[rows])
     difference = (reduced(sharp, factor_of(dataset, coarse)) - seen).square().mean().sqrt()
     return bool(difference <= ROUNDING * (sharp.max() - sharp.min()))

@@ -130,8 +130,8 @@ def table_of(results):
     for name, result in results.items():
         psnr = with_interval(result["psnr"], 3)
         below = f"{results['ceiling']['psnr']['value'] - result['psnr']['value']:.3f}" if "ceiling" in results else ""
-        rows.append([name, f"{result['mse']:.4e}", psnr, below, f"{result['psnr_of_mean']:.3f}", f"{result['ssim']:.4f}",
-                     str(result["images"])])  # fmt: skip
+        rows.append([name, f"{result['mse']:.4e}", psnr, below, f"{result['psnr_of_mean']:.3f}",
+                     f"{result['ssim']:.4f}", str(result["images"])])  # fmt: skip
     return rows
 
 

@@ -22,12 +22,12 @@ from mae import MAE, Classifier, MassEstimator, ResidualClassifier, Sharpener, d
 ALL_PATCHES_FROM = 0.5  # of the steps: patch dropout ends here
 BATCHNORM_IMAGES = 2048  # training images that BatchNorm's statistics are computed from
 DEFAULT_POOL = "stats"
-# By option: the value that changes nothing, why a strategy has no use for another, and a remedy.
+# By option: its neutral value, why a strategy cannot use any other, and a remedy.
 USELESS = {
     "patch_dropout": (0, "all patches are needed", "use --strategy layernorm or full"),
     "pool": (None, "there are no patch tokens to pool", "use --strategy full"),
     "layer_decay": (1, "all that learns has one learning rate", "use --strategy full"),
-    "with_image": (False, "only classifiers on residual maps have the choice", "use --strategy residual"),
+    "with_image": (False, "only a classifier on residual maps can be shown the image, too", "use --strategy residual"),
 }
 OTHER_SIZE = ": pre-train on images of this size"
 

@@ -40,6 +40,7 @@ def as_html(rows, kinds):
     for row, kind in zip(rows, kinds, strict=True):
         tag = "td" if lines else "th"
         labels = [f' data-label="{name}"' if lines and i else "" for i, name in enumerate(names)]
-        cells = "".join(f"<{tag}{label}>{html.escape(one_line(cell))}</{tag}>" for label, cell in zip(labels, row, strict=True))
+        labelled = zip(labels, row, strict=True)
+        cells = "".join(f"<{tag}{label}>{html.escape(one_line(cell))}</{tag}>" for label, cell in labelled)
         lines.append(f'<tr class="{kind}">{cells}</tr>' if kind else f"<tr>{cells}</tr>")
     return f'<div class="wide"><table>{"".join(lines)}</table></div>'

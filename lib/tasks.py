@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from lib import datasets, masses, metrics, pairs
 from lib.errors import UserError, warn
+from lib.loader import some_of
 
 UNIT_PAIRS = 200  # training pairs that the unit of the loss comes from
 CLASS_CURVES = {"loss": "cross-entropy", "accuracy": "accuracy", "macro_auc": "macro one-vs-rest AUC"}
@@ -106,7 +107,7 @@ def sharpening(dataset, rows):
     if not config["adds_noise"]:
         warn(f"{dataset.origin}: coarse images are not the bicubic reductions of sharp ones, so the noise "
              "that they show is not put back")  # fmt: skip
-    some = rows[np.linspace(0, len(rows) - 1, min(len(rows), UNIT_PAIRS)).astype(int)]
+    some = some_of(rows, UNIT_PAIRS, dataset.images)
     sharp, coarse = (torch.from_numpy(each.images[some]).unsqueeze(1) for each in (dataset, inputs))
     left = mean_square(pairs.interpolated(coarse, config["factor"], "bilinear"), sharp).sqrt().item()
     unit = left or 1.0  # of blank images

@@ -35,8 +35,8 @@ MOST_PATCHES_A_SIDE = 128
 class Kind(NamedTuple):
     """What weights are for.
 
-    argument : of their networks' constructors, which no other kind has; None of MAEs, which are the rest.
-    network : its class.
+    argument : one that only the networks of this kind are constructed with; None of MAEs, which are the rest.
+    network : the class of the network.
     does : what the weights do, as messages say it.
     command : what leaves such weights.
     """
@@ -49,7 +49,7 @@ class Kind(NamedTuple):
 
 # By --task of finetune.py, and MAEs.
 KINDS = {
-    "classes": Kind("num_classes", Classifier, "classify images", "finetune.py"),
+    "classes": Kind("num_classes", Classifier, "classify images", "finetune.py --task classes"),
     "mass": Kind("centre", MassEstimator, "estimate masses", "finetune.py --task mass"),
     "sharpen": Kind("factor", Sharpener, "sharpen images", "finetune.py --task sharpen"),
     "mae": Kind(None, MAE, "reconstruct images", "pretrain.py"),
@@ -173,8 +173,11 @@ def read(path, num_heads=None, foreign=False):
         raise UserError(f"{path}: pixel_range in its run is no range")
     if not 0 < _number(content["run"].get("smooth_rms", 1.0)) < math.inf:
         raise UserError(f"{path}: smooth_rms in its run is no positive number")
-    if not _are_text(content["run"].get("classes", [])):
-        raise UserError(f"{path}: classes in its run are no names")
+    for key in ("classes", "class_names"):
+        if not _are_text(content["run"].get(key, [])):
+            raise UserError(f"{path}: {key} in its run are no names")
+    if not isinstance(content["run"].get("made", {}), dict):
+        raise UserError(f"{path}: made in its run says nothing")
     if not _are_text(content["class_names"]):
         raise UserError(f"{path}: class names must be text")
     check_class_names(content["class_names"], path, "rename its folder and train again")
@@ -186,8 +189,11 @@ def read(path, num_heads=None, foreign=False):
 
 
 def _number(value):
-    """`value`, or NaN if it is no number."""
-    return value if isinstance(value, int | float) else math.nan
+    """`value` as float; NaN if it is no number, or too large."""
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return math.nan
 
 
 def _are_text(values):

@@ -274,7 +274,7 @@ def rows_read(monkeypatch):
 
         return remember
 
-    for module in (loader, pretrain, residuals, strategies):
+    for module in (loader, pretrain, finetune, residuals, strategies):
         monkeypatch.setattr(module, "batch_reader", spying)
     return seen
 

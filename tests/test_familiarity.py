@@ -209,8 +209,9 @@ def test_classifiers_take_the_familiarity_of_their_pretraining(packed, tmp_path,
     first = classifier("first", before.path, "--labels", 0.5)
     second = classifier("second", first.path)
     for after in (first, second):
-        same = [each.content["familiarity"]["model"]["strangeness_seen"] for each in (before, after)]
-        assert torch.equal(*same)
+        (one, config), (other, same_config) = (each.content["familiarity"].values() for each in (before, after))
+        assert config == same_config
+        assert all(torch.equal(one[name], other[name]) for name in one.keys() - {"class_seen"})
     assert not fitted_again
     classifier("noisy", before.path, "--augment", "noise")
     classifier("turned", before.path, "--augment", "flips")

@@ -278,7 +278,7 @@ REFUSED = [  # start, strategy, options, what the error names
     ("head", "residual", (), "head, layernorm or full"),
     ("residual", "full", (), "--strategy residual"),
     ("head", "full", ("--pool", "cls"), "--pool"),
-    ("pretrain", "full", ("--with-image",), "--with-image: only classifiers on residual maps"),
+    ("pretrain", "full", ("--with-image",), "--with-image: only a classifier on residual maps"),
     ("residual", "residual", ("--with-image",), "sees no image beside its map"),
     *(("pretrain", "full", option, f"{option[0]} {option[1]}: the network of")
       for option in (("--patch-size", 8), ("--embed-dim", 64), ("--depth", 9), ("--num-heads", 1),

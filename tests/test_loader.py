@@ -106,9 +106,19 @@ def test_transform_constants_come_from_the_training_rows_alone(packed):
 
 
 def test_fewer_large_images_are_looked_at():
-    assert loader.sample_size(2000, np.broadcast_to(0.0, (5000, 200, 200))) == 2000
-    assert loader.sample_size(2000, np.broadcast_to(0.0, (5000, 1000, 1000))) == 80
-    assert loader.sample_size(2000, np.broadcast_to(0.0, (5000, 4096, 4096))) == 50
+    rows = np.arange(5000)
+    for side, count in ((200, 2000), (1000, 80), (4096, 50)):
+        chosen = loader.some_of(rows, 2000, np.broadcast_to(0.0, (5000, side, side)))
+        assert len(chosen) == count and chosen[0] == 0 and chosen[-1] == 4999
+    assert np.array_equal(loader.some_of(rows[:7], 2000, np.empty((5000, 1, 1))), rows[:7])
+
+
+def test_constants_of_large_images_come_from_few(rows_read, monkeypatch):
+    monkeypatch.setattr(loader, "SAMPLED_PIXELS", 60 * 16**2)
+    monkeypatch.setattr(intensity, "batch_reader", loader.batch_reader)  # the spy
+    images = np.random.default_rng(0).random((500, 16, 16), dtype=np.float32)
+    intensity.fit_transform(images, np.arange(500), "log")
+    assert len(rows_read) == 60
 
 
 @pytest.mark.parametrize("kind", ["log", "linear"])

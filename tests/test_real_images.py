@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CLASSIFIER, replacing
+from conftest import CLASSIFIER, replacing, write_classes
 
 import simulate
 from experiments import real_images
@@ -122,6 +122,20 @@ def test_noisy_images_become_pictures_too_and_the_same_ones_once(tmp_path, packe
     with pytest.raises(UserError, match="holds other images"):
         real_images.main(replacing(command, ["--out", str(packed)]))
     assert len(datasets.load(packed).labels) == 300
+
+
+def test_pairs_and_data_that_is_too_small_to_be_split_as_pictures(tmp_path):
+    (tmp_path / "pairs").mkdir()
+    pair = np.random.default_rng(0).random((12, 16, 16), dtype=np.float32)
+    for name, images in (("a", pair), ("b", pair[:, ::2, ::2])):
+        (tmp_path / "pairs" / name).mkdir()
+        for i, image in enumerate(images):
+            np.save(tmp_path / "pairs" / name / f"{i}.npy", image)
+    with pytest.raises(UserError, match="holds pairs"):
+        real_images.main(["pictures", "--data", str(tmp_path / "pairs"), "--out", str(tmp_path / "p")])
+    few = write_classes(tmp_path / "few", {"one": 2, "two": 2})
+    real_images.main(["pictures", "--data", str(few), "--out", str(tmp_path / "p")])
+    assert len(datasets.load(tmp_path / "p").labels) == 4
 
 
 def test_a_data_set_of_pictures_is_written_and_real_ones_are_asked_about(packed, runs, tmp_path, capsys):

@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -12,8 +13,9 @@ from conftest import (
     tensors_in,
 )  # fmt: skip
 
+import finetune
 from experiments import real_pairs
-from lib import datasets, pairs, simulated, weights
+from lib import datasets, loop, pairs, plots, simulated, weights
 from lib.many_lenses import simulate_pairs
 from lib.onnxfile import number_in, open_sharpener
 from lib.sharp_evaluation import ceiling, ssim
@@ -166,6 +168,22 @@ def test_evaluation_has_references_and_the_ceiling_beside_each_run(sharp_runs, t
     run_script(*command, "--seed", 1)  # replaces what it has made
     assert_refused("evaluate.py", ["--data", sharp_runs / "pairs", "--weights", sharp_runs / "sharpen" / SHARPENER,
                                    "--out", tmp_path / "more", "--save-predictions"], "sharpen images")  # fmt: skip
+
+
+def test_sharp_images_that_do_not_fit_into_memory_are_read_in_blocks(sharp_runs, tmp_path, monkeypatch):
+    """Also where the coarse ones, which are fewer bytes, do fit."""
+    monkeypatch.setattr(finetune, "larger_than_memory", lambda images: images.shape[1] == 150)
+    in_blocks, shuffled = set(), loop.shuffled
+    monkeypatch.setattr(loop, "shuffled", lambda *given: in_blocks.add(given[2]) or shuffled(*given))
+    sharpen_on(sharp_runs / "pairs", tmp_path / "out", sharp_runs / "sharpen-pretrain" / PRETRAINED)
+    assert in_blocks == {True}
+
+
+def test_an_evaluation_leaves_nothing_of_another_task(sharp_runs, tmp_path):
+    plots.save(plt.figure(), tmp_path / "masses.png")
+    run_script("evaluate.py", "--data", sharp_runs / "pairs", "--weights", sharp_runs / "sharpen" / SHARPENER, "--out",
+               tmp_path)  # fmt: skip
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["comparison.md", "metrics.json", "sharpened.png"]
 
 
 def test_predicted_sharp_images_have_names_of_their_own(sharp_runs, public, tmp_path):

@@ -121,6 +121,9 @@ WRONG_WEIGHTS = {
     "other transform": (lambda c: c["config"].update(transform={**TRANSFORM, "kind": "cube"}), "transform"),
     "class names": (lambda c: c.update(class_names=[1, 2]), "class names must be text"),
     "classes of an MAE": (lambda c: c["run"].update(classes=[1]), "classes in its run"),
+    "huge range": (lambda c: c["run"].update(pixel_range=[0, 10**400, 0]), "pixel_range"),
+    "classes of the data": (lambda c: c["run"].update(class_names=5), "class_names in its run"),
+    "circumstances": (lambda c: c["run"].update(made="x"), "made in its run"),
     "residuals of smooth lenses": (lambda c: c["run"].update(smooth_rms="x"), "smooth_rms"),
 }
 
