@@ -333,7 +333,7 @@ class Sharpen(Strategy):
     """
 
     name, network, classifies = "full", Sharpener, False
-    defaults = Defaults(epochs=4, fewest_steps=2000, batch_size=16, lr=3e-3, beta2=0.95, augment=(), keep="last")
+    defaults = Defaults(epochs=5, fewest_steps=800, batch_size=16, lr=3e-3, beta2=0.95, augment=())
     from_scratch = {}
     augmentations, no_augmentation = (), "coarse and sharp images belong together as they are"
     uses = frozenset()

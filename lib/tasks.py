@@ -122,7 +122,7 @@ def sharpening(dataset, rows):
         known=np.ones(len(dataset.labels), bool),
         training_measures=training_measures,
         validation_measures=sharpening_measures,
-        score=None,
+        score="psnr",
         calibrated=lambda outputs, sharp: {"error_scale": error_scale(outputs, sharp)},
         curves=SHARP_CURVES,
         inputs=inputs,

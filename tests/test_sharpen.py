@@ -15,7 +15,7 @@ from conftest import (
 
 import finetune
 from experiments import real_pairs
-from lib import datasets, loop, pairs, plots, simulated, weights
+from lib import datasets, loop, pairs, plots, simulated, tasks, weights
 from lib.many_lenses import simulate_pairs
 from lib.onnxfile import number_in, open_sharpener
 from lib.sharp_evaluation import ceiling, ssim
@@ -168,6 +168,15 @@ def test_evaluation_has_references_and_the_ceiling_beside_each_run(sharp_runs, t
     run_script(*command, "--seed", 1)  # replaces what it has made
     assert_refused("evaluate.py", ["--data", sharp_runs / "pairs", "--weights", sharp_runs / "sharpen" / SHARPENER,
                                    "--out", tmp_path / "more", "--save-predictions"], "sharpen images")  # fmt: skip
+
+
+def test_the_weights_of_the_best_validation_are_kept(sharp_runs, tmp_path, monkeypatch):
+    """Few pairs are soon learned by heart: the last weights were worse than interpolation."""
+    psnrs = iter((30.0, 32.0, 31.0))
+    monkeypatch.setattr(tasks, "sharpening_measures", lambda *_: {"loss": 1.0, "psnr": next(psnrs)})
+    run_script("finetune.py", "--data", sharp_runs / "pairs", "--task", "sharpen", "--strategy", "full", "--out", tmp_path,
+               "--pretrained", sharp_runs / "sharpen-pretrain" / PRETRAINED, "--epochs", 3)  # fmt: skip
+    assert weights.read(tmp_path / SHARPENER).content["run"]["best"]["epoch"] == 2
 
 
 def test_sharp_images_that_do_not_fit_into_memory_are_read_in_blocks(sharp_runs, tmp_path, monkeypatch):
