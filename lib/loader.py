@@ -64,9 +64,9 @@ def are_on_device(*readers):
 
 
 def some_of(rows, count, images):
-    """`count` of the `rows` of `images` (N, H, W), evenly spread; all of fewer rows, fewer of large images.
+    """At most `count` of the `rows` of `images` (N, H, W), evenly spread.
 
-    Their pixels fit into memory several times over.
+    Of large images there are fewer, so that their pixels fit into memory several times over.
     """
     count = min(len(rows), count, max(FEWEST_SAMPLED, int(SAMPLED_PIXELS / math.prod(images.shape[1:]))))
     return rows[np.linspace(0, len(rows) - 1, count).astype(int)]

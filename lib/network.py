@@ -8,7 +8,7 @@ from mae import TRANSFORM_KINDS
 # Also what weights have that do not say it. A new network has another patch size, see PATCHES_A_SIDE.
 DEFAULTS = {"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4, "transform": "log"}
 PATCHES_A_SIDE = 4  # of a new network
-OF_THE_DATA = {"img_size": "pixels of a side of the images", "num_classes": "classes"}  # by what is no option
+OF_THE_DATA = {"img_size": "pixels of a side of the images", "num_classes": "classes"}  # limits that no option sets
 
 
 def add_arguments(parser):

@@ -17,7 +17,7 @@ from lib.errors import UserError, about_missing, named_errors, reason_of
 from lib.names import check_class_names
 
 WHAT = "model of export.py"  # a file is, where errors name it
-# By --what of export.py: what a file calls its answers. Old classifiers give no familiarity.
+# By --what of export.py: what a file calls its answers. A classifier of few images gives no familiarity.
 OUTPUTS = {"classifier": ("probabilities", "familiarity"), "reconstruction": ("residual", "score"),
            "mass": ("log10_mass", "low", "high"), "sharpen": ("sharpened", "rms_error")}  # fmt: skip
 

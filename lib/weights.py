@@ -68,7 +68,7 @@ class Weights(NamedTuple):
 
     @property
     def kind(self):
-        """The key in KINDS."""
+        """Its key in `KINDS`."""
         config = self.content["config"]
         return next((kind for kind, each in KINDS.items() if each.argument in config), "mae")
 
@@ -177,7 +177,7 @@ def read(path, num_heads=None, foreign=False):
         if not _are_text(content["run"].get(key, [])):
             raise UserError(f"{path}: {key} in its run are no names")
     if not isinstance(content["run"].get("made", {}), dict):
-        raise UserError(f"{path}: made in its run says nothing")
+        raise UserError(f"{path}: made in its run is no dictionary")
     if not _are_text(content["class_names"]):
         raise UserError(f"{path}: class names must be text")
     check_class_names(content["class_names"], path, "rename its folder and train again")
