@@ -79,6 +79,7 @@ LAYERNORM := $(RUNS)/layernorm/vit-mae-classifier-wt.pth
 FULL := $(RUNS)/full/vit-mae-classifier-wt.pth
 RESIDUAL := $(RUNS)/residual/vit-mae-classifier-wt.pth
 STRATEGIES := $(CLASSIFIERS:%=$(RUNS)/%/vit-mae-classifier-wt.pth)
+LONGEST := $(filter $(FULL) $(RESIDUAL),$(STRATEGIES))
 MANY := $(RUNS)/many-lenses
 ifeq ($(origin DATA),command line)
 PAIR_INPUT = $(INPUT)
@@ -135,7 +136,7 @@ quick: CLASSIFIERS := head residual
 quick: $(READY) $(RUNS)/.made-by-make
 	@$(MAKE) --no-print-directory -j2 reproduce RUNS=$(RUNS)/quick PER_CLASS=$(call quoted,$(PER_CLASS)) \
 	  CLASSIFIERS=$(call quoted,$(CLASSIFIERS)) CLUSTERS= PRETRAINING=$(call quoted,--epochs 8 $(PRETRAINING)) \
-	  FINETUNING_residual=$(call quoted,--epochs 2 --batch-size 32 $(FINETUNING_residual))
+	  FINETUNING_residual=$(call quoted,--map-pool 2 --epochs 3 --batch-size 32 $(FINETUNING_residual))
 	@echo '$(RUNS)/quick: report in evaluation/report.html, reconstructions in pretrain/, maps in residuals/maps.png,'
 	@echo 'predictions.csv and sheet.png of images that no network has seen$(if $(SAMPLES),. Of each class $(PER_CLASS) images; make reproduce has 30000)'
 
@@ -210,8 +211,9 @@ $(LAYERNORM): $(HEAD)
 $(SCRATCH): $(IMAGES)
 	$(SHARE) $(PY) finetune.py $(INPUT) --pretrained none --strategy full --out $(@D) --update $(FINETUNING)
 
-$(EVALUATION): $(STRATEGIES) $(if $(BASELINE),$(SCRATCH))
-	$(SHARE) $(PY) evaluate.py $(INPUT) --weights $^ --out $(@D) --update
+# With -j the longest trainings start first.
+$(EVALUATION): $(LONGEST) $(STRATEGIES) $(if $(BASELINE),$(SCRATCH))
+	$(SHARE) $(PY) evaluate.py $(INPUT) --weights $(STRATEGIES) $(if $(BASELINE),$(SCRATCH)) --out $(@D) --update
 
 $(RESIDUALS): $(PRETRAINED)
 	$(SHARE) $(PY) reconstruct.py $(INPUT) --weights $(PRETRAINED) --out $(@D) --update \

@@ -198,6 +198,11 @@ def parse_args(argv=None):
         f"{DEFAULT_POOL}; residual has none)",
     )  # fmt: skip
     group.add_argument(
+        "--map-pool", type=int, default=None, metavar="N",
+        help="residual: average maps over squares of N pixels a side, which makes steps faster (default: 1; more for "
+        "images of 128 pixels or more)",
+    )  # fmt: skip
+    group.add_argument(
         "--with-image", action="store_true",
         help="residual: see the image beside its map, for data with another lens in every image (a classifier that "
         "is continued keeps what it sees)",

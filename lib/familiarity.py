@@ -106,9 +106,9 @@ class Familiarity(nn.Module):
         if self.any_orientation:
             views += [images.mT, images.flip(2), images.mT.flip(2)]
         views += [view.flip(2, 3) for view in views]
-        distances = [self.distances(*self.measure(view)).clamp_min(TINY).log() for view in views]
-        above = [((distance - self.usual) / self.above_usual).clamp_max(20) for distance in distances]
-        return torch.stack([each.exp().sum(dim=1) for each in above]).amin(dim=0)
+        distances = self.distances(*self.measure(torch.cat(views))).clamp_min(TINY).log()
+        above = ((distances - self.usual) / self.above_usual).clamp_max(20)
+        return above.exp().sum(dim=1).unflatten(0, (len(views), -1)).amin(dim=0)
 
     def measure(self, images):
         """(components and statistics (B, c + s), log energies (B, 2) of what the components miss)."""

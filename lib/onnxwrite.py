@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx
+import onnxscript.optimizer
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 from onnxruntime.transformers.float16 import convert_float_to_float16
@@ -150,8 +151,11 @@ def write_onnx(model, path, metadata):
         program = torch.onnx.export(
             model, (example,), dynamo=True, opset_version=OPSET, verbose=False,
             input_names=["images"], output_names=list(model.outputs),
-            dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}},
+            dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}}, optimize=False,
         )  # fmt: skip
+    # All that the exporter's optimisation does beyond this takes as long as the export. Runtimes do it, too.
+    onnxscript.optimizer.fold_constants(program.model)
+    onnxscript.optimizer.remove_unused_nodes(program.model)
     save_proto(program.model_proto, path, metadata)
 
 

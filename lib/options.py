@@ -11,7 +11,7 @@ LARGEST_SEED = 2**63 - 1  # of torch
 LIMITS = (
     (("epochs", "batch_size", "validations", "patch_size", "embed_dim", "num_heads",
       "decoder_embed_dim", "decoder_num_heads", "resamples", "rounds", "per_class", "repeats",
-      "sheet_images", "find"), lambda value: value >= 1, "at least 1"),
+      "sheet_images", "find", "map_pool"), lambda value: value >= 1, "at least 1"),
     (("resamples",), lambda value: value <= 1_000_000, "at most 1,000,000"),
     (("rounds",), lambda value: value <= 100, "at most 100"),
     (("seed",), lambda value: 0 <= value <= LARGEST_SEED, f"from 0 to {LARGEST_SEED}"),

@@ -27,6 +27,7 @@ USELESS = {
     "patch_dropout": (0, "all patches are needed", "use --strategy layernorm or full"),
     "pool": (None, "there are no patch tokens to pool", "use --strategy full"),
     "layer_decay": (1, "all that learns has one learning rate", "use --strategy full"),
+    "map_pool": (None, "only a classifier on residual maps averages them", "use --strategy residual"),
     "with_image": (False, "only a classifier on residual maps can be shown the image, too", "use --strategy residual"),
 }
 OTHER_SIZE = ": pre-train on images of this size"
@@ -244,11 +245,12 @@ class Residual(Strategy):
     continuing = {"lr": 3e-4, "epochs": 1, "fewest_steps": 300, "keep": "best"}
     augmentations = SYMMETRIES
     no_augmentation = f"residual maps are computed once, so only {', '.join(SYMMETRIES)} or none is possible"
-    uses = frozenset({"with_image"})
+    uses = frozenset({"map_pool", "with_image"})
 
     def around(self, args, start, pretrained, recipe, more):
+        pool = default_map_pool(pretrained.img_size) if args.map_pool is None else args.map_pool
         more = {
-            "mask_ratio": mask_ratio_of(start.content), "map_pool": default_map_pool(pretrained.img_size),
+            "mask_ratio": mask_ratio_of(start.content), "map_pool": pool,
             "with_image": args.with_image, "orientations": 8 if "flips" in recipe.augment else 2, **more,
         }  # fmt: skip
         return on_mae(self.network, start, pretrained, more, "--strategy residual", "; use another strategy")
@@ -257,6 +259,8 @@ class Residual(Strategy):
         model = super().continued(args, start, recipe, dataset)
         if args.with_image and not model.with_image:
             raise UserError(f"{start.path} sees no image beside its map: leave --with-image out, or start from an MAE")
+        if args.map_pool not in (None, model.map_pool):
+            raise UserError(f"{start.path} has --map-pool {model.map_pool}; start from an MAE for another --map-pool")
         return model
 
     def learning(self, model):

@@ -228,10 +228,15 @@ def test_a_run_prints_and_stores_its_recipe(packed, tmp_path):
 # Starts, and options that would do nothing
 
 
-@pytest.mark.parametrize(("strategy", "lr"), [("head", "1000"), ("residual", "10")])
-def test_a_classifier_that_continues_keeps_its_weights_if_none_are_better(strategy, lr, runs, packed, tmp_path, capsys):
-    start = runs / strategy / CLASSIFIER
-    finetune.main(finetuning(packed, tmp_path / "run", start, strategy, "--lr", lr, "--epochs", "1"))
+@pytest.mark.parametrize("strategy", ["head", "residual"])
+def test_a_classifier_that_continues_keeps_its_weights_if_none_are_better(strategy, runs, packed, tmp_path, capsys):
+    start, worse = runs / strategy / CLASSIFIER, iter((0.9, 0.8))
+
+    def measures(logits, target):
+        return {"loss": 1.0, "accuracy": 0.5, "macro_auc": next(worse)}
+
+    with mock.patch("lib.tasks.classification_measures", measures):
+        finetune.main(finetuning(packed, tmp_path / "run", start, strategy, "--epochs", "1"))
     kept, before = (torch.load(path, weights_only=True)["model"] for path in (tmp_path / "run" / CLASSIFIER, start))
     moved = ("running_mean", "running_var", "num_batches_tracked", "temperature")
     assert_same_tensors(*({k: v for k, v in state.items() if not k.endswith(moved)} for state in (kept, before)))
@@ -280,6 +285,10 @@ REFUSED = [  # start, strategy, options, what the error names
     ("head", "full", ("--pool", "cls"), "--pool"),
     ("pretrain", "full", ("--with-image",), "--with-image: only a classifier on residual maps"),
     ("residual", "residual", ("--with-image",), "sees no image beside its map"),
+    ("pretrain", "full", ("--map-pool", 2), "--map-pool: only a classifier on residual maps"),
+    ("pretrain", "residual", ("--map-pool", 0), "--map-pool must be at least 1"),
+    ("pretrain", "residual", ("--map-pool", 20), "at least 16 pixels wide"),
+    ("residual", "residual", ("--map-pool", 2), "has --map-pool 1; start from an MAE"),
     *(("pretrain", "full", option, f"{option[0]} {option[1]}: the network of")
       for option in (("--patch-size", 8), ("--embed-dim", 64), ("--depth", 9), ("--num-heads", 1),
                      ("--transform", "asinh"))),
@@ -414,6 +423,12 @@ def test_residual_can_see_images_beside_its_maps(packed, pretrained, tmp_path, n
     with torch.no_grad():
         seen = model.maps(images_of(datasets.load(packed), parts["train"][:5]))
     assert np.allclose(stored[:5].reshape(seen.shape), seen.numpy(), rtol=1e-3, atol=1e-4)  # float16
+
+
+def test_residual_maps_can_be_averaged_over_squares(packed, pretrained, tmp_path, no_pictures):
+    finetune_on(packed, tmp_path, pretrained, "residual", "--map-pool", 2, "--epochs", 1)
+    model, _ = weights.load_classifier(tmp_path / CLASSIFIER)
+    assert model.map_pool == 2 and model.map_shape[1] == model.img_size // 2
 
 
 def test_the_strategy_of_the_documentation_trains_what_it_says(pretrained, folder, runs, tmp_path):
