@@ -133,27 +133,27 @@ class Familiarity(nn.Module):
             scaled = F.avg_pool2d(scaled, 2)
             roughness.append(roughness_of(scaled))
         raw, root, transformed = torch.cat(roughness, dim=2).unbind(1)
-        root = root[:, : 5 * (self.levels - 1)]  # its coarsest level says nothing new
+        root = root[..., : 5 * (self.levels - 1)]  # its coarsest level says nothing new
         return torch.cat([brightness, raw, root, transformed], dim=1).log()
 
     def polynomial(self, measured):
         """Monomials (B, terms) of the leading components, which have a standard deviation of one."""
-        leading = measured[:, : self.leading] / self.component_scale
+        leading = measured[..., : self.leading] / self.component_scale
         return products(leading.clamp(-6, 6), self.terms)
 
     def energies_of(self, unexplained, energies):
         """Log energies (B, bands + 2) of bands of unexplained components, and of what components miss."""
-        bands = [unexplained[:, i:j].square().mean(dim=1) for i, j in self.bands]
+        bands = [unexplained[..., i:j].square().mean(dim=1) for i, j in self.bands]
         return torch.cat([(torch.stack(bands, dim=1) + TINY).log(), energies], dim=1)
 
     def unexplain(self, measured, energies):
         """(what the polynomial does not predict of each group (B, size), the terms (B, ·) of its spread)."""
         polynomial = self.polynomial(measured)
-        unexplained = measured[:, self.leading :] - polynomial @ self.prediction
+        unexplained = measured[..., self.leading :] - polynomial @ self.prediction
         energies = (self.energies_of(unexplained, energies) - self.energy_mean) / self.energy_scale
         terms = products(energies.clamp(-4, 4), self.energy_terms)
-        groups = unexplained[:, -sum(self.sizes) :].split(self.sizes, dim=1)
-        return groups, torch.cat([terms, polynomial[:, 1 : self.quadratic]], dim=1)
+        groups = unexplained[..., -sum(self.sizes) :].split(self.sizes, dim=1)
+        return groups, torch.cat([terms, polynomial[..., 1 : self.quadratic]], dim=1)
 
     def whiten(self, group, unexplained, terms):
         """Statistics (B, size) of a group, whitened, over the standard deviation that the terms predict."""
@@ -184,9 +184,9 @@ class Familiarity(nn.Module):
 
 def roughness_of(views):
     """Five statistics (B, C, 5) of the Laplacian of views (B, C, H, W)."""
-    neighbours = (views[:, :, :-2, 1:-1] + views[:, :, 2:, 1:-1]
-                  + views[:, :, 1:-1, :-2] + views[:, :, 1:-1, 2:])  # fmt: skip
-    laplacian = (4 * views[:, :, 1:-1, 1:-1] - neighbours).flatten(2)
+    columns, rows = views[..., 1:-1], views[..., 1:-1, :]
+    neighbours = columns[..., :-2, :] + columns[..., 2:, :] + rows[..., :-2] + rows[..., 2:]
+    laplacian = (4 * rows[..., 1:-1] - neighbours).flatten(2)
     squares = laplacian.square()
     statistics = [squares.mean(dim=2) + 1e-14, laplacian.abs().mean(dim=2) + 1e-9,
                   laplacian.amax(dim=2).clamp_min(1e-9), (-laplacian.amin(dim=2)).clamp_min(1e-9),
