@@ -135,8 +135,8 @@ quick: PER_CLASS := 6000
 quick: CLASSIFIERS := head residual
 quick: $(READY) $(RUNS)/.made-by-make
 	@$(MAKE) --no-print-directory -j2 reproduce RUNS=$(RUNS)/quick PER_CLASS=$(call quoted,$(PER_CLASS)) \
-	  CLASSIFIERS=$(call quoted,$(CLASSIFIERS)) CLUSTERS= PRETRAINING=$(call quoted,--epochs 7 $(PRETRAINING)) \
-	  FINETUNING_residual=$(call quoted,--map-pool 2 --epochs 2 --batch-size 32 $(FINETUNING_residual))
+	  CLASSIFIERS=$(call quoted,$(CLASSIFIERS)) CLUSTERS= PRETRAINING=$(call quoted,--epochs 8 --lr 0.004 $(PRETRAINING)) \
+	  FINETUNING_residual=$(call quoted,--map-pool 2 --epochs 1 --batch-size 32 $(FINETUNING_residual))
 	@echo '$(RUNS)/quick: report in evaluation/report.html, reconstructions in pretrain/, maps in residuals/maps.png,'
 	@echo 'predictions.csv and sheet.png of images that no network has seen$(if $(SAMPLES),. Of each class $(PER_CLASS) images; make reproduce has 30000)'
 

@@ -177,7 +177,7 @@ def test_options_reach_their_scripts(make, tmp_path):
     assert any("scratch" in word for word in words_of("evaluate.py", "BASELINE=1"))
     assert not any("scratch" in word for word in words_of("evaluate.py"))
     said = run_make("-n", "quick", f"RUNS={tmp_path / 'x'}", "PER_CLASS=20", "PRETRAINING=--seed 3").stdout
-    assert "--per-class '20'" in said and "--epochs 7 --seed 3" in said
+    assert "--per-class '20'" in said and "--epochs 8 --lr 0.004 --seed 3" in said
     data = f"DATA={images(tmp_path / 'data', 'a', 'b')}"
     for options, clusters in (((), "3"), (("CLUSTERS=",), None), ((data,), None), ((data, "CLUSTERS=2"), "2")):
         words = words_of("reconstruct.py", *options)
