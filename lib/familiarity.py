@@ -105,10 +105,16 @@ class Familiarity(nn.Module):
         views = [images]
         if self.any_orientation:
             views += [images.mT, images.flip(2), images.mT.flip(2)]
-        views += [view.flip(2, 3) for view in views]
-        distances = self.distances(*self.measure(torch.cat(views))).clamp_min(TINY).log()
+        # A view goes together with its half turn, so that an exported graph is half as large.
+        least = [self.strangeness_of(torch.cat([view, view.flip(2, 3)])).unflatten(0, (2, -1)).amin(dim=0)
+                 for view in views]  # fmt: skip
+        return torch.stack(least).amin(dim=0)
+
+    def strangeness_of(self, views):
+        """(B,) of views (B, C, H, W) as they are."""
+        distances = self.distances(*self.measure(views)).clamp_min(TINY).log()
         above = ((distances - self.usual) / self.above_usual).clamp_max(20)
-        return above.exp().sum(dim=1).unflatten(0, (len(views), -1)).amin(dim=0)
+        return above.exp().sum(dim=1)
 
     def measure(self, images):
         """(components and statistics (B, c + s), log energies (B, 2) of what the components miss)."""
