@@ -130,13 +130,17 @@ demo: $(SMALL)/ready $(RUNS)/.made-by-make
 	@$(SMALL)/bin/python predict.py --sheet $(RUNS)/demo/sheet.png --out $(RUNS)/demo/predictions.csv models/examples
 	@cat $(RUNS)/demo/predictions.csv
 
-# Fewer images, strategies and steps, unless the command line says how many.
+# Fewer images, strategies and steps, unless the command line says how many. Images of DATA may be smaller or fewer.
+unless = $(if $(findstring $(firstword $(2)),$(1)),,$(2))
+QUICK_RESIDUAL = $(foreach option,$(if $(SAMPLES),--map-pool=2 --epochs=1,--epochs=2) --batch-size=32,\
+  $(call unless,$(FINETUNING) $(FINETUNING_residual),$(subst =, ,$(option))))
 quick: PER_CLASS := 6000
 quick: CLASSIFIERS := head residual
 quick: $(READY) $(RUNS)/.made-by-make
 	@$(MAKE) --no-print-directory -j2 reproduce RUNS=$(RUNS)/quick PER_CLASS=$(call quoted,$(PER_CLASS)) \
-	  CLASSIFIERS=$(call quoted,$(CLASSIFIERS)) CLUSTERS= PRETRAINING=$(call quoted,--epochs 8 --lr 0.004 $(PRETRAINING)) \
-	  FINETUNING_residual=$(call quoted,--map-pool 2 --epochs 1 --batch-size 32 $(FINETUNING_residual))
+	  CLASSIFIERS=$(call quoted,$(CLASSIFIERS)) CLUSTERS= PRETRAINING=$(call quoted,$(call unless,$(PRETRAINING),--epochs 8) \
+	  $(call unless,$(PRETRAINING),--lr 0.004) $(PRETRAINING)) FINETUNING_residual=$(call quoted,$(QUICK_RESIDUAL) \
+	  $(FINETUNING_residual))
 	@echo '$(RUNS)/quick: report in evaluation/report.html, reconstructions in pretrain/, maps in residuals/maps.png,'
 	@echo 'predictions.csv and sheet.png of images that no network has seen$(if $(SAMPLES),. Of each class $(PER_CLASS) images; make reproduce has 30000)'
 
@@ -211,7 +215,7 @@ $(LAYERNORM): $(HEAD)
 $(SCRATCH): $(IMAGES)
 	$(SHARE) $(PY) finetune.py $(INPUT) --pretrained none --strategy full --out $(@D) --update $(FINETUNING)
 
-# With -j the longest trainings start first.
+# The longest trainings come first, for -j.
 $(EVALUATION): $(LONGEST) $(STRATEGIES) $(if $(BASELINE),$(SCRATCH))
 	$(SHARE) $(PY) evaluate.py $(INPUT) --weights $(STRATEGIES) $(if $(BASELINE),$(SCRATCH)) --out $(@D) --update
 

@@ -32,7 +32,7 @@ from lib.strategies import (
     DEFAULT_POOL, STRATEGIES, TASK_STRATEGIES, freeze_others, reestimate_batchnorm, strategy_of,
 )  # fmt: skip
 from lib.tasks import TASKS
-from mae import POOLINGS, set_attention_form
+from mae import POOLINGS, default_map_pool, most_tokens, set_attention_form
 
 EXAMPLE = """examples:
   python finetune.py --data lenses --strategy residual --out runs/residual \\
@@ -59,6 +59,7 @@ def finetune(args):
     strategy = strategy_of(args)
     chosen = strategy.recipe(args, start, len(rows))
     about = {**network.options_of(args, task.inputs.img_size, start), **task.about,
+             "map_pool": None if args.map_pool == default_map_pool(task.inputs.img_size) else args.map_pool,
              "pretrained_sha256": start.sha256 if start else "none"}  # fmt: skip
     with open_run(args, task.inputs, task.file, chosen, **about) as run:
         if run.is_finished:
@@ -88,7 +89,7 @@ def train(task, strategy, start, rows, parts, run):
     # Now that the options are known to fit together.
     distributed.say(f"{args.strategy}, {len(rows):,} training images{few}: {chosen}")
     model.to(device)
-    precision = precision_of(run, device)
+    precision = precision_of(run, device, most_tokens(model))
     set_attention_form(model, precision.attention)
     with precision.autocast(device):  # what is computed once and stored
         learner, training_outputs, outputs_of = strategy.learner(
@@ -200,7 +201,7 @@ def parse_args(argv=None):
     group.add_argument(
         "--map-pool", type=int, default=None, metavar="N",
         help="residual: average maps over squares of N pixels a side, which makes steps faster (default: 1; more for "
-        "images of 128 pixels or more)",
+        "images of 128 pixels or more; a classifier that is continued keeps its own)",
     )  # fmt: skip
     group.add_argument(
         "--with-image", action="store_true",

@@ -27,7 +27,7 @@ POOLINGS = {"mean": 1, "cls": 1, "both": 2, "stats": 4}  # and their widths, in 
 MAP_SCALE = 0.1  # where residuals, in units of the transformed image, are compressed
 MASKS_TOGETHER = 8  # that go through the network in one batch
 LARGEST_MASK_RATIO = 0.99  # of residual maps, which need a mask for every part that is visible
-MAP_SIDE = 64  # pixels of a residual map; one at least twice as wide is averaged over squares
+MAP_SIDE = 64  # pixels of a residual map; one at least twice as wide is averaged over squares by default
 SCORE_GRID = 8  # squares a side that a map is averaged over for its score
 MAP_WIDTHS = (24, 48, 96, 96)  # channels of the stages that look at a residual map
 MASS_WIDTHS = (32, 64, 96)  # channels of the stages of a `MassNetwork`
@@ -221,6 +221,11 @@ def set_attention_form(model, form):
     for module in model.modules():
         if isinstance(module, Attention):
             module.form = form
+
+
+def most_tokens(model):
+    """The most tokens that an encoder inside `model` sees of an image; 0 without an encoder."""
+    return max((m.num_patches + 1 for m in model.modules() if isinstance(m, Encoder)), default=0)
 
 
 def _init_weights(module):

@@ -23,7 +23,7 @@ from lib.loader import batch_reader, in_batches, read_disturbed
 from lib.loop import Objective, check_batch, fit, learner_of, precision_of
 from lib.residuals import smooth_rms
 from lib.run import open_run
-from mae import MAE, IntensityTransform, set_attention_form
+from mae import MAE, IntensityTransform, most_tokens, set_attention_form
 
 EXAMPLE = "example: python pretrain.py --data lenses --out runs/pretrain"
 DEFAULTS = recipe.Defaults(epochs=8, fewest_steps=1500, batch_size=64, lr=2e-3, beta2=0.95, keep="last")
@@ -81,7 +81,7 @@ def train(dataset, rows, validation, parts, run):
     learning = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     learner = learner_of(model, learning, dataset, read)
     run.write_config(model=config, transform=constants)
-    precision = precision_of(run, device)
+    precision = precision_of(run, device, most_tokens(model))
     set_attention_form(model, precision.attention)
     state, history, last = fit(learner, Objective(batch_loss, validate), rows, run, device, precision)
     # For the classifiers that start from these weights.

@@ -13,6 +13,7 @@ from lib.errors import UserError
 # AVX-512) to 6 times (AMX) faster with them: one measurement tells which, however noisy. A gain of 1.8 makes
 # steps of pre-training 1.5 to 1.7 times as fast.
 BFLOAT16_GAIN = 1.2
+MOST_PLAIN_TOKENS = 300
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
@@ -62,17 +63,20 @@ def keep_freed_memory():
         mallopt(M_MMAP_THRESHOLD, 2**30)
 
 
-def choose_precision(name, device):
+def choose_precision(name, device, tokens=0):
     """The `Precision` of "auto", "float32" or "bfloat16"; auto takes bfloat16 where it is fast.
 
+    `tokens` : the most that the network sees of an image.
     The answer depends on the machine alone, so the same command gives the same weights twice.
     Several processes take the main one's answer.
     """
     if name == "auto":
         is_fast = distributed.from_main(lambda: bfloat16_is_fast(device))
         name = "bfloat16" if is_fast else "float32"
-    # On CPUs the fused attention kernel is slow for the few tokens of an image.
-    return Precision(name, "fused" if device.type == "cuda" else "plain")
+    # On CPUs plain products are as fast or faster for few tokens; for many they take more memory. The backward
+    # pass of the fused kernel is slow there in bfloat16.
+    fused = device.type == "cuda" or (name == "float32" and tokens > MOST_PLAIN_TOKENS)
+    return Precision(name, "fused" if fused else "plain")
 
 
 def bfloat16_is_fast(device):

@@ -122,11 +122,11 @@ def fit(learner, objective, rows, run, device, precision):
     return learner.model.state_dict(), training.history, training.history[-1]
 
 
-def precision_of(run, device):
-    """The `Precision` that a run's recipe asks for; a resumed training keeps its own."""
+def precision_of(run, device, tokens=0):
+    """The `Precision` that a run's recipe asks for, see `choose_precision`; a resumed training keeps its own."""
     if run.checkpoint:
         return Precision(*run.checkpoint["precision"])
-    return choose_precision(run.recipe.precision, device)
+    return choose_precision(run.recipe.precision, device, tokens)
 
 
 class Training:

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx
-import onnxscript.optimizer
 import torch
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, quantize_static
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from onnxruntime.transformers.onnx_model import OnnxModel
+from onnxscript import optimizer
+from onnxscript.ir.passes.common import LiftConstantsToInitializersPass
 from torch import nn
 
 from lib.onnxfile import OUTPUTS
@@ -88,8 +89,8 @@ def zero_or_nan(images):
 class ScaledTransform(nn.Module):
     """`IntensityTransform` whose constants are near one, whatever the unit of the images.
 
-    torch's exporter takes a constant below about 1e-8 for zero. Dividing by a power of two is
-    exact, so the results stay the same.
+    float16 has no place for other constants, and optimisations of a graph may take one below about 1e-8 for
+    zero. Dividing by a power of two is exact, so the results stay the same.
     """
 
     def __init__(self, transform):
@@ -154,8 +155,10 @@ def write_onnx(model, path, metadata):
             dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1)}}, optimize=False,
         )  # fmt: skip
     # All that the exporter's optimisation does beyond this takes as long as the export. Runtimes do it, too.
-    onnxscript.optimizer.fold_constants(program.model)
-    onnxscript.optimizer.remove_unused_nodes(program.model)
+    optimizer.fold_constants(program.model)
+    optimizer.remove_unused_nodes(program.model)
+    # The converter to float16 leaves wide only what is an initializer.
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(program.model)
     save_proto(program.model_proto, path, metadata)
 
 

@@ -17,7 +17,9 @@ from lib.loader import EVALUATION_BATCH, are_on_device, batch_reader, in_batches
 from lib.loop import Learner, learner_of
 from lib.recipe import Defaults
 from lib.residuals import mask_ratio_of, stored_maps
-from mae import MAE, Classifier, MassEstimator, ResidualClassifier, Sharpener, default_map_pool, random_masking
+from mae import (
+    MAE, MAP_WIDTHS, Classifier, MassEstimator, ResidualClassifier, Sharpener, default_map_pool, random_masking,
+)  # fmt: skip
 
 ALL_PATCHES_FROM = 0.5  # of the steps: patch dropout ends here
 BATCHNORM_IMAGES = 2048  # training images that BatchNorm's statistics are computed from
@@ -249,6 +251,9 @@ class Residual(Strategy):
 
     def around(self, args, start, pretrained, recipe, more):
         pool = default_map_pool(pretrained.img_size) if args.map_pool is None else args.map_pool
+        if args.map_pool and pretrained.img_size // pool < 2 ** len(MAP_WIDTHS):
+            raise UserError(f"--map-pool {pool} leaves maps of {pretrained.img_size // pool} pixels a side, fewer than "
+                            f"{2 ** len(MAP_WIDTHS)}: give a smaller one")  # fmt: skip
         more = {
             "mask_ratio": mask_ratio_of(start.content), "map_pool": pool,
             "with_image": args.with_image, "orientations": 8 if "flips" in recipe.augment else 2, **more,

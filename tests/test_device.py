@@ -66,3 +66,4 @@ def test_products_have_the_chosen_format_and_attention_the_kernel_that_is_fast_o
         with precision.autocast(CPU):
             assert (a @ a).dtype == dtype
     assert device.choose_precision("bfloat16", gpu).attention == "fused"
+    assert device.choose_precision("float32", CPU, tokens=901).attention == "fused"  # needs less memory

@@ -84,7 +84,7 @@ def test_pixels_beyond_float16_are_classified_in_float16(unit, kind, tmp_path):
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])
-@pytest.mark.parametrize("more", [{}, {"with_image": True, "orientations": 8}])
+@pytest.mark.parametrize("more", [{}, {"map_pool": 2}, {"with_image": True, "orientations": 8}])
 def test_classifiers_of_residual_maps_are_exported(more, precision, tmp_path):
     """onnxruntime crashed on a ScatterND in float16."""
     torch.manual_seed(0)

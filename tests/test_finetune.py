@@ -287,7 +287,7 @@ REFUSED = [  # start, strategy, options, what the error names
     ("residual", "residual", ("--with-image",), "sees no image beside its map"),
     ("pretrain", "full", ("--map-pool", 2), "--map-pool: only a classifier on residual maps"),
     ("pretrain", "residual", ("--map-pool", 0), "--map-pool must be at least 1"),
-    ("pretrain", "residual", ("--map-pool", 20), "at least 16 pixels wide"),
+    ("pretrain", "residual", ("--map-pool", 20), "give a smaller one"),
     ("residual", "residual", ("--map-pool", 2), "has --map-pool 1; start from an MAE"),
     *(("pretrain", "full", option, f"{option[0]} {option[1]}: the network of")
       for option in (("--patch-size", 8), ("--embed-dim", 64), ("--depth", 9), ("--num-heads", 1),
@@ -429,6 +429,8 @@ def test_residual_maps_can_be_averaged_over_squares(packed, pretrained, tmp_path
     finetune_on(packed, tmp_path, pretrained, "residual", "--map-pool", 2, "--epochs", 1)
     model, _ = weights.load_classifier(tmp_path / CLASSIFIER)
     assert model.map_pool == 2 and model.map_shape[1] == model.img_size // 2
+    finetune_on(packed, tmp_path / "continued", tmp_path / CLASSIFIER, "residual", "--epochs", 1)
+    assert weights.load_classifier(tmp_path / "continued" / CLASSIFIER)[0].map_pool == 2
 
 
 def test_the_strategy_of_the_documentation_trains_what_it_says(pretrained, folder, runs, tmp_path):

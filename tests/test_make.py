@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import CLASSIFIER, HUNG, ROOT, TINY_DECODER, TINY_NETWORK, read_csv
@@ -154,6 +155,11 @@ def test_stages_come_in_order_and_side_by_side_share_the_cores(jobs, make, monke
                         ("export.py reconstruction.onnx", "predict.py predictions.csv"),
                         ("simulate.py samples", "predict.py predictions.csv")):  # fmt: skip
         assert place[first] < place[then]
+    if jobs in ((), ("-j2",)):  # the longest first
+        assert max(place[f"finetune.py {name}"] for name in ("full", "residual")) < place["finetune.py head"]
+    (words,) = (words for script, words, _ in calls if script == "evaluate.py")
+    weights = words[words.index("--weights") + 1 : words.index("--out")]
+    assert [Path(path).parent.name for path in weights] == ["head", "layernorm", "full", "residual"]
     for script, words, _ in calls:
         assert "--update" in words or script == "predict.py"
     told = {script: threads for script, _, threads in calls}

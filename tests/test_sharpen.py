@@ -232,7 +232,8 @@ def test_files_of_another_task_are_refused(sharp_runs, runs, tmp_path):
     assert_refused("predict.py", ["--model", runs / "classifier.onnx", "--sharpened", tmp_path / "sharp", "--out",
                                   tmp_path / "t.csv", tmp_path], "--what sharpen")  # fmt: skip
     start = ["--data", sharp_runs / "pairs", "--task", "sharpen", "--out", tmp_path / "out"]
-    for option in (("--augment", "flips"), ("--layer-decay", 0.5), ("--patch-dropout", 0.5), ("--pool", "cls")):
+    for option in (("--augment", "flips"), ("--layer-decay", 0.5), ("--patch-dropout", 0.5), ("--pool", "cls"),
+                   ("--map-pool", 2)):  # fmt: skip
         arguments = [*start, "--pretrained", "none", "--strategy", "full", *option]
         assert_refused("finetune.py", arguments, option[0], "leave it out")
     assert_refused("finetune.py", [*start, "--strategy", "head", "--pretrained", "none"], "--strategy full")
