@@ -31,7 +31,8 @@ def assert_same_history(one, two):
     one, two = history_of(one), history_of(two)
     assert len(one) == len(two)
     for single, double in zip(one, two, strict=True):
-        assert single == {key: pytest.approx(double[key], rel=1e-5) for key in single}
+        # The sums of two processes are rounded otherwise, and every step enlarges the difference: 1.5e-5 has been seen.
+        assert single == {key: pytest.approx(double[key], rel=1e-4) for key in single}
 
 
 # Seldom torch aborts a process as the interpreter exits; what it computed is written by then.
