@@ -130,7 +130,8 @@ demo: $(SMALL)/ready $(RUNS)/.made-by-make
 	@$(SMALL)/bin/python predict.py --sheet $(RUNS)/demo/sheet.png --out $(RUNS)/demo/predictions.csv models/examples
 	@cat $(RUNS)/demo/predictions.csv
 
-# Fewer images, strategies and steps, unless the command line says how many. Images of DATA may be smaller or fewer.
+# Fewer images, strategies and steps, unless the command line says how many. Images of DATA may be too small for
+# averaged maps, or too few for one epoch.
 unless = $(if $(findstring $(firstword $(2)),$(1)),,$(2))
 QUICK_RESIDUAL = $(foreach option,$(if $(SAMPLES),--map-pool=2 --epochs=1,--epochs=2) --batch-size=32,\
   $(call unless,$(FINETUNING) $(FINETUNING_residual),$(subst =, ,$(option))))

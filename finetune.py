@@ -58,6 +58,7 @@ def finetune(args):
         rows = datasets.fraction_of_each_class(dataset.labels, rows, args.labels, args.seed)
     strategy = strategy_of(args)
     chosen = strategy.recipe(args, start, len(rows))
+    # A --map-pool that names the default makes the same run.
     about = {**network.options_of(args, task.inputs.img_size, start), **task.about,
              "map_pool": None if args.map_pool == default_map_pool(task.inputs.img_size) else args.map_pool,
              "pretrained_sha256": start.sha256 if start else "none"}  # fmt: skip

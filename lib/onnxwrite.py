@@ -89,7 +89,7 @@ def zero_or_nan(images):
 class ScaledTransform(nn.Module):
     """`IntensityTransform` whose constants are near one, whatever the unit of the images.
 
-    float16 has no place for other constants, and optimisations of a graph may take one below about 1e-8 for
+    Other constants may not fit into float16, and optimisations of a graph may take one below about 1e-8 for
     zero. Dividing by a power of two is exact, so the results stay the same.
     """
 

@@ -31,8 +31,9 @@ def assert_same_history(one, two):
     one, two = history_of(one), history_of(two)
     assert len(one) == len(two)
     for single, double in zip(one, two, strict=True):
-        # The sums of two processes are rounded otherwise, and every step enlarges the difference: 1.5e-5 has been seen.
-        assert single == {key: pytest.approx(double[key], rel=1e-4) for key in single}
+        # The sums of two processes are rounded otherwise, and steps enlarge the difference: 1.5e-5 has been seen.
+        allowed = {key: 1e-4 if key == "validation_loss" else 1e-5 for key in single}
+        assert single == {key: pytest.approx(double[key], rel=allowed[key]) for key in single}
 
 
 # Seldom torch aborts a process as the interpreter exits; what it computed is written by then.
